@@ -273,7 +273,7 @@ def check_first_step():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
-    metrics.say_first_step(objective, columns, found, run.logger.say)
+    metrics.say_first_step(objective, columns, found)
 
 
 run.start(loss)

@@ -33,9 +33,9 @@ from feedback.answers import annotation, append, is_plain, make_pairs, raise_if_
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import lock, replace_text
-from text.examples import in_words
+from text.examples import counted, in_words
 from text.files import content_hash
-from text.messages import answer
+from text.messages import answer, as_chat
 
 # the answers
 answers: str | None = None  # a file of answers: samples.jsonl or model_outputs.json
@@ -84,7 +84,6 @@ orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
 record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
 failed = Counter()  # request errors by reason
-cut = Counter()  # truncated prompts and answers, by kind
 
 if endpoint is not None:
     completions_url(endpoint)  # raises UserError for a bad address
@@ -93,6 +92,8 @@ if endpoint is not None:
     template = judge.read_prompt(judge_prompt)
     fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
+    turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
+    left_out['system messages, which the judge is not shown'] = sum(turn['role'] == 'system' for turn in turns)
 
 # heavy modules are imported only if needed
 if gold is not None:
@@ -120,8 +121,8 @@ log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
 lock(out_dir)
 
 n_prompts = len({pair['question'] for pair in pairs})
-counts = f'{len(pairs)} pairs of answers to {n_prompts} prompts, {len(equal)} of them equal'
-log.say(f'data: {counts}, {len(keys)} verdicts to take; left out: {in_words(left_out)[0]}')
+counts = f'{counted(len(pairs), "pairs of answers")} to {counted(n_prompts, "prompts")}, {len(equal)} of them equal'
+log.say(f'data: {counts}, {counted(len(keys), "verdicts to take")}; left out: {in_words(left_out)[0]}')
 if reward_model is not None:
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
     # longer texts are cut, and not refused
@@ -144,35 +145,42 @@ def ask_judge(todo):
         yield {'pair': i, 'order': order, 'preference': preference, 'text': text, 'raw': raw}
 
 
+def items_of(pair):
+    """Return the two answers of a pair as (prompt, answer), as dpo.py will read them from annotations.json."""
+    texts = [answer(output) if is_plain(pair) else output for output in pair['outputs']]
+    return [(pair['prompt'], text) for text in texts]
+
+
+def reward_answers(items):
+    """Return (rewards, what was cut of each as a Counter) of items, a list of (prompt, answer)."""
+    cuts = [Counter() for _ in items]
+    if gold is not None:
+        return [toy.gold(prompt, text) for prompt, text in items], cuts
+    lengths = (max_length, max_prompt_length, truncation)
+    ids = [encode(*item, tokenizer, *lengths, cut) for item, cut in zip(items, cuts, strict=True)]
+    return score.scores(model, tokenizer, ids, max_tokens).tolist(), cuts
+
+
 def compare_rewards(todo):
     """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
         indices = [i for i, _ in todo[start : start + BLOCK]]
         # score each answer once, even if it is in several pairs; str, because a chat prompt is an unhashable list
-        to_score = {}
-        for i in indices:
-            prompt = pairs[i]['prompt']
-            for output in pairs[i]['outputs']:
-                # the text that dpo.py will read from annotations.json
-                text = answer(output) if is_plain(pairs[i]) else output
-                to_score[str(prompt), output] = (prompt, text)
-        items = to_score.values()
-        if gold is not None:
-            rewards = [toy.gold(prompt, text) for prompt, text in items]
-        else:
-            lengths = (max_length, max_prompt_length, truncation)
-            ids = [encode(prompt, text, tokenizer, *lengths, cut) for prompt, text in items]
-            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
-        reward_of = dict(zip(to_score, rewards, strict=True))
+        items = {str(item): item for i in indices for item in items_of(pairs[i])}
+        rewards, cuts = reward_answers(list(items.values()))
+        reward_of = dict(zip(items, rewards, strict=True))
+        cut_of = dict(zip(items, cuts, strict=True))
 
         for i in indices:
-            prompt = str(pairs[i]['prompt'])
-            first, second = [reward_of[prompt, output] for output in pairs[i]['outputs']]
+            keys = list(map(str, items_of(pairs[i])))
+            first, second = [reward_of[key] for key in keys]
             preference = 1 if first > second else 2
             if first == second:
                 preference = 1.5  # tie
-            yield {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
+            row = {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
+            cut = [cut_of[key] for key in keys]
+            yield row | {'cut': cut} if any(cut) else row
 
 
 # ---- the verdicts ----
@@ -181,7 +189,7 @@ verdicts_file = Path(out_dir) / 'verdicts.jsonl'
 append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
 if verdicts:
-    log.say(f'{len(verdicts)} verdicts are in {out_dir} already')
+    log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
 todo = [key for key in keys if key not in verdicts]
 
 # a signal stops at once and drops pending requests
@@ -220,11 +228,15 @@ questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
 lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
 lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
-second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
+first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
 if first_name == second_name:
     first_name = 'the first answer'
     second_name = 'the second'
+# prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
+cut_texts = {}
+for (i, _), row in verdicts.items():
+    cut_texts |= zip(map(str, items_of(pairs[i])), row.get('cut', ()), strict=False)
+cut = sum(map(Counter, cut_texts.values()), Counter())
 unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,
@@ -240,7 +252,7 @@ report = {
     'unclear_replies': len(unclear),
     'failed': failed.total(),
     'failures': dict(failed),
-    'cut': dict(+cut),
+    'cut': dict(cut),
 }
 # rates with standard errors and 95% intervals: name -> (values per pair, prompts), clustered by prompt
 rates = {'win_rate': (wins, questions)}
@@ -280,7 +292,8 @@ def percent(name, why_none='too few verdicts'):
 
 equal_length = percent('length_controlled', why_none='no finite fit')
 if n_judged < winrate.ENOUGH:
-    equal_length = f'not told: {n_judged} prompts, and from {winrate.ENOUGH} on length can be told from quality'
+    found = counted(n_judged, 'prompts')
+    equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
@@ -288,7 +301,7 @@ log.say(f"""
   at equal length    {equal_length}
   won, lost, tied    {report['won']}, {report['lost']}, {report['ties']}; {len(equal)} with equal answers
   mean length        {mean_lengths or 'unknown'} characters
-  without a verdict  {len(pairs) - len(clear)} pairs; unclear replies: {len(unclear)}, failed requests: {failed.total()}""")
+  without a verdict  {counted(len(pairs) - len(clear), 'pairs')}; unclear replies: {len(unclear)}, failed requests: {failed.total()}""")
 if endpoint is not None:
     log.say(f'  contradictions     {report["ties_contradicting_orders"]} of the ties have contradicting orders')
     log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')

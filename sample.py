@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 
 import fsdp
-from configurator import UserError, configure, main_rank
+from configurator import UserError, configure
 from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate, sharded
@@ -34,7 +34,7 @@ from rl import reward_functions
 from runtime import errors, log, ranks
 from runtime.files import lock, replace_text
 from text import sources, tokenise
-from text.examples import in_words, uniform_hash
+from text.examples import counted, in_words, uniform_hash
 from text.files import content_hash
 from text.messages import answer, as_chat, as_chats
 
@@ -208,15 +208,11 @@ def plan():
     """Split all answers into batches [(n_rows, keys)]: the keys, (prompt index, sample number), of answers to generate n_rows at a time.
 
     The same on every rank and after a resume. A batch has one temperature; longest prompts come first."""
-
-    def longest_first(key):
-        i, _ = key
-        return -len(ids[i]), key  # ids[i]: tokens of prompt i; ties by key
-
     batches = []
     for number in range(len(temperatures)):
         waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
-        waiting.sort(key=longest_first)
+        # keys are in order, and a sort keeps that of prompts of equal length
+        waiting.sort(key=lambda key: -len(ids[key[0]]))
         while waiting:
             n_rows = batch_size
             if max_tokens:
@@ -248,10 +244,9 @@ def generate_all():
             # chat templates add white space around messages; plain text continues the prompt
             is_chat = not isinstance(row['prompt'], str)
             row['response'] = text.strip() if is_chat else text
-            # the end token, which generate() has removed, counts
-            ended = len(answer_ids) < max_new_tokens
-            row['finish'] = 'eos' if ended else 'length'
-            row['tokens'] = len(answer_ids) + ended
+            # generate() has removed the end token, which counts
+            row['finish'] = 'eos' if len(answer_ids) < max_new_tokens else 'length'
+            row['tokens'] = min(len(answer_ids) + 1, max_new_tokens)
         append_rows([row for key, row in zip(batch, rows, strict=True) if key not in done])
 
 
@@ -259,22 +254,18 @@ def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
     def request(row):
-        sampling = {
-            'max_tokens': max_new_tokens,
-            'top_p': top_p,
-            'temperature': row['temperature'],
-            'seed': row['seed'],
-        }
+        sampling = {'max_tokens': max_new_tokens, 'top_p': top_p}
+        sampling |= {name: row[name] for name in ('temperature', 'seed')}
         return {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
 
-    # lazy: a request is built when it is sent
-    jobs = ((key, request(expected_row(*key))) for key in keys if key not in done)
+    # generators, since a request is built when it is sent; its row waits for response, finish and tokens
+    rows = (expected_row(*key) for key in keys if key not in done)
+    jobs = ((row, request(row)) for row in rows)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
-    for key, text, raw, error in ask(endpoint, jobs, **settings):
+    for row, text, raw, error in ask(endpoint, jobs, **settings):
         if error:
             failed[error] += 1
             continue
-        row = expected_row(*key)
         is_text = isinstance(row['prompt'], str)
         row['response'] = answer(text) if is_text else text
         row['finish'], row['tokens'] = finish_and_tokens(raw)
@@ -284,20 +275,17 @@ def ask_all():
 def finish_and_tokens(raw):
     """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply, each None if missing or malformed."""
     finish = raw['choices'][0].get('finish_reason')
-    if not isinstance(finish, str):
-        finish = None
     if finish == 'stop':
         finish = 'eos'
     usage = raw.get('usage')
     tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
     if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
         tokens = None
-    return finish, tokens
+    return finish if isinstance(finish, str) else None, tokens
 
 
 def append_rows(rows):
-    """Append new rows to this rank's samples file and update the progress bar."""
-    # a file for each rank; collect() merges them at the end
+    """Append new rows to this rank's samples file, which collect() merges at the end, and update the progress bar."""
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
@@ -307,9 +295,8 @@ def append_rows(rows):
 
 
 changed, notes = in_words(left_out)
-log.say(f'data: {len(prompts):,} prompts, {len(keys):,} answers; left out or changed: {changed}')
-for note in notes:
-    log.say(note)
+sizes = f'{counted(len(prompts), "prompts")}, {counted(len(keys), "answers")}'
+log.say('\n'.join([f'data: {sizes}; left out or changed: {changed}', *notes]))
 i, _ = keys[0]
 text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
 log.say(f'first prompt: {text[-300:]!r}')
@@ -318,7 +305,7 @@ log.say(f'first prompt: {text[-300:]!r}')
 ranks.on_one_rank(partial(lock, out_dir))
 done = set(ranks.shared(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
-    log.say(f'{len(done)} answers are in {out_dir} already')
+    log.say(f'{out_dir} has {counted(len(done), "answers")} already')
 ranks.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
@@ -326,8 +313,7 @@ started = time.time()
 counts = Counter()  # 'tokens' sampled by this rank
 failed = Counter()  # endpoint errors by reason
 n_missing = len(keys) - len(done)
-no_bar = not main_rank() or not n_missing
-with log.progress(n_missing // world_size, ' answers', 'sampled by this rank', disable=no_bar) as bar:
+with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') as bar:
     if endpoint:
         ask_all()
     elif n_missing:
@@ -340,21 +326,19 @@ rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
     n_cut = sum(row['finish'] == 'length' for row in rows_by_key.values())
-    saved = f'{out_dir}/samples.jsonl, {len(rows_by_key)} answers'
+    saved = f'{out_dir}/samples.jsonl, {counted(len(rows_by_key), "answers")}'
     log.say(f'done: {saved}, {n_cut} of them cut at {max_new_tokens} tokens')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
 
 
 def score_answers():
     """Score all answers, write rewards.jsonl, and print the means. Raises UserError if a function fails."""
-    asked, responses, data_rows, lines = [], [], [], []
-    for (i, sample), row in rows_by_key.items():
-        asked.append(row['prompt'])
-        responses.append(row['response'])
-        # .raw: the data row with all its columns; prompts of .txt files have none
-        data_rows.append(getattr(prompts[i], 'raw', prompts[i]))
-        lines.append({'index': i, 'sample': sample, 'score': 0.0})
+    asked = [row['prompt'] for row in rows_by_key.values()]
+    responses = [row['response'] for row in rows_by_key.values()]
+    # .raw: the data row with all its columns; prompts of .txt files have none
+    data_rows = [getattr(prompts[i], 'raw', prompts[i]) for i, _ in rows_by_key]
     # a line has the value of each function, and in 'score' their weighted sum
+    lines = [{'index': i, 'sample': sample, 'score': 0.0} for i, sample in rows_by_key]
     for part in reward_parts:
         values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):

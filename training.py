@@ -179,7 +179,7 @@ class Run:
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
-        self.packed = can_pack(policy, self.train, self.device, log.say, wanted=pack and attn is None)
+        self.packed = can_pack(policy, self.train, self.device, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
@@ -193,9 +193,7 @@ class Run:
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
         examples. frozen: the models in memory besides the policy; None in place of one that there is not."""
-        checkpoints_fit = room.check_room(
-            self.config, self.policy, self.bytes_per_token, self.train, self.total, self.packed, self.max_tokens, frozen
-        )
+        checkpoints_fit = room.check_room(self, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
             self.save_every = 0
@@ -233,7 +231,7 @@ class Run:
         epochs = f' ({round(self.total / len(self.train), 2):g} epochs)' if self.total > len(self.train) else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
-        self.logger.say(f'{what} on {processes}: {self.total} {units}')
+        log.say(f'{what} on {processes}: {self.total} {units}')
 
     # ---- steps ----
 
@@ -298,8 +296,7 @@ class Run:
         if math.isfinite(self.norm):
             return True
         # count it in run.state, and write its examples to bad_step.jsonl
-        uids = self.train.uid[rows]
-        guard.bad_step(config.out_dir, self.state, skip_bad_steps, step.first, rows, uids, self.norm, columns)
+        guard.bad_step(self, step.first, rows, columns)
         return False
 
     def log_step(self, step, metrics):
@@ -398,9 +395,10 @@ class Run:
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
-        save = partial(self.save, self.total)  # called if the export fails
-        wanted = self.config['save_dtype']  # load_policy has set it there; the global may still be None
-        written = guard.export(self.policy, self.tokenizer, build or self.build, folder, write_card, wanted, save)
+        # config: load_policy has set it there; the global may still be None
+        how = (build or self.build, folder, write_card, self.config['save_dtype'])
+        write = partial(export.write_model, self.policy, self.tokenizer, *how)
+        written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()
         guard.end()
         note = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'

@@ -4,7 +4,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from configurator import UserError
@@ -14,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def arguments(doc):
-    """The words behind `python -m experiments.NAME`, of a script that has no options. With one, its docstring is printed instead."""
+    """Return the words of the command line, for a script without options. Given an option, print its docstring and exit."""
     words = sys.argv[1:]
     if any(word.startswith('-') for word in words):
         print(doc)
@@ -23,36 +22,37 @@ def arguments(doc):
 
 
 def read_rows(file):
-    """The rows of a .jsonl file."""
+    """Return the rows of a .jsonl file."""
     return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]
 
 
 def write_rows(file, rows):
-    """Write a .jsonl file, whole or not at all, and the folder that it goes into."""
+    """Write a .jsonl file, whole or not at all; makes its folder, too."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def evaluations(folder):
-    """The rows of evaluations in a run's metrics.jsonl, the last one last."""
+    """Return the evaluations in the metrics.jsonl of a run's folder, in order."""
     return [row for row in read_rows(Path(folder) / 'metrics.jsonl') if row['split'] == 'eval']
 
 
 def table(head, rows):
-    """A markdown table, and an empty line."""
+    """Return a Markdown table and an empty line."""
     lines = [head, ['---'] * len(head), *rows]
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + '\n'
 
 
 def mean_and_error(numbers):
-    """'mean (standard error)'; of a single number itself alone, of none nothing."""
+    """Return 'mean (standard error)'; for a single number just that number, for none an empty text."""
     if len(numbers) < 2:
         return ''.join(f'{x:.3f}' for x in numbers)
-    return f'{statistics.mean(numbers):.3f} ({statistics.stdev(numbers) / len(numbers) ** 0.5:.3f})'
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    return f'{statistics.mean(numbers):.3f} ({error:.3f})'
 
 
 def used():
-    """(CPU seconds, GB of the largest) of all commands that have ended so far: other work on the machine does not count."""
+    """Return (CPU seconds, peak memory of the largest in GB) of the commands that this process ran and that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
@@ -64,12 +64,5 @@ def run(*command, limit=None, **environment):
     settings = {'cwd': ROOT, 'env': os.environ | environment, 'timeout': limit}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **settings)
     if done.returncode:
-        raise UserError(f'{" ".join(command[:2])} ... ended with {done.returncode}: {done.stderr.strip()[-2000:]}')
-
-
-def bench_rows(*flags, limit=None):
-    """The rows of a run of tools.bench, variant -> row; within limit seconds. Raises UserError."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'rows.json')
-        run('-m', 'tools.bench', *flags, f'--out={file}', limit=limit, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
-        return {row['variant']: row for row in json.loads(file.read_text())['rows']}
+        what, why = ' '.join(command[:2]), done.stderr.strip()[-2000:]
+        raise UserError(f'{what} ... ended with {done.returncode}: {why}')

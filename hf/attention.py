@@ -26,8 +26,8 @@ def register_attention():
 def set_attention(model, packed, for_padded=None):
     """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
 
-    for_padded: name of that implementation, such as 'sdpa', which the model remembers for later calls. None: the remembered name;
-    without one, sdpa if the model supports it, else eager. Raises UserError if the model lacks it."""
+    for_padded: choose that implementation ('sdpa', 'eager', ...) for this call and all later ones. None: the one chosen earlier; if
+    there is none, sdpa if the model supports it, else eager. Raises UserError if the model lacks it."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -63,38 +63,37 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     if packed is None or options.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
     # a single kernel does it all on CUDA in half precision; it needs keys and values of the same size, and has no soft cap
-    half = query.dtype in (torch.bfloat16, torch.float16)
+    is_half_precision = query.dtype in (torch.bfloat16, torch.float16)
     same_size = key.shape[-1] == value.shape[-1]
-    if query.is_cuda and half and softcap is None and same_size:
+    if query.is_cuda and is_half_precision and softcap is None and same_size:
         return _attend_varlen(query, key, value, scaling, sliding_window, packed.varlen)[None], None
-
-    # otherwise block by block. A block is either several small groups, computed as one piece under one mask, or a single group,
-    # which is cut into pieces: its prompt, then each answer
-    sizes = [size for block in packed.blocks for size in block.sizes]
-    # an iterator over (q, k, v) of each piece. Split the whole row at once: in backward, that is a single cat
-    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    out = []  # (1, n, H, D) each, in row order
-    for block in packed.blocks:
-        if block.is_one_piece:
-            q, k, v = next(pieces)
-            mask = block.mask(sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2))
-            continue
-        # each answer sees the keys and values of the prompt and its own
-        prompt_q, prompt_k, prompt_v = next(pieces)
-        for number in range(1, len(block.sizes)):
-            q, answer_k, answer_v = next(pieces)
-            # the prompt's queries are computed once, with those of the first answer
-            if number == 1:
-                q = torch.cat((prompt_q, q), 2)
-            k = torch.cat((prompt_k, answer_k), 2)
-            v = torch.cat((prompt_v, answer_v), 2)
-            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            out.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2))
-    # selective activation checkpointing joins the pieces again in backward, rather than keep them twice
+    # otherwise block by block
+    calls = _cut(query, key, value, packed.blocks, sliding_window)
+    outputs = [_attend(q, k, v, mask, scaling, softcap) for q, k, v, mask in calls]  # (1, n, H, D) each
+    # selective activation checkpointing (hf/lean.py) joins them again in backward, rather than keep them twice
     if hasattr(module, 'recomputed'):
-        return module.recomputed(lambda *pieces: torch.cat(pieces, 1), *out), None
-    return torch.cat(out, 1), None
+        return module.recomputed(lambda *outputs: torch.cat(outputs, 1), *outputs), None
+    return torch.cat(outputs, 1), None
+
+
+def _cut(query, key, value, blocks, window):
+    """Cut a row into calls of _attend: yield (q, k, v, mask) of each, in row order."""
+    # split the whole row at once: in backward, that is a single cat
+    sizes = [size for block in blocks for size in block.sizes]
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)  # (q, k, v) of each piece
+    for block in blocks:
+        q, k, v = next(pieces)
+        if block.is_one_piece:
+            yield q, k, v, block.mask(window, q.device)
+            continue
+        # each answer sees the keys and values of the prompt and its own; the prompt's queries go with the first answer's
+        prompt_q, prompt_k, prompt_v = q, k, v
+        for number in range(1, len(block.sizes)):
+            q, k, v = next(pieces)
+            q = torch.cat((prompt_q, q), 2) if number == 1 else q
+            k = torch.cat((prompt_k, k), 2)
+            v = torch.cat((prompt_v, v), 2)
+            yield q, k, v, _causal(q.shape[2], k.shape[2], window, q.device)
 
 
 def _causal(n, m, window, device):
@@ -110,12 +109,11 @@ def _causal(n, m, window, device):
 
 
 def _attend(q, k, v, mask, scaling, softcap):
-    """Return the attention output (1, H, n, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
+    """Return the attention output (1, n, H, D). q (1, H, n, D); k, v (1, H_kv, m, D); mask (n, m), or None for causal."""
     repeat = q.shape[1] // k.shape[1]  # query heads per key-value head (grouped-query attention)
     if not softcap:
         options = {'is_causal': mask is None, 'scale': scaling, 'enable_gqa': repeat > 1}
-        return F.scaled_dot_product_attention(q, k, v, mask, **options)
-
+        return F.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
     # sdpa cannot cap the scores before softmax: compute them here, (1, H, n, m)
     k = k.repeat_interleave(repeat, 1)
     v = v.repeat_interleave(repeat, 1)
@@ -125,7 +123,7 @@ def _attend(q, k, v, mask, scaling, softcap):
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
     scores = scores.masked_fill(~mask, float('-inf'))
     weights = scores.float().softmax(-1)
-    return weights.to(v.dtype) @ v
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
 # ---- blocks: attention by sdpa ----
@@ -146,14 +144,13 @@ def blocks_of(groups):
 
 
 class Block:
-    """Consecutive small groups of a packed row, or a single group. A piece of it is what attends in one call.
+    """Consecutive small groups of a packed row, which attend in one call under a mask, or a single group, with a call per answer.
 
-    Small groups are one piece together, under a mask: fewer calls. A single group's pieces are its prompt and each answer."""
+    sizes: tokens of each piece into which the row is cut: all groups as one piece, or the prompt and each answer of the single one."""
 
     def __init__(self, groups):
         self.groups = groups
         self.is_one_piece = len(groups) > 1
-        # sizes: tokens of each piece
         sizes = [size for prompt, answers in groups for size in (prompt, *answers)]
         self.sizes = [sum(sizes)] if self.is_one_piece else sizes
         self.masks = {}  # (window, device) -> mask, shared by all layers
@@ -192,7 +189,7 @@ class Varlen:
 
     def __init__(self, groups):
         n_queries, n_keys = [], []  # of each answer
-        gather = []
+        tokens = []  # arrays of indices in the row: the token of each key
         start = 0  # index in the row where the next prompt or answer starts
         for prompt, answers in groups:
             prompt_tokens = np.arange(start, start + prompt)
@@ -201,12 +198,12 @@ class Varlen:
             n_queries += [prompt + answers[0], *answers[1:]]
             n_keys += [prompt + answer for answer in answers]
             for answer in answers:
-                gather += [prompt_tokens, np.arange(start, start + answer)]
+                tokens += [prompt_tokens, np.arange(start, start + answer)]
                 start += answer
         self.gather, self.copies = None, []
         has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
         if has_shared_prompt:
-            gather = np.concatenate(gather)
+            gather = np.concatenate(tokens)
             self.gather, self.copies = torch.from_numpy(gather), _copies_of(gather)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
@@ -258,9 +255,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Sum the gradients of all copies of each token. Indexing's own backward would sort all keys, which is slow."""
+        # first copies: every token of the row has one, and they are in row order
         (_, first_places), *further_copies = ctx.layout.copies
-        # every token has a first copy, and they are in row order
-        total = _rows(grad.contiguous(), first_places)
+        total = _rows(grad.contiguous(), first_places)  # (T, H, D)
         for tokens, places in further_copies:
             total[tokens] = _rows(total, tokens) + _rows(grad, places)
         return total, None
@@ -268,7 +265,8 @@ class Gather(torch.autograd.Function):
 
 def _rows(x, index):
     """Return x[index] for x (T, H, D), where possible as complex128 numbers: copying 16 bytes at a time is three times as fast."""
-    per_word = 16 // x.element_size()  # elements in 16 bytes
+    # view() needs whole words of 16 bytes
+    per_word = 16 // x.element_size()
     must_be_multiples = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
     if any(size % per_word for size in must_be_multiples):
         return x[index]

@@ -11,7 +11,7 @@ import transformers
 import yaml
 
 from configurator import UserError
-from hf import lora
+from hf import lora, quantize
 from hf.parts import core
 from hf.ties import tie_as, ties
 from runtime import checkpoint
@@ -76,7 +76,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 if has_adapters:
                     adapted = build(empty=False)
                     lora.write(adapted, trained_weights, adapter_temporary)
-                    plain_model = lora.merged(adapted)
+                    plain_model = quantize.dequantize(adapted).merge_and_unload()
                     weights = plain_model.state_dict()
                     move_folder(adapter_temporary, folder.with_name('adapter'))
                 else:

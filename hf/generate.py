@@ -43,35 +43,20 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     return [answers.get(i) for i in range(len(prompts))]
 
 
-def write(file, tokenizer, prompts, answers, examples_seen, columns=None):
-    """Append answers to a samples.jsonl.
-
-    prompts: lists of token ids. answers: tuples (model name, prompt index, token ids). examples_seen: number of examples trained
-    on, a field of each line. columns: {(model name, prompt index): dict of more fields}."""
-    lines = []
-    for name, i, answer in answers:
-        row = {'examples': examples_seen, 'generator': name, 'sample': i}
-        row |= {'prompt': tokenizer.decode(prompts[i]), 'response': tokenizer.decode(answer)}
-        if columns:
-            row |= columns[name, i]
-        lines.append(json.dumps(row) + '\n')
-    append(file, ''.join(lines))
-
-
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
     """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
 
     run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
-    measure(prompts, answers) -> {column: (n,) tensor}, n prompts: more fields for samples.jsonl. n_written: how many answers of a
-    model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without measure,
-    or after a stop signal, which truncates answers: nothing is written then."""
+    measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields for samples.jsonl. n_written: how many answers
+    of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without
+    measure, or after a stop signal, which truncates answers: nothing is written then."""
+    decode = run.tokenizer.decode
     prompts = [prompt for prompt, _ in examples]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
     measured = {}
-    columns = {}
-    to_write = []
+    lines = []  # of samples.jsonl
     for name, model in sorted(models.items()):
         # the reference may be the policy itself without its adapters; adapters_off(None) changes nothing
         with adapters_off(model if name == 'reference' else None):
@@ -82,12 +67,11 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
             measured[name] = measure(prompts, answers)
         stop = stop_tokens(model, run.tokenizer)
         for i, answer in enumerate(answers[:n_written]):
-            to_write.append((name, i, without_end(answer, stop)))
-            columns[name, i] = {'tokens': len(answer)}
-            for column, values in measured.get(name, {}).items():
-                columns[name, i][column] = round(values[i].item(), 6)
-    file = f'{run.config.out_dir}/samples.jsonl'
-    ranks.on_one_rank(lambda: write(file, run.tokenizer, prompts, to_write, examples_seen, columns))
+            row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': decode(prompts[i])}
+            row |= {'response': decode(without_end(answer, stop)), 'tokens': len(answer)}
+            row |= {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
+            lines.append(json.dumps(row) + '\n')
+    ranks.on_one_rank(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
     return measured
 
 
@@ -108,16 +92,14 @@ def generate(
     # indices of answers: not started, and in progress
     waiting = list(range(len(prompts)))
     active = []
-    # KV cache, and the row in it of each active answer
+    # KV cache, and the row in it of each active answer that has started
     cache, cache_rows = None, []
     with _generation_mode(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
-            # start new answers in the free rows
+            # start new answers in the free rows, behind those in the cache
             n_free = n_rows - len(active)
-            new = waiting[:n_free]
+            active += waiting[:n_free]
             waiting = waiting[n_free:]
-            # those in the cache come first, in the order of cache_rows
-            active += new
             sequences = [[*prompts[i], *answers[i]] for i in active]
             if refill:
                 cache = _cache_for(inner, sequences, cache, cache_rows)
@@ -209,10 +191,10 @@ def without_end(answer, stop):
 
 def can_refill(inner):
     """Return whether _merge() works for this model's cache: all layers hold keys and values of each token, or of the last ones."""
-    # states that mix tokens (Mamba)
+    # not states that mix tokens (Mamba)
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
-    # attention in chunks that are counted from a row's first column, padding included (Llama 4)
+    # nor attention in chunks that are counted from a row's first column, padding included (Llama 4)
     if getattr(inner.config, 'attention_chunk_size', None):
         return False
     empty_cache = transformers.DynamicCache(config=inner.config)
@@ -220,14 +202,14 @@ def can_refill(inner):
     return layer_types.issubset({DynamicLayer, DynamicSlidingWindowLayer})
 
 
-def _cache_for(inner, sequences, cache, cache_rows):
-    """Return a cache of all but the last token of each sequence (lists of token ids), with a row for each sequence.
+def _cache_for(inner, sequences, old_cache, old_rows):
+    """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last.
 
-    The first sequences are in progress: row cache_rows[i] of cache has the tokens of sequences[i]. The others are computed here."""
-    caches = [(cache, cache_rows)] if cache_rows else []
-    new = sequences[len(cache_rows) :]
+    sequences[i] is in row old_rows[i] of old_cache already; those behind len(old_rows) are new, and computed here."""
+    caches = [(old_cache, old_rows)] if old_rows else []
+    new = sequences[len(old_rows) :]
     if new:
-        # equal sequences are computed once
+        # equal ones, for several answers to a prompt, are computed once
         row_of = {}  # sequence without its last token -> row
         rows = [row_of.setdefault(tuple(sequence[:-1]), len(row_of)) for sequence in new]
         new_cache = transformers.DynamicCache(config=inner.config)
@@ -240,7 +222,7 @@ def _cache_for(inner, sequences, cache, cache_rows):
 
 
 def _merge(caches, width):
-    """Merge rows of several caches, right-aligned, into the first cache, in place, and return it.
+    """Merge rows of one or two caches, right-aligned, into the first cache, in place, and return it.
 
     caches: tuples (cache, rows to keep). width: columns of the merged cache, enough for the tokens of all these rows."""
     merged, _ = caches[0]
@@ -302,10 +284,8 @@ class _Draw(transformers.LogitsProcessor):
     block, which takes 2 sqrt(V) noises instead of V. Each noise is a hash of the row's seed and a counter."""
 
     def __init__(self, seeds, n_sampled):
-        # seeds may be negative or exceed 64 bits
-        unsigned = [seed % 2**64 for seed in seeds]
-        self.seeds = seeds  # read by tests
-        self.keys = splitmix64(np.array(unsigned, np.uint64))  # (rows,)
+        self.seeds = seeds  # read by tests; they may be negative or exceed 64 bits
+        self.keys = splitmix64(np.array([seed % 2**64 for seed in seeds], np.uint64))  # (rows,)
         self.step = np.array(n_sampled, np.uint64)  # (rows,) tokens sampled so far
 
     def __call__(self, ids, scores):

@@ -20,7 +20,8 @@ class Recipe:
     """How to recompute an output, function(*inputs). Holds the inputs until backward, instead of the output."""
 
     def __init__(self, function, inputs):
-        self.function, self.output = function, None
+        self.function = function
+        self.output = None  # set by recompute()
         # detach them from the graph, so that Recompute.backward differentiates this function alone
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         # autograd counts the in-place changes of a tensor, which would make the recomputed output wrong
@@ -65,18 +66,18 @@ class LeanBlock:
     """Selective checkpointing of one block: replaces the forward of the block, its norms, activations and MLP, in place."""
 
     def __init__(self, block):
-        # data_ptr of an output -> (output, Recipe); filled during the block's forward
-        self.recipes = {}
+        self.recipes = {}  # data_ptr of an output -> (output, Recipe); filled during the block's forward
         for path, module in block.named_modules():
-            # such as act_fn of mlp.act_fn; not act_dropout
+            module.recomputed = self.recomputed  # packed_attention calls it
+            # such as mlp.act_fn; not act_dropout
             name = path.rpartition('.')[2]
             is_activation = name.startswith('act') and 'drop' not in name
-            if is_activation or 'Norm' in type(module).__name__:
+            is_norm = 'Norm' in type(module).__name__
+            if is_activation or is_norm:
                 module.forward = partial(self.recomputed, module.forward, module=module)
             # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
             elif GATED in inspect.getsource(type(module).forward):
                 module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
-            module.recomputed = self.recomputed  # for hf/attention.py
         block.forward = partial(self.run_block, block.forward)
 
     def run_block(self, forward, *args, **options):
@@ -97,13 +98,14 @@ class LeanBlock:
         if not has_plain_inputs or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
-        output = Recompute.apply(recipe, len(inputs), *inputs, *(module.parameters() if module else ()))
-        # keep a reference to the output, so that its address is not reused during this forward
+        parameters = module.parameters() if module else ()
+        output = Recompute.apply(recipe, len(inputs), *inputs, *parameters)
+        # pack finds the recipe by the output's address, which is not reused while the output is kept here
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
     def run_gated_mlp(self, mlp, act, x):
-        """Run an MLP of the form GATED, recomputing act(gate) * up in backward. act: the original mlp.act_fn.forward."""
+        """Return down_proj(act(gate_proj(x)) * up_proj(x)), recomputing act(gate) * up in backward. act: mlp.act_fn's own forward."""
         product = self.recomputed(lambda gate, up: act(gate) * up, mlp.gate_proj(x), mlp.up_proj(x), module=mlp.act_fn)
         return mlp.down_proj(product)
 
@@ -111,15 +113,17 @@ class LeanBlock:
         """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor or a copy."""
         if type(tensor) is not torch.Tensor:
             return tensor
-        if tensor.data_ptr() not in self.recipes:
-            # a small view, such as the values in a fused query_key_value, would keep all of its memory. Weights (leaves) stay anyway
-            is_view = tensor._base is not None and not tensor._base.is_leaf
-            return tensor.data.clone() if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes else tensor
-        # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
-        output, recipe = self.recipes[tensor.data_ptr()]
-        is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
-        both_contiguous = tensor.is_contiguous() and output.is_contiguous()
-        return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
+        if tensor.data_ptr() in self.recipes:
+            # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
+            output, recipe = self.recipes[tensor.data_ptr()]
+            is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
+            both_contiguous = tensor.is_contiguous() and output.is_contiguous()
+            return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
+        # a small view, such as the values in a fused query_key_value, would keep all of its memory. Weights (leaves) stay anyway
+        is_view = tensor._base is not None and not tensor._base.is_leaf
+        if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes:
+            return tensor.data.clone()
+        return tensor
 
     def unpack(self, saved):
         """Return the tensor for which pack returned saved."""

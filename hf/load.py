@@ -78,7 +78,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     if _is_classifier(config) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
-    if _generation_configs.get(base):
+    if _generation_configs.get(base):  # set by _read_config, None if there is none
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # correct a config that ties head and embedding although the file has both; an empty model has read no file
     if not options.get('empty') and correct_tie_config(model):
@@ -109,13 +109,10 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     text_config = config.get_text_config()
     old_rows, pad_id = text_config.vocab_size, tokenizer.pad_token_id
     needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
-    has_weights_file = name != 'toy' and not options.get('empty')
-    # from_pretrained rejects a pad id without a row, so it is set after loading
-    text_config.pad_token_id = None if has_weights_file else pad_id
-    if needs_pad_row and not has_weights_file:
-        text_config.vocab_size += 1
+    # from_pretrained rejects a pad id without a row, so it is set after loading; the toy model has the row
+    text_config.pad_token_id = pad_id if name == 'toy' else None
     model = _make_model(transformers.AutoModelForSequenceClassification, base, config, new_head=is_lm, **options)
-    if needs_pad_row and has_weights_file:
+    if needs_pad_row:
         embedding = model.resize_token_embeddings(old_rows + 1, mean_resizing=False)
         embedding.weight.data[old_rows:] = 0.0
     # the model holds its own copy of the config
@@ -132,7 +129,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
 
 
 def _read_config(name, *, trust_remote_code=False, **_others):
-    """Return a copy of a model's config. Fills _configs and _generation_configs. Raises UserError if the model is unusable."""
+    """Return a copy of a model's config; it and the GenerationConfig are cached. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
     # read a folder anew each time, as it may have changed; but not if it is gone by now
@@ -175,9 +172,9 @@ def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote
     empty: no weights, on the meta device; device_map: passed to from_pretrained"""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
-    device = torch.device('meta') if empty else contextlib.nullcontext()
+    context = torch.device('meta') if empty else contextlib.nullcontext()
     missing, unexpected = set(), set()
-    with torch.random.fork_rng(devices=[]), device:
+    with torch.random.fork_rng(devices=[]), context:
         torch.manual_seed(seed)
         if empty or name == 'toy':
             model = auto.from_config(config, **options)
@@ -226,10 +223,11 @@ def _check_code(name):
 
     def check(options, file):
         for key, value in options.items():
+            code = 'code of its own' if key == 'auto_map' and value else None
             # transformers takes an attn_implementation with a slash for the hub id of a kernel
-            is_kernel = key.endswith('_implementation') and '/' in json.dumps(value)
-            if is_kernel or (key == 'auto_map' and value):
-                code = f'{key} {value!r}, a kernel from the hub' if is_kernel else 'code of its own'
+            if key.endswith('_implementation') and '/' in json.dumps(value):
+                code = f'{key} {value!r}, a kernel from the hub'
+            if code:
                 raise UserError(f'{name!r} comes with {code} ({file}): read it, then run it with --trust_remote_code')
             if isinstance(value, dict):
                 check(value, file)
@@ -266,7 +264,7 @@ def add_value_head(model, critic=None):
     if critic is not None:
         inner.critic = critic
         return model
-    weight = inner.get_output_embeddings().weight
+    weight = inner.get_output_embeddings().weight  # (vocabulary, hidden size)
     inner.value_head = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
     for p in inner.value_head.parameters():
         torch.nn.init.zeros_(p)
@@ -277,12 +275,13 @@ def add_value_head(model, critic=None):
 def without_value_head(model):
     """Within the block, the model lacks what add_value_head added, if it did: it is exported as a plain causal LM."""
     inner = core(model)
-    names = [inner.value_estimator] if hasattr(inner, 'value_estimator') else []
-    added = {name: inner._modules.pop(name) for name in names}
+    name = getattr(inner, 'value_estimator', None)
+    added = inner._modules.pop(name, None)
     try:
         yield
     finally:
-        inner._modules.update(added)
+        if added is not None:
+            inner._modules[name] = added
 
 
 @torch.no_grad()
@@ -343,7 +342,7 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: the other model's tokenizer or name; a folder without a tokenizer only gets a note
+    other: the other model's tokenizer, or its name; a folder without a tokenizer only gets a note
     other_role: such as 'the reference NAME', for messages"""
     if isinstance(other, str):
         if other == policy_name:
@@ -377,8 +376,7 @@ def stored_dtype(name):
 def fingerprints(config):
     """Hash all models named in a run's config, to detect changes on resume.
 
-    Returns option -> {file: SHA-256}, or {'commit': hash} for a hub id that has been loaded. The files are those of HASHED_SUFFIXES
-    in the folder; an adapter has those of its base model, too, as base/file."""
+    Returns option -> _hashes of its model; an adapter has those of its base model, too, as base/file."""
     hashes_of = {}
     for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
@@ -387,18 +385,22 @@ def fingerprints(config):
         saved, base = lora.adapter_and_base(name)
         hashes = _hashes(saved.folder if saved else name)
         if saved:
-            hashes |= _hashes(base, prefix='base/')
+            hashes |= {f'base/{key}': value for key, value in _hashes(base).items()}
         # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
+    # several reward models in one sum, see rl/reward_functions.py: their files together
+    for name in getattr(config, 'reward_models', ()):
+        for file, digest in fingerprints({'reward_model': name}).get('reward_model', {}).items():
+            hashes_of.setdefault('reward', {})[f'{name}/{file}'] = digest
     return hashes_of
 
 
-def _hashes(name, prefix=''):
-    """Return {prefix + file: SHA-256} for a folder, or {prefix + 'commit': hash} for a hub id that has been loaded."""
+def _hashes(name):
+    """Return {file: SHA-256} for a folder, or {'commit': hash} for a hub id that has been loaded."""
     if os.path.isdir(name):
         files = [file for file in sorted(Path(name).iterdir()) if file.suffix in HASHED_SUFFIXES and file.is_file()]
-        return {prefix + file.name: file_hash(file) for file in files}
+        return {file.name: file_hash(file) for file in files}
     # from_pretrained stores the commit in the config
     commit = getattr(_configs.get(name), '_commit_hash', None)
-    return {f'{prefix}commit': commit} if commit else {}
+    return {'commit': commit} if commit else {}

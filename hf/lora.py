@@ -122,10 +122,11 @@ def _load_weights(model, saved, adapter_name='default'):
     result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
-    for problem, keys in ('lacks', missing), ('has, without a place in its model,', result.unexpected_keys):
-        if keys:
-            raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(sorted(keys)[:3])}')
-    # adapters written by other tools have no hash file; the frozen copy, which is no 'default', is not checked again
+    problem = 'lacks' if missing else 'has, without a place in its model,'
+    keys = sorted(missing or result.unexpected_keys)
+    if keys:
+        raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(keys[:3])}')
+    # say it once, not again for the frozen copy; adapters written by other tools have no hash file
     hash_file = saved.folder / BASE_HASH_FILE
     if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
         say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
@@ -136,10 +137,8 @@ def _merge_saved(model, saved, empty):
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
-    lora_config = _lora_config(model, saved)
     # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-    lora_config.task_type = None
-    wrapped = _peft_model(model, lora_config, seed=0)
+    wrapped = _peft_model(model, _saved_config(saved), task_type=None, seed=0)
     # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
     embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
@@ -153,12 +152,13 @@ def _merge_saved(model, saved, empty):
     return model.requires_grad_(True)
 
 
-def _peft_model(model, lora_config, seed, with_frozen_copy=False):
+def _peft_model(model, lora_config, task_type, seed, with_frozen_copy=False):
     """Return a PeftModel in eval mode with a new trainable adapter. Changes lora_config, a peft.LoraConfig, in place.
 
     with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
+    lora_config.task_type = task_type
     # saved configs have inference_mode=True, which would freeze the adapter
     lora_config.inference_mode = False
     # PEFT triggers a deprecation warning of transformers
@@ -176,7 +176,7 @@ def _peft_model(model, lora_config, seed, with_frozen_copy=False):
 def options(config):
     """Return the adapter options of a run (rank, alpha, dropout, targets, quantize, keeps_copy), or None without lora_rank.
 
-    For a saved adapter, config['lora_alpha'] is set to the saved alpha. Raises UserError for conflicting options."""
+    config: the run's Config; its lora_alpha becomes that of a saved adapter. Raises UserError for conflicting options."""
     quantize.check(config)
     if config['lora_rank'] is None:
         config.report_unused(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
@@ -200,9 +200,8 @@ def reference_options(config, adapters):
 
     By default the reference is the policy before training: the model of --model, under adapters_off()."""
     # a new adapter starts as zero, so the plain model is the same; but 4-bit weights or a saved adapter change the model
-    starts_plain = not config['quantize'] and not find_adapter(config['model'])
-    has_own_model = config['ref_model'] is not None
-    return None if starts_plain or has_own_model else adapters
+    is_changed = config['quantize'] or find_adapter(config['model'])
+    return adapters if is_changed and config['ref_model'] is None else None
 
 
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
@@ -216,12 +215,12 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         return _merge_saved(model, saved, empty) if saved else model
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
-    lora_config = _lora_config(model, saved, adapters)
+    lora_config = _saved_config(saved) if saved else _new_config(model, adapters)
     lora_config.lora_dropout = dropout
-    lora_config.task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
+    task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
     # reward models, such as PPO's critic, have no reference
     with_frozen_copy = saved is not None and not is_reward and adapters.get('keeps_copy', True)
-    model = _peft_model(model, lora_config, seed, with_frozen_copy)
+    model = _peft_model(model, lora_config, task_type, seed, with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)
         if not empty:
@@ -236,14 +235,18 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
-def _lora_config(model, saved, adapters=None):
-    """Return the peft.LoraConfig of a saved adapter, or of a new one on linear layers of the model's blocks.
-
-    adapters['targets'] holds layer names such as 'q_proj v_proj', or None for all. Raises UserError for unknown names."""
+def _saved_config(saved):
     import peft
 
-    if saved:
-        return peft.LoraConfig.from_pretrained(str(saved.folder))
+    return peft.LoraConfig.from_pretrained(str(saved.folder))
+
+
+def _new_config(model, adapters):
+    """Return the peft.LoraConfig of a new adapter on linear layers of the model's blocks. Raises UserError for unknown names.
+
+    adapters: dict from options(), with targets such as 'q_proj v_proj', or None for all linear layers"""
+    import peft
+
     linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     # path -> its last part: model.layers.0.self_attn.q_proj -> q_proj
     layer_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
@@ -275,7 +278,7 @@ def _check_trainable(model, saved):
     # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # load_model has already rejected the reverse, a reward model's adapter for a language model
+    # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:
@@ -288,8 +291,8 @@ def adapters_off(model):
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
     # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
-        layer._disable_adapters = FROZEN_COPY not in layer.lora_A  # name of an adapter -> its matrix A
-        layer._active_adapter = [FROZEN_COPY]
+        has_copy = FROZEN_COPY in layer.lora_A  # name of an adapter -> its matrix A
+        layer._disable_adapters, layer._active_adapter = not has_copy, [FROZEN_COPY]
     try:
         yield
     finally:
@@ -309,11 +312,6 @@ def write(model, weights, folder):
     base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
         (folder / BASE_HASH_FILE).write_text(base_hash)
-
-
-def merged(model):
-    """Merge the adapter of a PeftModel into its weights, in place, and return the inner transformers model."""
-    return quantize.dequantize(model).merge_and_unload()
 
 
 def describe(model):

@@ -17,9 +17,9 @@ def check(config):
     if config['tp'] > 1 and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
     is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
-    needs_full = ' and '.join(name for name in is_on if is_on[name])  # '', 'tp', ...
-    if needs_full and config['shard'] in ('none', 'grads'):
-        raise UserError(f'{needs_full} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
+    if any(is_on.values()) and config['shard'] in ('none', 'grads'):
+        names = ' and '.join(name for name in is_on if is_on[name])
+        raise UserError(f'{names} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     # with pack=False batches are padded anyway
     if config['attn'] and config['pack']:
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
@@ -38,11 +38,20 @@ def check(config):
 def choose_arithmetic(config, device):
     """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
     on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
-    use_tf32 = config.tf32 and on_gpu and in_float32
-    if config.tf32 and not use_tf32:
-        config.report_unused(['tf32'], 'it is for float32 on a GPU')
-    if config.deterministic and not on_gpu:
-        config.report_unused(['deterministic'], 'it is for a GPU')
+    if config.tf32:
+        if on_gpu and in_float32:
+            torch.set_float32_matmul_precision('high')
+        else:
+            config.report_unused(['tf32'], 'it is for float32 on a GPU')
+    if config.deterministic:
+        if on_gpu:
+            # read by cuBLAS at the first matmul
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+            torch.use_deterministic_algorithms(True)
+            # don't fill new tensors, which is slow: no code here reads uninitialized memory
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        else:
+            config.report_unused(['deterministic'], 'it is for a GPU')
     # device_map computes in float32 only, so there is no other choice
     if on_gpu and in_float32 and config.device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'
@@ -51,14 +60,6 @@ def choose_arithmetic(config, device):
         costs = room.bfloat16_costs()
         if costs > 2:
             say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
-    if use_tf32:
-        torch.set_float32_matmul_precision('high')
-    if config.deterministic and on_gpu:
-        # read by cuBLAS at the first matmul
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.use_deterministic_algorithms(True)
-        # don't fill new tensors, which is slow: no code here reads uninitialized memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def tensor_parallel(model, mesh, n_meshes):
@@ -81,31 +82,31 @@ def tensor_parallel(model, mesh, n_meshes):
     inner = core(model).base_model
     config = inner.config
     name = type(core(model)).__name__
+    ranks = mesh.size()
+
+    def check_divides(size, what, parts=ranks):
+        if size % parts:
+            problem = f'the {size} {what} of {name} do not divide by {parts}'
+            raise UserError(f'tp={ranks} on {ranks * n_meshes} ranks: {problem}')
+
     # {'layers.*.mlp.up_proj': 'colwise', ...}; embedding and head are left to FSDP
-    whole_plan = config.base_model_tp_plan or {}
-    plan = {path: style for path, style in whole_plan.items() if path.startswith('layers.')}
+    plan = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
         hint = 'leave out --tp, FSDP needs none'
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
-    # name of a size -> (size, number that must divide it)
-    ranks = mesh.size()
-    key_value_heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
-    sizes = {'attention heads': (config.num_attention_heads, ranks), 'key-value heads': (key_value_heads, ranks)}
+    check_divides(config.num_attention_heads, 'attention heads')
+    check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')
     head_shape = (getattr(config, 'head_dim', None),)
     for path, module in inner.named_modules():
         # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
         path_in_plan = '.'.join('*' if part.isdigit() else part for part in path.split('.'))
         style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
-            sizes[f'columns of {path}'] = (module.weight.shape[1], ranks)
+            check_divides(module.weight.shape[1], f'columns of {path}')
         elif style.startswith('colwise'):
             # torch calls it colwise to divide the rows of a weight (dim 0); FSDP divides each part again
-            sizes[f'rows of {path}'] = (len(module.weight), ranks * n_meshes)
+            check_divides(len(module.weight), f'rows of {path}', parts=ranks * n_meshes)
         # the other style in `styles` is for norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
-    for size_name, (size, parts) in sizes.items():
-        if size % parts:
-            problem = f'the {size} {size_name} of {name} do not divide by {parts}'
-            raise UserError(f'tp={ranks} on {ranks * n_meshes} ranks: {problem}')
     parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

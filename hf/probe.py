@@ -30,23 +30,23 @@ def _is_reward(model):
 
 def _difference(found, expected):
     """Return the maximum error of a tensor: relative, but absolute for expected values below 1."""
-    errors = (found - expected).abs() / expected.abs().clamp(min=1)
-    return errors.max().item()
+    relative = (found - expected).abs() / expected.abs().clamp(min=1)
+    return relative.max().item()
 
 
-def can_pack(model, examples, device, say, wanted=True):
-    """Return whether packed batches give the model's own log-probs or scores up to rounding. False if not wanted.
+def can_pack(model, examples, device, wanted=True):
+    """Return whether packed batches give the model's own log-probs or scores up to rounding; if not, say why. False if not wanted.
 
-    examples: Examples, two of which are tried; say: prints why packing does not work
-    If the result is False, training uses padded batches: raises UserError if those give other numbers, too."""
+    examples: Examples, two of which are tried. If the result is False, the caller uses padded batches: raises UserError if those give
+    other numbers, too."""
     packed, padded = two_layouts(examples, device)
     if wanted:
         max_error, reason = deviation(model, packed, padded)
         if max_error <= _tolerance(model):
             return True
+    # our own forward on padded batches, which may err by a logit scale under a config key that model.Head does not read
     max_error, message = deviation(model, padded, padded)
     if max_error > _tolerance(model):
-        # for example a logit scale under a config key that model.Head does not read
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')
@@ -73,8 +73,8 @@ def _tolerance(model):
 def deviation(model, batch, padded):
     """Compare our log-probs or scores of a batch, packed or padded, with the model's own forward on the same examples, padded.
 
-    Returns (maximum error as of _difference, what to say if that is too large); if a packed batch cannot run, infinity and the
-    reason. Raises UserError if a padded batch cannot run."""
+    Returns (maximum error as of _difference, what to say if that is too large). A packed batch that cannot run has an infinite error;
+    a padded one raises UserError."""
     config = core(model).config
     is_packed = bool(batch.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
@@ -114,10 +114,10 @@ def _transformers_numbers(model, padded):
     logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     if _is_reward(model):
         return logits[:, 0]
-    # of the whole vocabulary, where each of the N answer tokens is predicted: (N, V)
+    # predict_at: index in the flattened rows where each of the N answer tokens is predicted. (N, vocabulary)
     vocabulary_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
-    answer_logps = vocabulary_logps.gather(1, padded.target[:, None])[:, 0]  # (N,)
-    return padded.sum(answer_logps)
+    token_logps = vocabulary_logps.gather(1, padded.target[:, None])[:, 0]  # (N,)
+    return padded.sum(token_logps)
 
 
 def _is_machine_or_bug(error):
@@ -148,25 +148,25 @@ def _outputs(model, device):
     vocab_size = core(model).get_input_embeddings().num_embeddings
     ids = np.random.default_rng(0).integers(vocab_size, size=12)
     prompt, answers = ids[:4], [ids[4:8], ids[8:]]
-    batch = pack([(prompt, answers)], [0], pad=True, device=device)
+    batch = pack([(prompt, answers)], slots=[0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
-    # a sharded model has a method of the same name, which gathers the weights (fsdp.shard)
+    # fsdp.shard makes these functions methods of a sharded model, which gather its weights
     forward = getattr(model, function.__name__, partial(function, model))
     set_attention(model, packed=False)
     with torch.no_grad():
         return forward(batch).float().cpu()
 
 
-def compare(model, expected, device, half):
-    """Raise UserError if a sharded model's outputs differ from expected, of measure_loaded(). half (bfloat16): only warn."""
+def compare(model, expected, device, in_bfloat16):
+    """Raise UserError if a sharded model's outputs differ from expected, of measure_loaded(); in bfloat16 only warn."""
     max_error = _difference(_outputs(model, device), expected)
     # free the parameters gathered by the forward
     model.reshard()
-    limit = 0.1 if half else 0.01
+    limit = 0.1 if in_bfloat16 else 0.01
     if max_error <= limit:
         return
     text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {max_error:.1%}'
-    if not half:
+    if not in_bfloat16:
         raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
     say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')
 
@@ -196,19 +196,18 @@ def _length_limits(model):
     Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
     config = core(model).config.get_text_config()
     max_positions = getattr(config, 'max_position_embeddings', None) or math.inf
-    parameters = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    rope_options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     max_unscaled = math.inf
     # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}
-    for rope in (parameters, *parameters.values()):
+    for rope in (rope_options, *rope_options.values()):
         if not isinstance(rope, dict):
             continue
-        kind = str(rope.get('rope_type') or rope.get('type'))
-        if 'dynamic' in kind:
-            max_unscaled = min(max_unscaled, config.max_position_embeddings)
-        elif kind in ('longrope', 'su') or 'long_mscale' in rope:
+        rope_type = str(rope.get('rope_type') or rope.get('type'))
+        if 'dynamic' in rope_type:
+            max_unscaled = min(max_unscaled, max_positions)
+        elif rope_type in ('longrope', 'su') or 'long_mscale' in rope:
             key = 'original_max_position_embeddings'
-            original = rope.get(key) or getattr(config, key, None)
-            max_unscaled = min(max_unscaled, original or config.max_position_embeddings)
+            max_unscaled = min(max_unscaled, rope.get(key) or getattr(config, key, None) or max_positions)
     return max_positions, max_unscaled
 
 

@@ -19,14 +19,13 @@ from runtime.files import say
 def use_cache(run, build, make_sharded, every_row):
     """Set .ref of run.train and run.held_out: the reference's log-probs, from a file or by a pass over the reference.
 
-    build, make_sharded: see cached_logps. every_row: cache all training rows, not only those that this run trains on."""
-    # this pass keeps no activations, so microbatches can be larger
-    make_step = partial(run.make_step, max_tokens=4 * run.max_tokens)
+    build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called if there is no file
+    every_row: cache all training rows, not only those that this run trains on. All ranks call this together."""
     all_rows = slice(None)
     train_rows = all_rows if every_row else _used_rows(len(run.train), run.config)
     for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
         if len(examples):
-            cached_logps(build, make_sharded, examples, make_step, run.config.dtype, rows)
+            _set_ref(run, build, make_sharded, examples, rows)
     if run.config.sample_during_eval:
         say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
 
@@ -39,16 +38,14 @@ def _used_rows(n, config):
     return np.unique(np.concatenate([rows for _, rows in first_epoch]))
 
 
-def cached_logps(build, make_sharded, examples, make_step, dtype, rows):
-    """Set examples.ref to the log-probs (sums over tokens) of all answers under the reference. All ranks call this together.
+def _set_ref(run, build, make_sharded, examples, rows):
+    """Set examples.ref to the log-probs (sums over tokens) of all answers under the reference: (examples, answers of each), float32.
 
-    examples.ref: (examples, answers of each), float32; NaN outside rows, the examples that the run uses
-    build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called on a cache miss only
-    make_step(examples, rows): returns a data.Step; dtype: the compute dtype, a part of the key"""
+    rows: the examples that the run uses, all others get NaN. build, make_sharded: see use_cache"""
     used = examples.select(rows)
-    file, logps = ranks.shared(partial(_look_up, build, used, dtype))
+    file, logps = ranks.shared(partial(_look_up, build, used, run.config.dtype))
     if logps is None:
-        logps = _compute(make_sharded(), used, make_step)
+        logps = _compute(run, make_sharded(), used)
         # break the model's reference cycles (methods added by fsdp.py) to free its memory
         gc.collect()
         ranks.on_one_rank(partial(_save, file, logps))
@@ -95,20 +92,21 @@ def _key(model, examples, dtype):
 
 @errors.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
 @torch.no_grad()
-def _compute(model, examples, make_step):
+def _compute(run, model, examples):
     """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""
     # spans has a column for the prompt and one per answer
     num_answers = examples.spans.shape[1] - 1
     result = np.zeros((len(examples), num_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    # 512 examples at a time; a step has this rank's microbatches of them
+    # 512 examples at a time
     for start in range(0, len(examples), 512):
         rows = np.arange(start, min(start + 512, len(examples)))
-        batches = make_step(examples, rows).batches
+        # this rank's microbatches of them; this pass keeps no activations, so they can be larger
+        batches = run.make_step(examples, rows, max_tokens=4 * run.max_tokens).batches
         # response_logps returns (1, answers of the batch), in the order of the examples
         with adapters_off(model):
             own_logps = torch.cat([model.response_logps(batch).view(-1, num_answers) for batch in batches])
-        # gather_columns puts the column of each answer together from all ranks; slots: where this rank's values belong in it
+        # put the values of all ranks together, in a column for each answer; slots: index in rows of each of this rank's examples
         slots = [slot for batch in batches for slot in batch.slot]
         own_columns = dict(enumerate(own_logps.T))
         columns = fsdp.gather_columns(own_columns, slots, len(rows))

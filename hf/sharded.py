@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 def stays_gathered(model, mode):
     """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
-    # in mode none, gathered weights are a bfloat16 copy. Frozen weights are bfloat16 already: a kept copy would double their memory
+    # in mode none, FSDP gathers nothing but a bfloat16 copy of weights. Frozen ones are bfloat16 already: it would double their memory
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'
@@ -31,7 +31,7 @@ def reshard(model):
 def abandon_backward(model):
     """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
     if fsdp_modules(model):
-        # the end of every backward, which FSDP runs no more while it takes the broken one for unfinished
+        # what FSDP runs at the end of a backward, and otherwise would not run again: it takes the broken one for unfinished
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 
@@ -46,10 +46,10 @@ def be_root(model, unused):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Keep all weights gathered in the with block. Generation is several times faster, and ranks need not run in step."""
+    """Within the block, keep all weights gathered: generation is several times faster, and ranks need not run in step."""
     modules = fsdp_modules(model)
     try:
-        # FSDP takes the first module that runs as its root. Generation may start with a module inside PEFT's wrapper
+        # FSDP takes the first module that runs as its root, and generation may start with one inside PEFT's wrapper
         if modules:
             model.be_root(None)
         for m in modules:
@@ -57,9 +57,10 @@ def unsharded(model):
             m.unshard()
         yield
     finally:
-        # restore the settings of fsdp.shard: False for the root
+        # as before: fsdp.shard lets a forward reshard the blocks, unless they stay gathered, but never the root
         for m in modules:
-            m.set_reshard_after_forward(m is not model and not model.stays_gathered, recurse=False)
+            is_resharded = m is not model and not model.stays_gathered
+            m.set_reshard_after_forward(is_resharded, recurse=False)
         reshard(model)
 
 

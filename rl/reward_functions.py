@@ -78,9 +78,11 @@ def parts_of_options(config, eval_data):
     data_sets = {config.data, eval_data or config.data}
     if 'gold' in models and data_sets != {'toy'}:
         raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
-    # checkpoints hash the files that reward_model names, so that a resumed run notices changes
+    # checkpoints hash the files of these models, so that a resumed run notices changes
     if len(models) == 1:
         config['reward_model'] = models[0]
+    else:
+        config.reward_models = models
     if len(models) == len(parts):
         config.report_unused(['reward_workers', 'reward_timeout'], 'no function of your own is in --reward')
     return parts

@@ -26,7 +26,8 @@ from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, share
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
 _pending = None  # future of _write() for the checkpoint being written
-# the writer thread's collectives must not interleave with those of training: it has a process group of its own
+# the writer thread's collectives must not interleave with those of training: it has a process group of its own, which is made once
+# for each default group, dist.group.WORLD
 _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo', timeout=PATIENCE))
 
 
@@ -57,7 +58,7 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # DTensors are saved shard by shard; but if every rank has the whole model, as plain tensors (local)
+    # a rank saves its shards of DTensors. If it has the whole model, local() makes plain tensors of them, which save() divides up
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -95,8 +96,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
-    group = _writer_group(dist.group.WORLD)  # of the collectives of the writer's thread
-    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, group)
+    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
 
 
 def _remove_unfinished(folder):
@@ -161,9 +161,9 @@ def _complete(temporary, folder, state_text, keep_last):
         sync(out_dir / name)
     move_folder(temporary, folder)
     replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-    # newest first; later ones than this are damaged, as the run has resumed from an earlier one: they do not count
-    candidates = [path for path in _folders(out_dir) if path.name <= folder.name]
-    for old in candidates[keep_last:]:
+    # checkpoints of more examples do not count: the run has resumed from before them, so they are damaged
+    newest_first = [path for path in _folders(out_dir) if path.name <= folder.name]
+    for old in newest_first[keep_last:]:
         # best effort: a symlink cannot be removed this way
         shutil.rmtree(old, ignore_errors=True)
 
@@ -208,15 +208,14 @@ def _damage(folder):
 
 
 def latest(out_dir, run=None):
-    """Return the newest undamaged checkpoint folder, or None if out_dir has no checkpoints. Collective.
-
-    run: result of identify() to compare with, or None. Rank 0's disk decides; the result is broadcast. Warns of each
-    damaged checkpoint it skips. Raises UserError if all are damaged, or if out_dir belongs to another run."""
+    """Return what _newest_complete() finds on rank 0's disk. Collective."""
     return shared(lambda: _newest_complete(out_dir, run))
 
 
 def _newest_complete(out_dir, run):
-    """Return the newest undamaged checkpoint folder or None; raise UserError if all are damaged or of another run."""
+    """Return the newest undamaged checkpoint folder, or None if out_dir has no checkpoints. Warns of each one it skips.
+
+    run: result of identify() to compare with, or None. Raises UserError if all are damaged, or if out_dir is of another run."""
     recorded_run = recorded(out_dir)
     if run and recorded_run:
         check_same(f'{out_dir} holds', recorded_run, run)
@@ -251,7 +250,7 @@ def load(folder, model, optimizer):
     reader = HuggingFaceStorageReader(str(folder))
     saved_tensors = reader.read_metadata().state_dict_metadata
     saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
-    # drop the state of parameters that had none when the checkpoint was saved: all before the first step, or layers that never run
+    # the optimizer has state for all parameters now: drop it for those that had none in the checkpoint, as layers that never run
     with_state = {saved.rpartition('.')[0] for saved in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:

@@ -89,14 +89,14 @@ def memory_for(advice):
 
 
 def can_split(error, batches):
-    """Return whether memory ran out, by an error of explained(), in microbatches of which one has several examples."""
+    """Return whether error is of full memory, see explained(), and one of these microbatches has several examples."""
     return hasattr(error, 'of_this_rank') and any(len(batch.slot) > 1 for batch in batches)
 
 
 def memory_of(batches, max_tokens):
     """Return a memory_for() context for work on these microbatches, with advice on which option to lower."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
-    # lowering max_tokens cannot shrink a microbatch of a single example
+    # lowering max_tokens cannot shrink a microbatch of a single example; batch.slot has a number for each
     to_lower = 'max_tokens, which changes no result'
     if all(len(batch.slot) == 1 for batch in batches):
         to_lower = 'max_length, since one example fills it'

@@ -43,23 +43,23 @@ def watch(name):
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
+    # a thread of its own waits for signals, which all other threads block: the main thread may be inside C code for minutes
+    # (such as a rendezvous), where Python runs no handlers
     def listen():
         while True:
             on_signal(signal.sigwait(SIGNALS))
 
+    # a forked child has no such thread
     def restore_defaults():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    # handlers for user code inside unblocked()
+    # these handlers are for user code inside unblocked() only
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: on_signal(received))
-    # elsewhere signals are blocked in all threads, and one thread waits for them: the main thread may be inside C code for minutes
-    # (such as a rendezvous), where Python runs no handlers
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=listen, daemon=True).start()
-    # a forked child has no listening thread
     os.register_at_fork(after_in_child=restore_defaults)
     # python -c has no file to read options from
     script = getattr(sys.modules['__main__'], '__file__', None)
@@ -86,8 +86,7 @@ def on_signal(number):
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
     exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
-    code = INTERRUPTED if number == signal.SIGINT else SAVED  # 130 or 75
-    _code = max(_code, code)
+    _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)  # 130 or 75
 
     message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
@@ -97,9 +96,9 @@ def on_signal(number):
     # os.write, because print could deadlock if the main thread holds the lock of stderr
     if main_rank() and (exits_now or is_first_signal):
         os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
-    if main_rank() and exits_now and _progress:
-        os.write(1, f'{_progress()}\n'.encode())
     if exits_now:
+        if main_rank() and _progress:
+            os.write(1, f'{_progress()}\n'.encode())
         os._exit(_code)
 
 
@@ -129,18 +128,16 @@ def stop_asked():
 def check_early(script):
     """Validate the command line of a script without running its slow imports. Exits on --help; raises UserError."""
     source = Path(script).read_text('utf-8')
-    # find the script's own call: configure(globals()) or configure(globals(), shared=training). Scripts that pass other arguments
+    # the script's own call: configure(globals()) or configure(globals(), shared=training). Scripts that pass other arguments
     # (plot.py, report.py) check their command line later
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # the same call, without importing the script or its shared module: configure() only reads the source at their __file__
+    # make that call with stand-ins for globals() and for the shared module: configure() only reads the source at their __file__
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
-    shared_name = call[1]
-    shared_module = None
-    if shared_name:
-        shared_module = types.SimpleNamespace(__file__=Path(script).with_name(f'{shared_name}.py'))
-    configure(script_globals, shared=shared_module, early=True)
+    shared_name = call[1]  # None if there is none
+    shared = shared_name and types.SimpleNamespace(__file__=Path(script).with_name(f'{shared_name}.py'))
+    configure(script_globals, shared=shared, early=True)
 
 
 # ---- a run and its folder ----
@@ -152,8 +149,7 @@ def begin(out_dir, config, resume):
 
     # one process may do several runs in a row
     global _code, _stage
-    _code = 0  # exit code that a signal has asked for; 0: no signal
-    _stage = 'loading'  # a signal exits at once
+    _code, _stage = 0, 'loading'
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -184,15 +180,14 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it has been called. Ctrl-C, or the first signal at all, during the retries
-    leaves one last try; raises UserError if that fails."""
+    save(): starts a checkpoint; already_started: it has been called for the first try. A signal during the retries leaves one
+    last try, if it is the first signal or the first Ctrl-C; raises UserError if that fails."""
     from runtime import checkpoint, ranks
 
-    # largest exit code asked for so far: 0, SAVED or INTERRUPTED. A signal with a larger one ends the retries. This is not by
-    # stop_asked(), which raises the error of an earlier checkpoint; checkpoint.wait() below has cleared it
+    # largest exit code of a signal so far, on any rank: 0, SAVED or INTERRUPTED. Not stop_asked(): it would raise the error of an
+    # earlier checkpoint, which is to be caught below, by save() or wait()
     (code_before,) = ranks.largest([_code])
-    has_warned = False
-    is_last_try = False
+    is_last_try = has_warned = False
     while True:
         try:
             if not already_started:
@@ -208,7 +203,7 @@ def keep(save, already_started=False):
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
             has_warned = True
-        # sleep for PAUSE seconds, but look for a signal each second, on all ranks together
+        # sleep for PAUSE seconds, or until a signal with a larger exit code, which all ranks look for together
         for _second in range(PAUSE):
             time.sleep(1)
             is_last_try = stop_asked() > code_before
@@ -216,27 +211,26 @@ def keep(save, already_started=False):
                 break
 
 
-def export(model, tokenizer, build, folder, card, dtype, save):
-    """Write log rows that wait for disk space, then the model. Returns its dtype on rank 0. Collective.
+def export(model, write, save):
+    """Write log rows that wait for disk space, then export the model by write(), and return what that returns. Collective.
 
-    If the export fails, save() a checkpoint and raise UserError."""
-    from hf.export import write_model
+    If write() fails, write a checkpoint, which save() starts, and raise UserError."""
     from hf.load import without_value_head
     from runtime import ranks
 
     try:
         ranks.on_one_rank(files.append_kept)
         with without_value_head(model):
-            return write_model(model, tokenizer, build, folder, card, dtype)
+            return write()
     except UserError as error:
         keep(save)
         raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None
 
 
 def end():
-    """Unlock out_dir and ignore further signals. Called last: export() above has waited for the last checkpoint."""
+    """Unlock out_dir and ignore further signals. Called last, when model and checkpoints are written."""
     global _stage
-    _stage = 'over'  # on_signal() ignores signals
+    _stage = 'over'
     files.unlock()
 
 
@@ -248,35 +242,34 @@ def finite(columns):
     return all(bool(values.isfinite().all()) for values in columns.values())
 
 
-def bad_step(out_dir, state, allowed, first, rows, uid, norm, columns):
-    """Record a skipped step whose loss or gradient is not finite: increment state['bad_steps']. Collective.
+def bad_step(run, first, rows, columns):
+    """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    allowed: maximum of such steps; first: examples before this step; norm: gradient norm. Per example of the step: rows
-    (dataset indices), uid (text hashes), columns (name -> tensor). Appends the non-finite examples, or all if only the
-    gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if there are more bad steps than allowed."""
+    first: examples before this step. Per example of the step: rows (indices in run.train) and columns (name -> tensor). Appends
+    the non-finite examples, or all of them if only the gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if
+    there are more such steps than --skip_bad_steps."""
     import torch
 
     is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
-    slots = is_bad.nonzero().flatten().tolist()  # places of the bad examples in the step
-    quantity = 'loss'
+    quantity = 'loss' if is_bad.any() else 'gradient'
     # a gradient cannot be traced to single examples: record them all
-    if not slots:
-        quantity = 'gradient'
-        slots = range(len(rows))
-    file = Path(out_dir) / 'bad_step.jsonl'
+    places = is_bad.nonzero().flatten().tolist() or range(len(rows))
+    file = Path(run.config.out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
-    for slot in slots:
-        row = {'examples': last, 'what': quantity, 'place': slot, 'index': int(rows[slot]), 'uid': int(uid[slot])}
-        numbers = {name: values[slot].item() for name, values in columns.items()} | {'grad_norm': norm}
+    for place in places:
+        index = int(rows[place])
+        row = {'examples': last, 'what': quantity, 'place': place, 'index': index, 'uid': int(run.train.uid[index])}
+        numbers = {name: values[place].item() for name, values in columns.items()} | {'grad_norm': run.norm}
         # JSON has no NaN or infinity: write them as strings
         row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
 
-    state['bad_steps'] += 1
+    run.state['bad_steps'] += 1
+    count, allowed = run.state['bad_steps'], run.config.skip_bad_steps
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
-    written = f'{len(slots)} of its examples are in {file}'
-    if state['bad_steps'] > allowed:
+    written = f'{len(places)} of its examples are in {file}'
+    if count > allowed:
         hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
         raise UserError(f'{sentence}; {written}: look at them, {hint}')
-    say(f'warning: {sentence}; {written}: skipped, {state["bad_steps"]} of {allowed} allowed')
+    say(f'warning: {sentence}; {written}: skipped, {count} of {allowed} allowed')

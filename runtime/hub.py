@@ -55,11 +55,10 @@ def check_there(name):
     # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
     where = looked_in(name).strip() or 'on this machine'
     if not _may_be_hub_id(name):
-        # the config files call their models out/sft_toy/model and so on: name the command that trains it
+        # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command
         run = Path(name).parent.name
-        script = run.partition('_')[0]
         is_ours = name == f'out/{run}/model' and Path(__file__).parents[1].joinpath('config', f'{run}.py').exists()
-        how = f' by python {script}.py config/{run}.py' if is_ours else ''
+        how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
         raise UserError(f'there is no model folder {name!r} {where}: train it first{how}, or name another one')
     # offline, file_of() finds only what is in the cache
     if not reachable() and file_of(name, 'config.json') is None:
@@ -83,8 +82,7 @@ def file_of(name, file):
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        # called for its effect: offline mode if the hub does not answer
-        reachable()
+        reachable()  # turns offline mode on if the hub does not answer
     # cached_file returns None for these, and raises OSError for an invalid hub id, which the reader of its config will report
     quiet = ('gated_repo', 'missing_entries', 'connection_errors')
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}

@@ -33,11 +33,11 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
 
 
 def check_names(out_dir):
-    """Raise UserError if a run would write through symlinks in out_dir, or overwrite files beside no config.json."""
+    """Raise UserError for names in out_dir that a run writes to: symlinks, and files of an unknown run, without a config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):
-        # NAME.tmp is the temporary file of atomic writes
+        # a run writes NAME.tmp first, and renames it
         for path in (folder / name, folder / f'{name}.tmp'):
             if path.is_symlink():
                 raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
@@ -65,33 +65,31 @@ def recorded(out_dir):
 
 
 def differences(recorded_run, run, neutral=NEUTRAL):
-    """Return the differences between two runs as a list of phrases, such as 'lr 1e-06 there and 5e-07 here'; [] if there are none.
+    """Return a phrase for each difference between two runs, such as 'lr 1e-06 there and 5e-07 here'.
 
-    Both are dicts of 'script', 'options' (name -> value) and 'contents', hashes: {'model': {file: hash}, 'training examples': hash}.
-    neutral: options to ignore. Fields that an older version did not record count as equal."""
+    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
+    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal."""
     phrases = []
+    # '': an older version recorded no script
     if recorded_run['script'] not in ('', run['script']):
         phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
-    recorded_options = recorded_run['options']
-    origin = getattr(run['options'], 'origin', {})  # option -> where its value comes from, such as 'default'
-    for name, value in run['options'].items():
-        # an option that did not exist when the run was recorded
-        is_new_default = name not in recorded_options and origin.get(name) == 'default'
-        if name in neutral or is_new_default:
-            continue
-        recorded_value = recorded_options.get(name)
-        if recorded_value != value:
-            phrases.append(f'{name} {recorded_value!r} there and {value!r} here')
+    there, here = recorded_run['options'], run['options']
+    origin = getattr(here, 'origin', {})  # option -> where its value comes from, such as 'default'
+    for name in here:
+        # an option that is newer than the recorded run
+        is_new_default = name not in there and origin.get(name) == 'default'
+        if name not in neutral and not is_new_default and here[name] != there.get(name):
+            phrases.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
-        # a model: name the first file that differs
         if isinstance(hashes, dict):
+            # the files of a model: name the first that differs
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            phrases.append(f'{name} {run["options"].get(name)!r} has changed since: {file}')
+            phrases.append(f'{name} {here.get(name)!r} has changed since: {file}')
         else:
             phrases.append(f'the {name} have changed since: their tokens, labels or order')
     return phrases
@@ -100,7 +98,7 @@ def differences(recorded_run, run, neutral=NEUTRAL):
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    place: start of the message, such as 'FOLDER holds'. The runs are dicts as for differences()."""
+    place: start of the message, such as 'FOLDER holds'. The runs are dicts as for differences(), of which it names three."""
     phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
     if phrases:
         advice = 'put back what it began with, or choose another --out_dir'
@@ -190,13 +188,10 @@ def cut_back(out_dir, start, evaluated):
     start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
     folder = Path(out_dir)
 
+    # of a row of metrics.jsonl. A new run keeps none, not even those of the evaluation at 0 examples
     def is_kept(row):
-        """Whether a row of metrics.jsonl stays; the run writes the others again."""
-        # a new run keeps none, not even those of the evaluation at 0 examples
-        if not start:
-            return False
         last = evaluated if row['split'] == 'eval' else start
-        return row['counters/examples'] <= last
+        return start > 0 and row['counters/examples'] <= last
 
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
     cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
@@ -205,8 +200,6 @@ def cut_back(out_dir, start, evaluated):
 
 class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
-
-    say = staticmethod(say)
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
         """Open the logs and the trackers.
@@ -322,7 +315,9 @@ def progress(total, unit, description, **options):
 
 
 def speeds(step, elapsed, waited):
-    """Return the metrics of a step on its size and speed. elapsed, waited: seconds that it took, and waited for its data."""
+    """Return the metrics of a step on its size and speed. elapsed: seconds that it took; waited: of them, those for its data.
+
+    padding_share: of the tokens in its microbatches; data_wait_per_second: share of the time."""
     n = len(step.rows)
     metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
     for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():

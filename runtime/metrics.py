@@ -3,6 +3,7 @@
 import math
 
 import losses
+from runtime.files import say
 
 
 def of_preferences(split, loss, chosen, rejected, is_right):
@@ -37,26 +38,18 @@ def of_dpo(objective, columns, split):
     """Return the metrics of dpo.py (name -> float) from the columns of a step or an evaluation.
 
     objective: a runtime.objective.Objective; split: 'train' or 'eval'."""
-    loss, weight = columns['loss'], columns['weight']
-    mean_loss = (weight * loss).sum() / weight.sum()
-    beta_prime = objective.options['beta_prime']
-    if beta_prime:
-        # Dr. DPO minimises -beta' log mean exp(-loss / beta'), where mean is weighted, too
-        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
-        mean_loss = -beta_prime * log_mean
-
-    # a pair is right if the chosen answer has the higher reward
     if objective.paired:
+        # a pair is right if the chosen answer has the higher reward
         chosen, rejected = (answers_of(objective, columns, side) for side in ('_w', '_l'))
         is_right = chosen['reward'] > rejected['reward']
     else:
-        # a single answer is right if it is good and its reward is above that of kto's z (other losses: 0), or bad and below
-        is_good, answers = columns['good'], answers_of(objective, columns, '')
-        chosen = {name: values[is_good] for name, values in answers.items()}
-        rejected = {name: values[~is_good] for name, values in answers.items()}
+        # a good answer is right if its reward is above the threshold (that of kto's z; other losses: 0), a bad one below
+        answers, is_good = answers_of(objective, columns, ''), columns['good']
+        chosen, rejected = ({name: x[mask] for name, x in answers.items()} for mask in (is_good, ~is_good))
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
-    metrics = of_preferences(split, mean_loss, chosen, rejected, is_right)
+    loss = _mean_loss(columns['loss'], columns['weight'], objective.options['beta_prime'])
+    metrics = of_preferences(split, loss, chosen, rejected, is_right)
     # unlike rewards, plain log-ratios are comparable across losses
     if objective.paired and objective.needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
@@ -72,13 +65,21 @@ def of_samples(logratio, tokens):
     return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
 
 
+def _mean_loss(loss, weight, beta_prime):
+    """Return what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')."""
+    if not beta_prime:
+        return (weight * loss).sum() / weight.sum()
+    log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
+    return -beta_prime * log_mean
+
+
 def answers_of(objective, columns, side):
     """Return the columns of one side, pi_w as 'pi' and so on, plus log-ratios ('ratio') and implicit rewards ('reward').
 
     side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the reward is what this loss compares: the log-ratio, perhaps scaled by beta, with the divergence, or per token
+    # the reward is what this loss compares: the log-ratio, with what else its formula has of beta, alpha, div and n
     terms = {name: objective.options[name] for name in ('beta', 'alpha') if objective.uses[name]}
     if objective.has_divergence:
         terms['div'] = answers['div']
@@ -94,37 +95,29 @@ def numbers(metrics):
     return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
 
 
-def say_first_step(objective, columns, metrics, say):
-    """Print loss and rewards before the first step and what this loss should be; warn if rewards are not 0 where policy and
-    reference are the same model. columns, metrics: of the first step; say(sentence): prints it."""
-    # a step without rejected answers, say, has no such metric
+def say_first_step(objective, columns, metrics):
+    """Print loss and rewards before the first step, and what this loss should be. columns, metrics: of the first step.
+
+    Warns if rewards are not 0 where policy and reference are the same model."""
+    # a step of single answers may have no rejected one, and then no such metric
     chosen, rejected = (metrics.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
     sentence = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
     if objective.needs_ref:
         sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
     say(sentence)
-    if note := note_on_accuracy(objective.name, objective.paired, objective.needs_ref):
-        say(note)
+    # what acc and margin on the screen mean, where they are not of pairs and a reference
+    notes = []
+    if not objective.paired:
+        acc = 'acc is the share of answers on the right side'
+        notes.append(f'{acc}, margin the mean reward of good less that of bad ones')
+    if not objective.needs_ref:
+        policy_alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
+        notes.append(f'{objective.name} has no reference: {policy_alone}')
+    if notes:
+        say(f'note: {"; ".join(notes)}')
     options = objective.options
     is_rounded = options['dtype'] == 'bfloat16' or options['tf32']
-    allowed = 1e-2 if is_rounded else 1e-4
+    tolerance = 1e-2 if is_rounded else 1e-4
     is_same_model = objective.needs_ref and options['ref_model'] is None
-    if is_same_model and max(abs(chosen), abs(rejected)) > allowed:
+    if is_same_model and max(abs(chosen), abs(rejected)) > tolerance:
         say('warning: policy and reference are one model, so the rewards should be 0 before the first step')
-
-
-def note_on_accuracy(loss, paired, has_reference):
-    """Return a note on what acc and margin on the screen mean, or None if they are those of pairs' rewards to a reference.
-
-    loss: name; paired: the loss compares pairs; has_reference: rewards are log-ratios to a reference."""
-    sentences = []
-    # the right side for a good answer is above kto's z, for a bad one below, see of_dpo
-    if not paired:
-        acc = 'acc is the share of answers on the right side'
-        sentences.append(f'{acc}, margin the mean reward of good less that of bad ones')
-    if not has_reference:
-        policy_alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        sentences.append(f'{loss} has no reference: {policy_alone}')
-    if not sentences:
-        return None
-    return f'note: {"; ".join(sentences)}'

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 
 from configurator import UserError
+from runtime.hub import first_line
 from runtime.values import did_you_mean
 
 # column arguments of losses of pairs and of single answers, described in losses.py
 PAIRS = set('ratio_w ratio_l pi_w pi_l n_w n_l div_w div_l'.split())
 SINGLES = set('ratio pi n div good'.split())
+# where table() tries a loss: log-ratio of the chosen minus that of the rejected answer, or of a single answer, in nats
+MARGINS = [-1000.0, -20.0, -5.0, -1.0, 0.0, 1.0, 5.0, 20.0, 1000.0]
 
 
 def inputs(*functions):
@@ -23,18 +26,17 @@ def call(fn, known):
     return fn(**{name: known[name] for name in inputs(fn) if name in known})
 
 
-def find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None) for a loss name. losses, statistics: name -> function.
+def _find(name, losses, statistics, options):
+    """Return (loss function, its per-step statistic or None, whether it compares pairs) for a loss name.
 
-    Raises UserError if there is no such loss, or if it takes unknown options or columns."""
+    losses, statistics: name -> function. Raises UserError if there is no such loss, or if it takes unknown options or columns."""
     if name not in losses:
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{did_you_mean(name, losses)}')
     fn = losses[name]
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():
-        has_default = p.default is not p.empty
-        # a loss with a statistic also takes its columns, whose names are not known here
-        if statistic or has_default:
+        # a statistic adds columns, whose names are not known here; a default stands in for what is missing
+        if statistic or p.default is not p.empty:
             continue
         # in a signature, options stand after a *, columns before it
         is_option = p.kind is p.KEYWORD_ONLY
@@ -50,7 +52,7 @@ def find(name, losses, statistics, options):
     if takes_pairs == takes_singles:
         wanted = 'columns of pairs or of single answers, not for neither, nor both'
         raise UserError(f'the loss {name} must ask for {wanted}')
-    return fn, statistic
+    return fn, statistic, takes_pairs
 
 
 class Objective(NamedTuple):
@@ -90,64 +92,111 @@ class Objective(NamedTuple):
 def objective_of(config, losses, statistics):
     """Return the Objective of a run with these options. losses, statistics: name -> function.
 
-    An option without effect is a UserError on the command line, and ignored in a config file, with a note. Options that
-    exclude one another are a UserError."""
+    Raises UserError for options without effect or that exclude one another, and for a loss that fails when it is tried out."""
     name = config.loss
-    fn, statistic = find(name, losses, statistics, config)
+    fn, statistic, paired = _find(name, losses, statistics, config)
     asks_for = inputs(fn, statistic)
-    paired = bool({'pi_w', 'ratio_w'} & asks_for)
-    has_ratio = bool({'ratio', 'ratio_w'} & asks_for)
-    has_divergence = 'div_w' in asks_for
+    has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
+    has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
     has_risk = name.startswith('radpo')
-    every_input = inputs(*losses.values(), *statistics.values())
-    uses = {option: option in asks_for for option in every_input}
-    # options that are in no signature
-    uses |= {'reference_free': has_ratio and not has_divergence, 'sft_coef': paired, 'risk': has_risk, 'mu': has_risk}
+    # an option that some loss has in its signature; then those that are in none
+    uses = {option: option in asks_for for option in inputs(*losses.values(), *statistics.values())}
+    uses |= {'reference_free': has_ratio and not has_divergence, 'risk': has_risk, 'mu': has_risk, 'sft_coef': paired}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
 
+    # this loss's defaults, and its values of options that it does not use
     options = dict(config)
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    unused = [option for option in config if not uses.get(option, True)]
-    config.report_unused(unused, f'the loss {name} does not use it')
-    if not options['importance']:
-        config.report_unused(['importance_max'], 'importance is off')
-    if not paired:
-        config.report_unused(['share_prefix'], 'there is one answer to a prompt')
-    if not needs_ref:
-        config.report_unused(['ref_model'], 'there is no reference')
-
-    # defaults that depend on the loss
     if config.label_smoothing is None or not uses['label_smoothing']:
         options['label_smoothing'] = 0.1 if name in ('cdpo', 'robust', 'exo') else 0.0
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
-    _reject_conflicts(name, options, needs_ref, has_divergence, has_risk)
-    # a mistake in a new formula is told here, before any model is loaded
-    from runtime import check_loss
 
-    check_loss.table(name, fn, statistic, options)
     is_per_token = 'n_l' in asks_for and (name != 'ipo' or config.average)
-    return Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
+    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
+    _report_unused(config, objective)
+    _reject_conflicts(objective)
+    table(name, fn, statistic, options)
+    return objective
 
 
-def _reject_conflicts(name, options, needs_ref, has_divergence, has_risk):
+def _report_unused(config, objective):
+    """Refuse options without effect that were given on the command line; print a note on those of a config file."""
+    unused = [option for option in config if not objective.uses.get(option, True)]
+    config.report_unused(unused, f'the loss {objective.name} does not use it')
+    if not objective.options['importance']:
+        config.report_unused(['importance_max'], 'importance is off')
+    if not objective.paired:
+        config.report_unused(['share_prefix'], 'there is one answer to a prompt')
+    if not objective.needs_ref:
+        config.report_unused(['ref_model'], 'there is no reference')
+
+
+def _reject_conflicts(objective):
     """Raise UserError for options that make no sense together."""
+    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
     smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
+    importance, cache = options['importance'], options['cache_ref']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
+    bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
     is_alone = name == 'kto' and options['batch_size'] < 2
     # the cache has log-probs of the data's answers: no divergences, and none of the mismatched answers of kto
-    needs_live_ref = has_divergence or name == 'kto'
-    mistakes = {  # message -> whether it applies
-        f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}': bad_smoothing,
-        f'mu must lie between 0 and 1 for the risk {risk}, not {mu}': has_risk and risk != 'erm' and mu > 1,
-        '--importance is a ratio to the reference: leave out --reference_free': options['importance'] and not needs_ref,
-        f'--cache_ref: the loss {name} has no reference to cache': options['cache_ref'] and not needs_ref,
-        f'--cache_ref: the loss {name} needs the live reference': options['cache_ref'] and needs_live_ref,
-        'kto compares examples of a step with one another: batch_size must be 2 or more': is_alone,
-    }
-    for sentence, is_so in mistakes.items():
-        if is_so:
-            raise UserError(sentence)
+    not_in_cache = objective.has_divergence or name == 'kto'
+    mistakes = [  # (whether it is made, message)
+        (bad_smoothing, f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}'),
+        (bad_mu, f'mu must lie between 0 and 1 for the risk {risk}, not {mu}'),
+        (importance and not needs_ref, '--importance is a ratio to the reference: leave out --reference_free'),
+        (cache and not needs_ref, f'--cache_ref: the loss {name} has no reference to cache'),
+        (cache and not_in_cache, f'--cache_ref: the loss {name} needs the live reference'),
+        (is_alone, 'kto compares examples of a step with one another: batch_size must be 2 or more'),
+    ]
+    for is_made, message in mistakes:
+        if is_made:
+            raise UserError(message)
+
+
+def table(name, fn, statistic, options):
+    """Try a loss and its gradient in float32 at each of MARGINS, before any model is loaded; return a row of floats for each.
+
+    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
+    ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
+    loss fails, or does not return one number per example, with a gradient."""
+    columns, ratios = _columns_to_try(is_paired=not PAIRS.isdisjoint(inputs(fn)))
+    # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
+    if statistic:
+        step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': columns.get('ratio')}
+        new_columns, _state = call(statistic, options | columns | step_inputs)
+        columns |= {column: values.detach().float() for column, values in new_columns.items()}
+    try:
+        # columns override options of the same name
+        losses = call(fn, options | columns)
+    except Exception as error:  # whatever a mistake in somebody's formula raises
+        raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
+    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),):
+        expected = f'a number for each example, ({len(MARGINS)},)'
+        raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
+    if not losses.requires_grad:
+        advice = 'it must be computed from the columns that it asks for, without detach'
+        raise UserError(f'the loss {name} has no gradient: {advice}')
+    # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
+    slopes = torch.autograd.grad(losses.sum(), ratios, allow_unused=True, materialize_grads=True)
+    return torch.stack([torch.tensor(MARGINS), losses, *slopes], dim=1).tolist()
+
+
+def _columns_to_try(is_paired):
+    """Return (columns of one example for each of MARGINS, name -> tensor; the list of the log-ratios among them, with gradient)."""
+    margin = torch.tensor(MARGINS)
+    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
+    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
+    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    for suffix, ratio in ratios.items():
+        columns[f'ratio{suffix}'] = ratio.requires_grad_()
+        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
+        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
+        # typical values: ten tokens per answer, a divergence of 0.3 nats
+        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
+        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
+    return columns, list(ratios.values())

@@ -11,15 +11,10 @@ def prefetch(iterator):
     """Yield the items of an iterator, while a thread computes the next two.
 
     The iterator's exceptions are raised here, as UserError if memory is full."""
-    # new threads default to the first GPU
-    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def choose_gpu():
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
-
+    # a new thread would use the first GPU; set_device(-1) does nothing
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     # a single thread keeps the order; next() returns end after the last item
-    thread = ThreadPoolExecutor(1, initializer=choose_gpu)
+    thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(gpu,))
     end = object()
     futures = [thread.submit(next, iterator, end) for _ in range(2)]
     while True:

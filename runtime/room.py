@@ -1,6 +1,7 @@
 """Check before the first step that a run fits on the disk and into memory, and choose max_tokens='auto'.
 
-training.py calls bytes_per_token() and choose_max_tokens() for max_tokens='auto', and check_room() for every run."""
+training.py calls bytes_per_token() and choose_max_tokens() for max_tokens='auto', and check_room() for every run. There config
+are the options of the run, train its Examples, packed whether microbatches have no padding."""
 
 import contextlib
 import math
@@ -34,37 +35,21 @@ SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
 SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
-def check_room(config, policy, measure_per_token, train, total, packed, max_tokens, others=()):
-    """Raise UserError if the disk has no room for the model or the checkpoints of --save_every; on a CPU, print the memory needed.
+def check_room(run, frozen_models=()):
+    """Check disk and memory for a training.Run, and print a note on examples that are longer than max_tokens. Collective.
 
-    Prints a note on examples that are longer than max_tokens.
-    measure_per_token(): returns bytes of activations per token; train: Examples; total: examples of the run; packed: no
-    padding; others: models in memory besides policy, or None in their place. Returns whether checkpoints fit, too. Collective."""
-    # bytes over all ranks; the exported model lacks ppo.py's value head and critic, which are in its checkpoints
-    not_exported = {'critic', 'value_head'}
-    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
-    bytes_each = 4 if config['save_dtype'] == 'float32' else 2
-    # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
-    model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
-    # a checkpoint has the trained weights and the optimizer state, in float32
-    numbers_each = 1 + MOMENTS[config['optimizer']]
-    checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
-    checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, total))
+    frozen_models: those in memory besides the policy; None and the policy itself do not count. Returns whether checkpoints of
+    save_every='auto' fit on the disk. Raises UserError if the model does not fit, or checkpoints that --save_every asks for."""
+    checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, *_sizes_on_disk(run.config, run.policy), run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
-        tokens = _largest_batch(config, train, packed, max_tokens)
-        subject = f'a microbatch of up to {tokens:,} tokens'
-        if config['max_tokens'] == 'auto':
-            subject = f'max_tokens={max_tokens} (auto): {subject}'
-        other_models = [other for other in others if other is not None and other is not policy]
-        frozen = sum(_count(other.parameters()) for other in other_models)
-        needs = _estimate_for(config, policy, measure_per_token(), frozen, tokens)
-        _check_memory(needs, subject, tokens, longest=int(train.lengths.max()))
-    lengths = _lengths(config, train, packed)
-    too_long = lengths[lengths > max_tokens]
+        frozen = [model for model in frozen_models if model is not None and model is not run.policy]
+        _check_memory(run, sum(_count(model.parameters()) for model in frozen))
+    lengths = _lengths(run.config, run.train, run.packed)
+    too_long = lengths[lengths > run.max_tokens]
     if len(too_long):
-        problem = f'{len(too_long)} examples are longer than max_tokens={max_tokens} (the longest: {too_long.max()})'
-        say(f'note: {problem}: each gets a microbatch of its own')
+        limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
+        say(f'note: {len(too_long)} examples are longer than {limit}: each gets a microbatch of its own')
     return checkpoints_fit
 
 
@@ -73,17 +58,30 @@ def _count(parameters, only_trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not only_trained)
 
 
+def _sizes_on_disk(config, policy):
+    """Return (bytes of the exported model, bytes of a checkpoint), over all ranks."""
+    # the exported model lacks ppo.py's value head and critic, which are in its checkpoints
+    not_exported = {'critic', 'value_head'}
+    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
+    bytes_each = 4 if config['save_dtype'] == 'float32' else 2
+    # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
+    model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
+    # a checkpoint has the trained weights and the optimizer state, in float32
+    numbers_each = 1 + MOMENTS[config['optimizer']]
+    return model_bytes, 4 * numbers_each * _count(policy.parameters(), only_trained=True)
+
+
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
     """Return whether out_dir's disk has room for the model and the checkpoints of a run of total examples.
 
     Raises UserError if the model does not fit, or checkpoints that save_every asks for. With 'auto' it only warns."""
     out_dir = config['out_dir']
-    every = config['save_every']  # examples between checkpoints, 0 for none, or 'auto': not known yet
+    every = config['save_every']  # examples between checkpoints, 0 or None for none, or 'auto': not known yet
     num_saves = 0
     if every == 'auto':
         num_saves = total
-    # - 1: at the end of the run the model is written, and no checkpoint
     elif every:
+        # - 1: at the end of the run the model is written, and no checkpoint
         num_saves = (total - 1) // every
     num_present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
     # + 1: an old checkpoint is deleted only after the new one is complete
@@ -95,28 +93,31 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model_bytes)}'
     if num_to_come:
         text += f', and {num_to_come} checkpoints take {_size(checkpoint_bytes)} each'
+    # with 'auto', a run that is too short for checkpoints needs room for its model only
     if every != 'auto' or model_bytes > free:
         raise UserError(f'{text}; make room, or choose another --out_dir')
     say(f'warning: {text}: however long this run is, it writes no checkpoint')
     return False
 
 
-def _check_memory(needs, subject, tokens, longest):
-    """Print the memory that all ranks on this machine need; warn, with advice, if it has less.
+def _check_memory(run, frozen):
+    """Print the memory that all ranks on this machine need for a run; warn, with advice, if it has less.
 
-    needs: name -> bytes of one rank; subject: start of the message; tokens: of the microbatch; longest: of the longest example."""
-    ranks_here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    available = machine_memory()
-    needs = {name: number * ranks_here for name, number in needs.items() if number}
-    total = sum(needs.values())
+    frozen: number of parameters of the models that are not trained."""
+    tokens = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
+    needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens)
+    needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
+    total, available = sum(needs.values()), machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
-    text = f'memory: {subject} takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
+    text = f'a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
+    choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
+    text = f'memory: {choice}{text}'
     if total <= available:
         say(text)
         return
     # only activations shrink with the microbatch, which holds at least the longest example
     share_that_fits = 1 - (total - available) / needs['activations']
-    tokens_that_fit = max(longest, int(tokens * share_that_fits))
+    tokens_that_fit = max(int(run.train.lengths.max()), int(tokens * share_that_fits))
     options = 'try --activation_checkpointing or --lora_rank'
     advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or {options}'
     say(f'warning: {text}: the system may kill this process; {advice}')
@@ -125,12 +126,12 @@ def _check_memory(needs, subject, tokens, longest):
 def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, device=None):
     """Return the memory needed by one rank as name -> bytes: activations, weights, gradients, optimizer etc.
 
-    policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none,
-    grads or full, as in training.py; frozen: number of parameters of other models; device: where it will run, by default
-    the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
+    policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none, grads
+    or full, as in training.py; frozen: number of parameters of other models, in the compute dtype; device: where it will run, by
+    default the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
     bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
     num_trained = _count(policy.parameters(), only_trained=True)
-    # among the buffers are 4-bit weights
+    # buffers: 4-bit weights, say
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
@@ -150,13 +151,15 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
 
 
 def _logits_bytes(policy, tokens, bytes_each, device):
-    """Return the bytes of a chunk of a microbatch's logits and of its gradient for the LM head, or 0 if the policy has none."""
+    """Return the bytes of the logits that model.Head has in memory at once, and of the gradient of its weight; 0 without an LM head.
+
+    device: where it will run; None: where the policy is."""
     head = core(policy).get_output_embeddings()
     if head is None:
         return 0
     vocab_size, hidden_size = head.weight.shape
     max_logits = Head.max_logits(device or head.weight.device)
-    # a slice of the tokens that starts at 0; no chunk is larger
+    # Head takes the tokens of a microbatch in chunks; none is larger than the first, a slice from 0
     first_chunk = Head.chunks(int(tokens), vocab_size, max_logits)[0]
     num_logits = vocab_size * first_chunk.stop
     num_gradients = vocab_size * hidden_size  # each chunk makes a gradient of the whole head weight
@@ -167,25 +170,24 @@ def _logits_bytes(policy, tokens, bytes_each, device):
 
 def _count_gathered(policy, shard):
     """Return how many numbers FSDP gathers on a rank at most: weights, and the gradients of a block. shard: 'none', 'grads', 'full'."""
-
     # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
     fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
     block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
     # parameters outside of the blocks, such as the embedding, stay gathered
     outside = _count(policy.parameters()) - sum(block_sizes)
     # the current block, its gradients, and the next block, which is gathered early
-    at_a_block = 3 * max(block_sizes)
-    other_blocks = sum(block_sizes) if sharded.stays_gathered(policy, shard) else 0
-    return outside + at_a_block + other_blocks
+    around_a_block = 3 * max(block_sizes)
+    all_blocks = sum(block_sizes) if sharded.stays_gathered(policy, shard) else 0
+    return outside + around_a_block + all_blocks
 
 
 def save_every_of(step_ends, step, total):
-    """Return save_every for 'auto': about SAVE_AFTER seconds worth of examples, or 0 if the run ends before that.
+    """Return save_every for 'auto': about SAVE_AFTER seconds worth of examples, or 0 if the run ends before that. Collective.
 
-    step_ends: times at which steps ended; 'auto' is returned before the fourth. total: examples of the run. Collective."""
+    step_ends: times at which steps ended; before the fourth, save_every stays 'auto'. step: the last. total: examples of the run."""
     if len(step_ends) < 4:
         return 'auto'
-    # median of the time between them, measured on rank 0 so that all ranks agree
+    # of a step: the median, measured on rank 0 so that all ranks agree
     seconds = ranks.shared(lambda: float(np.median(np.diff(step_ends))))
     num_steps = max(1, round(SAVE_AFTER / seconds))
     examples_of_a_step = step.seen - step.first
@@ -219,18 +221,18 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
     if device.type == 'cuda':
         available = torch.cuda.get_device_properties(device).total_memory
     else:
-        available = machine_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        available = machine_memory() / _ranks_here()
     return 'none' if needed <= available / 4 else 'full'
 
 
 def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
-    per_token: bytes of activations per token; packed: no padding; n_frozen: models of the policy's size that are still to be loaded."""
+    per_token: bytes of activations per token; n_frozen: number of models of the policy's size that are still to be loaded."""
     free = free_memory()
     frozen = n_frozen * _count(policy.parameters())
     device = next(policy.parameters()).device
-    usable = SAFE[device.type] * free  # SAFE: the share to fill, 'cpu' or 'cuda' -> 0 to 1
+    usable = SAFE[device.type] * free
 
     def bytes_to_come(max_tokens):
         tokens = _largest_batch(config, train, packed, max_tokens)
@@ -239,7 +241,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
         return sum(needs.values()) - needs['weights']
 
     fitting = [max_tokens for max_tokens in BUDGETS if bytes_to_come(max_tokens) <= usable]
-    # min over ranks = -max of the negatives
+    # the smallest of the ranks' choices: ranks has only the maximum, so negate them
     (negative,) = ranks.largest([-max(fitting, default=BUDGETS[0])])
     max_tokens = -negative
     # on a CPU, check_room() prints the details
@@ -263,19 +265,19 @@ def _largest_batch(config, train, packed, max_tokens):
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
-    # no step has more tokens than the batch_size longest examples; not for ppo.py, whose steps have minibatch_size answers
-    if packed and 'minibatch_size' not in config:
-        # a step takes an example again if it is larger than the data, or reaches into the next epoch
-        batch_size, n_examples = config['batch_size'], len(lengths)
-        crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
-        max_copies = math.ceil(batch_size / n_examples) + crosses_epochs  # of an example in a step
-        longest_examples = np.sort(np.tile(lengths, max_copies))[-batch_size:]
-        largest_step = int(longest_examples.sum())
-        _, world_size = ranks.data_rank()
-        # examples are not divided, so a rank may have one more than its share
-        largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
-        tokens = min(tokens, max(longest, largest_share))
-    return tokens
+    # a step of ppo.py has minibatch_size answers, and not batch_size examples; with padding, a step takes more than its tokens
+    if 'minibatch_size' in config or not packed:
+        return tokens
+    # the largest step has the batch_size longest examples. It has some of them again if it is larger than the data, or if it
+    # reaches into the next epoch
+    batch_size, n_examples = config['batch_size'], len(lengths)
+    crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
+    max_copies = math.ceil(batch_size / n_examples) + crosses_epochs
+    largest_step = int(np.sort(np.tile(lengths, max_copies))[-batch_size:].sum())
+    _, world_size = ranks.data_rank()
+    # examples are not divided, so a rank may have one more than its share
+    largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
+    return min(tokens, max(longest, largest_share))
 
 
 def _lengths(config, train, packed):
@@ -286,31 +288,28 @@ def _lengths(config, train, packed):
 def bytes_per_token(policy, forward, train, packed):
     """Measure and return the bytes of activations per token that are kept for backward.
 
-    forward(batch): the policy's training forward, run here on the example of median length; packed: no padding."""
-
-    by_length = sorted(range(len(train)), key=lambda i: train.lengths[i])
-    median = by_length[len(train) // 2]
-    example = train[median]
-    batch = pack([example], [0], pad=not packed, device=next(policy.parameters()).device)
+    forward(batch): the policy's training forward, run here on the example of median length."""
+    median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
+    batch = pack([train[median]], [0], pad=not packed, device=next(policy.parameters()).device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
-        # backward recomputes blocks with activation checkpointing (hf/lean.py) one at a time: add the activations of an average
-        # block, those of a forward without checkpointing divided by the number of blocks
+        # with activation checkpointing, backward recomputes one block at a time: add the activations of an average block, those of
+        # a forward without checkpointing divided by the number of blocks. hf/lean.py has made the forward of each such block
+        # partial(checkpointed, its own forward)
         checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
-        for block, block_forward in checkpointed.items():
-            block.forward = block_forward.args[0]
+        for block, recomputing in checkpointed.items():
+            block.forward = recomputing.args[0]
         if checkpointed:
             kept += _kept_bytes(lambda: forward(batch)) / len(checkpointed)
-        for block, block_forward in checkpointed.items():
-            block.forward = block_forward
+        for block, recomputing in checkpointed.items():
+            block.forward = recomputing
     return kept / batch.ids.numel()
 
 
 def _kept_bytes(function):
     """Call function and return the bytes of the tensors it creates that are still alive at its end, result included."""
-
     created = {}  # address of a storage (the memory behind tensors) -> (weak reference to it, bytes)
 
     # storages of all tensors in nested values, as in created
@@ -356,7 +355,12 @@ def free_memory():
         free, _total = torch.cuda.mem_get_info()
         # torch reuses memory that is reserved but not allocated
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return machine_memory(free=True) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return machine_memory(free=True) // _ranks_here()
+
+
+def _ranks_here():
+    """Return the number of ranks on this machine, which share its memory."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def machine_memory(free=False):
@@ -369,12 +373,14 @@ def machine_memory(free=False):
 
 
 def _cgroup_sizes(free):
-    """Return the memory limits in bytes of this process's cgroup and its parents. free: minus the memory in use."""
-    # mount point, and the files that hold limit and usage, of cgroup v2 and v1
+    """Return the memory limits in bytes of this process's cgroup and its parents; free: what of each is not in use.
+
+    /proc/self/cgroup has a line `0::/user.slice` for version 2, or one like `4:cpu,memory:/docker/1f` for version 1."""
+    # mount point, and the files that hold limit and usage
     version_2 = ('/sys/fs/cgroup', 'memory.max', 'memory.current')
     version_1 = ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
     sizes = []
-    # `0::/user.slice` -> ('0:', 'user.slice'), of v2; `4:cpu,memory:/docker/1f` -> ('4:cpu,memory', 'docker/1f'), of v1
+    # (start, path): ('0:', 'user.slice') and ('4:cpu,memory', 'docker/1f')
     for start, path in re.findall(r'^(0:|\d+:[^:]*\bmemory\b[^:]*):/(.*)', _read('/proc/self/cgroup'), re.M):
         root, limit_file, usage_file = version_2 if start == '0:' else version_1
         group = Path(root, path)

@@ -7,15 +7,15 @@ import math
 import os
 import re
 
-# (minimum, maximum) -> options
-RANGES = {
+# option -> (minimum, maximum)
+RANGES = {option: bounds for bounds, options in {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
                    'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma a',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.99): 'rho',
     (0, 0.9): 'lora_dropout',
-    (1e-9, 1): 'top_p',
+    (1e-9, 1): 'top_p',  # 1e-9 stands for the smallest number above 0
     (1e-9, math.inf): 'max_grad_norm beta_prime lora_alpha clip value_clip beta tau mu importance_max peak_tflops',
     (1e-3, 1e6): 'timeout reward_timeout',
     (0, 1000): 'reward_workers',
@@ -23,7 +23,7 @@ RANGES = {
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every keep_last log_every max_length max_prompt_length '
                    'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp max_points rounds '
                    'minibatch_size ppo_epochs group_size sample_batch n_pairs n_held_out',
-}  # fmt: skip
+}.items() for option in options.split()}  # fmt: skip
 # option -> allowed values
 CHOICES = {
     'dtype': ('float32', 'bfloat16'), 'save_dtype': (None, 'float32', 'bfloat16', 'float16'), 'truncation': ('start', 'end'),
@@ -73,15 +73,14 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    # names of other projects, with what to say for each: bf16 -> 'dtype=bfloat16'
-    phrase_of_foreign = names_elsewhere(options)
-    # a name of theirs must be rather alike: reward_name is not exp_name
-    close_foreign = difflib.get_close_matches(plain, phrase_of_foreign, cutoff=0.7)
-    matches = difflib.get_close_matches(plain, {*close_foreign, *options}, n=1)
+    theirs = names_elsewhere(options)
+    # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
+    close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
+    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
     if not matches:
         return '--help lists the options'
     nearest = matches[0]
-    ours = phrase_of_foreign.get(nearest, nearest)
+    ours = theirs.get(nearest, nearest)
     return f'here it is {ours}' if nearest == plain else f'did you mean {ours}?'
 
 
@@ -93,7 +92,9 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name in another project: key of ELSEWHERE}, such as {'learning_rate': 'lr'}, for keys that start with one of options."""
+    """Return {name in another project: what to say for it, a key of ELSEWHERE}, such as {'bf16': 'dtype=bfloat16'}.
+
+    Leaves out keys whose first word is none of these options, those of a script."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
         if re.match(r'\w+', ours)[0] in options:
@@ -104,18 +105,13 @@ def names_elsewhere(options):
 def problem(name, value):
     """Return why value is invalid for an option, as a phrase that follows its name, or None if it is valid."""
     is_number = type(value) in (int, float)
-    low, high = -math.inf, math.inf
-    for bounds, names in RANGES.items():
-        if name in names.split():
-            low, high = bounds
+    low, high = RANGES.get(name, (-math.inf, math.inf))
     if is_number and not low <= value <= high:
-        # 1e-9 stands for the smallest number above 0
         least = 'above 0' if low == 1e-9 else f'at least {low}'
         most = '' if high == math.inf else f' and at most {high}'
         return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
-    has_range = low > -math.inf
-    if is_number and has_range and abs(value) == math.inf and name != 'max_grad_norm':
+    if is_number and name in RANGES and abs(value) == math.inf and name != 'max_grad_norm':
         return f'must be a finite number, not {value}'
     if type(value) is int and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
@@ -176,6 +172,7 @@ def settle(config):
 def without_effect(config):
     """Return [(names of options, why they have no effect)] for the options of training.py and of samples."""
     found = []
+    # only text/sources.py's reader of the dataset sharegpt takes num_turns
     if 'sharegpt' not in f'{config.data} {config.eval_data}':
         found.append((['num_turns'], 'it is for sharegpt'))
     # scripts that cannot sample have no such option

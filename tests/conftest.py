@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-# what is imported stays: the garbage collector need not look at it again and again
+# helpers.collect_garbage() collects it between tests
 gc.disable()
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -19,7 +19,7 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
 
 import torch
-from helpers import end_process_group, shrink_toy
+from helpers import collect_garbage, end_process_group, shrink_toy
 
 from runtime import values
 from tests import forks
@@ -45,10 +45,13 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop():
     """All test files are imported, and no test has run."""
-    gc.freeze()
-    gc.enable()
-    gc.set_threshold(100_000)
+    gc.freeze()  # what is imported stays
     forks.begin()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    collect_garbage()
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -4,6 +4,7 @@ They are forked by a helper that was itself forked when the test files had been 
 threads, no process group and nothing patched."""
 
 import atexit
+import gc
 import logging
 import multiprocessing
 import os
@@ -98,6 +99,7 @@ def _python(words, folder, environment, said):
         file = getattr(module, '__file__', None) or ''
         if file.startswith(str(ROOT)) and 'site-packages' not in file:
             del sys.modules[name]
+    gc.enable()
     # what pytest has put in the place of python's own
     for number, file in enumerate(said, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)

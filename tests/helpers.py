@@ -1,10 +1,10 @@
 """What several test files use: scripts run here, in a process of their own or under torchrun; their files; tiny models."""
 
-import ast
 import bz2
 import contextlib
 import csv
 import functools
+import gc
 import gzip
 import io
 import json
@@ -35,6 +35,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEEDS = ('_per_second', 'sampling_share')  # ends of the names of metrics that depend on the machine
 
 # ---- scripts ----
+
+
+def collect_garbage():
+    """Collect it now, if there is much, and not whenever python likes: in python 3.11 ast.parse fails (cpython issue 106905)
+    where a collection within it runs a finalizer that parses, too, as every traceback that is printed does."""
+    gc.disable()
+    if gc.get_count()[0] > 100_000:
+        gc.collect()
 
 
 def run_script(script, *flags):
@@ -105,17 +113,10 @@ def cut_short(run, resumed, examples):
 RUN = 'dpo.py sft.py reward.py sample.py label.py ppo.py data.py tools.bench tools.plot tools.report feedback.score'.split()
 
 
-def constants(script):
-    """The options that a script declares above its first call, as globals() has them there."""
+def source_of(script):
+    """Its file, as globals() has it there."""
     script = 'text.show' if script == 'data.py' else script
-    path = ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')
-    scope = {'__file__': str(path), '__doc__': ''}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            if isinstance(node.value, ast.Call):
-                break
-            exec(compile(ast.Module([node], []), script, 'exec'), scope)
-    return scope
+    return {'__file__': ROOT / (script if script.endswith('.py') else script.replace('.', '/') + '.py')}
 
 
 def parse(command, monkeypatch):
@@ -127,10 +128,8 @@ def parse(command, monkeypatch):
         arguments = [word for word in arguments if word.startswith('-')]
     monkeypatch.chdir(ROOT)
     trains = script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
-    # a copy of training's options, so that parsing leaves the module alone
-    return configure(
-        constants(script), arguments, shared=SimpleNamespace(**constants('training.py')) if trains else None
-    )
+    # from the sources alone, so that parsing leaves the modules as they are
+    return configure(source_of(script), arguments, SimpleNamespace(**source_of('training.py')) if trains else None)
 
 
 # ---- files ----
@@ -276,15 +275,20 @@ def silent():
         yield
 
 
-def refused(script, *flags):
-    """The one sentence with which a script, run in this process, refuses its command line."""
+def sentence(call, *arguments):
+    """The one sentence with which a call is refused."""
     from configurator import UserError
 
     with pytest.raises(UserError) as info:
-        run_script(script, *flags)
+        call(*arguments)
     message = str(info.value)
-    assert '\n' not in message and len(message) < 600
+    assert message and '\n' not in message and len(message) < 600
     return message
+
+
+def refused(script, *flags):
+    """The one sentence with which a script, run in this process, refuses its command line."""
+    return sentence(run_script, script, *flags)
 
 
 # the losses that are documented here, and have numbers of their authors'; a fork may have more

@@ -82,6 +82,18 @@ def same_runs(found, expected, **tolerances):
         same_metrics(row, other, **tolerances)
 
 
+def same_gradients(found, expected, limits):
+    """Gradients by '<step>.<parameter>', as launch.py keeps them, are the same: those of each step to a share of their norm."""
+    assert found.keys() == expected.keys() and {name.partition('.')[0] for name in found} == set(
+        map(str, range(len(limits)))
+    )
+    for step, limit in enumerate(limits):
+        names = [name for name in expected if name.startswith(f'{step}.')]
+        norm = math.hypot(*(expected[name].norm() for name in names))
+        error = math.hypot(*((expected[name] - found[name]).norm() for name in names))
+        assert norm > 1e-3 and error <= limit * norm, step
+
+
 def same_weights(found, expected, limit):
     """Tensors by name are the same, each to a share of its norm, but for one element in 500.
 

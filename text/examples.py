@@ -15,7 +15,14 @@ from configurator import UserError
 from text.chat import THOUGHTLESS
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
-NOUN = re.compile(r'^((\w+ )?(answer|conversation|message|pair|prompt|row|tie|time))s\b')
+NOUNS = 'answer|conversation|folder|label|margin|message|pair|panel|prompt|row|run|tie|time|tool|verdict'
+NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
+
+
+def counted(count, noun):
+    """Return a count and its noun, given as a plural: '1 pair of answers', '2,000 pairs of answers'."""
+    words = NOUN.sub(r'\1', noun) if count == 1 else noun
+    return f'{count:,} {words}'
 
 
 def in_words(left_out):
@@ -26,9 +33,9 @@ def in_words(left_out):
         if reason.startswith('note: '):
             notes.append(f'{reason} ({count:,} times)')
         else:
-            noun = re.sub('^same', 'times the same', reason + 's' * (reason == 'tie'))
-            noun = NOUN.sub(r'\1', noun) if count == 1 else noun
-            counts.append(f'{count:,} {noun}')
+            # formats.py counts 'tie'; 'same prompt again' needs a noun before it
+            noun = 'ties' if reason == 'tie' else re.sub('^same', 'times the same', reason)
+            counts.append(counted(count, noun))
     return ', '.join(counts) or 'nothing', notes
 
 
@@ -74,11 +81,10 @@ class Examples:
 
     def longest(self, mixed=False):
         """Return the maximum length of prompt plus answer: of the same example, or (mixed) of any two examples."""
-        longest_answers = self.widths[:, 1:].max(1, initial=0)
+        prompts, answers = self.widths[:, 0], self.widths[:, 1:].max(1, initial=0)
         if mixed:
-            return self.longest_prompt() + int(longest_answers.max(initial=0))
-        totals = self.widths[:, 0] + longest_answers
-        return int(totals.max(initial=0))
+            return int(prompts.max(initial=0) + answers.max(initial=0))
+        return int((prompts + answers).max(initial=0))
 
     def longest_prompt(self):
         """Return the number of tokens of the longest prompt."""
@@ -146,11 +152,11 @@ class Examples:
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
-        def donors(slot, row):
-            """Yield (examples, candidate rows) in order of preference; the candidates may be empty."""
+        def donors(place, row):
+            """Yield (examples, candidate rows) for the example rows[place], best first; the candidates may be empty."""
             own_prompt = self.prompt_hashes[row]
             # np.roll: the candidates start after this example and wrap around
-            in_step = np.roll(rows, -slot)[1:]
+            in_step = np.roll(rows, -place)[1:]
             yield self, in_step[self.prompt_hashes[in_step] != own_prompt]
             in_self = np.roll(np.arange(len(self)), -row)[1:]
             yield self, in_self[self.prompt_hashes[in_self] != own_prompt]
@@ -160,9 +166,9 @@ class Examples:
             yield more, np.arange(len(more))
 
         items = []
-        for slot, row in enumerate(rows):
-            donor, donor_row = next((examples, found[0]) for examples, found in donors(slot, row) if len(found))
-            _, (answer,) = donor[donor_row]
+        for place, row in enumerate(rows):
+            donor, donor_rows = next((examples, found) for examples, found in donors(place, row) if len(found))
+            _, (answer,) = donor[donor_rows[0]]
             prompt, _ = self[row]
             # truncate to max_length, but keep at least one token
             room = max(1, max_length - len(prompt))
@@ -269,10 +275,10 @@ def fit(prompt, answers, limits, left_out):
 
 
 def fit_conversation(prompt, segments, limits, left_out):
-    """Return (prompt, answer), the ids of a conversation truncated to the limits.
+    """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
 
     segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
-    segments joined, with untrained tokens stored as ~id; [] if no trained token fits. left_out: Counter of what was cut."""
+    segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
     answer = []
@@ -286,7 +292,7 @@ def fit_conversation(prompt, segments, limits, left_out):
         prompt = truncate_prompt(prompt, limits, left_out)
     room = limits.max_length - len(prompt)
     if len(answer) <= room:
-        return prompt, answer
+        return prompt, [answer]
     left_out['conversations cut'] += 1
     # drop everything after the last trained token that fits (~id is negative)
     trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
@@ -297,13 +303,14 @@ def fit_conversation(prompt, segments, limits, left_out):
     # EOS replaces the last token if there is no room for one more
     if eos not in answer[-2:]:
         answer = [*answer[: room - 1], eos]
-    return prompt, answer
+    return prompt, [answer]
 
 
 class Builder:
     """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
 
-    def __init__(self):
+    def __init__(self, limits):
+        self.limits = limits
         self.left_out = Counter()
         self.ids = array('i')
         self.widths = array('q')  # tokens of each prompt and each answer
@@ -311,20 +318,19 @@ class Builder:
         self.uid = array('Q')
         self.margins = array('f')  # NaN: no margin
 
-    def add(self, part, ids, limits):
+    def add(self, part, ids):
         """Truncate and add an example, or count why it is unusable. ids: [prompt ids, answer or segment ids, ...]."""
         prompt, *answers = ids
         if part.conversation:
-            prompt, answer = fit_conversation(prompt, answers, limits, self.left_out)
+            prompt, answers = fit_conversation(prompt, answers, self.limits, self.left_out)
             # no answer fits (already counted)
-            if not answer:
+            if not answers:
                 return
-            answers = [answer]
         else:
-            if any(answer in ([], [limits.eos]) for answer in answers):
+            if any(answer in ([], [self.limits.eos]) for answer in answers):
                 self.left_out['empty answers'] += 1
                 return
-            prompt, answers = fit(prompt, answers, limits, self.left_out)
+            prompt, answers = fit(prompt, answers, self.limits, self.left_out)
         # truncation can make two answers equal
         if len(answers) == 2 and answers[0] == answers[1]:
             self.left_out['pairs with equal answers'] += 1
@@ -346,7 +352,7 @@ class Builder:
         else:
             self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
             margin = None
-        # a reason about answers, which prompts do not use; a Counter ignores del of a missing key
+        # about answers, which prompts do not use; a Counter ignores del of a missing key
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)

@@ -30,18 +30,16 @@ SPLIT_OF_WORD = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evalua
                  'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
 
 
-def add_to_digest(digest, path):
-    """Update a hashlib digest with the names and contents of a path's data files and README. Raises UserError."""
+def file_hashes(path):
+    """Return [(relative name, content hash)] of a path's data files and README. Raises UserError."""
     files = data_files(path)
     readme = os.path.join(path, 'README.md')
     if os.path.exists(readme):
         files.append(readme)
-    for file in files:
-        digest.update(os.path.relpath(file, path).encode())
-        try:
-            digest.update(bytes.fromhex(file_hash(file)))
-        except OSError as error:
-            raise UserError(f'cannot read {file}: {error.strerror}') from None
+    try:
+        return [(os.path.relpath(file, path), file_hash(file)) for file in files]
+    except OSError as error:
+        raise UserError(f'cannot read {error.filename or path}: {error.strerror}') from None
 
 
 def content_hash(*parts) -> int:
@@ -84,22 +82,21 @@ def choose_splits(names, wanted, source):
             say_which = f"say which: --data='{name}[{example}]' ({HELP})"
             raise UserError(f'{name} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
-    # train_prefs is tested on test_prefs; with a single train split, plain test names are candidates, too
-    held_out_names = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
+    # train_prefs is tested on test_prefs; with a single train split, test, validation and so on are candidates, too
+    test_names = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
     if sum(name.startswith('train') for name in names) == 1:
-        held_out_names += HELD_OUT_NAMES
+        test_names += HELD_OUT_NAMES
     # name != train: a split must not be its own test split
-    held_out = next((name for name in held_out_names if name in names and name != train), None)
-    return train, held_out
+    test = next((name for name in test_names if name in names and name != train), None)
+    return train, test
 
 
 def hub_splits(hub_id, config=None):
     """Return the split names of a hub dataset. config None: its default or only config. Raises UserError."""
     import datasets
 
-    options = {'config_name': config} if config else {}
     try:
-        return datasets.get_dataset_split_names(hub_id, **options, **revision(hub_id))
+        return datasets.get_dataset_split_names(hub_id, config_name=config, revision=hub_commit(hub_id))
     except Exception as error:  # no network, no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
         raise UserError(f'cannot find {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
@@ -112,16 +109,10 @@ def hub_commit(hub_id):
     with suppress(Exception):
         import huggingface_hub
 
-        if hub.reachable():
+        # 'json' is not a dataset, but the loader of `datasets` for JSON files
+        if hub_id != 'json' and hub.reachable():
             return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
     return None
-
-
-def revision(hub_id):
-    """Return {'revision': commit} to pin a hub dataset to its commit, or {} if that is unknown."""
-    # 'json' is not a dataset, but the loader of `datasets` for JSON files
-    commit = None if hub_id == 'json' else hub_commit(hub_id)
-    return {'revision': commit} if commit else {}
 
 
 def data_files(path):
@@ -159,13 +150,14 @@ def folder_splits(path, config=None):
     import huggingface_hub
 
     path = os.path.expanduser(path)
-    configs, entry = {}, {}
+    configs = {}  # config name -> its entry in the README
+    entry = {}  # that of `config`
     with suppress(Exception):  # no README, no YAML header, or an unexpected structure
         listed = huggingface_hub.metadata_load(os.path.join(path, 'README.md'))['configs']
-        configs = {str(entry.get('config_name', 'default')): entry for entry in listed}
+        configs = {str(item.get('config_name', 'default')): item for item in listed}
     if configs or config:
         # fall back to the default config, or to the only one
-        defaults = [name for name, entry in configs.items() if name == 'default' or entry.get('default')]
+        defaults = [name for name, item in configs.items() if name == 'default' or item.get('default')]
         candidates = [config] if config else defaults or list(configs)
         if len(candidates) != 1 or candidates[0] not in configs:
             problem = f'no config {config!r}' if config else 'several configs'
@@ -241,20 +233,14 @@ def _split_of(name):
     return SPLIT_OF_WORD.get(split, split) + suffix
 
 
-def has_test_part(path):
-    """Whether a folder has a test split. A single file has none, even if it is called test.jsonl."""
-    return len(data_files(path)) > 1 and any(name.startswith(HELD_OUT_NAMES) for name in folder_splits(path))
-
-
 def local_files(path, split):
-    """Return a path's data files for a split, or all files if split is None."""
+    """Return a path's data files for a split, or all files if split is None. Without a test split, 'test' gives those of training."""
     if split is None:
         return data_files(path)
     splits = folder_splits(path)
     if split in splits:
         return splits[split]
     # the split may be called validation instead of test, or train_sft instead of train
-    train, held_out = choose_splits(splits, wanted=None, source=path)
-    # without a test split, the caller holds out a part of the train files
-    is_train = held_out is None or split.startswith('train')
-    return splits[train if is_train else held_out]
+    train, test = choose_splits(splits, wanted=None, source=path)
+    is_train = test is None or split.startswith('train')
+    return splits[train if is_train else test]

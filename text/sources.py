@@ -10,7 +10,6 @@ Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', the
 raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter
@@ -61,9 +60,9 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
     columns: 'prompt=question, ...' reads only these columns. skip_bad_rows: count bad rows instead of raising."""
     rows, parse, has_no_test_part = _opened(source, split, num_turns, undivided)
     parsed_rows = _parsed(rows, parse, task, columns_of(columns))
-    sound_examples = _sound(parsed_rows, source, left_out, skip_bad_rows)
+    valid_examples = _valid(parsed_rows, source, left_out, skip_bad_rows)
     is_divided = has_no_test_part and not undivided
-    for example in _agreeing(sound_examples, left_out, skip_bad_rows):
+    for example in _without_repeats(valid_examples, left_out, skip_bad_rows):
         example.held_out = _is_held_out(example) if is_divided else None
         is_in_split = not is_divided or example.held_out == (split == 'test')
         if both or is_in_split:
@@ -71,27 +70,32 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
 
 
 def _opened(source, split, num_turns=1, undivided=False):
-    """Return (rows, parse, has_no_test_part) of a source. has_no_test_part: a part of the rows must be held out."""
+    """Return (rows, parse, has_no_test_part) of a source. has_no_test_part: rows are those of training also if split is 'test'."""
     getter, path, hub_id = locate(source)
-    name, config, wanted_split = files.named_part(source)
+    name, config, named_split = files.named_part(source)
     if getter:
-        if wanted_split:
-            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{wanted_split}] out')
+        if named_split:
+            raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{named_split}] out')
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        # only a HubDataset can lack a test split; then all files of a folder are read, whatever their names or README say
-        hub_has_no_test_split = getattr(getter, 'test', split) is None
-        return rows, parse, hub_has_no_test_split or (bool(path) and not files.has_test_part(path))
+        # a HubDataset says how it names its splits; its test may be None
+        train, test = getattr(getter, 'train', 'train'), getattr(getter, 'test', 'test')
+        try:
+            has_same_files = path and test and files.local_files(path, train) == files.local_files(path, test)
+        except (
+            UserError
+        ):  # several splits: a function may read them all; a HubDataset refuses them when its rows are read
+            has_same_files = True
+        return rows, parse, test is None or bool(has_same_files)
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
-    if undivided and not wanted_split and split in splits:
-        wanted_split = split
-    train_split, test_split = files.choose_splits(splits, wanted_split, source)
-    # without a test split, both parts are taken from the train split
-    use_train_split = split == 'train' or test_split is None or (undivided and wanted_split)
-    chosen_split = train_split if use_train_split else test_split
-    rows = read_rows(hub_id, chosen_split, splits[chosen_split], name=config)
-    return rows, None, test_split is None
+    # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
+    if undivided and not named_split and split in splits:
+        named_split = split
+    train, test = files.choose_splits(splits, named_split, source)
+    is_train = split == 'train' or test is None or (undivided and named_split)
+    chosen = train if is_train else test
+    return read_rows(hub_id, chosen, splits[chosen], name=config), None, test is None
 
 
 def divides(source):
@@ -109,9 +113,8 @@ def columns_of(text):
         name, _, column = assignment.partition('=')
         name, column = name.strip(), column.strip()
         if name not in formats.COLUMNS or not column or name in columns:
-            known = f'names are {", ".join(formats.COLUMNS)}, each once'
-            example = "write 'prompt=question, chosen=good'"
-            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {example}; {known}')
+            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
         columns[name] = column
     return columns
 
@@ -129,12 +132,12 @@ def locate(source):
     # raises UserError if the path has no files
     if path:
         data_files(path)
-    if getter and not path and os.path.exists(name):
-        # once, although a source is opened for training and again for evaluation
-        say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
     if getter and path:
         return getter, path, None
     if getter:
+        if os.path.exists(name):
+            # once, although a source is opened for training and again for evaluation
+            say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
         return getter, None, getattr(getter, 'hub_id', None)
     local_path = os.path.expanduser(source)
     if os.path.exists(local_path) or glob(local_path, recursive=True):
@@ -149,15 +152,13 @@ def locate(source):
 
 
 def fingerprint(source):
-    """Return a hash of a source's content (its files, the hub dataset's commit, or the name toy), or None if that is unknown."""
+    """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit."""
     _, path, hub_id = locate(source)
-    digest = hashlib.sha256(source.encode())
-    commit = files.hub_commit(hub_id) if hub_id else None
-    if path:
-        files.add_to_digest(digest, path)
-    digest.update(f'{hub_id}@{commit}'.encode())
-    is_known = path or commit or source == 'toy'
-    return digest.hexdigest() if is_known else None
+    # toy.py always generates the same rows
+    content = 'generated' if source == 'toy' else None
+    if path or hub_id:
+        content = files.file_hashes(path) if path else files.hub_commit(hub_id)
+    return content_hash(source, content) if content else None
 
 
 def vanished(source, split, left_out):
@@ -168,22 +169,24 @@ def vanished(source, split, left_out):
 # ---- from rows to examples ----
 
 
-def read_rows(hub_id, split, path, undivided=False, **options):
+def read_rows(hub_id, split, path, all_splits=False, **options):
     """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a file, a folder (undivided: read all its splits), or a list of files. options: arguments of load_dataset."""
+    path: a list of files to read, or a file or folder, of which the split is read, or (all_splits) everything. options:
+    arguments of load_dataset."""
     if path is not None:
-        wanted = None if undivided else split
+        wanted = None if all_splits else split
         for file in path if isinstance(path, list) else files.local_files(path, wanted):
             yield from read_file(file)
         return
     import datasets
 
-    # `datasets` reads a single file by its format, json: the file's address says more
+    # 'json' is the loader of a single file, whose address says more
     name = options['data_files'] if hub_id == 'json' else hub_id
-    given = {name: value for name, value in options.items() if value is not None}
+    options['revision'] = files.hub_commit(hub_id)
+    given = {key: value for key, value in options.items() if value is not None}
     try:
-        rows = datasets.load_dataset(hub_id, split=split, **given, **files.revision(hub_id))
+        rows = datasets.load_dataset(hub_id, split=split, **given)
     except Exception as error:  # no network, no such dataset, no such split, ...
         raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
     for number, raw in enumerate(rows, 1):
@@ -198,29 +201,32 @@ def _parsed(rows, parse, task, columns):
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        found_columns = dict.fromkeys(name for row in head for name in row)
-        for column in (columns or {}).values():
-            if found_columns and column not in found_columns:
-                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-        # each row is read by its own layout, unless the first one is a layout that needs all rows
-        parse = partial(formats.parse_any, task=task, columns=columns)
-        layout = None if columns else _first_layout(head)
-        if layout and layout.read in formats.OF_ALL_ROWS:
-            parse = layout
-        is_prompt = layout and layout.read is formats.read_prompt
-        unread = formats.unread_answers(head) if is_prompt else []
-        if unread:
-            advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
-            say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+        parse = _parser_for(head, task, columns)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
+
+
+def _parser_for(head, task, columns):
+    """Return how to parse rows of which `head` are the first: a Layout that needs all rows, or a function of one row."""
+    found_columns = dict.fromkeys(name for row in head for name in row)
+    for column in (columns or {}).values():
+        if found_columns and column not in found_columns:
+            raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+    layout = None if columns else _first_layout(head)
+    if layout and layout.read in formats.OF_ALL_ROWS:
+        return layout
+    has_prompts_alone = layout and layout.read is formats.read_prompt
+    if has_prompts_alone and (unread := formats.unread_answers(head)):
+        advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
+        say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+    # each row by a layout of its own
+    return partial(formats.parse_any, task=task, columns=columns)
 
 
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
-    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
-        if isinstance(layout, Layout):
-            return layout
-    return None
+    # a row without a layout gives an error instead
+    found = (layout for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))))
+    return next((layout for layout in found if isinstance(layout, Layout)), None)
 
 
 def describe(source):
@@ -237,17 +243,17 @@ def describe(source):
     return f'{known} (columns: {names})'
 
 
-def _sound(parsed_rows, source, left_out, skip_bad_rows):
+def _valid(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
     parsed_rows: iterator of (row, its examples or a ValueError)."""
-    any_sound = False
+    any_valid = False
     for row, examples in parsed_rows:
         if isinstance(examples, Exception):
             if not skip_bad_rows:
-                raise UserError(_refusal(row, examples, any_sound, parsed_rows, source)) from None
+                raise UserError(_refusal(row, examples, any_valid, parsed_rows, source)) from None
             left_out[f'bad rows: {examples}'] += 1
             continue
-        any_sound = any_sound or bool(examples)
+        any_valid = any_valid or bool(examples)
         for example in examples:
             if 'drop' in example:
                 left_out[example['drop']] += 1
@@ -258,8 +264,8 @@ def _sound(parsed_rows, source, left_out, skip_bad_rows):
             yield example
 
 
-def _refusal(row, error, any_sound, following, source):
-    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_sound:
+def _refusal(row, error, any_valid, following, source):
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid:
     whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     seen = [(row, error)]
     # a file that is broken further down must not hide this message
@@ -270,25 +276,31 @@ def _refusal(row, error, any_sound, following, source):
     if row:
         text += f'; found: {_columns(row)}'
     # bad rows among good ones are the user's to fix; if all are bad, the layout is wrong
-    if any_sound or len(bad) < len(seen):
+    if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    name, _, _ = source.partition(':')
-    hint = f'so it is the layout: {KNOWN_COLUMNS}'
+    rows = f'none of the first {len(seen)} rows can be read' if len(seen) > 1 else 'the only row cannot be read'
+    return f'{text}; {rows}; {_hint(row, error, source)} ({HELP})'
+
+
+def _hint(row, error, source):
+    """Return what is to be done about a source whose rows are all bad; row, error: the first one."""
     only_column = next(iter(row)) if len(row) == 1 else ''
     if separator := re.search(r'[;\t|,]', only_column):
-        hint = f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
-    elif row.error:
-        hint = 'a row is a JSON object with named fields, on a line of its own or in one list'
-        hint = hint if re.search('JSON|object', row.error) else 'mend the file'
-    elif getattr(globals().get(f'get_{name}'), 'parse', None):
-        hint = f'so it is the layout: the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
-    elif isinstance(error, BadValue):
-        hint = 'mend that value, the columns are known'
-    rows = f'none of the first {len(seen)} rows can be read' if len(seen) > 1 else 'the only row cannot be read'
-    return f'{text}; {rows}; {hint} ({HELP})'
+        return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
+    if re.search('JSON|object', row.error):
+        return 'a row is a JSON object with named fields, on a line of its own or in one list'
+    if row.error:
+        return 'mend the file'
+    name, _, _ = source.partition(':')
+    # only a HubDataset has a .parse
+    if getattr(globals().get(f'get_{name}'), 'parse', None):
+        return f'so it is the layout: the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
+    if isinstance(error, BadValue):
+        return 'mend that value, the columns are known'
+    return f'so it is the layout: {KNOWN_COLUMNS}'
 
 
 def _columns(row):
@@ -299,14 +311,13 @@ def _columns(row):
     return ', '.join(named[:9]) + more or 'no columns'
 
 
-def _agreeing(examples, left_out, skip_bad_rows):
+def _without_repeats(examples, left_out, skip_bad_rows):
     """Yield the examples without 'repeats'. Raises UserError if some text answers began with their prompt and others did not.
     example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
     'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
     head = list(islice(examples, LOOK_AHEAD))
-    # some answers without a repetition, or none at all: then none may repeat its prompt
-    values = {example['repeats'] for example in head if 'repeats' in example}
-    must_repeat = values == {True}
+    # repetitions are taken for such only if all of the first answers have them
+    must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
     for example in chain(head, examples):
         repeats = example.pop('repeats', None)
         if repeats is not None and repeats != must_repeat:
@@ -340,10 +351,11 @@ class HubDataset(NamedTuple):
     options: dict = {}  # for load_dataset
 
     def __call__(self, split, path=None):
-        part = self.train if split == 'train' or self.test is None else self.test
+        part = self.train if split == 'train' else self.test or self.train
+        # a clone of the hub's repository has the folder data_dir, too
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         path = folder if path and os.path.isdir(folder) else path
-        return read_rows(self.hub_id, part, path, undivided=self.test is None, **self.options), self.parse
+        return read_rows(self.hub_id, part, path, all_splits=self.test is None, **self.options), self.parse
 
 
 def parse_sharegpt(row, num_turns):
@@ -400,14 +412,15 @@ def get_toy(split, path=None):
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
     from text import toy
 
-    return map(Row, toy.pairs(split, 6000 if split == 'train' else 600)), lambda row: [dict(row)]
+    rows = toy.pairs(split, 6000 if split == 'train' else 600)
+    return map(Row, rows), lambda row: [dict(row)]
 
 
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', path, undivided=True, data_files=file)
+    rows = read_rows('json', 'train', path, all_splits=True, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

@@ -5,8 +5,7 @@ sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encod
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
-import hashlib
-import json
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -35,8 +34,6 @@ NEEDS = {  # task -> what a row needs besides its prompt
     'singles': 'a response and whether it is good (label), or chosen and rejected',
     'sft': 'an answer',
 }
-# arrays in a cache file; margin is optional
-CACHED = ('ids', 'spans', 'good', 'uid', 'margin')
 
 
 class Part(NamedTuple):
@@ -59,35 +56,37 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
     last_turn_only: SFT trains on a conversation's last answer only. data_fraction: fraction to keep, by a text hash.
-    margins: keep the pairs' margins. enough: {'train': count, 'test': count}, stop after these counts; None: read all.
+    margins: keep the pairs' margins. enough: {'train': count, 'test': count}, to stop there; None: read all.
     Sets tokenizer.chat_template to PLAIN_CHAT if chats need one and it has none. Raises UserError."""
     if problem := no_room(max_length, max_prompt_length):
         raise UserError(problem)
+    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     read_args = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    render_args = {'chat': chat, 'system': system, 'last_turn_only': last_turn_only, 'margins': margins}
-    lengths = max_length, max_prompt_length, truncation
+    render_args = {'skip_bad_rows': skip_bad_rows, 'chat': chat, 'system': system, 'last_turn_only': last_turn_only}
     names = data.split('+')
-    enough = enough or {}
+    enough = {name: count for name, count in (enough or {}).items() if count is not None}
     # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
     hashes = [sources.fingerprint(source) for source in names]
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
-        hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter(), both=False)]
+        hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter())]
     # 12: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = [12, hashes, names, task, read_args, lengths, render_args, *_tokenizer_key(tokenizer)]
-    # {}: the file with all examples, which serves any `enough`; one by one, since each name is a hash of the whole tokenizer
+    key = content_hash(12, hashes, names, task, read_args, limits, render_args, margins, _tokenizer_key(tokenizer))
+    # {}: the file with all examples, which serves any `enough`
     counts = [{}, enough] if enough else [{}]
-    files = (_cache_file(key, split, count) for count in counts) if cache else ()
-    examples = _read_cache(files)
+    examples = _read_cache([_cache_file(key, split, count) for count in counts] if cache else [])
     if examples is None:
-        splits = [split]
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
-        is_cacheable = cache and is_fingerprinted
-        if is_cacheable and split == 'train' and not undivided and all(map(sources.divides, names)):
-            splits = ['train', 'test']
-        tokenised, is_complete = _tokenise_all(names, splits, tokenizer, task, read_args, render_args, lengths, enough)
-        if cache:
-            for name, its_examples in tokenised.items():
+        can_cache_both = cache and is_fingerprinted and split == 'train' and not undivided
+        both = can_cache_both and all(map(sources.divides, names))
+        splits = ['train', 'test'] if both else [split]
+        left_out = Counter()  # by the reading, which counts when it ends: here
+        rows = _read_sources(names, split, task, read_args, left_out, both=both)
+        tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args)
+        rows.close()
+        for name, its_examples in tokenised.items():
+            its_examples.left_out.update(left_out)
+            if cache:
                 _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
         examples = tokenised[split]
     examples = examples.select(slice(enough.get(split)))
@@ -102,27 +101,10 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def _tokenise_all(names, splits, tokenizer, task, read_args, render_args, lengths, enough):
-    """Return ({split: Examples}, whether all rows were read) for one split or for ['train', 'test'] in one pass.
-
-    read_args: for sources.read_examples. lengths, render_args: for tokenise_splits. enough: {split: number to read}."""
-    left_out = Counter()
-    rows = _read_sources(names, splits[0], task, read_args, left_out, both=len(splits) == 2)
-    options = {'skip_bad_rows': read_args['skip_bad_rows'], **render_args}
-    tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, lengths, enough, **options)
-    if not is_complete and 'train' in splits:
-        say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
-    # run the generator's finally block, which fills left_out
-    rows.close()
-    for examples in tokenised.values():
-        examples.left_out.update(left_out)
-    return tokenised, is_complete
-
-
-def _read_sources(names, split, task, read_args, left_out, *, both):
+def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
 
-    read_args: arguments of read_examples. both: yield train and test rows. left_out: updated when the reading stops."""
+    read_args: arguments of read_examples. both: yield train and test rows. left_out: updated when a source ends."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             reasons, unusable = Counter(), Counter()
@@ -145,10 +127,9 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
 
     Returns {uid: (prompt, raw row with all columns)}."""
-    wanted = set(examples.uid.tolist())
-    found = {}
+    wanted, found = set(examples.uid.tolist()), {}
     not_counted = Counter()  # what is left out was counted the first time
-    for row in _read_sources(data.split('+'), split, task, read_args, not_counted, both=False):
+    for row in _read_sources(data.split('+'), split, task, read_args, not_counted):
         example = as_chats(row, system) if chat or system else row
         # a pair is one part, or two for a task of single answers
         for part in as_parts(example, task, not_counted):
@@ -164,28 +145,27 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
 
     margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
-    lengths = max_length, max_prompt_length, truncation
-    tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, lengths, {}, margins=margins, **render_args)
+    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
+    tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
     examples = tokenised['train']
     left_out.update(examples.left_out)
-    examples.left_out = +left_out
     return examples
 
 
-def tokenise_splits(rows, splits, tokenizer, task, lengths, enough, margins=False, **render_args):
+def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins=False, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
 
-    lengths: (max_length, max_prompt_length, truncation). enough: {split: count}; stops when every split has it."""
-    builders = {split: Builder() for split in splits}
-    limits = Limits.of(tokenizer, *lengths)
+    enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
+    builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
     is_complete = True
     for encoded_chunk in _encode_in_chunks(rendered, tokenizer):
-        for builder, part, ids in encoded_chunk:
-            builder.add(part, ids, limits)
-        counts = {split: enough.get(split) for split in splits}
-        if all(count is not None and len(builders[split].uid) >= count for split, count in counts.items()):
+        for builder, ids, part in encoded_chunk:
+            builder.add(part, ids)
+        if all(len(builders[split].uid) >= enough.get(split, math.inf) for split in splits):
             is_complete = False
+            if 'train' in splits:
+                say(f'note: the first {enough["train"]:,} training examples are enough: the others are not read')
             break
     return {split: builder.examples(task, margins) for split, builder in builders.items()}, is_complete
 
@@ -199,7 +179,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
-        # of two builders, the second is for the test split
+        # of two builders, the second is for the test split; a plain dict has no .held_out
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
         left_out = builder.left_out
         example = as_chats(row, system) if chat or system else row
@@ -231,51 +211,52 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example, chats through the template; texts is None if the answer is empty. Raises Refused."""
     conversation = part.conversation or []
-    single = part._replace(conversation=None)
+    # Builder.add takes the texts of a Part with a conversation as segments, of one without as prompt and answers
+    plain = part._replace(conversation=None)
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
-    # several answers: one text; a single answer: rendered as in sampling, unless the template marks trained tokens
-    is_one_sequence = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
-    if not is_one_sequence:
-        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), single)]
+    # several answers: one text in segments; a single answer: as in sampling, unless the template marks trained tokens
+    needs_segments = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
+    if not needs_segments:
+        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
     segments = turns.segments(conversation, tools, tokenizer, left_out)
-    # []: all answers are empty (already counted); None: the template cannot render it as one text
     if segments is not None:
+        # []: all answers are empty (already counted)
         return [(segments, part)] if segments else []
+    # the template cannot render it as one text: one example per answer, with all earlier messages as its prompt
     left_out[turns.APART] += 1
-    # fallback: one example per trained answer, with all earlier messages as its prompt
-    return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), single) for i in trained]
+    return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), plain) for i in trained]
 
 
 def _encode_in_chunks(items, tokenizer):
-    """Encode (builder, texts, Part) items; yield lists of (builder, Part, ids of each text), in order.
+    """Encode (builder, texts, Part) items; yield lists of (builder, ids of each text, Part), in order.
 
-    All chunks but the last are encoded in a thread."""
+    A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
         ids = iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer))
-        return [(builder, part, [next(ids) for _ in texts]) for builder, texts, part in chunk]
+        return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
-        previous, chunk, characters = None, [], 0
+        in_thread, chunk, characters = None, [], 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
-                # encode this chunk while the next one is read and rendered
-                current = pool.submit(encode_chunk, chunk)
-                if previous:
-                    yield previous.result()
-                previous, chunk, characters = current, [], 0
-        if previous:
-            yield previous.result()
+                full = pool.submit(encode_chunk, chunk)
+                if in_thread:
+                    yield in_thread.result()
+                in_thread, chunk, characters = full, [], 0
+        if in_thread:
+            yield in_thread.result()
         yield encode_chunk(chunk)
 
 
 def _skip_or_raise(error, row, skip_bad_rows, left_out):
-    """Count a row that the chat template rejected (skip_bad_rows), or raise UserError."""
+    """Count a row that the chat template rejected (skip_bad_rows), or raise UserError. Called while the error is handled."""
     if skip_bad_rows:
         left_out[f'bad rows: {error}'] += 1
         return
+    # a plain dict has no place in a file
     where = getattr(row, 'where', '')
     advice = f'mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     raise UserError(f'{where}: {error}; {advice}' if where else str(error)) from None
@@ -285,7 +266,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
     """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
-        texts = render(prompt, [answer], None, tokenizer, left_out, blank=True)
+        texts = render(prompt, [answer], tools=None, tokenizer=tokenizer, left_out=left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
     prompt_ids, answer_ids = encode_texts(texts, tokenizer)
@@ -344,14 +325,14 @@ def _answers(row, task, left_out):
         if answer is None or is_empty(answer):
             answer = '.' if isinstance(row['prompt'], str) else said('.')
         return [answer]
-    # SFT uses only the chosen answer of a pair
     if 'chosen' in row and task != 'sft':
         return [row['chosen'], row['rejected']]
     if task == 'sft' and not row.get('good', True):
         left_out['bad answers, which are no demonstrations'] += 1
         return None
-    has_label = 'good' in row
-    if answer is not None and (task == 'sft' or (task == 'singles' and has_label)):
+    # SFT takes any answer (of a pair: the chosen one), KTO one with a label
+    is_enough = task == 'sft' or (task == 'singles' and 'good' in row)
+    if is_enough and answer is not None:
         return [answer]
     have = 'a prompt and a response' if 'response' in row else 'a prompt'
     left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
@@ -359,17 +340,16 @@ def _answers(row, task, left_out):
 
 
 def _tokenizer_key(tokenizer):
-    """Return (vocabulary and rules, chat template, EOS id) of a tokenizer for the cache key."""
+    """Return (vocabulary and rules, chat template) of a tokenizer for the cache key."""
     model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # load_examples sets PLAIN_CHAT where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    return model, template, tokenizer.eos_token_id
+    return model, template
 
 
 def _cache_file(key, split, enough):
-    """Return the path of a split's cache file. key: JSON-serializable. enough: {} for the file with all examples."""
-    text = json.dumps([key, split, enough])
-    return cache.path_of('tokens', hashlib.sha256(text.encode()).hexdigest())
+    """Return the path of a split's cache file. key: hash of all else. enough: {} for the file with all examples."""
+    return cache.path_of('tokens', f'{content_hash(key, split, enough):016x}')
 
 
 def _read_cache(files):
@@ -385,8 +365,8 @@ def _read_cache(files):
 
 def _write_cache(file, examples):
     """Write Examples to a cache file; print a note on failure."""
+    columns = {name: getattr(examples, name) for name in ('ids', 'spans', 'good', 'uid', 'margin')}
     # safetensors needs contiguous arrays and no None
-    present = [name for name in CACHED if getattr(examples, name) is not None]
-    arrays = {name: np.ascontiguousarray(getattr(examples, name)) for name in present}
+    arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     if failure := cache.write(file, arrays, examples.left_out):
         say(f'note: tokens are not cached: {failure}')

@@ -173,32 +173,29 @@ def full_head(net, batch):
 
 
 class Variant:
-    """A way to compute a DPO step. load() builds the models for a round, step() runs and times a step, free() drops the models.
-
-    pad: one padded row per answer instead of one packed row. share: both answers share one copy of the prompt. head: logits at
-    answer tokens only. cached: load() precomputes the reference log-probs. times: seconds of all timed steps. passes: if cached,
-    seconds of the reference pass of each of these steps, else empty. tokens, allocated: tokens of all batches made, without and
-    with padding. peak, estimate: measured and estimated memory in GB, maximum over all steps."""
+    """A way to compute a DPO step. load() builds the models for a round, step() runs and times a step, free() drops the models."""
 
     def __init__(self, name):
-        """Select the optimizations of a variant. Variants are cumulative: padded, packed, shared, head, cached."""
+        """Switch on the optimizations of a variant, one of the first five VARIANTS, which has those of all before it, too."""
         enabled = VARIANTS[: VARIANTS.index(name) + 1]
         self.name = name
-        self.pad = 'packed' not in enabled  # without packing, pad all answers to the longest
-        self.share = 'shared' in enabled
-        self.head = 'head' in enabled
-        self.cached = 'cached' in enabled
-        self.times, self.passes = [], []
-        self.tokens = self.allocated = 0
-        self.peak = self.estimate = 0.0
+        self.pad = 'packed' not in enabled  # a row for each answer, padded to the longest; else one packed row
+        self.share = 'shared' in enabled  # both answers share one copy of the prompt
+        self.head = 'head' in enabled  # logits at answer tokens only
+        self.cached = 'cached' in enabled  # load() computes the reference's log-probs, and step() reads them
+        # measured in all rounds so far
+        self.times = []  # seconds of each timed step
+        self.passes = []  # if cached: seconds of the reference's forward pass for each of these steps
+        self.tokens, self.allocated = 0, 0  # of all batches, without and with padding
+        self.peak, self.estimate = 0.0, 0.0  # measured and estimated memory of the largest step, in GB
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
         """Build policy, reference and optimizer, with the same weights in each round.
 
         steps (num_steps, batch_size): indices into examples. If cached, times and stores the reference log-probs, too."""
-        self.policy = self.model(train=True)
-        self.ref = self.model(train=False)
+        self.policy = self.build_model(train=True)
+        self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
         forward = partial(self.logps, self.policy)
         # bytes of activations, for the estimate of memory in the table
@@ -216,7 +213,7 @@ class Variant:
         self.ref = None
         release()
 
-    def model(self, train):
+    def build_model(self, train):
         """Build and shard the policy (train=True) or the reference."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
         # the log-probs of variants without `head`, from logits at every position
@@ -238,7 +235,8 @@ class Variant:
     def batches(self, examples, rows):
         """Return this rank's microbatches of the step on examples[rows]; adds to self.tokens and self.allocated."""
         # padded: a fixed number of pairs at a time, of any length; packed: as many tokens as allowed
-        num_pairs, token_limit = (PADDED_PAIRS, 10**9) if self.pad else (len(rows), max_tokens)
+        num_pairs = PADDED_PAIRS if self.pad else len(rows)
+        token_limit = 10**9 if self.pad else max_tokens
         options = {'share_prefix': self.share, 'pad': self.pad, 'device': device}
         batches = []
         for start in range(0, len(rows), num_pairs):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure
+from text.examples import counted
 from tools.runs import gold, labels, panels_of, read, smoothed, value_of
 
 # the picture
@@ -92,7 +93,7 @@ def draw(runs):
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'cannot write {out}: {reason}') from None
-    print(f'{out}: {len(runs)} runs, {num_panels} panels')
+    print(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')
 
 
 def draw_frontiers(axis, frontiers, colors):

@@ -19,6 +19,7 @@ from configurator import UserError, configure
 from feedback.answers import read_verdicts
 from runtime.files import replace_text
 from runtime.log import SHOWN
+from text.examples import counted
 from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
 # the page, and what is drawn
@@ -82,13 +83,14 @@ def sample_cards(number, run):
         answer = answer_of(row['generator'], row['response'])
         answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
         gold_reward = gold(row)
-        # prefer the score of a reward model, then the toy world's gold reward, then DPO's implicit reward beta * logratio
+        # prefer the score of a reward model, then the toy world's gold reward, then what it is in DPO: losses that divide by
+        # the length or add a divergence have other implicit rewards, and those without a reference no logratio
         if 'score' in row:
             answer |= {'reward': row['score'], 'reward_source': 'score'}
         elif gold_reward is not None:
             answer |= {'reward': gold_reward, 'reward_source': 'gold'}
         elif 'logratio' in row and isinstance(beta, int | float):
-            answer |= {'reward': beta * row['logratio'], 'reward_source': 'implicit'}
+            answer |= {'reward': beta * row['logratio'], 'reward_source': 'beta * log-ratio'}
         cards[key]['answers'].append(answer)
     # stable sort: prompts of an evaluation keep their order
     return sorted(cards.values(), key=lambda card: -card['examples'])
@@ -105,15 +107,10 @@ def show_runs(runs):
         # None if a script has no such option; the value None becomes 'null'
         values = [json.dumps(run.options[name]) if name in run.options else None for run in runs]
         options.append({'name': name, 'values': values})
-    samples = []
-    num_skipped = 0
-    for number, run in enumerate(runs):
-        cards = sample_cards(number, run)
-        samples += cards[:max_samples]
-        num_skipped += len(cards[max_samples:])
-    numbers = [last_numbers(run) for run in runs]
-    page = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
-    return page | {'samples': samples, 'samples_left_out': num_skipped}
+    cards = [sample_cards(number, run) for number, run in enumerate(runs)]
+    samples = [card for of_run in cards for card in of_run[:max_samples]]
+    page = {'names': labels(runs), 'charts': charts, 'numbers': list(map(last_numbers, runs)), 'options': options}
+    return page | {'samples': samples, 'samples_left_out': sum(map(len, cards)) - len(samples)}
 
 
 def show_verdicts(folder):
@@ -151,7 +148,7 @@ def write(data):
     # replace lone surrogates by question marks, since they crash browsers
     text = text.encode('utf-8', 'replace').decode()
     replace_text(out, template.replace('{{data}}', text))
-    print(f'{out}: {len(data["names"])} runs, {len(data["verdicts"])} folders of verdicts')
+    print(f'{out}: {counted(len(data["names"]), "runs")}, {counted(len(data["verdicts"]), "folders of verdicts")}')
 
 
 if not folders:

@@ -15,8 +15,7 @@ from text import toy
 # options that labels show first, most important first
 FIRST = 'loss beta beta_prime label_smoothing lr batch_size n_epochs n_examples noise_rate seed model data'.split()
 
-# (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart to share a
-# panel. panels_of() drops the last panel if the one before has curves.
+# (title, subtitle, metrics as group/name); a second metric is dashed. Chosen and rejected log-probs are too far apart for one panel
 PANELS = [
     ('loss', 'thin: training steps, smoothed; points: held-out examples', ['loss']),
     ('reward accuracy', 'share of pairs with the higher reward on the chosen answer', ['rewards/accuracies']),
@@ -145,8 +144,7 @@ def labels(runs):
     names = differing(runs)
     for run in runs:
         # the full path if the folder name is ambiguous
-        is_unique = folders.count(run.folder.name) == 1
-        label = run.folder.name if is_unique else str(run.folder)
+        label = str(run.folder) if folders.count(run.folder.name) > 1 else run.folder.name
         options = [f'{name}={run.options[name]}' for name in names if run.options.get(name) is not None]
         # more would not fit into the legend
         if len(options) > 5:
@@ -156,12 +154,14 @@ def labels(runs):
 
 
 def panels_of(runs):
-    """Return the Panels with at least one curve, in the order of PANELS.
-
-    The last one, the KL on chosen answers, is left out if the one before it, the more accurate KL on samples, has curves."""
+    """Return the Panels with at least one curve, in the order of PANELS."""
     panels = []
     for title, subtitle, metrics in PANELS:
         curves = curves_of(metrics, runs)
+        # the KL on samples comes before the KL on chosen answers, which is less accurate
+        has_better = metrics == ['kl/chosen'] and any(panel.title == 'KL' for panel in panels)
+        if not curves or has_better:
+            continue
         # far: values outside the axes; gaps: number of values that are nan or infinite
         far = [value for curve in curves for value in curve.far]
         if far:
@@ -171,15 +171,13 @@ def panels_of(runs):
         if gaps:
             subtitle += f'; no numbers: {gaps}'
         panels.append(Panel(title, subtitle, curves))
-    kl_on_samples = panels[-2]
-    if kl_on_samples.curves:
-        panels.pop()
-    return [panel for panel in panels if panel.curves]
+    return panels
 
 
 def curves_of(metrics, runs):
     """Return the non-empty Curves of a panel's metrics, ordered by metric, split ('train' first) and run."""
     found = []
+    # from at most 3 for the first run down to 0 for the last, which is drawn on top
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}

@@ -11,13 +11,12 @@ import contextlib
 import copy
 import gzip
 import json
-import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import time
-import traceback
 from collections import Counter
 
 from configurator import UserError, configure
@@ -30,7 +29,8 @@ seed = 0  # of the mutations
 config = configure(globals())
 
 SECONDS = 10  # after which a case hangs
-FIELDS = {'prompt', 'chosen', 'rejected', 'response', 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
+ANSWERS = 'chosen', 'rejected', 'response'
+FIELDS = {'prompt', *ANSWERS, 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
 FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
@@ -51,10 +51,12 @@ ODD_TEXTS = [
 ]  # fmt: skip
 ODD_VALUES = [None, True, False, 0, -1, 2, 1.5, float('nan'), float('inf'), -float('inf'), 10**400, 2**64, [], {},
               {'role': 'user', 'content': ' '}, [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}]]  # fmt: skip
+KINDS = 'text text nested messages list object value value'.split()  # of odd values
+ACTS = 'delete rename copy insert wrap repeat replace replace'.split()  # of a mutation
 
 
 def seeds():
-    """format -> its rows; '' -> rows of the documented formats, which need no name."""
+    """Return format -> its rows; '' -> rows of the documented formats, which need no name."""
     found = {}
     for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
         found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
@@ -65,57 +67,62 @@ def seeds():
 
 
 def odd_value(depth=0):
-    """A json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
-    kind = random.randrange(8)
-    if kind < 2:
+    """Return a json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
+    kind = random.choice(KINDS)
+    if kind == 'text':
         return random.choice(ODD_TEXTS)
-    if kind == 2:
+    if kind == 'nested':
         levels = random.choice([1, 25, 200])
         return json.loads('{"x": [' * levels + ']}' * levels)
-    if kind == 3:
+    if kind == 'messages':
         return [{'role': random.choice(['user', 'assistant']), 'content': random.choice(ODD_TEXTS)}]
-    if kind == 4 and depth < 3:
+    if kind == 'list' and depth < 3:
         return [odd_value(depth + 1)]
-    if kind == 5 and depth < 3:
+    if kind == 'object' and depth < 3:
         return {random.choice(['role', 'content', 'from', 'value', 'x']): odd_value(depth + 1)}
     return copy.deepcopy(random.choice(ODD_VALUES))
 
 
-def places(value, depth=0):
-    """All (container, key) in a row, down to the sixth level."""
+def places(value, levels):
+    """Return all (container, key) in a json value, down to so many levels."""
     keys = list(value) if isinstance(value, dict) else []
     if isinstance(value, list):
         keys = range(len(value))
     found = [(value, key) for key in keys]
-    for key in keys if depth < 5 else []:
-        found += places(value[key], depth + 1)
+    for key in keys if levels > 1 else []:
+        found += places(value[key], levels - 1)
     return found
 
 
+def texts(value):
+    """Return all texts in a json value."""
+    return [container[key] for container, key in places([value], 900) if isinstance(container[key], str)]
+
+
 def mutate(row, pool):
-    """A copy of a row in which a few values are gone, renamed, copied from another row, repeated or odd."""
+    """Return a copy of a row in which a few values are gone, renamed, copied from another row of the pool, repeated or odd."""
     row = copy.deepcopy(row)
     for _ in range(random.choice([1, 1, 1, 2, 4])):
-        spots = places(row)
+        spots = places(row, 6)
         if not spots:
             return odd_value()
         container, key = random.choice(spots)
-        act = random.randrange(8)
-        if act == 0:
+        act = random.choice(ACTS)
+        if act == 'delete':
             del container[key]
-        elif act == 1 and isinstance(container, dict):
+        elif act == 'rename' and isinstance(container, dict):
             others = [f'{key}x', 'prompt', 'chosen', 'preference', 'output_1', random.choice(ODD_TEXTS)[:20]]
             container[random.choice(others)] = container.pop(key)
-        elif act == 2:
-            other, place = random.choice(places(random.choice(pool)))
+        elif act == 'copy':
+            other, place = random.choice(places(random.choice(pool), 6))
             container[key] = copy.deepcopy(other[place])
-        elif act == 3 and isinstance(container[key], str):
+        elif act == 'insert' and isinstance(container[key], str):
             text = container[key]
             at = random.randrange(len(text) + 1)
             container[key] = text[:at] + random.choice(ODD_TEXTS) + text[at + random.randrange(3) :]
-        elif act == 4:
+        elif act == 'wrap':
             container[key] = [container[key]]
-        elif act == 5 and isinstance(container, list):
+        elif act == 'repeat' and isinstance(container, list):
             container.insert(key, copy.deepcopy(container[key]))
         else:
             container[key] = odd_value()
@@ -123,7 +130,7 @@ def mutate(row, pool):
 
 
 def write_line(row):
-    """A row as json text, sometimes broken."""
+    """Return a row as json text, sometimes broken."""
     ascii_only = random.random() < 0.5
     text = json.dumps(row, ensure_ascii=ascii_only).encode('utf-8', 'surrogatepass')
     if random.random() < 0.9:
@@ -137,47 +144,12 @@ def write_line(row):
     ])  # fmt: skip
 
 
-@contextlib.contextmanager
-def caught(case):
-    """Around a case: it must end in time, without any error. Else its name is printed, and the process ends; its files stay."""
-
-    def ring(*_):
-        raise Failure(f'no end within {SECONDS} s')
-
-    signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        traceback.print_exception(error)
-        print(f'FAILED: {type(error).__name__}: {error}\nafter {dict(counts)}\ncase: {case}', flush=True)
-        os._exit(1)
-    finally:
-        signal.alarm(0)
-
-
-def texts(value):
-    """All texts in a json value."""
-    found, left = [], [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, dict | list):
-            left += value.values() if isinstance(value, dict) else value
-    return found
-
-
-def is_written(text, written):
-    """Whether the words of a text stand in the file."""
-    everything = ' '.join(['Human Assistant user assistant', *written])
-    return all(word in everything for word in re.findall(r'\w+', text))
+def ring(*_):
+    raise Failure(f'no end within {SECONDS} s')
 
 
 def check_example(example, written, name):
-    """Raise Failure unless an example has the fields that load_rows promises, with texts that were in the file."""
+    """Raise Failure unless an example has the fields that load_rows promises, with words that are written in the file."""
     if 'prompt' not in example or not example.keys() <= FIELDS:
         raise Failure(f'an example with the fields {sorted(example)}')
     for key, value in example.items():
@@ -189,20 +161,19 @@ def check_example(example, written, name):
         for text in texts(value):
             text.encode()
             # the markup of se is taken out, within words, too
-            if name != 'se' and not is_written(text, written):
+            if name != 'se' and not all(word in written for word in re.findall(r'\w+', text)):
                 raise Failure(f'a text that is not in the file: {text[:200]!r}')
 
         # messages have what messages have, and an answer is by the assistant
         messages = value if isinstance(value, list) else []
-        for turn in messages:
-            if not isinstance(turn, dict) or not turn.keys() >= {'role', 'content'}:
-                raise Failure(f'messages {messages!r}')
-        if messages and key in ('chosen', 'rejected', 'response') and messages[-1]['role'] != 'assistant':
+        if not all(isinstance(turn, dict) and turn.keys() >= {'role', 'content'} for turn in messages):
+            raise Failure(f'messages {messages!r}')
+        if messages and key in ANSWERS and messages[-1]['role'] != 'assistant':
             raise Failure(f'an answer by {messages[-1]["role"]!r}')
 
 
 def read_json(content, in_lines):
-    """(rows that are json, number of rows) of a file's bytes."""
+    """Return (rows that are json, number of rows) of a file's bytes."""
     lines = content.split(b'\n') if in_lines else [content]
     parsed = []
     for line in lines:
@@ -215,7 +186,7 @@ def read_json(content, in_lines):
 
 
 def load(source, path, in_lines, options):
-    """(examples, left_out) of a file read with skip_bad_rows, or None where it is refused; as many bad rows as without."""
+    """Load a file without and with skip_bad_rows. Returns (examples, left_out) of the second, or None if it is refused."""
     refused = None
     try:
         sources.load_rows(source, 'train', **options)
@@ -239,14 +210,12 @@ def load(source, path, in_lines, options):
 
 
 def attack_file(name, content, path, index):
-    """One file through load_rows, with and without skip_bad_rows, and what is left through tokenise."""
+    """Send a file through load_rows, and what is left through tokenise. Raises Failure."""
     in_lines = not path.endswith('.json')
     with (gzip.open if path.endswith('.gz') else open)(path, 'wb') as stream:
         stream.write(content)
     parsed, total = read_json(content, in_lines)
-    options = {'undivided': True}
-    if name == 'sharegpt':
-        options['num_turns'] = 3
+    options = {'undivided': True, 'num_turns': 3 if name == 'sharegpt' else 1}
     loaded = load(f'{name}:{path}' if name else path, path, in_lines, options)
     if loaded is None:
         counts.update({'files refused': 1, 'rows refused': max(1, total)})
@@ -254,7 +223,7 @@ def attack_file(name, content, path, index):
 
     # every row is an example, or counted
     examples, left_out = loaded
-    written = texts(parsed)
+    written = ' '.join(['Human Assistant user assistant', *texts(parsed)])
     for example in examples:
         check_example(example, written, name)
     found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
@@ -276,30 +245,38 @@ def attack_file(name, content, path, index):
     counts[f'tokenised for {task}'] += len(found)
 
 
-def attack_rows(total):
-    """Files of mutated rows, until there are so many."""
-    pool, index = seeds(), 0
-    with tempfile.TemporaryDirectory() as folder:
-        while counts['mutated rows'] < total:
-            name = random.choice([*pool, '', ''])
-            ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
-            changed = []
-            for _ in range(FILE_ROWS):
-                row, is_changed = random.choice(pool[name]), random.random() < 0.8
-                changed.append(mutate(row, pool[name]) if is_changed else row)
-                counts['mutated rows'] += is_changed
-            content = b'\n'.join(map(write_line, changed))
-            if ending == '.json':
-                content = json.dumps(changed).encode()
-                content = content if random.random() < 0.9 else content[: random.randrange(len(content))]
-            path = f'{folder}/data{index % 4}{ending}'
-            with caught(f'format {name or "any"}, file {path}'):
-                attack_file(name, content, path, index)
-            index += 1
+def random_file(name, pool):
+    """Return (ending, content) of a file with rows of a format, most of them mutated."""
+    ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
+    changed = []
+    for _ in range(FILE_ROWS):
+        row, is_changed = random.choice(pool), random.random() < 0.8
+        changed.append(mutate(row, pool) if is_changed else row)
+        counts['mutated rows'] += is_changed
+    if ending != '.json':
+        return ending, b'\n'.join(map(write_line, changed))
+    content = json.dumps(changed).encode()
+    return ending, content if random.random() < 0.9 else content[: random.randrange(len(content))]
 
 
 began = time.process_time()
-attack_rows(rows)
+signal.signal(signal.SIGALRM, ring)
+formats = seeds()
+folder = tempfile.mkdtemp(prefix='fuzz-')  # a case that fails stays there
+index = 0
+while counts['mutated rows'] < rows:
+    name = random.choice([*formats, '', ''])
+    ending, content = random_file(name, formats[name])
+    path = f'{folder}/data{index % 4}{ending}'
+    case = f'format {name or "any"}, file {path}, after {dict(counts)}'
+    signal.alarm(SECONDS)
+    try:
+        attack_file(name, content, path, index)
+    except BaseException as error:  # what readers raise must be a UserError, which is caught further in
+        raise Failure(f'{type(error).__name__}: {error}; {case}') from error
+    signal.alarm(0)
+    index += 1
+shutil.rmtree(folder)
 for what, n in sorted(counts.items()):
     print(f'{n:>9d}  {what}')
 print(f'no failure; {time.process_time() - began:.0f} s of CPU')

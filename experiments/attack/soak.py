@@ -43,7 +43,7 @@ MOMENTS = {'save': 'out/checkpoints/*.tmp', 'sampling': 'out/samples.jsonl', 'te
 
 
 def is_new(file):
-    """Whether a file was changed in the last second."""
+    """Return whether a file was changed in the last second."""
     with contextlib.suppress(OSError):  # it may be gone meanwhile
         return time.time() - file.stat().st_mtime < 1
     return False
@@ -76,14 +76,14 @@ def kill(process):
 
 
 def metrics(out):
-    """The whole rows of a run's metrics.jsonl, but for speeds, which differ."""
+    """Return the whole rows of a run's metrics.jsonl, without speeds, which differ."""
     text = (out / 'metrics.jsonl').read_text() if size(out / 'metrics.jsonl') else ''
     rows = [json.loads(line) for line in text.split('\n')[:-1]]
     return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
 
 
 def difference(out, whole):
-    """Where two runs differ, or None."""
+    """Return where two runs differ, or None."""
     for mine, right in itertools.zip_longest(metrics(out), metrics(whole)):
         if mine != right:
             return f'rows differ: {mine} and {right}'
@@ -95,7 +95,7 @@ def difference(out, whole):
 
 @functools.cache
 def train_whole(loss, world, base):
-    """(folder of the uninterrupted run, seconds from its first step to its end)."""
+    """Train without interruption. Returns (folder, seconds from the first step to the end)."""
     whole = base / f'{loss}-{world}'
     # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
     process = start(loss, world, whole, base / f'cache-{loss}-{world}')
@@ -139,26 +139,26 @@ def train_killed(loss, world, work, rng, duration):
         kill(process)
         done = max((row['counters/examples'] for row in metrics(out)), default=0)
         hits.append(f'{done} examples ({moment or "any moment"})')
-    # it had just finished: another start would rightly be refused
-    if (out / 'model').exists():
-        return hits, 0
-    return hits, start(loss, world, out, work / 'cache').wait()
+    # it may have finished just now: another start would rightly be refused
+    code = 0 if (out / 'model').exists() else start(loss, world, out, work / 'cache').wait()
+    return hits, code
 
 
 def main():
     rng = random.Random(seed)
     base = Path(folder or tempfile.mkdtemp(prefix='soak-'))
     base.mkdir(parents=True, exist_ok=True)
-    kinds, worlds = itertools.cycle(losses.split()), itertools.cycle(map(int, processes.split()))
+    kinds, worlds = itertools.cycle(losses.split()), itertools.cycle(processes.split())
     done = survived = number = resumed = 0
     while done < kills:
         # the run without interruption, then the one that is killed, and what it has left
-        loss, world = next(kinds), next(worlds)
+        loss, world = next(kinds), int(next(worlds))
+        number += 1
         whole, duration = train_whole(loss, world, base)
         work = base / f'run{number}'
         hits, code = train_killed(loss, world, work, rng, duration)
         wrong = f'exit code {code}' if code else difference(work / 'out', whole)
-        number, done = number + 1, done + len(hits)
+        done += len(hits)
         print(f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: '
               f'{wrong or "as if nothing had happened"}', flush=True)  # fmt: skip
         resumed += (work / 'out.txt').read_text().count('resuming')  # the others came before the first checkpoint

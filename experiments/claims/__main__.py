@@ -7,9 +7,9 @@
     python -m experiments.claims --report            # write the report again from what is there
 
 experiments/claims/record has what --out_dir=experiments/claims/record left there; with that docs/evidence.md is written, too. Resumable:
-every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or in the record; where
-there is none, the search comes first. results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py
-by which rule; loglinear.py is a command of its own.
+every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or else in the record.
+results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py by which rule; loglinear.py is a
+command of its own.
 """
 
 import json
@@ -37,7 +37,7 @@ RECORD = ROOT / 'experiments/claims/record'
 
 
 def read_results(file):
-    """Results by key of their trial. A line that a crash has cut short is taken off the file."""
+    """Return the results in a file, by key of their trial. Removes a last line that a crash has cut short."""
     lines = file.read_text().splitlines(True) if file.exists() else []
     if lines and not lines[-1].endswith('\n'):
         file.write_text(''.join(lines[:-1]))
@@ -46,7 +46,7 @@ def read_results(file):
 
 
 def run(trials, file, work):
-    """Make those trials that are not in the file yet, several side by side, and append each when it is done."""
+    """Run the trials that are not in the file yet, several side by side, and append each result when it is there."""
     results = read_results(file)
     left = [trial for trial in trials if results.get(claims_grid.key(trial), {}).get('n_samples') != n_samples]
     print(f'{len(trials)} trials, {len(trials) - len(left)} of them done already: {file}', flush=True)
@@ -66,15 +66,8 @@ def run(trials, file, work):
             what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
-            print(f'{i:4d}/{len(left)}  seed {result["seed"]}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
-
-
-def find_settings(settings, out, work):
-    """Make the searches, and write what they found."""
-    run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
-    rows = read_results(out / 'search.jsonl')
-    found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
-    settings.write_text(json.dumps(found, indent=1) + '\n')
+            done = f'{i:4d}/{len(left)}  seed {result["seed"]}'
+            print(f'{done}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
 
 
 def main():
@@ -83,33 +76,27 @@ def main():
     if quick:
         seeds = '1 2 3' if config.origin['seeds'] == 'default' else seeds
         n_samples = 256 if config.origin['n_samples'] == 'default' else n_samples
-    try:
-        chosen = [int(seed) for seed in seeds.split()]
-    except ValueError:
-        chosen = []
-    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+    chosen = [int(word) for word in seeds.split() if word.isdecimal()]
+    if not chosen or len(set(chosen)) < len(seeds.split()):
         raise UserError(f"seeds must be different whole numbers, such as '1 2 3', not {seeds!r}")
     if claims_grid.SEARCH_SEED in chosen and not search:
         raise UserError(f'seed {claims_grid.SEARCH_SEED} has chosen the settings: report others')
-    if search:
-        config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
     out = Path(out_dir or f'out/claims{"_quick" if quick else ""}').resolve()
     work = out / 'work'  # the SFT model, the pairs, the cache of tokens
     work.mkdir(parents=True, exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'  # the workers inherit it
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
     settings, results = out / 'settings.json', out / 'results.jsonl'
-    known = [file for file in (settings, RECORD / 'settings.json') if file.exists()]
-    if report and not known:
-        raise UserError(f'there is nothing to report in {out}')
-    if search or not known:
-        find_settings(settings, out, work)
-        known = [settings]
-        if search:
-            print(f'{settings}:\n{settings.read_text()}')
-            return
+    if search:
+        config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
+        run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
+        rows = read_results(out / 'search.jsonl')
+        found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
+        settings.write_text(json.dumps(found, indent=1) + '\n')
+        return print(f'{settings}:\n{settings.read_text()}')
+    found = settings if settings.exists() else RECORD / 'settings.json'
     axes = claims_grid.QUICK if quick else claims_grid.FULL
-    grid = claims_grid.Grid(settings=json.loads(known[0].read_text()), **axes)
+    grid = claims_grid.Grid(settings=json.loads(found.read_text()), **axes)
     if not report:
         run(grid.trials(chosen), results, work)
     claims_report.write(grid, chosen, read_results(results), out)

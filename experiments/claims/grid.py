@@ -7,49 +7,54 @@ is the method's own (beta', a) is in its search. The score is the gold reward mi
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 SEARCH_SEED = 0
 PRICE = 0.25  # gold reward that a nat of KL costs
 FLIPS = (0.0, 0.4)  # cDPO and robust DPO are told the true share
-# like for like, under flips; 'dpo quarter' is DPO at a quarter of the beta
-LIKE = {
-    'dpo': {'loss': 'dpo'}, 'drdpo 1': {'loss': 'drdpo', 'beta_prime': 1.0}, 'drdpo 4': {'loss': 'drdpo', 'beta_prime': 4.0},
-    'dpo quarter': {'loss': 'dpo'}, 'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.4},
+METHODS = {
+    'dpo': {'loss': 'dpo'},
+    # like for like, under flips; 'dpo quarter' is DPO at a quarter of the beta
+    'drdpo 1': {'loss': 'drdpo', 'beta_prime': 1.0},
+    'drdpo 4': {'loss': 'drdpo', 'beta_prime': 4.0},
+    'dpo quarter': {'loss': 'dpo'},
+    'cdpo': {'loss': 'cdpo', 'label_smoothing': 0.4},
     'robust': {'loss': 'robust', 'label_smoothing': 0.4},
-}  # fmt: skip
-BETA = {'dpo': {'loss': 'dpo'}, 'beta_dpo': {'loss': 'beta_dpo', 'rho': 0.2, 'a': 0.6}}
-FRONTIER = {
-    'dpo': {'loss': 'dpo'}, 'tdpo1': {'loss': 'tdpo1'}, 'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5},
-    'radpo1': {'loss': 'radpo1', 'risk': 'cvar', 'mu': 0.98}, 'radpo2': {'loss': 'radpo2', 'risk': 'cvar', 'mu': 0.98, 'alpha': 0.5},
-}  # fmt: skip
-# good to bad answers; the weights keep both sides' sums equal, as the KTO paper advises; a batch of 128 answers is one of 64 pairs
-KTO = {
-    f'kto 1:{n}': {'loss': 'kto', 'batch_size': 128} | ({'frac_good': 1 / n, 'w_good': float(n)} if n > 1 else {})
-    for n in (1, 4, 10)
-}
-OTHERS = {'dpo': {'loss': 'dpo'}, **KTO, 'simpo': {'loss': 'simpo', 'gamma': 0.5}, 'orpo': {'loss': 'orpo'}}
-ONLINE = {
+    # over beta, on pairs of mixed gap
+    'beta_dpo': {'loss': 'beta_dpo', 'rho': 0.2, 'a': 0.6},
+    # reward against KL
+    'tdpo1': {'loss': 'tdpo1'},
+    'tdpo2': {'loss': 'tdpo2', 'alpha': 0.5},
+    'radpo1': {'loss': 'radpo1', 'risk': 'cvar', 'mu': 0.98},
+    'radpo2': {'loss': 'radpo2', 'risk': 'cvar', 'mu': 0.98, 'alpha': 0.5},
+    # good to bad answers; the weights keep both sides' sums equal, as the KTO paper advises; a batch of 128 answers is one of 64 pairs
+    'kto 1:1': {'loss': 'kto', 'batch_size': 128},
+    'kto 1:4': {'loss': 'kto', 'batch_size': 128, 'frac_good': 0.25, 'w_good': 4.0},
+    'kto 1:10': {'loss': 'kto', 'batch_size': 128, 'frac_good': 0.1, 'w_good': 10.0},
+    'simpo': {'loss': 'simpo', 'gamma': 0.5},
+    'orpo': {'loss': 'orpo'},
     'ppo': {'loss': 'ppo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3},
     'grpo': {'loss': 'grpo', 'n_examples': 4096, 'ppo_epochs': 2, 'lr': 1e-3, 'group_size': 8},
 }
+ONLINE = ('ppo', 'grpo')
 
 # the searches: metrics to choose by, pairs, options that stay, and axes whose product is twelve settings
 LRS = (1e-4, 3e-4, 1e-3)
 NOISE = {'noise_rate': FLIPS[-1]}
 WIDE, BOTH = ('accuracy', 'score'), {'beta': (0.1, 0.3, 1.0, 3.0), 'lr': LRS}
 SEARCHES = {
-    'flips dpo': (WIDE, 'all', LIKE['dpo'] | NOISE, BOTH),
+    'flips dpo': (WIDE, 'all', METHODS['dpo'] | NOISE, BOTH),
     'flips drdpo': (WIDE, 'all', {'loss': 'drdpo'} | NOISE, {'beta': (0.3, 3.0), 'beta_prime': (1.0, 4.0), 'lr': LRS}),
-    'flips cdpo': (('score',), 'all', LIKE['cdpo'] | NOISE, BOTH),
-    'flips robust': (('score',), 'all', LIKE['robust'] | NOISE, BOTH),
+    'flips cdpo': (('score',), 'all', METHODS['cdpo'] | NOISE, BOTH),
+    'flips robust': (('score',), 'all', METHODS['robust'] | NOISE, BOTH),
     'flips ipo': (('score',), 'all', {'loss': 'ipo', 'average': False} | NOISE, {'beta': (0.03, 0.1, 0.3, 1.0), 'lr': LRS}),
-    'mixed dpo': (('score',), 'mixed', BETA['dpo'], BOTH),
+    'mixed dpo': (('score',), 'mixed', METHODS['dpo'], BOTH),
     'mixed beta_dpo': (('score',), 'mixed', {'loss': 'beta_dpo', 'rho': 0.2}, {'beta': (0.1, 1.0), 'a': (0.1, 0.6), 'lr': LRS}),
-    'clean dpo': (('score',), 'all', OTHERS['dpo'], BOTH),
-    'clean kto': (('score',), 'all', KTO['kto 1:1'], BOTH),
-    'clean simpo': (('score',), 'all', OTHERS['simpo'], {'beta': (3.0, 10.0, 30.0, 100.0), 'lr': LRS}),
-    'clean orpo': (('score',), 'all', OTHERS['orpo'], {'lam': (0.3, 1.0, 3.0, 10.0), 'lr': LRS}),
+    'clean dpo': (('score',), 'all', METHODS['dpo'], BOTH),
+    'clean kto': (('score',), 'all', METHODS['kto 1:1'], BOTH),
+    'clean simpo': (('score',), 'all', METHODS['simpo'], {'beta': (3.0, 10.0, 30.0, 100.0), 'lr': LRS}),
+    'clean orpo': (('score',), 'all', METHODS['orpo'], {'lam': (0.3, 1.0, 3.0, 10.0), 'lr': LRS}),
 }  # fmt: skip
 
 NAMES = {'drdpo 1': "Dr. DPO (beta' 1)", 'drdpo 4': "Dr. DPO (beta' 4)", 'dpo quarter': 'DPO at beta / 4', 'drdpo': 'Dr. DPO', 'beta_dpo': 'beta-DPO',
@@ -58,22 +63,22 @@ NAMES = {'drdpo 1': "Dr. DPO (beta' 1)", 'drdpo 4': "Dr. DPO (beta' 4)", 'dpo qu
 
 
 def name_of(method):
-    """A method's name as papers write it."""
+    """Return a method's name as papers write it."""
     return NAMES.get(method) or method.replace('kto', 'KTO')
 
 
 def key(trial):
-    """What makes two trials the same: everything but the results. Rows of before 2026-11-26 have no sft, and belong to other models."""
+    """Return the identity of a trial, without its results. Rows of before 2026-11-26 have no sft: they belong to other models."""
     return json.dumps({k: trial.get(k) for k in ('script', 'data', 'sft', 'seed', 'options')}, sort_keys=True)
 
 
 def value(result, metric):
-    """One metric of a result; the score is the gold reward minus the price of the KL."""
+    """Return one metric of a result. The score is the gold reward minus the price of the KL."""
     return result['gold'] - PRICE * result['kl'] if metric == 'score' else result[metric]
 
 
 def make(seed, options, cut=1, data='all'):
-    """A trial; options None: the SFT model itself. cut: train on 1 / cut of the examples."""
+    """Return a trial. options None: the SFT model itself. cut: train on 1 / cut of the examples."""
     trial = {'script': 'dpo.py', 'data': data, 'sft': seed, 'seed': seed, 'options': options}
     if options is None:
         return trial | {'script': None, 'data': None}
@@ -86,28 +91,25 @@ def make(seed, options, cut=1, data='all'):
 
 
 def search(name):
-    """The twelve trials of a search, on the seed that is not reported."""
+    """Return the twelve trials of a search, on the seed that is not reported."""
     _, data, fixed, axes = SEARCHES[name]
-    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [make(SEARCH_SEED, fixed | setting, data=data) for setting in settings]
+    settings = itertools.product(*axes.values())
+    return [make(SEARCH_SEED, fixed | dict(zip(axes, values, strict=True)), data=data) for values in settings]
 
 
 def found(name, results):
-    """{metric: {option: value}} of the best trials of a finished search. results: key -> result."""
+    """Return {metric: {option: value}} of the best trials of a finished search. results: key of a trial -> result."""
     metrics, _, _, axes = SEARCHES[name]
-    rows = [results[key(trial)] for trial in search(name)]
-    done = [row for row in rows if 'error' not in row]
-    best = {}
-    for metric in metrics:
-        options = max(done, key=lambda row: value(row, metric))['options']  # noqa: B023
-        best[metric] = {option: options[option] for option in axes}
-    return best
+    done = [row for trial in search(name) if 'error' not in (row := results[key(trial)])]
+    best = {metric: max(done, key=partial(value, metric=metric)) for metric in metrics}
+    return {metric: {option: row['options'][option] for option in axes} for metric, row in best.items()}
 
 
 FULL = {
-    'like': tuple(LIKE), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3), 'mixed_betas': (0.03, 0.1, 0.3, 1.0),
-    'mixed_lr': 3e-4, 'frontier': tuple(FRONTIER), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3,
-    'others': tuple(OTHERS), 'online': tuple(ONLINE), 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1,
+    'like': ('dpo', 'drdpo 1', 'drdpo 4', 'dpo quarter', 'cdpo', 'robust'), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3),
+    'mixed_betas': (0.03, 0.1, 0.3, 1.0), 'mixed_lr': 3e-4,
+    'frontier': ('dpo', 'tdpo1', 'tdpo2', 'radpo1', 'radpo2'), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3,
+    'others': ('dpo', 'kto 1:1', 'kto 1:4', 'kto 1:10', 'simpo', 'orpo'), 'online': ONLINE, 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1,
 }  # fmt: skip
 QUICK = FULL | {
     'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
@@ -121,12 +123,12 @@ class Grid(SimpleNamespace):
     settings: what the searches have found, search -> metric -> {option: value}. cut: train on 1 / cut of the examples."""
 
     def cells(self):
-        """(beta, lr) of the comparisons at equal settings."""
+        """Return all (beta, lr) of the comparisons at equal settings."""
         return list(itertools.product(self.like_betas, self.like_lrs))
 
     def equal(self, method, beta, lr, flips, seed):
-        """At this beta and lr; DPO at a quarter of the beta is named by the beta it is compared at."""
-        options = (LIKE | BETA)[method] | {'beta': beta, 'lr': lr}
+        """Return a trial at this beta and lr. 'dpo quarter' trains with a quarter of this beta."""
+        options = METHODS[method] | {'beta': beta, 'lr': lr}
         if method == 'dpo quarter':
             options['beta'] = beta / 4
         if flips:
@@ -134,51 +136,47 @@ class Grid(SimpleNamespace):
         return make(seed, options, self.cut)
 
     def mixed(self, method, beta, seed):
-        """beta-DPO and DPO on pairs of mixed gap."""
-        return make(seed, BETA[method] | {'beta': beta, 'lr': self.mixed_lr}, self.cut, 'mixed')
+        """Return a trial of beta-DPO or DPO on pairs of mixed gap."""
+        return make(seed, METHODS[method] | {'beta': beta, 'lr': self.mixed_lr}, self.cut, 'mixed')
 
     def pull(self, method, strength, seed):
-        """A point of the frontier: beta for losses on pairs, kl_coef online."""
+        """Return the trial of a point on a frontier. strength: beta for losses on pairs, kl_coef online."""
+        own = {'beta': strength, 'lr': self.frontier_lr}
         if method in ONLINE:
-            return make(seed, ONLINE[method] | {'kl_coef': strength}, self.cut)
-        return make(seed, FRONTIER[method] | {'beta': strength, 'lr': self.frontier_lr}, self.cut)
+            own = {'kl_coef': strength}
+        return make(seed, METHODS[method] | own, self.cut)
 
     def pulls(self, method):
         return self.kl_coefs if method in ONLINE else self.frontier_betas
 
     def setting(self, name, metric):
-        """What a search has found for a metric; KTO's is for all shares of good answers."""
+        """Return what a search has found for a metric. KTO's is for all shares of good answers."""
         kind, method = name.split()[:2]
         return self.settings[f'{kind} {method}'][metric]
 
     def tuned(self, name, metric, seed):
-        """A method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
+        """Return the trial of a method ('flips drdpo', 'clean kto 1:4') at what its search has found for the metric."""
         kind, method = name.split(maxsplit=1)
-        fixed = OTHERS[method] if kind == 'clean' else SEARCHES[name][2]
+        fixed = METHODS[method] if kind == 'clean' else SEARCHES[name][2]
         return make(seed, fixed | self.setting(name, metric), self.cut, 'mixed' if kind == 'mixed' else 'all')
 
     def tuned_names(self):
-        """(name, metric) of all that was tuned."""
-        found = []
-        for name, (metrics, *_) in SEARCHES.items():
-            if not name.startswith('clean'):
-                found += [(name, metric) for metric in metrics]
+        """Return (name, metric) of all that was tuned."""
+        noisy = [name for name in SEARCHES if not name.startswith('clean')]
+        found = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
         return found + [(f'clean {method}', 'score') for method in self.others]
 
-    def flips_of(self, method):
-        """cDPO and robust DPO believe in flips, so they are tried with flips only."""
-        return FLIPS[-1:] if method in ('cdpo', 'robust') else FLIPS
-
     def trials(self, seeds):
-        """All of them, each once, seed by seed: what is there after an hour is whole seeds."""
+        """Return all trials, each once, seed by seed: a run that is stopped early has whole seeds."""
         every = {}
         for seed in seeds:
             trials = [make(seed, None)]
             for method in self.like:
-                for flips in self.flips_of(method):
+                # cDPO and robust DPO believe in flips, so they are tried with flips only
+                for flips in FLIPS[-1:] if method in ('cdpo', 'robust') else FLIPS:
                     trials += [self.equal(method, beta, lr, flips, seed) for beta, lr in self.cells()]
             trials += [self.equal('beta_dpo', beta, lr, 0.0, seed) for beta, lr in self.own_units()]
-            for method in BETA:
+            for method in ('dpo', 'beta_dpo'):
                 trials += [self.mixed(method, beta, seed) for beta in self.mixed_betas]
             for method in (*self.frontier, *self.online):
                 trials += [self.pull(method, strength, seed) for strength in self.pulls(method)]
@@ -187,5 +185,5 @@ class Grid(SimpleNamespace):
         return list(every.values())
 
     def own_units(self):
-        """(beta, lr) of beta-DPO in its own units: the smallest beta, without flips."""
+        """Return all (beta, lr) of beta-DPO in its own units: the smallest beta."""
         return [(min(self.like_betas), lr) for lr in self.like_lrs]

@@ -49,17 +49,12 @@ def sigmoid(x):
 
 
 def size(h, beta_prime):
-    """c(h): the size of a pair's gradient, up to a factor common to the step. beta_prime infinity: DPO."""
+    """Return c(h), the size of a pair's gradient, up to a factor common to the step. beta_prime infinity: DPO."""
     return sigmoid(-h) * sigmoid(h) ** (1 / beta_prime)
 
 
-def optimum(p, beta_prime):
-    """h* of a pair that is labelled rightly with probability p > 1/2; infinite for beta' <= 1."""
-    return np.inf if beta_prime <= 1 else np.log(p / (1 - p)) / (1 - 1 / beta_prime)
-
-
 def features(prompt, answers):
-    """f of answers to one prompt: (answers, features)."""
+    """Return f of the answers to one prompt: (answers, features)."""
     words, aspects, places = list(toy.VALUES), toy.ASPECTS, list(toy.PLACES)
     place = places.index(prompt.removeprefix('Review of the ').removesuffix(':'))
     out = np.zeros((len(answers), 2 * len(words) + len(places) * len(aspects)))
@@ -72,7 +67,7 @@ def features(prompt, answers):
 
 @functools.lru_cache(1)
 def answer_sets():
-    """Of every place: f (answers, features) and gold reward (answers,) of the answers that the policy chooses among."""
+    """Return for every place f (answers, features) and gold reward (answers,) of the answers that the policy chooses among."""
     rng, sets = random.Random('log-linear answers'), []
     for prompt in (f'Review of the {place}:' for place in toy.PLACES):
         answers = [toy.demonstration(prompt, rng) for _ in range(N_ANSWERS)]
@@ -82,7 +77,7 @@ def answer_sets():
 
 @functools.lru_cache(64)
 def world(seed):
-    """The pairs of a seed: f_w - f_l of training (pairs, features) and of test, which the gold reward itself labels."""
+    """Return f_w - f_l (pairs, features) of the training pairs of a seed, and of its test pairs, labelled by the gold reward."""
     parts = []
     for split, n in (('train', N_TRAIN), ('test', N_TEST)):
         differences = []
@@ -115,7 +110,7 @@ def train(x, flipped, beta, beta_prime, lr, order):
 
 
 def exact(theta):
-    """Gold reward and KL(policy || reference), summed over all answers; the mean over prompts."""
+    """Return gold reward and KL(policy || reference), expectations over all answers; the mean over prompts."""
     numbers = []
     for f, gold in answer_sets():
         score = f @ theta - (f @ theta).max()
@@ -126,7 +121,7 @@ def exact(theta):
 
 
 def run(seed, flips, beta, beta_prime, lr):
-    """Train and measure one policy: a dictionary of numbers."""
+    """Train and measure one policy. Returns a dictionary of numbers."""
     x, test = world(seed)
     rng = np.random.default_rng(seed)
     flipped = rng.random(len(x)) < flips
@@ -143,7 +138,7 @@ def run(seed, flips, beta, beta_prime, lr):
 
 
 def equal_settings(seeds):
-    """{(method, flips, step): {metric: array by seed}} at equal beta and step size."""
+    """Return {(method, flips, step size): {metric: array by seed}} for methods at equal beta and step size."""
     found = {}
     for (name, (beta_prime, factor)), flips, lr in itertools.product(METHODS.items(), FLIPS, STEPS):
         runs = [run(seed, flips, BETA * factor, beta_prime, lr) for seed in seeds]
@@ -151,25 +146,31 @@ def equal_settings(seeds):
     return found
 
 
+def accuracies(seeds, *setting):
+    return np.array([run(seed, *setting)['accuracy'] for seed in seeds])
+
+
 def tuned(seeds):
-    """A row a share of flips: the accuracy of each method at its best of 24 on other seeds, their difference, and how many come near."""
+    """Return a table row for each share of flips: each method at its best of 24 settings on other seeds, and the difference."""
     rows = []
     for flips in FLIPS:
         row, best = [f'{flips:.0%}'], []
         for name, settings in TUNED.items():
             grid = [(beta, beta_prime, lr) for (beta_prime, beta), lr in itertools.product(settings, STEPS)]
-            tried = [[run(seed, flips, *setting)['accuracy'] for setting in grid] for seed in TUNING_SEEDS]
-            score = np.mean(tried, axis=0)
-            setting = beta, beta_prime, lr = grid[score.argmax()]
-            best.append(np.array([run(seed, flips, *setting)['accuracy'] for seed in seeds]))
-            words = f'beta {beta:g}, step {lr:g}' + (f", beta' {beta_prime:g}" if name != 'DPO' else '')
-            row += [words, f'{best[-1].mean():.3f}', f'{(score > score.max() - 0.02).sum()} of {len(grid)}']
+            score = np.array([accuracies(TUNING_SEEDS, flips, *setting).mean() for setting in grid])
+            beta, beta_prime, lr = grid[score.argmax()]
+            best.append(accuracies(seeds, flips, beta, beta_prime, lr))
+            words = f'beta {beta:g}, step {lr:g}'
+            if name != 'DPO':
+                words += f", beta' {beta_prime:g}"
+            near = (score > score.max() - 0.02).sum()
+            row += [words, f'{best[-1].mean():.3f}', f'{near} of {len(grid)}']
         rows.append([*row, interval(list(best[1] - best[0]))])
     return rows
 
 
 def report(found, tuned_rows, n):
-    """The text of loglinear.md."""
+    """Return the text of loglinear.md."""
     others, rows = list(METHODS)[1:], []
     for flips, lr in itertools.product(FLIPS, STEPS):
         dpo = found['DPO', flips, lr]
@@ -200,7 +201,7 @@ The best of 24 settings by accuracy on five other seeds; last, Dr. DPO minus DPO
 
 
 def plot(found, path):
-    """The difference in accuracy from DPO against the step size, a panel a method and a line a share of flips."""
+    """Plot the difference in accuracy from DPO against the step size, a panel for each method, a line for each share of flips."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.8), layout='tight')

@@ -1,13 +1,12 @@
 """The report of experiments/claims: verdicts and all numbers from the trials that are there, and their place in docs/evidence.md."""
 
-import json
 import re
 import statistics
 
 from experiments import mean_and_error, table
 from experiments.claims import verdict
 from experiments.claims.grid import PRICE, key, value
-from experiments.claims.rules import judged
+from experiments.claims.rules import judged, settings_of
 from experiments.claims.verdict import CONTRARY, HOLDS, SMALLEST, WORDS
 
 END = '<!-- end of claims -->'
@@ -16,56 +15,52 @@ EQUAL, TUNED = 'Equal settings, one thing changed:', 'Both tuned for the metric 
 
 
 def interval(found):
-    """'mean [lower, upper]' of differences by seed, the plain 95% interval; missing seeds are said."""
+    """Return 'mean [lower, upper]' of the differences by seed, with the plain 95% interval, and how many seeds are missing."""
     numbers = [x for x in found if x is not None]
     if not numbers:
         return 'no numbers'
     text = f'{statistics.mean(numbers):+.3f}'
     if len(numbers) > 1:
-        _, (_, lower, upper) = verdict.p_values(numbers, 1.0)
-        text += f' [{lower:+.3f}, {upper:+.3f}]'
+        text += ' [{:+.3f}, {:+.3f}]'.format(*verdict.confidence(numbers))
     missing = len(found) - len(numbers)
     return f'{text}, {missing} seeds missing' if missing else text
 
 
 def verdict_tables(rows):
-    """A table of the claims at equal settings, and one of those with both sides tuned; bold only what holds and what is contrary."""
+    """Return a table of the claims at equal settings and one of the tuned ones. Only what holds and what is contrary is bold."""
     lines = {EQUAL: [], TUNED: []}
-    for claim, found, decided in rows:
-        word = f'**{decided.word}**' if decided.word in (HOLDS, CONTRARY) else decided.word
+    for claim, found, word in rows:
+        shown = f'**{word}**' if word in (HOLDS, CONTRARY) else word
         kind = TUNED if claim.settings.startswith('tuned') else EQUAL
-        lines[kind].append([claim.words, claim.measured, claim.settings, interval(found), SMALLEST[claim.unit], word])
+        lines[kind].append([claim.words, claim.measured, claim.settings, interval(found), SMALLEST[claim.unit], shown])
     head = ['claim', 'measured', 'settings', 'difference [95%]', 'd', 'verdict']
     return ''.join(f'{title}\n\n{table(head, part)}' for title, part in lines.items() if part)
 
 
 def number_table(trials, results):
-    """Of every setting that was tried: 'mean (standard error)' of all that was measured; what failed or is missing is said."""
-    groups = {}
+    """Return a table with a row a setting: 'mean (standard error)' of each metric, and how many trials failed or are missing."""
+    groups = {}  # (loss, setting in words) -> results, None where one is missing
     for trial in trials:
         setting = {'pairs': trial['data'], **(trial['options'] or {'loss': 'the SFT model'})}
-        groups.setdefault(json.dumps(setting), []).append(results.get(key(trial)))
-
-    # a row a setting
-    rows = []
-    for name, found in groups.items():
-        setting = json.loads(name)
         loss = setting.pop('loss')
-        words = [f'{option} {value}' for option, value in setting.items() if value]
-        failed = [row for row in found if row and 'error' in row]
+        words = ', '.join(f'{option} {value}' for option, value in setting.items() if value)
+        groups.setdefault((loss, words), []).append(results.get(key(trial)))
+
+    rows = []
+    for (loss, words), found in groups.items():
         done = [row for row in found if row and 'error' not in row]
-        for count, what in ((len(failed), 'failed'), (found.count(None), 'missing')):
-            if count:
-                words.append(f'{count} {what}')
+        missing = found.count(None)
+        failed = len(found) - len(done) - missing
+        words = ', '.join(filter(None, [words, failed and f'{failed} failed', missing and f'{missing} missing']))
         cells = []
         for metric in METRICS:
             cells.append(mean_and_error([value(row, metric) for row in done if metric == 'score' or metric in row]))
-        rows.append([loss, ', '.join(words), *cells])
+        rows.append([loss, words, *cells])
     return table(['loss', 'setting', *METRICS], sorted(rows))
 
 
 def write(grid, seeds, results, out):
-    """results.md, into the folder out."""
+    """Write results.md into the folder out, and print the verdicts."""
     rows = judged(grid, seeds, results)
     trials = grid.trials(seeds)
     used = [results[key(trial)] for trial in trials if key(trial) in results]
@@ -73,11 +68,11 @@ def write(grid, seeds, results, out):
     commits = ', '.join(sorted({row['commit'] for row in used}))
     minutes = sum(row['cpu_seconds'] for row in used) / 60
     n_samples = '/'.join(sorted({str(row['n_samples']) for row in used}))
-    counts = ', '.join(f'{word}: {sum(v.word == word for _, _, v in rows)}' for word in WORDS)
+    words = [word for _, _, word in rows]
+    counts = ', '.join(f'{word}: {words.count(word)}' for word in WORDS)
     found = []
     for name, metrics in grid.settings.items():
-        for metric, best in metrics.items():
-            found.append([name, metric, ', '.join(f'{option} {x:g}' for option, x in best.items())])
+        found += [[name, metric, settings_of(best)] for metric, best in metrics.items()]
     text = f"""# The papers' claims on the toy world
 
 Written by `experiments/claims`; the raw results are in `results.jsonl`. {len(used)} of {len(trials)} trials, seeds {', '.join(map(str, seeds))},
@@ -106,8 +101,8 @@ model || policy) on held-out answers.
 
     # and what matters most, on the screen
     print(f'{out}/results.md')
-    for claim, differences, decided in rows:
-        print(f'  {decided.word:20s}  {interval(differences):32s}  {claim.words}')
+    for claim, differences, word in rows:
+        print(f'  {word:20s}  {interval(differences):32s}  {claim.words}')
 
 
 def write_page(out, page):
@@ -119,4 +114,5 @@ def write_page(out, page):
     verdicts = report[report.index('## Verdicts') : report.index('The rule, fixed')].removeprefix('## Verdicts\n\n')
     size = re.search(r'\d+ of \d+ trials, seeds \d+(, \d+)*', report).group()
     body = f'{size}, each seed with its own SFT model. The difference is paired, with its 95% interval.\n\n{verdicts}'
-    page.write_text(f'{text[: begin.end()]}\n{body.rstrip()}\n{text[text.index(END) :]}')
+    before, after = text[: begin.end()], text[text.index(END) :]
+    page.write_text(f'{before}\n{body.rstrip()}\n{after}')

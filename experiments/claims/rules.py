@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.claims import verdict
-from experiments.claims.grid import FLIPS, ONLINE, Grid, key, make, name_of, value
+from experiments.claims.grid import FLIPS, METHODS, ONLINE, Grid, key, make, name_of, value
 
 MOST = FLIPS[-1]
 # at equal beta and learning rate, by accuracy: ours, theirs, flips, paper
@@ -43,7 +43,9 @@ class Claim(NamedTuple):
 
 
 def judged(grid, seeds, results):
-    """[(claim, differences by seed, verdict)] of all claims, decided together; a small grid's, of those that it can say something about."""
+    """Decide about all claims together. Returns [(claim, differences by seed, the rule's word)].
+
+    A difference is None where a run is missing. Of a small grid's claims those without any difference are left out."""
     rows = []
     for claim in claims(grid, results):
         differences = []
@@ -52,17 +54,17 @@ def judged(grid, seeds, results):
                 differences.append(claim.difference(seed))
             except KeyError:
                 differences.append(None)
-        if grid.cut == 1 or any(x is not None for x in differences):
+        if grid.cut == 1 or set(differences) != {None}:
             rows.append((claim, differences))
-    verdicts = verdict.judge([(differences, claim.unit) for claim, differences in rows])
-    return [(*row, decided) for row, decided in zip(rows, verdicts, strict=True)]
+    words = verdict.judge([(differences, claim.unit) for claim, differences in rows])
+    return [(*row, word) for row, word in zip(rows, words, strict=True)]
 
 
 # ---- what is measured ----
 
 
 def above(ours, theirs):
-    """Mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if there is none."""
+    """Return the mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if none is."""
     x, ours = np.array(sorted(ours)).T
     u, theirs = np.array(sorted(theirs)).T
     x, u = np.sqrt(x), np.sqrt(u)
@@ -83,14 +85,14 @@ class Measured:
         self.grid, self.results = grid, results
 
     def value(self, trial, metric):
-        """One metric of one trial."""
+        """Return one metric of one trial."""
         result = self.results[key(trial)]
         if 'error' in result:
             raise KeyError(result['error'])
         return value(result, metric)
 
     def equal(self, ours, theirs, flips, cells, seed):
-        """Accuracy at equal beta and lr: the mean over cells (beta, lr)."""
+        """Return the difference in accuracy at equal beta and lr: the mean over cells (beta, lr)."""
         gains = []
         for beta, lr in cells:
             a, b = (self.grid.equal(method, beta, lr, flips, seed) for method in (ours, theirs))
@@ -98,25 +100,20 @@ class Measured:
         return statistics.mean(gains)
 
     def loses_less(self, seed):
-        """By how much more of its accuracy DPO loses than Dr. DPO, from no flips to the most."""
+        """Return by how much more DPO loses than Dr. DPO of its accuracy, from no flips to the most."""
         flipped, clean = (self.equal('drdpo 1', 'dpo', flips, self.grid.cells(), seed) for flips in (MOST, 0.0))
         return flipped - clean
 
-    def over_betas(self, method, seed):
-        """The score at every beta, on pairs of mixed gap."""
-        return [self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas]
-
-    def narrower(self, seed):
-        """By how much beta-DPO's range of scores over beta is smaller than DPO's."""
-        ours, theirs = self.over_betas('beta_dpo', seed), self.over_betas('dpo', seed)
-        return max(theirs) - min(theirs) - (max(ours) - min(ours))
-
-    def higher(self, seed):
-        """By how much beta-DPO's mean score over beta is larger."""
-        return statistics.mean(self.over_betas('beta_dpo', seed)) - statistics.mean(self.over_betas('dpo', seed))
+    def mixed(self, summary, seed):
+        """Summarise the scores at every beta, on pairs of mixed gap. Returns the summary of beta-DPO minus that of DPO."""
+        ours, theirs = (
+            summary([self.value(self.grid.mixed(method, beta, seed), 'score') for beta in self.grid.mixed_betas])
+            for method in ('beta_dpo', 'dpo')
+        )
+        return ours - theirs
 
     def above(self, ours, theirs, seed):
-        """The gold reward between two methods' frontiers: the SFT model, and the method at every beta."""
+        """Return the gold reward between two methods' frontiers. A frontier is the SFT model, and the method at every beta."""
         frontiers = []
         for method in (ours, theirs):
             pulls = [self.grid.pull(method, strength, seed) for strength in self.grid.pulls(method)]
@@ -125,7 +122,7 @@ class Measured:
         return above(*frontiers)
 
     def nearer(self, ours, theirs, seed):
-        """The share by which our forward KL on held-out answers is lower, mean over beta."""
+        """Return the share by which our forward KL on held-out answers is lower than theirs, the mean over beta."""
         shares = []
         for beta in self.grid.frontier_betas:
             trials = [self.grid.pull(method, beta, seed) for method in (ours, theirs)]
@@ -134,17 +131,27 @@ class Measured:
         return statistics.mean(shares)
 
     def gain(self, ours, theirs, metric, seed):
-        """A metric of one tuned method above that of another."""
+        """Return the difference in a metric between two tuned methods."""
         a, b = (self.grid.tuned(name, metric, seed) for name in (ours, theirs))
         return self.value(a, metric) - self.value(b, metric)
+
+
+def narrowness(numbers):
+    """Return the negative of their range."""
+    return min(numbers) - max(numbers)
 
 
 def listed(numbers):
     return ', '.join(f'{x:g}' for x in numbers)
 
 
+def settings_of(options):
+    """Return options that a search has found in words."""
+    return ', '.join(f'{option} {x:g}' for option, x in options.items())
+
+
 def claims(grid: Grid, results):
-    """The claims, in the order of the report. results: key of a trial -> result."""
+    """Yield the claims, in the order of the report. results: key of a trial -> result."""
     measured = Measured(grid, results)
     # one thing changed, under flips
     what = 'accuracy, mean over settings'
@@ -162,9 +169,10 @@ def claims(grid: Grid, results):
     yield Claim(words, what, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
     settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    yield Claim(words, 'largest minus smallest score over beta, mixed gap', settings, measured.narrower, 'score')
+    what = 'largest minus smallest score over beta, mixed gap'
+    yield Claim(words, what, settings, partial(measured.mixed, narrowness), 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
-    yield Claim(words, 'score, mean over beta', settings, measured.higher, 'score')
+    yield Claim(words, 'score, mean over beta', settings, partial(measured.mixed, statistics.mean), 'score')
 
     # reward against KL
     betas, between = f'beta {listed(grid.frontier_betas)}, lr {grid.frontier_lr:g}', 'gold reward between the frontiers'
@@ -174,9 +182,9 @@ def claims(grid: Grid, results):
         words = f'{name_of(ours)} stays nearer to the reference than {name_of(theirs)} ({paper})'
         less = 'forward KL on held-out pairs, same beta: share less'
         yield Claim(words, less, f'equal: {betas}', partial(measured.nearer, ours, theirs), 'share')
-    for name, options in ONLINE.items():
+    for name in ONLINE:
         words = f'{name_of(name)} on the gold reward is above DPO at the same KL'
-        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {options["lr"]:g}; DPO: {betas}; neither tuned'
+        settings = f'kl_coef {listed(grid.kl_coefs)}, lr {METHODS[name]["lr"]:g}; DPO: {betas}; neither tuned'
         yield Claim(words, between, settings, partial(measured.above, name, 'dpo'), 'gold')
 
     # both sides tuned for the metric of the claim
@@ -187,10 +195,8 @@ def claims(grid: Grid, results):
 
 
 def tuned_words(grid, ours, theirs, metric):
-    """(words, settings) of a claim about two tuned methods."""
-    found, against = (
-        ', '.join(f'{option} {x:g}' for option, x in grid.setting(name, metric).items()) for name in (ours, theirs)
-    )
+    """Return (words, settings) of a claim about two tuned methods."""
+    found, against = (settings_of(grid.setting(name, metric)) for name in (ours, theirs))
     kind, method = ours.split(maxsplit=1)
     other = theirs.split(maxsplit=1)[1]
     settings, how = f'tuned for {metric}: {found}; against {against}', ', both tuned'

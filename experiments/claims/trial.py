@@ -4,9 +4,7 @@ A trial is {'script', 'data', 'seed', 'options'}; options None is the SFT model 
 """
 
 import contextlib
-import functools
 import io
-import json
 import os
 import runpy
 import shutil
@@ -14,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +23,7 @@ import losses
 import model as models
 from configurator import UserError
 from data import make_batches
-from experiments import ROOT
+from experiments import ROOT, write_rows
 from hf import attention, generate
 from hf.load import load_model, load_tokenizer
 from rl import divergences
@@ -32,28 +31,26 @@ from text import tokenise, toy
 from text.examples import Examples
 
 N_PAIRS = 2560  # training pairs of a trial: 40 steps of 64
-COMMON = {  # of every trial on pairs
-    'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4, 'n_eval_examples': 0, 'do_first_eval': False,
-    'max_length': 64, 'max_prompt_length': 16, 'log_every': 10**6,
-}  # fmt: skip
+QUIET = {'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6}
+LENGTHS = {'max_length': 64, 'max_prompt_length': 16}
+# of every trial on pairs
+COMMON = QUIET | LENGTHS | {'n_epochs': 1, 'batch_size': 64, 'lr_schedule': 'linear', 'warmup_steps': 4}
+# of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
+COMMON_ONLINE = QUIET | {'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64,
+                         'lr_schedule': 'linear', 'max_new_tokens': 48}  # fmt: skip
 DIVERGE = ('tdpo1', 'tdpo2', 'radpo1', 'radpo2')  # these need the live reference, and are measured by forward KL
 UNCACHED = (*DIVERGE, 'simpo', 'orpo', 'kto')  # without a reference, or with more of it than its log-probs
-COMMON_ONLINE = {  # of every trial with sampled answers, as in config/ppo_toy.py and config/grpo_toy.py
-    'data': 'toy', 'reward_model': 'gold', 'batch_size': 256, 'minibatch_size': 64, 'lr_schedule': 'linear', 'max_new_tokens': 48,
-    'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
-}  # fmt: skip
 LOW, HIGH = 0.5, 1.2  # a pair has a low gap below the first, a high gap above the second
 N_TEST = 1800  # held-out pairs; about 1,690 are left without ties
-LIMITS = {'max_length': 64, 'max_prompt_length': 16, 'undivided': True}
 
 
 def gap(pair):
-    """Gold reward of the chosen answer minus that of the rejected one."""
+    """Return the gold reward of the chosen answer minus that of the rejected one."""
     return toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
 
 
 def training_pairs(kind, seed, n=N_PAIRS):
-    """n pairs of the toy world that belong to this seed. kind: all, or mixed (of gap): every second low, every second high."""
+    """Return n toy pairs that belong to this seed. kind: all, or mixed, where gaps are low and high by turns."""
     if kind == 'all':
         return list(toy.pairs(f'claims {seed}', n))
     pairs = list(toy.pairs(f'claims {seed}', 4 * n))
@@ -65,18 +62,17 @@ def training_pairs(kind, seed, n=N_PAIRS):
 
 
 def held_out_pairs():
-    """Pairs whose labels the gold reward itself decides, without noise; ties are left out."""
+    """Yield pairs that the gold reward itself labels, without noise; ties are left out."""
     for pair in toy.pairs('test', N_TEST):
         if g := gap(pair):
             yield pair if g > 0 else pair | {'chosen': pair['rejected'], 'rejected': pair['chosen']}
 
 
 def write_pairs(file, make, *args):
-    """A jsonl file of make(*args), whole or not at all, written once."""
+    """Write the rows of make(*args) as a .jsonl file, unless it exists. Returns the file."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f'.{os.getpid()}')
-        part.write_text(''.join(json.dumps(pair) + '\n' for pair in make(*args)))
+        part = file.with_suffix(f'.{os.getpid()}')  # another process may be at it, too
+        write_rows(part, make(*args))
         part.replace(file)
     return file
 
@@ -90,39 +86,35 @@ def train(script, out, options):
 
 
 def reference_of(work, seed):
-    """The folder of the SFT model that every trial of a seed starts from."""
+    """Return the folder of the SFT model that every trial of a seed starts from."""
     return Path(work) / f'sft-{seed}' / 'model'
 
 
 def train_reference(work, seed):
-    """Train a seed's SFT model, on demonstrations of its own, once."""
+    """Train the SFT model of a seed on demonstrations of its own, unless that is done."""
     torch.set_num_threads(1)
     model = reference_of(work, seed)
     if not (model / 'config.json').exists():
         shutil.rmtree(model.parent, ignore_errors=True)
         file = write_pairs(work / 'data' / f'sft-{seed}.jsonl', toy.pairs, f'claims sft {seed}')
-        train('sft.py', model.parent, {
-            'model': 'toy', 'data': file, 'seed': seed, 'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine',
-            'warmup_steps': 20, 'eval_data': 'toy', 'n_eval_examples': 0, 'do_first_eval': False, 'log_every': 10**6,
-        })  # fmt: skip
+        options = QUIET | {'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine', 'warmup_steps': 20}
+        options |= {'model': 'toy', 'data': file, 'eval_data': 'toy', 'seed': seed}
+        train('sft.py', model.parent, options)
 
 
 def run_trial(trial, work, n_samples):
-    """Train and measure. Returns the trial with its result; with 'error' where the script refused it."""
+    """Train and measure. Returns the trial with its result, or with 'error' if the script refused it."""
     torch.set_num_threads(1)
     work, began, cpu = Path(work), time.time(), time.process_time()
     os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
-    reference, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
+    folder, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
     try:
-        folder = reference
         if trial['options'] is not None:
             train(trial['script'], out, all_options(trial, work))
             folder = out / 'model'
-        trained = time.time()
         result |= measure(trial, folder, work, n_samples)
-        result['seconds_training'] = round(trained - began, 1)
     except UserError as error:
         result['error'] = str(error)
     shutil.rmtree(out, ignore_errors=True)
@@ -130,7 +122,7 @@ def run_trial(trial, work, n_samples):
 
 
 def data_file(trial, work):
-    """The file of a trial's training pairs."""
+    """Return the file of a trial's training pairs."""
     file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
     return write_pairs(file, training_pairs, trial['data'], trial['seed'])
 
@@ -140,7 +132,7 @@ def test_file(work):
 
 
 def all_options(trial, work):
-    """Every option that a trial's script gets."""
+    """Return every option that a trial's script gets."""
     options = {'model': reference_of(work, trial['seed']), 'seed': trial['seed']} | trial['options']
     if trial['script'] == 'ppo.py':
         return COMMON_ONLINE | options
@@ -150,9 +142,9 @@ def all_options(trial, work):
     return options
 
 
-@functools.lru_cache(1)
+@lru_cache(1)
 def commit():
-    """The commit that is checked out, with a + where files differ from it."""
+    """Return the commit that is checked out, with a + if .py files differ from it."""
 
     def git(*words):
         return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -168,7 +160,7 @@ KNOWN = {}  # log-probs under references, of this process
 
 @torch.no_grad()
 def columns(policy, reference, examples, divergence):
-    """(3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order.
+    """Return (3, answers): log-probs, divergences summed over positions, the reference's log-probs; examples in order.
 
     Without a divergence (1, answers): the log-probs alone."""
     parts = []
@@ -181,7 +173,7 @@ def columns(policy, reference, examples, divergence):
 
 
 def ratios(policy, reference, examples):
-    """(answers,) log-ratios. The reference's log-probs (its folder is its name) are computed once a process."""
+    """Return the log-ratios (answers,). The reference's log-probs are computed once a process; its folder is its name."""
     key = (reference.name_or_path, hash(examples.ids.tobytes()))
     if key not in KNOWN:
         KNOWN[key] = columns(reference, None, examples, None)[0]
@@ -189,7 +181,7 @@ def ratios(policy, reference, examples):
 
 
 def measure(trial, folder, work, n_samples):
-    """Gold reward, KL to the reference and accuracy: the same prompts and test pairs for every model, the same noise for a seed.
+    """Measure a model: gold reward, KL, accuracy ... All models get the same prompts and test pairs, those of a seed the same noise.
 
     kl: KL(policy || reference) of whole answers, summed exactly over the words at every position of the policy's own samples.
     accuracy: share of held-out pairs whose better answer has gained more probability (for the reference itself: has more
@@ -201,9 +193,11 @@ def measure(trial, folder, work, n_samples):
     result = sampled(policy, reference, tokenizer, trial['seed'], n_samples)
 
     # the held-out pairs; a model that is the reference itself has no ratios
-    pairs = tokenise.load_examples(str(test_file(work)), 'test', tokenizer, 'pairs', **LIMITS)
+    examples_of = partial(tokenise.load_examples, tokenizer=tokenizer, task='pairs', undivided=True, **LENGTHS)
+    pairs = examples_of(str(test_file(work)), 'test')
     if options['loss'] is None:
-        gain = columns(policy, None, pairs, None)[0] / np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+        tokens = np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+        gain = columns(policy, None, pairs, None)[0] / tokens
     else:
         gain = ratios(policy, reference, pairs)
     margin = gain[::2] - gain[1::2]
@@ -212,13 +206,13 @@ def measure(trial, folder, work, n_samples):
         forward = columns(policy, reference, pairs.select(slice(500)), divergences.kl)[1]
         result |= {'kl_chosen': forward[::2].mean(), 'kl_rejected': forward[1::2].mean()}
     if options['loss'] in ('dpo', 'drdpo'):
-        train_pairs = tokenise.load_examples(str(data_file(trial, work)), 'train', tokenizer, 'pairs', **LIMITS)
-        result |= gradient_shares(policy, reference, train_pairs, trial['seed'], options)
+        trained_on = examples_of(str(data_file(trial, work)), 'train')
+        result |= gradient_shares(policy, reference, trained_on, trial['seed'], options)
     return {name: round(float(x), 5) for name, x in result.items()}
 
 
 def sampled(policy, reference, tokenizer, seed, n_samples):
-    """gold, gold_se, kl, well_formed and length, of n_samples answers that the policy samples."""
+    """Return gold, gold_se, kl, well_formed and length of n_samples answers that the policy samples."""
     places = sorted(toy.PLACES)
     prompts = [f'Review of the {places[i % len(places)]}:' for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
@@ -239,7 +233,7 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
 
 
 def kl_on_samples(policy, reference, prompts, answers):
-    """KL(policy || reference) in nats an answer, the mean over the policy's own samples, one to each prompt; all are token ids."""
+    """Return KL(policy || reference) in nats an answer, the mean over the policy's own answers, one to each prompt (token ids)."""
     for either in (policy, reference):
         attention.set_attention(either, packed=True)
     own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
@@ -248,7 +242,7 @@ def kl_on_samples(policy, reference, prompts, answers):
 
 
 def gradient_shares(policy, reference, pairs, seed, options):
-    """Of the training pairs after training: h_std, the standard deviation of h = beta d, and the flipped pairs' share of the gradient.
+    """Return h_std, the standard deviation of h = beta d on the training pairs, and the flipped pairs' share of the gradient.
 
     flipped_share is of the sizes of dloss/dh, times Dr. DPO's weights; before training it is flipped_pairs, their share of pairs."""
     seen = pairs.flip(options.get('noise_rate', 0.0), seed)
@@ -259,6 +253,5 @@ def gradient_shares(policy, reference, pairs, seed, options):
     size = torch.sigmoid(-h)
     if options['loss'] == 'drdpo':
         size *= losses.drdpo_weight(-torch.nn.functional.logsigmoid(h), 0.0, beta_prime=options.get('beta_prime', 1.0))
-    return {
-        'h_std': h.std(), 'flipped_share': size[flipped].sum() / size.sum(), 'flipped_pairs': flipped.double().mean(),
-    }  # fmt: skip
+    share = size[flipped].sum() / size.sum()
+    return {'h_std': h.std(), 'flipped_share': share, 'flipped_pairs': flipped.double().mean()}

@@ -20,7 +20,6 @@ Reports show the plain 95% interval of each claim: a word is never stronger than
 import functools
 import math
 import statistics
-from typing import NamedTuple
 
 HOLDS, SIZE_OPEN, NEGLIGIBLE, SAME, CONTRARY, OPEN = WORDS = (
     'holds', 'holds, size open', 'real but negligible', 'no difference', 'contrary', 'cannot tell',
@@ -29,23 +28,15 @@ SMALLEST = {'score': 0.05, 'gold': 0.05, 'accuracy': 0.01, 'share': 0.1}
 LEVEL = 0.05
 
 
-class Verdict(NamedTuple):
-    """What the rule says of one claim: its word, and the mean and 95% interval of its differences (None without two seeds)."""
-
-    word: str
-    mean: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-
-
 def t_tail(t, df):
-    """P(T > t) for Student's t with a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return P(T > t) for Student's t with a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
     angle = math.atan(abs(t) / math.sqrt(df))
     cos2 = math.cos(angle) ** 2
 
     # the series of both has (df - 1) // 2 or df // 2 terms, each a known multiple of the one before
     odd = df % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
     for k in range(1 + odd, df, 2):
         total += term
         term *= cos2 * k / (k + 1)
@@ -59,43 +50,54 @@ def t_tail(t, df):
 
 @functools.cache
 def t_quantile(tail, df):
-    """The t with P(T > t) = tail, for a tail below a half, by bisection."""
+    """Return the t with P(T > t) = tail, for a tail below a half, by bisection."""
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, df) > tail else (low, middle)
+        if t_tail(middle, df) > tail:
+            low = middle
+        else:
+            high = middle
     return high
 
 
-def holm(p_values, level=LEVEL):
-    """For each p-value whether Holm's method rejects: the smallest against level / n, the next against level / (n - 1) ..."""
+def holm(p_values):
+    """Return for each p-value whether Holm's method rejects: the smallest against LEVEL / n, the next against LEVEL / (n - 1) ..."""
     rejected = [False] * len(p_values)
     in_order = sorted(range(len(p_values)), key=p_values.__getitem__)
     for rank, i in enumerate(in_order):
-        if p_values[i] > level / (len(p_values) - rank):
+        if p_values[i] > LEVEL / (len(p_values) - rank):
             break
         rejected[i] = True
     return rejected
 
 
+def standard_error(differences):
+    """Return the standard error of the mean, at least 1e-9: rounding must not make five equal differences infinitely sure."""
+    return max(statistics.stdev(differences) / len(differences) ** 0.5, 1e-9)
+
+
 def p_values(differences, d):
-    """p-values of the three questions of the rule, and Verdict's mean and interval: ((zero, above, within), (mean, lower, upper))."""
-    n = len(differences)
-    mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
-    # rounding in the numbers must not make five equal differences infinitely sure
-    error = max(deviation / n**0.5, 1e-9)
-    zero = 2 * t_tail(abs(mean) / error, n - 1)
-    above = min(1.0, 2 * t_tail((mean - d) / error, n - 1))
-    within = t_tail((d - abs(mean)) / error, n - 1)
-    reach = t_quantile(LEVEL / 2, n - 1) * error
-    return (zero, above, within), (mean, mean - reach, mean + reach)
+    """Return the p-values of the three questions of the rule: not zero, above d, within d."""
+    df, mean, error = len(differences) - 1, statistics.fmean(differences), standard_error(differences)
+    not_zero = 2 * t_tail(abs(mean) / error, df)
+    above = min(1.0, 2 * t_tail((mean - d) / error, df))
+    within = t_tail((d - abs(mean)) / error, df)
+    return not_zero, above, within
 
 
-def word_of(mean, is_not_zero, is_above, is_within):
-    """The rule's word from the answers to its three questions."""
+def confidence(differences):
+    """Return the plain 95% interval of the mean: (lower, upper)."""
+    mean = statistics.fmean(differences)
+    reach = t_quantile(LEVEL / 2, len(differences) - 1) * standard_error(differences)
+    return mean - reach, mean + reach
+
+
+def word_of(differences, is_not_zero, is_above, is_within):
+    """Return the rule's word, from the answers to its three questions."""
     if not is_not_zero:
         return SAME if is_within else OPEN
-    if mean < 0:
+    if statistics.fmean(differences) < 0:
         return CONTRARY
     if is_above:
         return HOLDS
@@ -103,15 +105,11 @@ def word_of(mean, is_not_zero, is_above, is_within):
 
 
 def judge(claims):
-    """The verdicts on all claims of a report together. claims: (differences by seed, None where a run is missing; unit)."""
+    """Return the words for all claims of a report. claims: [(differences by seed, None where a run is missing; unit)]."""
     # a claim without numbers still counts as one of the many: its p-values are 1
     measured = []
     for differences, unit in claims:
         is_whole = len(differences) > 1 and None not in differences
-        measured.append(p_values(differences, SMALLEST[unit]) if is_whole else ((1.0, 1.0, 1.0), None))
-    answers = [holm(question) for question in zip(*(questions for questions, _ in measured), strict=True)]
-
-    verdicts = []
-    for (_, interval), *answer in zip(measured, *answers, strict=True):
-        verdicts.append(Verdict(word_of(interval[0], *answer), *interval) if interval else Verdict(OPEN))
-    return verdicts
+        measured.append(p_values(differences, SMALLEST[unit]) if is_whole else (1.0, 1.0, 1.0))
+    answers = map(holm, zip(*measured, strict=True))
+    return [word_of(differences, *answer) for (differences, _), *answer in zip(claims, *answers, strict=True)]

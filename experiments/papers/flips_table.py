@@ -12,7 +12,7 @@ COMPARED = [('drdpo', 'dpo'), ('quarter', 'dpo'), ('drdpo', 'quarter')]  # ours,
 
 
 def accuracy(file):
-    """The last evaluation's accuracy, or None where the run is missing."""
+    """Return the accuracy of the last evaluation, or None if the run is missing."""
     rows = read_rows(file) if file.exists() else []
     return next((row['rewards_eval/accuracies'] for row in reversed(rows) if row['split'] == 'eval'), None)
 
@@ -29,9 +29,9 @@ def main(out, seeds, flips):
             found.append([None if None in (a, b) else a - b for a, b in pairs])
             sides = [ours, interval(accuracies[ours]), theirs, interval(accuracies[theirs])]
             rows.append([rate, *sides, interval(found[-1])])
-    verdicts = verdict.judge([(differences, 'accuracy') for differences in found])
+    words = verdict.judge([(differences, 'accuracy') for differences in found])
     head = ['flips', 'ours', 'accuracy', 'theirs', 'accuracy', 'difference [95%]', 'verdict']
-    text = table(head, [[*row, decided.word] for row, decided in zip(rows, verdicts, strict=True)])
+    text = table(head, [[*row, word] for row, word in zip(rows, words, strict=True)])
     (Path(out) / 'table.md').write_text(text)
     print(f'{text}{out}/table.md')
 

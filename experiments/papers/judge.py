@@ -10,8 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def verdict(content):
-    """The reply to config/judge_pair.txt filled in: how many letters both answers have, and the line that label.py reads."""
-    a, b = (len(set(re.search(f'<<< answer {x} >>>(.*?)<<< end', content, re.S)[1])) for x in 'AB')
+    """Return the reply to a filled-in config/judge_pair.txt: how many letters each answer has, and the line that label.py reads."""
+    answers = [re.search(f'<<< answer {x} >>>(.*?)<<< end', content, re.S)[1] for x in 'AB']
+    a, b = (len(set(answer)) for answer in answers)
     if a == b:
         return f'Letters: {a} and {b}.\nVerdict: tie'
     return f'Letters: {a} and {b}.\nVerdict: {"A" if a > b else "B"}'

@@ -108,7 +108,7 @@ chosen() {
     step "$OUT/chosen.jsonl" "$PYTHON" -m experiments.papers.chosen "--data=$HH_DATA" "--out=$OUT/chosen.jsonl"
 }
 
-"$PYTHON" -m experiments.papers.expected "$NAME"
+grep -A 2 "^$NAME: " experiments/papers/expected.txt
 if [ "$DRY" = 1 ] && [ "$PRINT" = 0 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} NANOPREF_CACHE=$OUT/cache
     "$PYTHON" -m experiments.papers.judge "${DRY_PORT:-8765}" &

@@ -39,7 +39,7 @@ train() {
     mv "$OUT/$name/metrics.jsonl" "$OUT/results/$name.jsonl"
 }
 
-"$PYTHON" -m experiments.papers.expected smollm2_flips
+grep -A 2 "^smollm2_flips: " experiments/papers/expected.txt
 for seed in $SEEDS; do
     train "sft-$seed" sft.py "--model=$MODEL" "--seed=$seed" --lr=1e-5 "${SHARED[@]}"
     for flips in $FLIPS; do

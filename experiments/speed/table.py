@@ -12,10 +12,11 @@ measured again.
 import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from configurator import UserError, configure
-from experiments import bench_rows, table
+from experiments import run, table
 
 hh: str | None = None  # HH pairs: a .jsonl.gz file of Anthropic/hh-rlhf
 tokenizer: str | None = None  # a folder with the tokenizer of the Pythia models
@@ -40,17 +41,20 @@ numbers = json.loads(Path(out).read_text()) if Path(out).exists() else {}
 
 
 def bench(*flags):
-    """The rows of a bench.py run: variant -> row."""
-    return bench_rows(f'--tokenizer={tokenizer}', f'--data=hh:{hh}', *flags, limit=3000)
+    """Run tools.bench. Returns variant -> row. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = f'--tokenizer={tokenizer}', f'--data=hh:{hh}', f'--out={folder}/rows.json'
+        run('-m', 'tools.bench', *files, *flags, limit=3000, TQDM_DISABLE='1', PYTHONWARNINGS='ignore')
+        return {row['variant']: row for row in json.loads(Path(folder, 'rows.json').read_text())['rows']}
 
 
 def ratios(rows):
-    """What COMPARED lists, in its order."""
+    """Return the ratios of speed that COMPARED lists, in its order."""
     return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
 
 
 def measure(name, flags):
-    """The rows of one line: all variants in one process, then memory, a process each."""
+    """Measure one line: all variants in one process, then the memory of each in a process of its own."""
     rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
     for variant in ('padded', 'trl', 'head', 'cached'):
         alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
@@ -65,7 +69,7 @@ def cell(row):
 
 
 def readme_text():
-    """Batch 8 on one thread, whole; of all lines that were measured, the smallest and largest ratios."""
+    """Return the README's text: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
     first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
     titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
     text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
@@ -86,10 +90,11 @@ reference, {span[2]} times TRL's fastest setting with a precomputed one.
 
 def write_report():
     """Print the tables, and write the README's, between its markers."""
-    rows = []
+    head, rows = ['', *WORDS, *map(' / '.join, COMPARED)], []
     for name, found in sorted(numbers.items()):
-        rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios(found))])
-    print(table(['', *WORDS, *(f'{ours} / {theirs}' for ours, theirs in COMPARED)], rows).rstrip())
+        speeds = [cell(found[variant]) for variant in WORDS]
+        rows.append([name, *speeds, *(f'{ratio:.1f}' for ratio in ratios(found))])
+    print(table(head, rows).rstrip())
     text = Path(readme).read_text()
     start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
     Path(readme).write_text(text[:start] + readme_text() + text[end:])
@@ -104,4 +109,5 @@ for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), 
     name = f'{shape}, batch {size}, {count} threads'
     if name not in numbers:
         measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
-    print(f'{name}: ' + '; '.join(f'{variant} {cell(row)}' for variant, row in numbers[name].items()), flush=True)
+    cells = [f'{variant} {cell(row)}' for variant, row in numbers[name].items()]
+    print(f'{name}: {"; ".join(cells)}', flush=True)

@@ -2,17 +2,11 @@
 
     pip install trl==1.16.0     # beside requirements.txt, in an environment of its own: nanopref never needs TRL
     python -m experiments.trl.steps                         # on toy pairs, half a minute
-    python -m experiments.trl.steps --data=hh:PATH/hh_harmless.jsonl.gz --kinds=dpo
     python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
 
 Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
-or a gradient norm by more than 1e-4. What is switched off, because the two mean different things by it:
-  warm-up       TRL's first step has learning rate 0, ours 1 / (warmup_steps + 1) of the full one
-  weight decay  TRL exempts biases and norms, we decay all weights
-  truncation    TRL cuts the end of prompt + answer, and with it the end of text; we cut the prompt first, then the answer,
-                and keep the end of text: the pairs here are short enough for both
-TRL's RewardTrainer pads with the end of text where the tokenizer has no pad token, and then reads the score one token before
-the end of text; here the tokenizer has one, so that both read it at the end.
+or a gradient norm by more than 1e-4. Warm-up, weight decay and truncation are switched off, and the tokenizer has a pad token:
+the two mean different things by them (experiments/LOG.md, agreement with TRL). The pairs are short enough for both.
 """
 
 import json
@@ -20,16 +14,15 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError, configure
 from experiments import ROOT, read_rows, run, write_rows
-from text import sources, toy
+from text import toy
 
 kinds = 'dpo reward'  # what to compare
-data = 'toy'  # pairs of texts, as dpo.py reads them
 write = False  # make the numbers of tests/parts anew
 
 N_PAIRS = 32
@@ -44,7 +37,7 @@ COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the la
 
 
 def toy_model(architecture, folder):
-    """A tiny model and a tokenizer of bytes, as a folder. A formula gives the weights: no generator has to stay as it is."""
+    """Write a tiny model and a tokenizer of bytes. A formula gives the weights, so that they never change. Returns the tokenizer."""
     import tokenizers
     import torch
     import transformers
@@ -53,11 +46,10 @@ def toy_model(architecture, folder):
         'vocab_size': 260, 'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 4,
         'max_position_embeddings': 512, 'bos_token_id': None, 'eos_token_id': 256,
     }  # fmt: skip
-    shapes = {
-        'neox': transformers.GPTNeoXConfig(**size),
-        'llama': transformers.LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True),
-    }
-    model = transformers.AutoModelForCausalLM.from_config(shapes[architecture], dtype=torch.float32)
+    shape = transformers.GPTNeoXConfig(**size)
+    if architecture == 'llama':
+        shape = transformers.LlamaConfig(**size, num_key_value_heads=2, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     with torch.no_grad():
         for k, (name, p) in enumerate(model.named_parameters()):
             i = torch.arange(p.numel(), dtype=torch.float64)
@@ -76,7 +68,7 @@ def toy_model(architecture, folder):
 
 
 def toy_reward(architecture, folder):
-    """A tiny reward model and its tokenizer, as a folder; a formula gives the weights. Returns the tokenizer."""
+    """Write a tiny reward model and its tokenizer; a formula gives the weights. Returns the tokenizer."""
     import torch
 
     from hf.load import load_reward, separate_pad
@@ -85,37 +77,20 @@ def toy_reward(architecture, folder):
         tok = separate_pad(toy_model(architecture, language_model))
         model = load_reward(language_model, tok, new_head=True)
     with torch.no_grad():
-        width = model.score.in_features
-        model.score.weight.copy_(torch.sin(0.37 * torch.arange(width, dtype=torch.float64) ** 2)[None] / 4)
+        i = torch.arange(model.score.in_features, dtype=torch.float64)
+        model.score.weight.copy_(torch.sin(0.37 * i**2)[None] / 4)
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return tok
 
 
-def toy_pairs():
-    """The first short pairs of the toy world."""
-    return [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120][:N_PAIRS]
-
-
-def toy_margins():
-    """The same with the difference of the gold rewards as a margin, never below 0."""
-    pairs = toy_pairs()
-    better = [toy.gold(p['prompt'], p['chosen']) - toy.gold(p['prompt'], p['rejected']) for p in pairs]
-    return [pair | {'margin': round(max(0.0, by), 3)} for pair, by in zip(pairs, better, strict=True)]
-
-
-def other_pairs():
-    """The first pairs of --data that need no truncation: a token is a byte."""
-
-    def fits(row):
-        sizes = [len((row['prompt'] + row[side]).encode()) for side in ('chosen', 'rejected')]
-        return max(sizes) < COMMON['max_length'] - 1
-
-    rows, _ = sources.load_rows(data, 'train', undivided=True)
-    pairs = list(islice(filter(fits, rows), N_PAIRS))
-    if not pairs:
-        raise UserError(f'{data!r} has no pairs of at most {COMMON["max_length"]} bytes')
-    return pairs
+def toy_pairs(margins=False):
+    """Return the first short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
+    pairs = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120]
+    for pair in pairs if margins else []:
+        better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
+        pair['margin'] = round(max(0.0, better), 3)
+    return pairs[:N_PAIRS]
 
 
 # ---- what is compared ----
@@ -152,7 +127,7 @@ KINDS = {  # max_tokens: several microbatches a step
     ),
     'reward': Kind(
         script='reward.py', trainer='Reward', auto='AutoModelForSequenceClassification',
-        own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=toy_margins, options=COMMON,
+        own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=partial(toy_pairs, margins=True), options=COMMON,
         runs={
             'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.05, 'max_tokens': 500},
             'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 1e-3, 'center_coef': 0.05},
@@ -216,7 +191,7 @@ def with_trl(kind, folder, pairs, work, options):
 
 
 def order(n, options):
-    """The examples of all our steps, end to end."""
+    """Return the indices of the examples of all our steps, end to end."""
     from data import steps
 
     total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
@@ -224,7 +199,7 @@ def order(n, options):
 
 
 def our_ids(tok, file, options):
-    """What our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
+    """Return the token ids that our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
     from text.tokenise import load_examples
 
     examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
@@ -239,14 +214,14 @@ def our_ids(tok, file, options):
 def agree(name, options, columns, ours, theirs, same_ids):
     """Print the numbers of both sides, step by step. Returns whether they agree."""
     print(f'\n{name}: {json.dumps(options)}\n')
-    print(f'{"step":4s} {"":9s}' + ''.join(f'{column:>18s}' for column in columns))
+    print('step          ' + ''.join(f'{column:>18s}' for column in columns))
     both = list(zip(ours, theirs, strict=False))
-    for step, pair in enumerate(both, 1):
-        for label, side, row in zip((step, ''), ('nanopref', 'TRL'), pair, strict=True):
-            print(f'{label:<4} {side:9s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
-    worst = {column: max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns}
-    print(f'{"largest":14s}' + ''.join(f'{worst[column]:18.1e}' for column in columns))
-    found = same_ids and len(ours) == len(theirs) and max(worst.values()) <= TOLERANCE
+    for step, (our, their) in enumerate(both, 1):
+        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
+            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
+    worst = [max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns]
+    print('largest       ' + ''.join(f'{off:18.1e}' for off in worst))
+    found = same_ids and len(ours) == len(theirs) and max(worst) <= TOLERANCE
     ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
     print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
     return found
@@ -283,11 +258,9 @@ def main():
     configure(globals())
     if not kinds.split() or set(kinds.split()) - KINDS.keys():
         raise UserError(f'--kinds takes some of {" ".join(KINDS)}, not {kinds!r}')
-    if write and data != 'toy':
-        raise UserError('--write keeps what TRL says about toy pairs: leave out --data')
     agreed = True
     for kind in map(KINDS.get, kinds.split()):
-        runs, pairs = {}, kind.pairs() if data == 'toy' else other_pairs()
+        runs, pairs = {}, kind.pairs()
         for name in kind.runs:
             with tempfile.TemporaryDirectory() as work:
                 agrees, runs[name] = compare(kind, name, pairs, Path(work))

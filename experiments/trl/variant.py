@@ -34,13 +34,13 @@ class TrlVariant:
         """Make the trainer, for these steps (k, batch_size): rows of the examples."""
         try:
             import datasets
+            import tokenizers
             import transformers
             import trl.trainer.utils as utils
             from trl import DPOConfig, DPOTrainer
         except ImportError as error:
-            raise UserError(
-                f'the variant {self.name} needs trl==1.16.0 ({error}); leave it out of --variants'
-            ) from None
+            what = f'the variant {self.name} needs trl==1.16.0 ({error})'
+            raise UserError(f'{what}; leave it out of --variants') from None
         name, clock, variant, model = self.name, self.clock, self, self.build()
         self.go, self.done, self.error = threading.Event(), threading.Event(), None
 
@@ -63,10 +63,9 @@ class TrlVariant:
 
         rows = []
         for i in steps.flatten():
-            prompt, (chosen, rejected) = examples[i]
-            rows.append(
-                {'prompt_ids': prompt.tolist(), 'chosen_ids': chosen.tolist(), 'rejected_ids': rejected.tolist()}
-            )
+            prompt, answers = examples[i]
+            parts = zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), (prompt, *answers), strict=True)
+            rows.append({name: ids.tolist() for name, ids in parts})
         fast = {} if name == 'trl' else {'gradient_checkpointing': False}
         args = DPOConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=self.step_pairs,
@@ -77,7 +76,8 @@ class TrlVariant:
         )  # fmt: skip
         model.config.use_cache = False
         model.set_attn_implementation('sdpa')
-        token = transformers.PreTrainedTokenizerFast(tokenizer_object=_no_tokenizer(), eos_token='<e>', pad_token='<e>')
+        one_word = tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0}, '<e>'))
+        token = transformers.PreTrainedTokenizerFast(tokenizer_object=one_word, eos_token='<e>', pad_token='<e>')
         ref = {} if name == 'trl_fastest' else {'ref_model': copy.deepcopy(model)}
         self.trainer = Trainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=token,
                                callbacks=[Steps()], **ref)  # fmt: skip
@@ -113,9 +113,3 @@ class TrlVariant:
         if self.error:
             raise self.error
         self.peak = max(self.peak, self.peak_memory())
-
-
-def _no_tokenizer():
-    import tokenizers
-
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel({'<e>': 0}, '<e>'))

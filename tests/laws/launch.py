@@ -12,8 +12,10 @@ import gc
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -26,7 +28,7 @@ from configurator import UserError
 from hf import sharded
 from hf.load import load_model, load_tokenizer
 from runtime import ranks
-from tests.helpers import cut_short, run_script, silent
+from tests.helpers import collect_garbage, cut_short, run_script, silent
 from training import Run
 
 # imported when first used: once here, before ranks are forked
@@ -41,14 +43,20 @@ def on_first_rank(fn, *arguments):
         dist.barrier()
 
 
-def fails(file, script, *flags):
-    try:
+def fails(file, *command):
+    with pytest.raises(UserError) as info:
+        run_script(*command)
+    Path(file).write_text(str(info.value))
+
+
+def run_with_update(update, script, *flags):
+    """Run a script with another function in the place of fsdp.update."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, 'update', update)
         run_script(script, *flags)
-    except UserError as error:
-        Path(file).write_text(str(error))
 
 
-def gradients(file, script, *flags):
+def gradients(file, *command):
     update, kept = fsdp.update, []
 
     def record(model, optimizer, lr, scale, max_norm, **more):
@@ -59,11 +67,7 @@ def gradients(file, script, *flags):
         kept.append({name: scale * g.detach().clone() for name, g in whole.items()})
         return update(model, optimizer, lr, scale, max_norm, **more)
 
-    fsdp.update = record
-    try:
-        run_script(script, *flags)
-    finally:
-        fsdp.update = update
+    run_with_update(record, *command)
     named = {f'{step}.{name}': g for step, found in enumerate(kept) for name, g in found.items()}
     on_first_rank(save_file, named, file)
 
@@ -81,7 +85,7 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def steps(file, script, *flags):
+def steps(file, *command):
     update, seen, copies, counter = fsdp.update, [], [], Collectives()
 
     def record(model, optimizer, *arguments):
@@ -94,12 +98,8 @@ def steps(file, script, *flags):
         copies[:] = [digest.hexdigest()]
         return norm
 
-    fsdp.update = record
-    try:
-        with counter:
-            run_script(script, *flags)
-    finally:
-        fsdp.update = update
+    with counter:
+        run_with_update(record, *command)
     collectives = [after - before for before, after in zip(seen, seen[1:], strict=False)]
     found = {'collectives': collectives, 'copies': len(set(ranks.gather_objects(copies[0])))}
     on_first_rank(Path(file).write_text, json.dumps(found))
@@ -118,9 +118,10 @@ def shake(folder, other):
 
 def follow(plan):
     """Do what a plan says, in this process."""
-    own = {'fails': fails, 'gradients': gradients, 'steps': steps, 'cut': lambda *words: on_first_rank(cut_short, *words),
-           'shake': lambda *words: on_first_rank(shake, *words)}  # fmt: skip
+    own = {'fails': fails, 'gradients': gradients, 'steps': steps}
+    own |= {'cut': partial(on_first_rank, cut_short), 'shake': partial(on_first_rank, shake)}
     for command, *words in plan:
+        collect_garbage()
         with silent():
             own[command](*words) if command in own else run_script(command, *words)
 

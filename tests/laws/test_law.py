@@ -1,16 +1,17 @@
 """The laws of a run: the same step on any number of ranks and microbatches, and the same run after a death.
 
 Sharding: two steps of 12 toy pairs with every loss, in float32; gradient norms, metrics, the loss's state and the parameters
-after the last step agree with those of one rank and one microbatch. Ranks hold copies of the model, or FSDP cuts it. Resuming is bit-exact on as many ranks, and exact to
-rounding on another number."""
+after the last step agree with those of one rank and one microbatch. Ranks hold copies of the model, or FSDP cuts it. Resuming
+is bit-exact on as many ranks, and exact to rounding on another number."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import launch, metrics, same_bits, tensors, write_jsonl
-from ties import same_runs, same_weights
+from helpers import assistant, launch, metrics, same_bits, tensors, user, write_jsonl
+from ties import same_gradients, same_runs, same_weights
 
 import data
 import losses
@@ -73,25 +74,22 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('law')
     margins = [row | {'margin': 0.1 * (i % 7)} for i, row in enumerate(toy.pairs('train', 60))]
     pairs = write_jsonl(folder / 'margins.jsonl', margins)
-    pair = [
-        [{'role': role, 'content': row[key]} for role, key in (('user', 'prompt'), ('assistant', 'chosen'))]
-        for row in margins
-    ]
-    write_jsonl(folder / 'talks.jsonl', [{'messages': pair[i] + pair[i + 1]} for i in range(59)])
+    turns = [[user(row['prompt']), assistant(row['chosen'])] for row in margins]
+    write_jsonl(folder / 'talks.jsonl', [{'messages': one + other} for one, other in itertools.pairwise(turns)])
     for world in (2, 4, 1):
         out, plan = folder / str(world), []
         for size in (ONE, MANY):
-            how = [f'--shard={SHARDINGS.get((world, size), "none")}', f'--max_tokens={size}']
+            how = [f'--shard={SHARDINGS.get((world, size), "none")}', f'--max_tokens={size}', '--n_examples=24']
             for name, words in CASES.items():
                 if (world, size) in shardings(name):
                     script, *flags = (word.format(folder=folder) for word in words)
-                    plan += [[script, *STEPS, '--n_examples=24', *flags, *how, f'--out_dir={out}/{name}-{size}']]
+                    plan += [[script, *STEPS, *how, *flags, f'--out_dir={out}/{name}-{size}']]
             for name, flags in REWARD.items() if world < 4 else ():
                 run = f'{out}/reward-{name}-{size}'
-                common = [*STEPS, f'--data={pairs}', '--n_examples=24', *how, f'--out_dir={run}']
+                common = [*STEPS, *how, f'--data={pairs}', f'--out_dir={run}']
                 plan += [['gradients', f'{run}.safetensors', 'reward.py', *common, *flags]]
         # the last step has one example: all ranks but one have nothing but fillers
-        for size, mode in [(size, mode) for at, size, mode in MODES if at == world] or [(ONE, 'auto')]:
+        for _, size, mode in [how for how in MODES if how[0] == world] or [(1, ONE, 'auto')]:
             run = [f'--shard={mode}', f'--max_tokens={size}', f'--out_dir={out}/modes-{mode}-{size}']
             plan += [['steps', f'{out}/modes-{mode}-{size}.json', 'dpo.py', *STEPS, '--n_examples=25', *run]]
         for name, words in RESUMED.items() if world < 4 else ():
@@ -102,23 +100,25 @@ def runs(tmp_path_factory):
     return folder
 
 
+def agree(run, reference):
+    same_runs(run, reference, rel=5e-4, abs=5e-5)
+    same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+
+
 @pytest.mark.parametrize('case', CASES)
 def test_sharding_law(runs, case):
     reference = runs / '1' / f'{case}-{ONE}'
     trained = [row.get('grad_norm', 0) > 0 for row in metrics(reference)]
     assert trained == [False] * (not case.startswith('sft')) + [True] * (3 if 'beta_dpo' in case else 2) + [False]
     for world, size in shardings(case)[1:]:
-        run = runs / str(world) / f'{case}-{size}'
-        same_runs(run, reference, rel=5e-4, abs=5e-5)
-        same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+        agree(runs / str(world) / f'{case}-{size}', reference)
 
 
 @pytest.mark.parametrize(('world', 'size', 'mode'), MODES)
 def test_every_way_to_hold_a_model(runs, world, size, mode):
     """Metrics and weights, also of a step of one example; weights and optimizer are the same on all ranks; collectives of a step."""
-    reference, run = runs / '1' / f'modes-auto-{ONE}', runs / str(world) / f'modes-{mode}-{size}'
-    same_runs(run, reference, rel=5e-4, abs=5e-5)
-    same_weights(tensors(run / 'model'), tensors(reference / 'model'), 1e-5)
+    run = runs / str(world) / f'modes-{mode}-{size}'
+    agree(run, runs / '1' / f'modes-auto-{ONE}')
     seen = json.loads(run.with_suffix('.json').read_text())
     if mode == 'none':
         # gradients; columns of the step; whether a signal asks to stop
@@ -128,25 +128,18 @@ def test_every_way_to_hold_a_model(runs, world, size, mode):
         assert seen['copies'] == world and min(seen['collectives']) > 9
 
 
-# ---- reward models ----
-
-
-def gradients(runs, world, case, size):
-    """Two gradients, name -> tensor, and each as one vector."""
-    found = tensors(runs / str(world), f'reward-{case}-{size}.safetensors')
-    steps = [{k[2:]: g for k, g in found.items() if k.startswith(f'{step}.')} for step in range(2)]
-    return steps, [torch.cat([g.flatten() for g in step.values()]) for step in steps]
-
-
 @pytest.mark.parametrize('case', REWARD)
 def test_sharding_law_of_reward_models(runs, case):
     """The first gradient within 5e-6; the next one, after an update, and metrics."""
-    _, expected = gradients(runs, 1, case, ONE)
+    reference = f'reward-{case}-{ONE}'
     for world, size in (1, MANY), (2, ONE), (2, MANY):
-        _, (first, second) = gradients(runs, world, case, size)
-        assert (first - expected[0]).norm() <= 5e-6 * expected[0].norm() > 0, (world, size)
-        assert (second - expected[1]).norm() <= 1e-4 * expected[1].norm(), (world, size)
-        same_runs(runs / f'{world}/reward-{case}-{size}', runs / f'1/reward-{case}-{ONE}', rel=1e-4, abs=1e-5)
+        run = f'reward-{case}-{size}'
+        found, expected = (
+            tensors(runs / f'{world}', f'{run}.safetensors'),
+            tensors(runs / '1', f'{reference}.safetensors'),
+        )
+        same_gradients(found, expected, [5e-6, 1e-4])
+        same_runs(runs / f'{world}' / run, runs / '1' / reference, rel=1e-4, abs=1e-5)
 
 
 def test_the_gradient_is_that_of_the_mean(runs):
@@ -163,13 +156,10 @@ def test_the_gradient_is_that_of_the_mean(runs):
     h = s[::2] - s[1::2] - torch.from_numpy(train.margin[rows])
     loss = 0.9 * torch.log1p(torch.exp(-h)) + 0.1 * torch.log1p(torch.exp(h)) + 0.3 * (s[::2] + s[1::2]) ** 2
     loss.mean().backward()
-    (recorded, _), _ = gradients(runs, 2, 'everything', MANY)
+    recorded = tensors(runs / '2', f'reward-everything-{MANY}.safetensors')
     assert train.margin[rows].std() > 0
     for name, p in net.named_parameters():
-        assert (recorded[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-8, name
-
-
-# ---- resuming ----
+        assert (recorded[f'0.{name}'] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-8, name
 
 
 @pytest.mark.parametrize('case', RESUMED)
@@ -183,5 +173,4 @@ def test_resumed(runs, case):
         assert (resumed / 'samples.jsonl').read_text() == (whole / 'samples.jsonl').read_text()
     assert same_bits(resumed / 'model', whole / 'model')
     same_runs(runs / '1' / f'{case}-resumed', whole, rel=1e-3, abs=1e-4)
-    kinds = {file.suffix for file in whole.glob('checkpoints/*/*')}
-    assert kinds == {'.safetensors', '.json'}
+    assert {file.suffix for file in whole.glob('checkpoints/*/*')} == {'.safetensors', '.json'}

@@ -92,22 +92,18 @@ def adapter(run):
     return tensors(run / 'adapter')
 
 
-def same(run, other, limit=1e-5):
-    same_runs(run, other, rel=5e-4, abs=5e-5)
-    theirs = adapter(other)
-    assert all(w.norm() > 0 for w in theirs.values())
-    same_weights(adapter(run), theirs, limit)
+BY_ANOTHER_WAY = {'padded': 'dpo', 'mapped': 'dpo', 'ppo_eager': 'ppo', 'cached': 'uncached', 'on_two_models': 'on',
+                  'on_cached': 'on'}  # fmt: skip
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_sharding_law(runs, case):
+@pytest.mark.parametrize(('run', 'other'), [(f'two/{case}', f'one/{case}') for case in CASES] + [
+    (f'one/{case}', f'one/{base}') for case, base in BY_ANOTHER_WAY.items()])  # fmt: skip
+def test_sharding_law(runs, run, other):
     """As tests/test_law.py, for adapters: norms, metrics, and the adapters after the last step."""
-    same(runs / 'two' / case, runs / 'one' / case)
-
-
-@pytest.mark.parametrize(('case', 'base'), [('padded', 'dpo'), ('mapped', 'dpo'), ('ppo_eager', 'ppo')])
-def test_same_by_another_way(runs, case, base):
-    same(runs / 'one' / case, runs / 'one' / base)
+    same_runs(runs / run, runs / other, rel=5e-4, abs=5e-5)
+    theirs = adapter(runs / other)
+    assert all(w.norm() > 0 for w in theirs.values())
+    same_weights(adapter(runs / run), theirs, 1e-5)
 
 
 def answers(run, name):
@@ -115,11 +111,8 @@ def answers(run, name):
 
 
 def test_adapters_off_are_a_second_model(runs):
-    """The same numbers, to the last bit, with the reference loaded beside the policy; to rounding with a cached one."""
+    """IDENTICAL compares the numbers with those of a reference loaded beside the policy."""
     one = runs / 'one'
-    for alone, two in ('tdpo2', 'two_models'), ('ppo', 'ppo_two_models'):
-        assert metrics(one / alone) == metrics(one / two)
-    same(one / 'cached', one / 'uncached')
     gaps = [row['kl_train/samples'] for row in metrics(one / 'ppo', 'train')]
     assert gaps[0] == 0 != gaps[1]
     assert [row['rewards_train/margins'] for row in metrics(one / 'dpo')[:2]] == [0, 0]
@@ -139,28 +132,26 @@ def test_an_adapter_goes_on(runs):
         rounding = 1e-6 if case == 'on_cached' else 0
         assert max(abs(row[f'rewards_train/{side}']) for side in ('chosen', 'rejected')) <= rounding
         assert row['loss/train'] == pytest.approx(math.log(2), rel=1e-6)
-    same(one / 'on_two_models', one / 'on')
-    same(one / 'on_cached', one / 'on')
     # it begins where the other run has ended
     assert answers(one / 'samples', 'policy') == answers(one / 'on_samples', 'reference')
     gaps = [row['kl_train/samples'] for row in metrics(one / 'ppo_on', 'train')]
     assert gaps[0] == 0 != gaps[1]
-    again, ended = metrics(one / 'reward_on'), metrics(one / 'reward_model')
-    assert again[0]['loss/train'] == pytest.approx(ended[0]['loss/train'], rel=1e-5)
+    again, ended = (metrics(one / case)[0]['loss/train'] for case in ('reward_on', 'reward_model'))
+    assert again == pytest.approx(ended, rel=1e-5)
 
 
-@pytest.mark.parametrize('case', ['whole', 'grpo', 'reward'])
-def test_an_adapter_is_merged(runs, case):
-    """As a model to train, as reference and reward model: what the folder with the merged weights gives."""
-    assert metrics(runs / f'one/{case}_adapter') == metrics(runs / f'one/{case}_model')
-    assert same_bits(runs / f'one/{case}_adapter/model', runs / f'one/{case}_model/model')
+IDENTICAL = {f'two/{case}_resumed': f'two/{case}' for case in ('dpo', 'dropout', 'reward', 'ppo', 'on')}
+# an adapter merged as a model to train, as reference and reward model: what the folder with the merged weights gives
+IDENTICAL |= {f'one/{case}_adapter': f'one/{case}_model' for case in ('whole', 'grpo', 'reward')}
+# policy and reference in one model, or in two
+IDENTICAL |= {'one/tdpo2': 'one/two_models', 'one/ppo': 'one/ppo_two_models'}
 
 
-@pytest.mark.parametrize('case', ['dpo', 'dropout', 'reward', 'ppo', 'on'])
-def test_resumed_bit_exactly(runs, case):
-    whole, again = runs / 'two' / case, runs / 'two' / f'{case}_resumed'
-    assert metrics(whole) == metrics(again)
-    assert all(same_bits(whole / part, again / part) for part in ('adapter', 'model'))
+@pytest.mark.parametrize('run', IDENTICAL)
+def test_same_bits(runs, run):
+    ours, theirs = runs / run, runs / IDENTICAL[run]
+    assert metrics(ours) == metrics(theirs) and same_bits(ours / 'model', theirs / 'model')
+    assert same_bits(ours / 'adapter', theirs / 'adapter')
 
 
 def test_half_precision_and_dropout(runs):
@@ -179,19 +170,14 @@ PARTS = {'two/dpo': None, 'two/reward': 'score', 'two/ppo': 'value_head', 'one/p
 @pytest.mark.parametrize('run', PARTS)
 def test_checkpoint_holds_what_trains(runs, run):
     """The adapters, and the one part that trains without them."""
-    names, whole = set(tensors(runs / run / 'checkpoints', '*/*.safetensors')), PARTS[run]
+    names, whole = tensors(runs / run / 'checkpoints', '*/*.safetensors').keys(), PARTS[run]
     others = {name for name in names if 'lora_' not in name}
     assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
     assert {name.partition('.')[0] for name in names} == {'model', 'optimizer'}
 
 
-WRITTEN = {
-    'two/dpo': 'llama',
-    'two/cached': 'gpt_neox',
-    'two/sft': 'gpt2',
-    'two/reward': 'llama',
-    'one/ppo_own': 'llama',
-}
+WRITTEN = {'two/dpo': 'llama', 'two/cached': 'gpt_neox', 'two/sft': 'gpt2', 'two/reward': 'llama',
+           'one/ppo_own': 'llama'}  # fmt: skip
 
 
 @pytest.mark.parametrize('case', WRITTEN)
@@ -263,7 +249,7 @@ def test_head_beside_the_adapters(tmp_path):
     # what a script reads is what trains
     assert 'score' in head and parts.core(wrapped).score.weight is wrapped.get_parameter(head)
     lora.write(wrapped, weights, tmp_path / 'adapter')
-    assert lora.merged(wrapped).score.weight.equal(weights[head])
+    assert wrapped.merge_and_unload().score.weight.equal(weights[head])
     assert any('score' in name for name in adapter(tmp_path))
 
 
@@ -276,16 +262,12 @@ REFUSED = [
     ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
     ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
+    ('--lora_rank=2 --quantize=4bit', 'needs bitsandbytes .*: pip install bitsandbytes, or leave it out'),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(('flags', 'words'), REFUSED)
-def test_sentences(tmp_path, flags, words):
+def test_sentences(tmp_path, monkeypatch, flags, words):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
-
-
-def test_without_bitsandbytes(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
-    with pytest.raises(UserError, match='needs bitsandbytes .*: pip install bitsandbytes, or leave it out'):
-        run_script('dpo.py', *COMMON, '--lora_rank=2', '--quantize=4bit', f'--out_dir={tmp_path}/run')

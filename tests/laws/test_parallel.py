@@ -6,14 +6,13 @@ import pytest
 import torch
 import transformers
 from helpers import launch, metrics, read_jsonl, run_script, same_bits, tensors, tiny_model
+from test_lora import COMMON
 from ties import same_runs, same_weights
 
 from configurator import UserError
 from runtime import room
 from text import toy
 
-COMMON = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1',
-          '--max_grad_norm=0.5', '--seed=3', '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 MODELS = ('llama', 'qwen2', 'gpt_neox', 'qwen3', 'phi3')
 ADAM = ['--lr=1e-3']
 SGD = ['--optimizer=SGD', '--lr=0.3']  # GPT-NeoX's key bias has no gradient but rounding, which AdamW makes steps of
@@ -74,39 +73,32 @@ def runs(tmp_path_factory):
 
 def same(folder, other, limit=1e-5):
     same_runs(folder, other, rel=2e-4, abs=limit)
-    losses = [[row.get('loss/train', 0) for row in metrics(run)] for run in (folder, other)]
-    assert losses[0] == pytest.approx(losses[1], abs=limit)
+    ours, theirs = ([row.get('loss/train', 0) for row in metrics(run)] for run in (folder, other))
+    assert ours == pytest.approx(theirs, abs=limit)
     same_weights(tensors(folder / 'model'), tensors(other / 'model'), limit)
 
 
-@pytest.mark.parametrize(('case', 'where'), [(c, w) for w in WORLDS for c in CASES] + [(c, 'tp2') for c in ALONE])
-def test_as_one_process(runs, case, where):
+@pytest.mark.parametrize(('run', 'other'), [
+    *((f'{where}/{case}', f'one/{case}') for where in WORLDS for case in CASES), *((f'tp2/{c}', f'one/{c}') for c in ALONE),
+    *((f'one/llama{flag}', f'one/llama{VARIANTS[0]}') for flag in VARIANTS[1:]),
+])  # fmt: skip
+def test_as_one_process(runs, run, other):
     """Losses, gradient norms (of clipped gradients) and metrics of every step, and the weights after the last."""
-    norms = [row['grad_norm'] for row in metrics(runs / 'one' / case) if 'grad_norm' in row]
+    norms = [row['grad_norm'] for row in metrics(runs / other) if 'grad_norm' in row]
     assert len(norms) == 2 and min(norms) > 0.5
-    same(runs / where / case, runs / 'one' / case)
+    same(runs / run, runs / other)
 
 
 @pytest.mark.parametrize('where', WORLDS)
-def test_samples_are_there_once(runs, where):
-    rows = [read_jsonl(runs / w / 'samples/samples.jsonl') for w in ('one', where)]
+def test_sampled_and_resumed(runs, where):
+    """Samples are there once. Bit-exact where it was begun; to rounding where a run without tensor parallelism was begun."""
+    ours, theirs = (read_jsonl(runs / w / 'samples/samples.jsonl') for w in (where, 'one'))
     # the same texts; log-ratios differ by rounding
-    ratios = [[row.pop('logratio') for row in part] for part in rows]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
-    assert ratios[0] == pytest.approx(ratios[1], abs=1e-4)
-
-
-@pytest.mark.parametrize('where', WORLDS)
-def test_resumed(runs, where):
-    """Bit-exact where it was begun; to rounding where a run without tensor parallelism was begun."""
+    ratios, expected = ([row.pop('logratio') for row in rows] for rows in (ours, theirs))
+    assert ours == theirs and len(ours) == 6 and ratios == pytest.approx(expected, abs=1e-4)
     whole, again = runs / where / 'samples', runs / where / f'from_{where}'
     assert metrics(whole) == metrics(again) and same_bits(whole / 'model', again / 'model')
     same(runs / where / 'from_one', runs / 'one/samples')
-
-
-@pytest.mark.parametrize('flag', VARIANTS[1:])
-def test_variants(runs, flag):
-    same(runs / f'one/llama{flag}', runs / f'one/llama{VARIANTS[0]}')
 
 
 @pytest.mark.parametrize(('name', 'words'), [('gpt2', 'GPT2LMHeadModel has no tensor-parallel plan'), ('three', '3 attention heads'),
@@ -131,10 +123,13 @@ def test_models_that_cannot_be_cut(runs, name, words):
     (['--cpu_offload', '--shard=grads'], 'cpu_offload needs shard=full'),
     (['--device_map=balanced', '--shard=none'], '--shard has no effect'),
     (['--shard=some'], 'shard must be one of auto, none, grads, full'),
+    (['--device_map=balanced', 'RANK=0'], 'start without torchrun'),
 ])  # fmt: skip
-def test_sentences(tmp_path, flags, words):
+def test_sentences(tmp_path, monkeypatch, flags, words):
+    if 'RANK=0' in flags:
+        monkeypatch.setenv('RANK', '0')
     with pytest.raises(UserError, match=words):
-        run_script(*DPO, *ADAM, f'--out_dir={tmp_path}/run', *flags)
+        run_script(*DPO, *ADAM, f'--out_dir={tmp_path}/run', *(flag for flag in flags if flag.startswith('--')))
 
 
 @pytest.mark.parametrize(('ranks', 'gigabytes', 'half', 'train', 'mode'), [
@@ -146,16 +141,10 @@ def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train,
     model, device = torch.nn.Linear(10**4, 10**3, bias=False), torch.device('cpu')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: ranks)
-    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes and gigabytes * 1e9)
+    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes * 1e9)
     assert room.choose_mode(model, 'auto', train, half, device, False) == mode
     assert room.choose_mode(model, 'grads', train, half, device, False) == 'grads'
     assert room.choose_mode(model, 'auto', train, half, device, True) == 'full'
-
-
-def test_device_map_is_for_one_process(monkeypatch, tmp_path):
-    monkeypatch.setenv('RANK', '0')
-    with pytest.raises(UserError, match='start without torchrun'):
-        run_script(*DPO, *ADAM, f'--out_dir={tmp_path}/run', '--device_map=balanced')
 
 
 def test_device_map_reaches_transformers(monkeypatch, tmp_path):
@@ -168,5 +157,5 @@ def test_device_map_reaches_transformers(monkeypatch, tmp_path):
     assert seen == ['balanced', 'balanced']
     policy = scope['run'].policy
     assert type(policy).__name__ == 'LlamaForCausalLM'
-    assert all(type(p) is torch.nn.Parameter for p in policy.parameters())
+    assert {type(p) for p in policy.parameters()} == {torch.nn.Parameter}
     assert json.loads((tmp_path / 'run/config.json').read_text())['config']['device_map'] == 'balanced'

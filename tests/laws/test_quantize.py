@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import launch, metrics, same_bits, tensors, tiny_model
+from test_lora import COMMON, trained
 from ties import same_runs, same_weights
 
 import data
@@ -16,26 +17,22 @@ from runtime import ranks
 
 pytest.importorskip('bitsandbytes', reason='bitsandbytes is not installed: pip install bitsandbytes')
 ADAPTERS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': 'q_proj v_proj', 'quantize': '4bit'}
-DPO = ['dpo.py', '--batch_size=12', '--n_examples=36', '--n_eval_examples=8', '--do_first_eval=false', '--warmup_steps=1', '--lr=1e-2',
-       '--max_length=64', '--max_prompt_length=32', '--lora_rank=4', '--quantize=4bit', '--save_every=12']  # fmt: skip
+DPO = ['dpo.py', *COMMON, '--n_examples=36', '--lr=1e-2', '--lora_rank=4', '--quantize=4bit', '--save_every=12']
 
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_layer(bias):
     """Forward and backward of the layer that it stands for, whose weights are near those that it was made from."""
     torch.manual_seed(0)
-    whole = torch.nn.Linear(40, 24, bias=bias)
+    whole, x = torch.nn.Linear(40, 24, bias=bias), torch.randn(7, 40, requires_grad=True)
     packed = quantize.Linear4bit(whole)
     same = packed.dequantized()
     error = (same.weight - whole.weight).norm() / whole.weight.norm()
     assert 0.02 < error < 0.15 and packed.packed.numel() == whole.weight.numel() / 2
-    inputs = [torch.randn(7, 40).requires_grad_() for _ in range(2)]
-    inputs[1].data.copy_(inputs[0].data)
-    ours, expected = packed(inputs[0]), same(inputs[1])
-    ours.square().sum().backward()
-    expected.square().sum().backward()
-    assert ours.allclose(expected, atol=1e-6) and inputs[0].grad.allclose(inputs[1].grad, atol=1e-5)
-    assert packed(inputs[0].bfloat16()).dtype == torch.bfloat16
+    ours, expected = packed(x), same(x)
+    (grad,), (expected_grad,) = (torch.autograd.grad(out.square().sum(), x) for out in (ours, expected))
+    assert ours.allclose(expected, atol=1e-6) and grad.allclose(expected_grad, atol=1e-5)
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_log_probs(tmp_path):
@@ -44,11 +41,8 @@ def test_log_probs(tmp_path):
     with pytest.raises(UserError, match='the layers of GPT-2 are no torch.nn.Linear'):
         load_model(tiny_model(tmp_path / 'gpt2', 'gpt2'), adapters=ADAPTERS | {'targets': None})
     base = tiny_model(tmp_path / 'llama', 'llama')
-    loaded = load_model(base, adapters=ADAPTERS)
+    loaded = trained(load_model(base, adapters=ADAPTERS))
     assert quantize.packed_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
-    for name, p in loaded.named_parameters():
-        if 'lora_B' in name:
-            torch.nn.init.normal_(p.data, 0.0, 0.1)
     whole = quantize.dequantize(copy.deepcopy(loaded))
     batch = data.pack([(torch.arange(5, 9).numpy(), [torch.arange(9, 20).numpy(), torch.arange(30, 34).numpy()])], [0])
     found = []
@@ -78,7 +72,8 @@ def test_runs(tmp_path):
     launch(2, [plan['none'], plan['full'], cut, plan['again']], tmp_path)
     for name in RUNS:
         (row,) = metrics(tmp_path / name, 'check')
-        assert row['rewards_train/chosen'] == row['rewards_train/rejected'] == 0
+        rounding = 1e-6 if name == 'cached' else 0  # the cache was made in larger microbatches
+        assert max(abs(row['rewards_train/chosen']), abs(row['rewards_train/rejected'])) <= rounding
     for name in ('cached', 'none', 'full'):
         same_runs(tmp_path / name, tmp_path / 'one', rel=5e-4, abs=5e-5)
         same_weights(tensors(tmp_path / name / 'adapter'), tensors(tmp_path / 'one/adapter'), 1e-5)

@@ -3,13 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import metrics, read_jsonl, run_script, tiny_model, write_jsonl
+from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
 import configurator
-from configurator import UserError
 from hf import load
 from runtime import checkpoint, files, log
 from text import toy
@@ -64,39 +64,38 @@ def here(world, tmp_path, monkeypatch):
     return folder
 
 
-def replace(folder, bits=False):
-    """Other weights of the same names and shapes: the same file size. bits: only one bit is other."""
-    shard = next(Path(folder).glob('*.safetensors'))
-    data = bytearray(shard.read_bytes())
-    start = 8 + int.from_bytes(data[:8], 'little')
-    if bits:
-        data[-4001] ^= 1
-    else:
-        data[start:] = np.random.default_rng(1).bytes(len(data) - start)
-    shard.write_bytes(data)
+def flip_a_bit(folder):
+    """Of the weights: names, shapes and sizes stay."""
+    file = Path(folder, 'model.safetensors')
+    data = bytearray(file.read_bytes())
+    data[-4001] ^= 1
+    file.write_bytes(data)
 
 
-def change(file, fn):
-    """Change what a json file holds."""
+def change(file, without=(), part=None, **new):
+    """Set and leave out keys of a json file, or of a part of it."""
     content = json.loads(Path(file).read_text())
-    fn(content)
+    held = content[part] if part else content
+    held |= new
+    for key in without:
+        del held[key]
     Path(file).write_text(json.dumps(content))
 
 
-def set_key(file, key, value):
-    change(file, lambda content: content.update({key: value}))
+def change_rows(file, fn):
+    write_jsonl(file, fn(read_jsonl(file)))
 
 
-def flip_labels(file):
-    write_jsonl(Path(file), [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in read_jsonl(file)])
+def flip_labels(rows):
+    return [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in rows]
 
 
 def forget_run(case):
     """Make a run's checkpoint one of an older version, which did not write down its run; nothing seems damaged."""
     (folder,) = Path(case, 'checkpoints').iterdir()
     state = folder / 'state.json'
-    change(state, lambda content: content.pop('run'))
-    set_key(folder / 'manifest.json', 'state.json', [state.stat().st_size, files.file_hash(state)])
+    change(state, ['run'])
+    change(folder / 'manifest.json', **{'state.json': [state.stat().st_size, files.file_hash(state)]})
 
 
 def copy_in(run, other):
@@ -107,19 +106,19 @@ def copy_in(run, other):
 MODEL = "model 'model' has changed since: model.safetensors"
 TRAINING = 'the training examples have changed'
 ATTACKS = [
-    *((case, lambda: replace('model'), MODEL) for case in CASES),
-    ('dpo', lambda: replace('other'), "ref_model 'other' has changed since: model.safetensors"),
-    ('ppo', lambda: replace('judge', bits=True), "reward_model 'judge' has changed"),
-    ('ppo', lambda: replace('critic'), "critic 'critic' has changed"),
-    ('dpo', lambda: set_key('model/config.json', 'rms_norm_eps', 1e-3), "model 'model' has changed since: config.json"),
-    ('dpo', lambda: set_key('model/tokenizer_config.json', 'chat_template', 'x'), 'has changed since: tokenizer_config.json'),
-    ('ppo', lambda: set_key('model/generation_config.json', 'eos_token_id', 7), 'has changed since: generation_config.json'),
-    ('dpo', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('offline', lambda: flip_labels('data.jsonl'), TRAINING),
-    ('sft', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[::-1]), TRAINING),
-    ('ppo', lambda: write_jsonl(Path('data.jsonl'), read_jsonl('data.jsonl')[1:]), TRAINING),
-    ('dpo', lambda: flip_labels('held_out.jsonl'), 'the evaluation examples have changed'),
-    ('dpo', lambda: copy_in('dpo', 'sft'), r'the checkpoint .* is of a different run \(of sft.py there and of dpo.py here'),
+    *((case, lambda: flip_a_bit('model'), MODEL) for case in CASES),
+    ('dpo', lambda: flip_a_bit('other'), "ref_model 'other' has changed since: model.safetensors"),
+    ('ppo', lambda: flip_a_bit('judge'), "reward_model 'judge' has changed"),
+    ('ppo', lambda: flip_a_bit('critic'), "critic 'critic' has changed"),
+    ('dpo', lambda: change('model/config.json', rms_norm_eps=1e-3), "model 'model' has changed since: config.json"),
+    ('dpo', lambda: change('model/tokenizer_config.json', chat_template='x'), 'has changed since: tokenizer_config.json'),
+    ('ppo', lambda: change('model/generation_config.json', eos_token_id=7), 'has changed since: generation_config.json'),
+    ('dpo', lambda: change_rows('data.jsonl', flip_labels), TRAINING),
+    ('offline', lambda: change_rows('data.jsonl', flip_labels), TRAINING),
+    ('sft', lambda: change_rows('data.jsonl', lambda rows: rows[::-1]), TRAINING),
+    ('ppo', lambda: change_rows('data.jsonl', lambda rows: rows[1:]), TRAINING),
+    ('dpo', lambda: change_rows('held_out.jsonl', flip_labels), 'the evaluation examples have changed'),
+    ('dpo', lambda: copy_in('dpo', 'sft'), 'is of a different run (of sft.py there and of dpo.py here'),
     ('dpo', lambda: copy_in('dpo', 'lora'), 'lora_rank 2 there and None here'),
 ]  # fmt: skip
 
@@ -132,9 +131,7 @@ def test_what_has_changed_is_refused(here, case, attack, words):
         return {f: f.read_bytes() for f in (here / case).rglob('*') if f.is_file() and f.name != '.lock'}
 
     before = contents()
-    with pytest.raises(UserError, match=words) as info:
-        run(case, case)
-    assert '\n' not in str(info.value) and len(str(info.value)) < 600 and contents() == before
+    assert words in sentence(run, case, case) and contents() == before
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
@@ -149,15 +146,12 @@ def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(worl
 
 def test_another_run_in_the_folder(here):
     (here / 'dpo/config.json').unlink()
-    with pytest.raises(UserError, match='has checkpoints, but no config.json'):
-        run('dpo', 'dpo')
-    with pytest.raises(UserError, match='sft holds a different run .of sft.py there and of reward.py here'):
-        run('reward', 'sft')
+    assert 'has checkpoints, but no config.json' in sentence(run, 'dpo', 'dpo')
+    assert 'sft holds a different run (of sft.py there and of reward.py here' in sentence(run, 'reward', 'sft')
     run('sft', 'seed', '--seed=1')
     copy_in('sft', 'seed')
-    words = 'the checkpoint sft/checkpoints/0000000012 is of a different run .seed 1 there and 0 here'
-    with pytest.raises(UserError, match=words):
-        run('sft', 'sft')
+    words = 'the checkpoint sft/checkpoints/0000000012 is of a different run (seed 1 there and 0 here'
+    assert words in sentence(run, 'sft', 'sft')
 
 
 def test_the_same_continues_whatever_does_not_matter(here, world):
@@ -171,42 +165,34 @@ def test_the_same_continues_whatever_does_not_matter(here, world):
 
 
 def test_older_versions_resume_with_a_note(here, world, capsys):
-    """They wrote no hashes, and had fewer options."""
-    change('dpo/config.json', lambda record: [record.pop('contents'), record['config'].pop('lora_targets')])
-    change('dpo/config.json', lambda record: record['config'].pop('truncation'))
+    """They wrote no hashes, and had fewer options, of which none is set midway; where nobody says what a checkpoint is of, its
+    shapes do."""
+    change('reward/config.json', ['center_coef'], part='config')
+    assert 'center_coef None there and 0.5 here' in sentence(run, 'reward', 'reward', '--center_coef=0.5')
+    change('dpo/config.json', ['contents'])
+    change('dpo/config.json', ['lora_targets', 'truncation'], part='config')
     forget_run('dpo')
-    with pytest.raises(UserError, match='lora_rank None there and 1 here'):
-        run('dpo', 'dpo', '--lora_rank=1', '--lora_targets=q_proj')
+    assert 'lora_rank None there and 1 here' in sentence(run, 'dpo', 'dpo', '--lora_rank=1', '--lora_targets=q_proj')
     run('dpo', 'dpo')
     out = capsys.readouterr().out
     assert 'kept no hash of evaluation examples, model, ref_model, training examples: not checked' in out
     assert metrics('dpo') == metrics(world / 'dpo')
     assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
-
-
-def test_what_an_older_version_did_not_write_down(here):
-    """An option that it lacked is not set midway; where nobody says what a checkpoint is of, its shapes do."""
-    change('reward/config.json', lambda record: record['config'].pop('center_coef'))
-    with pytest.raises(UserError, match='center_coef None there and 0.5 here'):
-        run('reward', 'reward', '--center_coef=0.5')
-    copy_in('dpo', 'lora')
-    forget_run('dpo')
-    with pytest.raises(UserError, match='is of another model or optimizer'):
-        run('dpo', 'dpo')
+    copy_in('lora', 'reward')
+    forget_run('lora')
+    assert 'is of another model or optimizer' in sentence(run, 'lora', 'lora')
 
 
 def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
-    monkeypatch.setitem(load._configs, 'a/b', type('Config', (), {'_commit_hash': 'abc'}))
-    monkeypatch.setitem(load._configs, 'a/c', type('Config', (), {'_commit_hash': None}))
+    for name, commit in ('a/b', 'abc'), ('a/c', None):
+        monkeypatch.setitem(load._configs, name, SimpleNamespace(_commit_hash=commit))
     found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})
     assert found == {'model': {'commit': 'abc'}}
     run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
     other = run | {'contents': {'model': {'commit': 'abd'}}}
-    assert log.differences(run, run) == []
-    assert log.differences(other, run) == ["model 'a/b' has changed since: commit"]
-    (tmp_path / 'x').mkdir()
-    (tmp_path / 'x' / 'model.safetensors').mkdir()
-    assert load.fingerprints({'model': str(tmp_path / 'x')}) == {'model': {}}
+    assert log.differences(run, run) == [] and log.differences(other, run) == ["model 'a/b' has changed since: commit"]
+    (tmp_path / 'model.safetensors').mkdir()
+    assert load.fingerprints({'model': str(tmp_path)}) == {'model': {}}
 
 
 def test_the_hash_of_examples():
@@ -230,5 +216,4 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
     theirs = {'training examples': two.content(), 'evaluation examples': one.content()}
     monkeypatch.setattr(checkpoint, 'gather_objects', lambda value: [value, theirs])
     monkeypatch.setattr(checkpoint.dist, 'get_rank', lambda: 0)
-    with pytest.raises(UserError, match='rank 1 has read other data than rank 0'):
-        checkpoint.identify(config, dict, one, one)
+    assert 'rank 1 has read other data than rank 0' in sentence(checkpoint.identify, config, dict, one, one)

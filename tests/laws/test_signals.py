@@ -1,5 +1,6 @@
 """Signals save and leave with a documented code, supervisors start again, one run at a time has a folder."""
 
+import contextlib
 import os
 import random
 import re
@@ -19,8 +20,6 @@ from runtime import guard
 FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every=96', '--n_eval_examples=16', '--lr=1e-3',
          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.2',
          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
-
-
 STARTED = []
 CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
 SAVED = 'saved: the same command continues from here'
@@ -67,36 +66,40 @@ def until(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def end(process, code=None, seconds=180):
-    got = process.wait(seconds)
-    assert code is None or got == code, text(process)[-3000:]
+def end(process, code, seconds=180):
+    """Wait for its end, with this exit code. Returns what it has said."""
+    assert process.wait(seconds) == code, text(process)[-3000:]
     return text(process)
+
+
+def saves(out, process, number, code):
+    """Send a signal, and see it save what it has trained on, so that nothing is done twice. Returns what it has said."""
+    process.send_signal(number)
+    said = end(process, code)
+    assert SAVED in said and (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'
+    return said
 
 
 def seen(folder):
     """Examples that a running run has trained on."""
-    try:
-        return max((row['counters/examples'] for row in read_jsonl(folder / 'metrics.jsonl')), default=0)
-    except (OSError, ValueError):
-        return 0
+    with contextlib.suppress(OSError, ValueError):
+        return max(row['counters/examples'] for row in read_jsonl(folder / 'metrics.jsonl'))
+    return 0
 
 
 def below(pid):
     """The processes below one: torchrun's workers are in sessions of their own."""
-    try:
+    found = []
+    with contextlib.suppress(OSError):
         files = [task / 'children' for task in Path(f'/proc/{pid}/task').iterdir()]
         found = [int(child) for file in files for child in file.read_text().split()]
-    except OSError:
-        return []
     return found + [deeper for child in found for deeper in below(child)]
 
 
 def kill(*pids):
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def same(folder, whole):
@@ -130,10 +133,8 @@ def test_every_signal_in_one_run(tmp_path, whole):
             assert f'another run is using {out}' in refused('dpo.py', *FLAGS, f'--out_dir={out}')
             assert (out / 'metrics.jsonl').read_text() == before and process.poll() is None
             process.send_signal(signal.SIGCONT)
-        process.send_signal(number)
-        said = end(process, CODES[number])
-        assert f'{number.name}: stopping after this step' in said and SAVED in said and 'Traceback' not in said
-        assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'  # nothing is done twice
+        said = saves(out, process, number, CODES[number])
+        assert f'{number.name}: stopping after this step' in said and 'Traceback' not in said
     process = after(out, 16)
     os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can react
     process.send_signal(signal.SIGINT)
@@ -175,12 +176,11 @@ def test_while_a_script_is_imported(tmp_path):
 def test_in_a_rendezvous(tmp_path):
     """The main thread is in C++: as rank 0 it waits for the other rank, as rank 1 for a word of the store."""
     with socket.create_server(('127.0.0.1', 0)) as store:
-        address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}
-        rank_0 = start(tmp_path / '0', RANK='0', MASTER_PORT=f'{(port := free_port())}', **address)
-        rank_1 = start(tmp_path / '1', RANK='1', MASTER_PORT=f'{store.getsockname()[1]}', **address)
+        ports, common = (free_port(), store.getsockname()[1]), {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}
+        rank_0, rank_1 = (start(tmp_path / f'{i}', RANK=f'{i}', MASTER_PORT=f'{ports[i]}', **common) for i in range(2))
         store.settimeout(60)
         store.accept()
-        until(lambda: listens(port), rank_0)
+        until(lambda: listens(ports[0]), rank_0)
         for process, number in ((rank_0, signal.SIGINT), (rank_1, signal.SIGUSR1)):
             process.send_signal(number)
             assert 'Traceback' not in end(process, CODES[number], 30)
@@ -195,40 +195,37 @@ def test_a_signal_to_a_forked_child_is_not_the_parents():
     """A pool ends its workers with SIGTERM; they have inherited the handlers, and the pipe that the parent listens to."""
     code = """import os, signal, time
 from runtime import guard
-guard.on_signal = lambda number: print('heard', number, flush=True)
+heard = []
+guard.on_signal = heard.append
 guard.watch('__main__')
 child = os.fork()
 if not child:
     time.sleep(20)
     os._exit(0)
 os.kill(child, signal.SIGTERM)
-print('ended', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os.kill(os.getpid(), signal.SIGUSR1)
-time.sleep(1)
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def send(number):
+    os.kill(os.getpid(), number)
+    while number not in heard:
+        time.sleep(0.01)
+send(signal.SIGUSR1)
 with guard.unblocked():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
-print('blocked', set(guard.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))"""
-    heard = f'heard {signal.SIGUSR1:d}\nheard {signal.SIGINT:d}\n'
-    assert python('-c', code).stdout == f'ended {-signal.SIGTERM}\n{heard}blocked True\n'
+    send(signal.SIGINT)
+print(ended, *map(int, heard), set(guard.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))"""
+    assert python('-c', code).stdout == f'{-signal.SIGTERM} {signal.SIGUSR1:d} {signal.SIGINT:d} True\n'
 
 
 def test_torchrun(tmp_path, whole):
     """SIGUSR1 to torchrun, which hands it on if told to; then a rank dies, and --max-restarts is enough; then SIGTERM."""
-    out, restarts = tmp_path / 'run', ['--standalone', '--max-restarts=3']
-
-    def saves(process, number):
-        process.send_signal(number)
-        assert SAVED in end(process, 1)  # torchrun's own code
-        assert (out / 'latest').read_text() == f'checkpoints/{seen(out):010d}\n'
-
-    saves(after(out, 16, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'), signal.SIGUSR1)
-    process = after(out, 16, 2, restarts)
+    out = tmp_path / 'run'  # 1 is torchrun's own code
+    process = after(out, 16, 2, PET_SIGNALS_TO_HANDLE='SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1')
+    saves(out, process, signal.SIGUSR1, 1)
+    process = after(out, 16, 2, ['--standalone', '--max-restarts=3'])
     before = seen(out)
     assert text(process).count('resuming') == 1
     kill(below(process.pid)[-1])
     until(lambda: text(process).count('resuming') == 2 and seen(out) > before, process)
-    saves(process, signal.SIGTERM)
+    saves(out, process, signal.SIGTERM, 1)
     launch(2, [['dpo.py', *FLAGS, f'--out_dir={out}']], tmp_path)
     same(out, whole(2))
 
@@ -241,48 +238,42 @@ def test_killed_at_random_moments(tmp_path):
     assert done.returncode == 0 and survived, done.stdout + done.stderr[-2000:]
 
 
-# ---- two hosts ----
-
-
 def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        return free.getsockname()[1]
 
 
 def namespaces():
     """Two network namespaces joined by a pair of interfaces: their names, and [(address, prefix of a command there)], or why not."""
     names = [f'nanopref{os.getpid()}{x}' for x in 'ab']
-    places = list(zip(names, ['10.213.7.1', '10.213.7.2'], strict=True))
-    commands = [f'ip netns add {name}' for name in names]
-    commands += [f'ip link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}']
-    for name, address in places:
-        inside = (f'addr add {address}/24 dev veth0', 'link set veth0 up', 'link set lo up')
-        commands += [f'ip -n {name} {command}' for command in inside]
+    addresses = {name: f'10.213.7.{i}' for i, name in enumerate(names, 1)}
+    commands = [f'netns add {name}' for name in names]
+    commands += [f'link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}']
+    for name, address in addresses.items():
+        commands += [f'-n {name} addr add {address}/24 dev veth0']
+        commands += [f'-n {name} link set {interface} up' for interface in ('veth0', 'lo')]
     if shutil.which('ip') is None:
         return names, 'there is no ip command here'
     for command in commands:
-        done = subprocess.run(command.split(), capture_output=True, text=True)
+        done = subprocess.run(['ip', *command.split()], capture_output=True, text=True)
         if done.returncode:
-            return names, f'{command}: {done.stderr.strip()}'
-    return names, [(address, ['ip', 'netns', 'exec', name]) for name, address in places]
+            return names, f'ip {command}: {done.stderr.strip()}'
+    return names, [(address, ['ip', 'netns', 'exec', name]) for name, address in addresses.items()]
 
 
-@pytest.fixture(params=['network namespaces', 'one host'])
-def hosts(request):
+@pytest.fixture
+def hosts():
     """[(address, prefix of a command)] of two hosts: two namespaces, or, where they are not permitted, 127.0.0.1 twice."""
     names, found = namespaces()
+    if isinstance(found, str):
+        print(f'no network namespaces: {found}')
+        found = [('127.0.0.1', [])] * 2
     try:
-        if request.param == 'one host':
-            if not isinstance(found, str):
-                pytest.skip('network namespaces are permitted here, and show more')
-            found = [('127.0.0.1', [])] * 2
-        if isinstance(found, str):
-            pytest.skip(f'no network namespaces: {found}')
         yield found
     finally:
         for name in names:
-            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+            with contextlib.suppress(OSError):
+                subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
 
 
 def test_two_hosts(tmp_path, whole, hosts):

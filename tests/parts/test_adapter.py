@@ -45,9 +45,11 @@ def write(kind='llama', reward=False, folder='run/adapter', **options):
         return model(IDS[:1] if reward else IDS).logits
 
 
+CONFIG = Path('run/adapter/adapter_config.json')
+
+
 def change(**options):
-    file = Path('run/adapter/adapter_config.json')
-    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    CONFIG.write_text(json.dumps(json.loads(CONFIG.read_text()) | options))
 
 
 def same_logits(model, expected):
@@ -101,9 +103,9 @@ def test_reward_model(adapters, capsys):
     write(folder='lm/adapter')
     with pytest.raises(UserError, match='no reward model but a language model'):
         load.load_reward('lm/adapter', tokenizer)
-    merged = load.load_model('lm/adapter')
-    model = load.load_reward('lm/adapter', tokenizer, new_head=True)
-    assert model.model.layers[1].mlp.up_proj.weight.equal(merged.model.layers[1].mlp.up_proj.weight)
+    both = load.load_model('lm/adapter'), load.load_reward('lm/adapter', tokenizer, new_head=True)
+    merged, reward = (model.model.layers[1].mlp.up_proj.weight for model in both)
+    assert reward.equal(merged)
 
 
 def test_its_files():
@@ -153,13 +155,12 @@ OPTIONS = [
 
 def test_options_that_are_refused():
     write()
-    file = Path('run/adapter/adapter_config.json')
-    good = file.read_text()
+    good = CONFIG.read_text()
     for options, words in OPTIONS:
-        file.write_text(good)
+        CONFIG.write_text(good)
         change(**options)
         assert words in said()
-    file.write_text(good[:20])
+    CONFIG.write_text(good[:20])
     assert INCOMPLETE in said()
 
 
@@ -178,8 +179,8 @@ def test_weights_that_are_refused():
     save_file(good | {first: good[first].fill_(torch.nan)}, file)
     assert 'before the first step the loss is no number: weights of the model' in refused(*dpo)
     assert 'has rank 4: --lora_rank=4 goes on with it' in refused(*dpo, '--lora_rank=8')
-    ignored = refused(*dpo, '--lora_rank=4', '--lora_alpha=3')
-    assert "has no effect: the adapter 'run/adapter' goes on with its own" in ignored
+    words = "has no effect: the adapter 'run/adapter' goes on with its own"
+    assert words in refused(*dpo, '--lora_rank=4', '--lora_alpha=3')
     file.rename(file.with_suffix('.bin'))
     assert 'has no adapter_model.saf' in said()
 
@@ -190,17 +191,12 @@ def test_of_a_hub(monkeypatch):
     change(base_model_name_or_path='some/base')
     monkeypatch.setattr(hub, 'reachable', lambda: False)
     places = {'some/adapter': 'run/adapter', 'some/base': 'base'}
-
-    def cached(name, file):
-        path = Path(places[name], file)
-        return str(path) if path.exists() else None
-
-    monkeypatch.setattr(hub, 'file_of', cached)
+    monkeypatch.setattr(hub, 'file_of', lambda name, file: next(map(str, Path(places[name]).glob(file)), None))
     found = lora.find_adapter('some/adapter')
     assert (found.base, found.folder) == ('some/base', Path('run/adapter'))
+    places['some/base'] = 'nowhere'
+    monkeypatch.setattr(lora, '_found', {})
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):
-        places['some/base'] = 'nowhere'
-        monkeypatch.setattr(lora, '_found', {})
         lora.find_adapter('some/adapter')
 
 
@@ -221,18 +217,15 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     # a frozen copy only where it is the reference
     assert load.load_model('run/adapter', adapters=RANK).peft_config.keys() == {'default', 'reference'}
     assert load.load_model('run/adapter', adapters=RANK | {'keeps_copy': False}).peft_config.keys() == {'default'}
-    options = Config(
-        {'model': 'toy', 'quantize': None, 'lora_rank': 2, 'lora_alpha': 1, 'lora_dropout': 0, 'lora_targets': None}
-    )
+    options = {'model': 'toy', 'quantize': None, 'lora_rank': 2, 'lora_alpha': 1, 'lora_dropout': 0, 'lora_targets': None}  # fmt: skip
     for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
         assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps
 
 
-def test_the_reference_is_built_with_adapters_where_the_policy_starts_as_another_model(monkeypatch):
+@pytest.mark.parametrize(('options', 'expected'), [
+    ({}, None), ({'quantize': '4bit'}, RANK), ({'model': 'saved'}, RANK), ({'quantize': '4bit', 'ref_model': 'other'}, None),
+])  # fmt: skip
+def test_the_reference_is_built_with_adapters_where_the_policy_starts_as_another_model(options, expected, monkeypatch):
     """With 4-bit weights or a saved adapter. Its cached log-probs have the key of what is built."""
-    plain = {'quantize': None, 'model': 'toy', 'ref_model': None}
-    for options in (plain, plain | {'quantize': '4bit', 'ref_model': 'other'}):
-        assert lora.reference_options(options, RANK) is None
-    assert lora.reference_options(plain | {'quantize': '4bit'}, RANK) is RANK
     monkeypatch.setattr(lora, 'find_adapter', lambda name: name == 'saved')
-    assert lora.reference_options(plain | {'model': 'saved'}, RANK) is RANK
+    assert lora.reference_options({'quantize': None, 'model': 'toy', 'ref_model': None} | options, RANK) is expected

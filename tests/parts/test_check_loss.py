@@ -5,71 +5,60 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, refused
+from helpers import LOSSES, parse, refused
 
 import losses
-from configurator import UserError
-from runtime import check_loss, objective
+from runtime.objective import MARGINS, objective_of, table
 from tests import forks
-
-OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0.5, 'w_good': 1.0, 'w_bad': 1.0, 'delta': 1.0, 'lam': 0.1,
-           'gamma': 1.0, 'tau': 0.05, 'a': 0.6, 'rho': 0.2}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_every_loss_is_ready(name):
+def test_every_loss_is_ready(name, monkeypatch):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
-    rows = check_loss.table(name, *objective.find(name, losses.LOSSES, losses.STATISTICS, OPTIONS), OPTIONS)
+    found = objective_of(parse(f'dpo.py --loss={name}', monkeypatch), losses.LOSSES, losses.STATISTICS)
+    rows = table(name, found.fn, found.statistic, found.options)
     assert all(math.isfinite(value) for row in rows for value in row)
-    assert [row[0] for row in rows] == check_loss.MARGINS
+    assert [row[0] for row in rows] == MARGINS
     if name == 'dpo':
         assert rows[6] == pytest.approx((5, 0.474077, -0.0377541, 0.0377541), rel=1e-5)
 
 
 # fmt: off
-WRONG = [
+@pytest.mark.parametrize('fn, words', [
     (lambda ratio_w, ratio_l, *, bta: ratio_w, "asks for 'bta', which is no option: declare it in dpo.py, as in bta = 1.0"),
     (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
     (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers, not for neither, nor both'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize('fn, words', WRONG, ids=range(len(WRONG)))
-def test_mistakes(fn, words):
-    with pytest.raises(UserError, match=words):
-        objective.find('mine', {'mine': fn}, {}, OPTIONS)
-
-
-MISTAKES = [
     (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., not tensor'),
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
-]
-
-
-@pytest.mark.parametrize('fn, words', MISTAKES)
-def test_mistakes_of_a_formula(fn, words, tmp_path, monkeypatch):
-    """Told by losses.py and by dpo.py, before a model is loaded."""
-    with pytest.raises(UserError, match=words):
-        check_loss.table('mine', fn, None, OPTIONS)
+])
+# fmt: on
+def test_mistakes_are_told_before_a_model_is_loaded(fn, words, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, 'mine', fn)
     sentence = refused('dpo.py', '--loss=mine', '--model=nowhere', '--data=nowhere', f'--out_dir={tmp_path}/run')
     assert re.search(words, sentence) and not (tmp_path / 'run').exists()
 
 
-def test_as_a_script():
-    done = forks.python('losses.py', 'kto', '--beta=0.5')
-    assert done.returncode == 0 and done.stdout.endswith('kto can train: python dpo.py --loss=kto\n')
-    assert done.stdout.startswith('    margin         loss slope\n')
+@pytest.mark.parametrize('fn, paired, has_divergence', [
+    (lambda pi_l, n_l: -(pi_l / n_l), True, False),
+    (lambda ratio_l, div_l: ratio_l + div_l, True, True),
+    (lambda ratio, div, *, beta: beta * ratio * div, False, True),
+])  # fmt: skip
+def test_any_column_says_what_a_loss_asks_for(fn, paired, has_divergence, monkeypatch):
+    config = parse('dpo.py --loss=mine', monkeypatch)
+    found = objective_of(config, losses.LOSSES | {'mine': fn}, losses.STATISTICS)
+    assert (found.paired, found.has_divergence, found.needs_ref) == (paired, has_divergence, has_divergence)
+
+
+@pytest.mark.parametrize('words, status, printed', [
+    ('kto --beta=0.5', 0, r'^    margin         loss slope\n(?s:.*)\nkto can train: python dpo.py --loss=kto\n$'),
     # as dpo.py would call it: without label smoothing, and with no option that it does not use
-    done = forks.python('losses.py', 'drdpo', '--beta=0.5')
-    assert done.stdout.startswith('    margin         loss slope chosen  slope rejected\n')
-    assert re.search('^ +0.0 +0.69315 +-0.25 +0.25$', done.stdout, re.M), done.stdout
-    done = forks.python('losses.py', 'dpo', '--gamma=3')
-    assert done.returncode == 2 and '--gamma has no effect: the loss dpo does not use it' in done.stderr
-    done = forks.python('losses.py')
-    assert done.returncode == 2 and done.stderr.startswith('error: name a loss: python losses.py dpo --beta=0.2')
-    done = forks.python('losses.py', 'ktoo')
-    assert done.returncode == 2 and done.stderr.startswith('error: loss must be one of dpo, ')
+    ('drdpo --beta=0.5', 0, r'^    margin         loss slope chosen  slope rejected\n(?s:.*)\n +0.0 +0.69315 +-0.25 +0.25\n'),
+    ('dpo --gamma=3', 2, '--gamma has no effect: the loss dpo does not use it'),
+    ('', 2, '^error: name a loss: python losses.py dpo --beta=0.2'),
+    ('ktoo', 2, '^error: loss must be one of dpo, '),
+])  # fmt: skip
+def test_as_a_script(words, status, printed):
+    done = forks.python('losses.py', *words.split())
+    assert done.returncode == status and re.search(printed, done.stdout + done.stderr), done

@@ -1,14 +1,16 @@
 """Checkpoints are whole or not there; what happens to them later, and a full disk, is seen and costs nothing that existed."""
 
+import contextlib
 import functools
 import importlib
+import itertools
 import os
 import re
 import shutil
-import types
 from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -29,7 +31,6 @@ from hf.load import load_model, load_tokenizer
 from rl import formulas
 from runtime import checkpoint, errors, files, guard, log, ranks, room
 from tests import forks
-from text import toy
 from text.examples import Examples
 from text.tokenise import load_examples
 
@@ -51,6 +52,13 @@ def whole(tmp_path_factory):
         shrink_toy(patch, folder)
         run(folder / 'run')
         yield folder / 'run'
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    """guard.keep tries again at once."""
+    monkeypatch.setattr(guard, 'PAUSE', 1)
+    monkeypatch.setattr(guard, 'time', SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture
@@ -80,8 +88,15 @@ def flip(path):
     path.write_bytes(data)
 
 
-def full_disk(*arguments, **options):
-    raise OSError(28, 'No space left on device')
+def failed_save(monkeypatch):
+    """A checkpoint that has failed in the background."""
+    pending = futures.Future()
+    pending.set_exception(UserError('no room'))
+    monkeypatch.setattr(checkpoint, '_pending', pending)
+
+
+full_disk = MagicMock(side_effect=OSError(28, 'No space left on device'))
+no_export = MagicMock(side_effect=UserError('cannot write it'))
 
 
 # ---- damage, leftovers, files of somebody else ----
@@ -131,13 +146,12 @@ def test_a_run_does_not_start_over_by_itself(died):
 
 
 def test_resumes_behind_all_that_can_be_broken_at_once(whole, died, tmp_path, capsys):
-    """Newest shard truncated, pointer garbage, leftovers of a kill, a half-written line, an old checkpoint moved to another disk
-    and linked, files of a Mac and of somebody: the end is that of an unbroken run, and nobody else's file is touched."""
+    """The end is that of an unbroken run, and nobody else's file is touched."""
     checkpoints, far = died / 'checkpoints', tmp_path / 'far'
     os.truncate(shard(checkpoints / '0000000048'), 1000)
     (died / 'latest').write_text('nonsense')
-    text = (died / 'metrics.jsonl').read_text()
-    (died / 'metrics.jsonl').write_text(text[:-40])
+    os.truncate(died / 'metrics.jsonl', (died / 'metrics.jsonl').stat().st_size - 40)
+    # leftovers of a kill, files of a Mac and of somebody, an old checkpoint moved to another disk and linked
     fill(died, ['config.json.tmp', 'metrics.jsonl.tmp', 'model.tmp/a', 'checkpoints/0000000060.tmp/a'])
     theirs = 'my_work.tmp/a notes.tmp checkpoints/mine.tmp/a checkpoints/60.tmp models.tmp/a .lock.tmp'.split()
     theirs += [f'checkpoints/{name}' for name in ('._0000000036', '.DS_Store', 'old/a', '²', '0000000060')]
@@ -168,10 +182,9 @@ def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
     assert 'note: no model card' in capsys.readouterr().out and (tmp_path / 'model/model.safetensors').exists()
 
 
-THEIRS = 'model/a adapter/a metrics.jsonl samples.jsonl bad_step.jsonl model.tmp/a latest checkpoints/a'.split()
-
-
-@pytest.mark.parametrize('name', THEIRS)
+@pytest.mark.parametrize('name', [
+    'model/a', 'adapter/a', 'metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl', 'model.tmp/a', 'latest', 'checkpoints/a',
+])  # fmt: skip
 def test_files_and_links_of_somebody_else_are_refused(tmp_path, whole, name, monkeypatch):
     """They have the names of a run's, and would be replaced or cut; --out_dir=. beside --model=model, for one."""
     fill(tmp_path / 'out', [name])
@@ -206,9 +219,8 @@ def test_loads_into_a_model_that_has_run(tmp_path):
     trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
     trained.policy.reshard()
     optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.0, 0.0)
-    batches = trained.make_step(trained.train, np.arange(1)).batches
     with torch.no_grad():
-        trained.policy.response_logps(batches[0])
+        trained.policy.response_logps(trained.make_step(trained.train, np.arange(1)).batches[0])
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
     assert state['examples'] == 48
 
@@ -224,20 +236,18 @@ def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
     """As a multimodal model's image encoder, trained on texts: checkpoints lack their state, and load all the same."""
     ranks.setup()
     states = []
-    for _ in range(2):
+    for is_first in (True, False):
         net = torch.nn.ModuleDict({'runs': torch.nn.Linear(2, 2), 'never': torch.nn.Linear(2, 2)})
         net.shard_mode, net.reshard = 'none', lambda: None
         optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
-        if states:
+        if not is_first:
             checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
         net['runs'](torch.ones(2)).sum().backward()
         optimizer.step()
-        if not states:
+        if is_first:
             checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
             checkpoint.wait()
-        states.append(
-            {name: optimizer.state[p]['step'].item() for name, p in net.named_parameters() if optimizer.state[p]}
-        )
+        states.append({name: optimizer.state[p]['step'] for name, p in net.named_parameters() if optimizer.state[p]})
     assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
 
 
@@ -246,30 +256,19 @@ def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
 
 def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whole):
     """The disk is full while the second checkpoint is written in the background."""
-    write, count = HuggingFaceStorageWriter.write_data, []
+    write, count = HuggingFaceStorageWriter.write_data, itertools.count()
 
     def second_fails(self, *arguments):
-        count.append(1)
-        return full_disk() if len(count) == 2 else write(self, *arguments)
+        return full_disk() if next(count) == 1 else write(self, *arguments)
 
     monkeypatch.setattr(HuggingFaceStorageWriter, 'write_data', second_fails)
-    words = 'cannot write the checkpoint .*24: No space left on device; older ones are kept'
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='write the checkpoint .*24: No space left on device; older ones are kept'):
         run(tmp_path / 'run')
     assert names(tmp_path / 'run') == ['0000000012']
     assert len(metrics(tmp_path / 'run')) <= 7  # check, eval 0, three or four steps, eval 24
     monkeypatch.undo()
     run(tmp_path / 'run')
     assert metrics(tmp_path / 'run') == metrics(whole)
-
-
-def test_a_failed_save_ends_the_step_that_sees_it(monkeypatch):
-    ranks.setup()
-    pending = futures.Future()
-    pending.set_exception(UserError('a full disk'))
-    monkeypatch.setattr(checkpoint, '_pending', pending)
-    with pytest.raises(UserError, match='a full disk'):
-        guard.stop_asked()
 
 
 ON_A_SMALL_DISK = """
@@ -308,64 +307,46 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
 
 
-def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole):
-    """Nor is it said then that what was trained is lost; only where the checkpoint fails as well."""
-
-    def fails(*arguments):
-        raise UserError('cannot write it')
-
-    monkeypatch.setattr(export, 'write_model', fails)
-    with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
-        run(tmp_path / 'run', '--save_every=0')
-    assert names(tmp_path / 'run') == ['0000000060']
-    monkeypatch.undo()
-    run(tmp_path / 'run', '--save_every=0')
-    assert same_bits(tmp_path / 'run/model', whole / 'model') and metrics(tmp_path / 'run') == metrics(whole)
-    tries = []
-    monkeypatch.setattr(guard, 'PAUSE', 1)
-    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
+def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_pause):
+    ranks.setup()
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
+    save = MagicMock(side_effect=UserError('cannot write it'))
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
-        guard.keep(lambda: tries.append(1) or fails())
-    assert len(tries) == 3
+        guard.keep(save)
+    assert save.call_count == 3
 
 
-@pytest.mark.parametrize('flags', [[], ['--critic=own'], ['--lora_rank=2']])
-def test_a_critic_is_in_the_checkpoint_of_a_model_that_cannot_be_written(tmp_path, monkeypatch, whole, flags):
-    """The same command then writes the model, which is that of a run whose model could be written, and has no critic."""
-    flags = [
-        '--reward=gold',
-        '--model=toy',
-        '--data=toy',
-        '--n_examples=16',
-        '--batch_size=8',
-        '--minibatch_size=8',
-        *flags,
-    ]
-    flags += ['--ppo_epochs=1', '--max_new_tokens=4', '--n_eval_examples=0', '--sample_batch=8', '--save_every=0']
+SHORT = '--n_examples=16 --batch_size=8 --n_eval_examples=0 --save_every=0'
+SHORT_PPO = f'{SHORT} --reward=gold --minibatch_size=8 --ppo_epochs=1 --max_new_tokens=4 --sample_batch=8'
 
-    def fails(*arguments):
-        raise UserError('cannot write it')
 
-    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/well')
+@pytest.mark.parametrize('script, flags', [
+    ('dpo.py', SHORT), ('ppo.py', SHORT_PPO), ('ppo.py', f'{SHORT_PPO} --critic=own'), ('ppo.py', f'{SHORT_PPO} --lora_rank=2'),
+])  # fmt: skip
+def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path, monkeypatch, whole, script, flags):
+    """From a checkpoint, which has ppo's critic as well; the model is that of a run that could write it, and has no critic."""
+    ill, well = ([script, *flags.split(), f'--out_dir={tmp_path / name}'] for name in ('ill', 'well'))
+    run_script(*well)
     # two steps have no warm-up, a tenth of them
-    assert metrics(tmp_path / 'well', 'train')[0]['lr'] == 1e-6
+    assert metrics(tmp_path / 'well', 'train')[0]['lr'] == {'dpo.py': 5e-7, 'ppo.py': 1e-6}[script]
     with monkeypatch.context() as patch:
-        patch.setattr(export, 'write_model', fails)
-        with pytest.raises(UserError, match='the same command writes the model'):
-            run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
-    run_script('ppo.py', *flags, f'--out_dir={tmp_path}/ill')
+        patch.setattr(export, 'write_model', no_export)
+        with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
+            run_script(*ill)
+    assert names(tmp_path / 'ill') == ['0000000016']
+    run_script(*ill)
     assert same_bits(tmp_path / 'ill/model', tmp_path / 'well/model')
+    assert metrics(tmp_path / 'ill') == metrics(tmp_path / 'well')
     assert not any('critic' in name or 'value_head' in name for name in tensors(tmp_path / 'ill/model'))
 
 
-def test_a_checkpoint_that_has_failed_already_does_not_cost_the_last_one(monkeypatch, whole, capsys):
+def test_a_save_that_has_failed_ends_the_step_and_does_not_cost_what_was_trained(monkeypatch, no_pause, capsys):
     """The disk fills while one is written in the background, and the rows cannot be written either: it is tried again."""
-    failed = futures.Future()
-    failed.set_exception(UserError('no room'))
-    monkeypatch.setattr(checkpoint, '_pending', failed)
-    monkeypatch.setattr(guard, 'PAUSE', 1)
-    monkeypatch.setattr(guard, 'time', types.SimpleNamespace(sleep=lambda seconds: None))
+    ranks.setup()
+    failed_save(monkeypatch)
+    with pytest.raises(UserError, match='no room'):
+        guard.stop_asked()
+    failed_save(monkeypatch)
     tries = []
     guard.keep(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
@@ -376,28 +357,27 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
     logger = log.Log(tmp_path, 10, 0, 1)
     logger.path = tmp_path / 'full.jsonl'
 
-    def rows(*all_examples):
+    def rows(*all_examples, full):
+        logger.path.unlink(missing_ok=True)
+        if full:
+            logger.path.symlink_to('/dev/full')
         for examples in all_examples:
             logger.row('train', examples, {'loss/train': 1.0, 'examples_per_second': 1.0})
 
-    logger.path.symlink_to('/dev/full')
-    rows(1, 2)
+    rows(1, 2, full=True)
     with pytest.raises(UserError, match=r'full\.jsonl: 2 rows wait for room'):
         files.append_kept()
     assert capsys.readouterr().out.count('full.jsonl: No space left on device: its rows are kept in memory') == 1
-    logger.path.unlink()
-    rows(3)
+    rows(3, full=False)
     assert [row['counters/examples'] for row in read_jsonl(logger.path)] == [1, 2, 3]
-    logger.path.unlink()
-    logger.path.symlink_to('/dev/full')
-    rows(4)
+    rows(4, full=True)
     logger.close()
     assert 'full.jsonl: 1 rows wait for room, and are lost' in capsys.readouterr().out
     files._kept.clear()
 
     # samples, too
     file = tmp_path / 'none/samples.jsonl'
-    generate.write(file, toy.tokenizer(), [[5]], [('policy', 0, [6])], 0)
+    files.append(file, '{"examples": 0}\n')
     assert f'cannot write {file}: No such file' in capsys.readouterr().out
     file.parent.mkdir()
     files.append_kept()
@@ -411,7 +391,7 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
             files.replace_text(tmp_path / 'a', 'new')
     assert (tmp_path / 'a').read_text() == 'old'
     model = torch.nn.Linear(2, 2)
-    model.reshard, model.shard_mode = lambda: None, 'none'
+    model.reshard = lambda: None
     with pytest.raises(UserError, match='cannot write .*model: No space left on device'):
         export.write_model(model, None, full_disk, tmp_path / 'model')
     assert not (tmp_path / 'model').exists()
@@ -436,26 +416,23 @@ def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) > 1
     monkeypatch.setattr(guard, '_code', guard.SAVED)
     assert len(generate.generate(model, tokenizer, [[5, 6]], [0], **settings)[0]) == 1
-    held_out = Examples.of([([5, 6], [[7]])])
-    run = types.SimpleNamespace(config=Config(seed=0, out_dir=str(tmp_path)), held_out=held_out, tokenizer=tokenizer)
-    assert generate.sample_held_out(run, {'policy': model}, run.held_out, 0, measure=None, **settings) == {}
+    run = SimpleNamespace(config=Config(seed=0, out_dir=str(tmp_path)), tokenizer=tokenizer)
+    examples = Examples.of([([5, 6], [[7]])])
+    assert generate.sample_held_out(run, {'policy': model}, examples, 0, measure=None, **settings) == {}
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
 def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsys, script):
-    """Checkpoints by the speed of the first steps: every 0 seconds are every step, from the fourth on; a run of less than 15
-    minutes saves nothing. What a microbatch takes is said, measured once, and warned of."""
-    more = PPO if script == 'ppo.py' else []
-    without = ('--n_examples', '--save_every') + (('--max_length',) if more else ())
-    flags = [flag for flag in [*FLAGS, *more] if not flag.startswith(without)] + ['--n_examples=96']
+    """Every 0 seconds are every step, from the fourth on; less than 15 minutes save nothing. What a microbatch takes is measured once."""
+    flags = ['--save_every=auto', '--n_examples=96', *(PPO if script == 'ppo.py' else [])]
     flags += ['--max_tokens=600'] * script.endswith('po.py')  # in the others auto asks for the measure, too
     calls, real = [], room.bytes_per_token
     with monkeypatch.context() as patch:
         patch.setattr(room, 'SAVE_AFTER', 0)
         patch.setattr(room, 'machine_memory', lambda free=False: 10**10)
         patch.setattr(room, 'bytes_per_token', lambda *arguments: calls.append(1) or real(*arguments))
-        run_script(script, *flags, f'--out_dir={tmp_path / "auto"}')
+        run(tmp_path / 'auto', *flags, script=script)
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
     said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
     text = capsys.readouterr().out
@@ -465,27 +442,24 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
     if script == 'dpo.py':
         little = int(0.7e6 * float(re.search(r'takes about (\S+) MB', text)[1]))
         monkeypatch.setattr(room, 'machine_memory', lambda free=False: little)
-        run_script(script, *flags, f'--out_dir={tmp_path / "none"}')
+        run(tmp_path / 'none', *flags, script=script)
         text = capsys.readouterr().out
-        words = f'^warning: memory: {said} {little / 1e6:.1f} MB .*; lower --max_tokens to (\\d+), which'
-        found = re.search(words, text, re.M)
+        advice = f'{little / 1e6:.1f} MB .*; lower --max_tokens to (\\d+), which'
+        found = re.search(f'^warning: memory: {said} {advice}', text, re.M)
         assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
         assert not (tmp_path / 'none/checkpoints').exists() and metrics(tmp_path / 'none') == metrics(tmp_path / 'auto')
 
 
-CASES = [('auto', 80, True), ('auto', 40, False), ('auto', 9, None), (12, 40, None), (0, 10, True)]
-
-
-@pytest.mark.parametrize(('every', 'free', 'fits'), CASES)
+@pytest.mark.parametrize(('every', 'free', 'fits'), [
+    ('auto', 80, True), ('auto', 40, False), ('auto', 9, None), (12, 40, None), (0, 10, True),
+])  # fmt: skip
 def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
     """A model of 10 bytes, and up to three checkpoints of 20. fits: None where it is refused."""
-    monkeypatch.setattr(room.shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=free))
+    monkeypatch.setattr(room.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=free))
     config = {'out_dir': str(tmp_path), 'save_every': every, 'keep_last': 2}
-    if fits is None:
-        with pytest.raises(UserError, match='free: the model takes.*checkpoints take .* each; make room'):
-            room._check_disk(config, 10, 20, 60)
-    else:
-        assert room._check_disk(config, 10, 20, 60) == fits
+    refused = pytest.raises(UserError, match='free: the model takes.*checkpoints take .* each; make room')
+    with refused if fits is None else contextlib.nullcontext():
+        assert room._check_disk(config, 10, 20, 60) is fits
     assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
 
 
@@ -494,7 +468,7 @@ def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total,
     """Steps of 10 examples take 100 seconds; after four of them, 40 examples, more than 90 must be left."""
     monkeypatch.setattr(ranks, 'shared', lambda fn: fn())
     for n_steps in range(1, 5):
-        step = types.SimpleNamespace(first=10 * n_steps - 10, seen=10 * n_steps)
+        step = SimpleNamespace(first=10 * n_steps - 10, seen=10 * n_steps)
         found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
         assert found == ('auto' if n_steps < 4 else every)
     assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
@@ -505,19 +479,16 @@ def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total,
 
 def poison(monkeypatch, name, at, places):
     """losses.sft or losses.dpo with a NaN in some places, or an infinite gradient, in calls of these numbers with gradients."""
-    fn, calls = getattr(losses, name), []
+    fn, calls = getattr(losses, name), itertools.count(1)
 
     @functools.wraps(fn)
     def spoiled(*columns, **options):
         loss, pi = fn(*columns, **options), [*columns, *options.values()][0]
-        calls.extend([1] * loss.requires_grad)
-        if len(calls) not in at or not loss.requires_grad:
+        if not loss.requires_grad or next(calls) not in at:
             return loss
         if places is None:
             return loss + (pi - pi.detach()).clamp(min=0).sqrt()  # adds 0, with an infinite slope
-        bad = torch.zeros_like(loss)
-        bad[places] = torch.nan
-        return loss + bad
+        return loss.index_fill(0, torch.tensor(places), torch.nan)
 
     monkeypatch.setattr(losses, name, spoiled)
     if name in losses.LOSSES:
@@ -526,16 +497,14 @@ def poison(monkeypatch, name, at, places):
 
 def tokens(task):
     """The training examples of the runs of this file."""
-    how = {'truncation': 'start', 'num_turns': 1, 'skip_bad_rows': False, 'undivided': False}
-    lengths = {'max_length': 64, 'max_prompt_length': 32}
-    return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task=task, seed=0, **lengths, **how)
+    how = {'max_length': 64, 'max_prompt_length': 32, 'truncation': 'start', 'undivided': False, 'seed': 0}
+    return load_examples('toy', 'train', tokenizer=load_tokenizer('toy'), task=task, **how)
 
 
 def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, whole):
     # the first call tries the formula out, before the run
     poison(monkeypatch, 'dpo', [4], [1, 4])
-    words = 'the loss of the step from 24 to 36 examples is not finite; 2 of its examples are in .*bad_step'
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match='loss of the step from 24 to 36 .* is not finite; 2 of its .* in .*bad_step'):
         run(tmp_path / 'run')
     bad = read_jsonl(tmp_path / 'run/bad_step.jsonl')
     assert {row['examples'] for row in bad} == {36} and all(row['loss'] == 'nan' for row in bad)
@@ -543,7 +512,7 @@ def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, wh
     assert [r['counters/examples'] for r in metrics(tmp_path / 'run', 'train')] == [12, 24]
     # the right examples are named: those whose index the order of the data says
     wanted = list(steps(len(tokens('pairs')), 12, 60, 0))[2][1]
-    assert [row['index'] for row in bad] == [int(wanted[row['place']]) for row in bad] and len(bad) == 2
+    assert [row['index'] for row in bad] == wanted[[row['place'] for row in bad]].tolist() and len(bad) == 2
 
 
 def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch, whole):
@@ -570,9 +539,8 @@ def test_a_step_without_weight_is_bad(monkeypatch):
     """Its gradient is 0 / 0: the update gets NaN for a scale, and changes nothing."""
     monkeypatch.setattr(training.fsdp, 'update', lambda policy, optimizer, rate, scale, max_norm: scale)
     monkeypatch.setattr(training.guard, 'bad_step', lambda *details: None)
-    config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0, 'out_dir': ''})
-    run = SimpleNamespace(config=config, n_steps=4, state={'warmup': 0}, world=1, policy=None, optimizer=None, max_tokens=1,
-                          train=SimpleNamespace(uid=np.arange(4)))  # fmt: skip
+    config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0})
+    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world=1)
     step, columns = SimpleNamespace(first=0, rows=np.arange(2), batches=[]), {'loss': torch.ones(2)}
     assert [training.Run.update(run, step, columns, torch.tensor(weight)) for weight in (2.0, 0.0)] == [True, False]
 
@@ -613,7 +581,7 @@ PLACES = {
     "ppo's log-probs": ('ppo.py', PPO, 'model.body', 'lower max_tokens'),
     'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
     'bench': ('tools/bench.py', BENCH, 'fsdp.update', 'lower batch_size or max_tokens'),
-    'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8'], 'hf.generate.generate', 'a smaller --batch_size'),
+    'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8', '--out_dir=run'], 'hf.generate.generate', 'a smaller --batch_size'),
 }
 ERRORS = {
     'the GPU': torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
@@ -628,41 +596,30 @@ def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place):
     where = list(ERRORS)[list(PLACES).index(place) % 2]
     script, flags, target, words = PLACES[place]
     module, _, name = target.rpartition('.')
-    module = importlib.import_module(module)
-
-    def full(*arguments, **options):
-        raise ERRORS[where]
-
+    module, full = importlib.import_module(module), MagicMock(side_effect=ERRORS[where])
+    monkeypatch.chdir(tmp_path)
     if place in ('prefetch', "ppo's log-probs"):
         # the set-up calls it as well
         monkeypatch.setattr(room, 'check_room', lambda *_: monkeypatch.setattr(module, name, full))
     else:
         monkeypatch.setattr(module, name, full)
     with pytest.raises(UserError, match=f'{where} is out of memory: .*{words}') as info:
-        if script == 'tools/bench.py':
+        if script in ('tools/bench.py', 'sample.py'):
             run_script(script, *flags)
-        elif script == 'sample.py':
-            run_script(script, *flags, f'--out_dir={tmp_path}/run')
         else:
-            run(tmp_path / 'run', *flags, script=script)
+            run('run', *flags, script=script)
     # of a rank that is alone with it, whichever it is; sample.py tells all ranks
     assert hasattr(info.value, 'of_this_rank') or script == 'sample.py'
 
 
 # ---- memory that is known beforehand ----
 
-# script, flags, and whether memory runs out in the passes that train, or in those before them
-AUTO = {
-    'the reference': ('dpo.py', ['--loss=drdpo'], False),
-    'the statistic': ('dpo.py', ['--loss=kto'], True),
-    'sft': ('sft.py', [], True),
-}
 
-
-@pytest.mark.parametrize('case', AUTO)
-def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
+@pytest.mark.parametrize('script, flags, training', [  # training: memory runs out in the passes that train, or in those before
+    ('dpo.py', ['--loss=drdpo'], False), ('dpo.py', ['--loss=kto'], True), ('sft.py', [], True),
+])  # fmt: skip
+def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, script, flags, training):
     """The first and the third microbatch do not fit: the step begins anew, and the run is the one of a smaller number."""
-    script, flags, training = AUTO[case]
     sizes, real = [], model.body
 
     def small(net, batch):
@@ -682,18 +639,17 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, case):
     assert number < sizes[0] / 3 and max(sizes[3:], default=0) <= number
     monkeypatch.undo()
     run(tmp_path / 'number', *flags, f'--max_tokens={number}', script=script)
-    for row, expected in zip(*(metrics(tmp_path / name, 'train') for name in ('auto', 'number')), strict=True):
-        for key in ('loss/train', 'grad_norm'):
-            assert row[key] == pytest.approx(expected[key], rel=1e-4)
+    rows = [metrics(tmp_path / name, 'train') for name in ('auto', 'number')]
+    found, expected = (np.array([[row['loss/train'], row['grad_norm']] for row in run]) for run in rows)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole, capsys):
     """Memory runs out in a backward of FSDP, which does the cast to bfloat16: later ones give gradients all the same."""
-    real, calls = model.Head.backward, []
+    real, calls = model.Head.backward, itertools.count()
 
     def fails_once(ctx, grad):
-        calls.append(1)
-        if len(calls) == 1:
+        if next(calls) == 0:
             raise torch.OutOfMemoryError('CUDA out of memory')
         return real(ctx, grad)
 
@@ -709,7 +665,7 @@ def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole,
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """within_memory() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
-    run = types.SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
+    run = SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
 
     def halves_meanwhile(examples, rows, rank, world, max_tokens, **options):
         run.max_tokens = 32
@@ -720,27 +676,11 @@ def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     assert (step.batches, step.max_tokens, run.max_tokens) == (['microbatches of 64'], 64, 32)
 
 
-@pytest.mark.parametrize(('free', 'size'), [(10**12, 16384), (77_000_000, 12288), (1000, 1024)])
-def test_auto_is_the_largest_that_fits(monkeypatch, whole, free, size):
-    layers = torch.nn.Linear(4, 8)
-    layers.get_output_embeddings = lambda: None
-    examples = Examples.of([(np.arange(9000), [np.arange(9000)])])
-    config = {'optimizer': 'AdamW', 'dtype': 'float32', 'minibatch_size': 1}
-    # one forward keeps 4,096 bytes a token
-    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, size: size)
-    monkeypatch.setattr(room, 'free_memory', lambda: free)
-    assert room.choose_max_tokens(config, layers, 4096, examples, True, 0) == size
-
-
-# fmt: off
 @pytest.mark.parametrize(('packed', 'share', 'world_size', 'tp', 'batch_size', 'max_tokens'), [
     (True, True, 1, 1, 9, 10_000), (True, False, 1, 1, 9, 10_000), (True, True, 2, 1, 9, 10_000), (True, True, 8, 1, 9, 10_000),
     (True, True, 8, 8, 9, 10_000), (True, True, 1, 1, 30, 10_000), (True, True, 1, 1, 8, 10_000), (False, True, 2, 1, 9, 100),
-])
-# fmt: on
-def test_no_microbatch_is_larger_than_what_is_reckoned_with(
-    monkeypatch, packed, share, world_size, tp, batch_size, max_tokens
-):
+])  # fmt: skip
+def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world_size, tp, batch_size, max_tokens):
     """Nine examples on eight ranks: one rank has two. Eight ranks in one group of tp are one. A step may take an example again."""
     monkeypatch.setattr(room.dist, 'get_world_size', lambda: world_size)
     monkeypatch.setattr(room.dist, 'get_rank', lambda: 0)
@@ -759,28 +699,31 @@ def test_no_microbatch_is_larger_than_what_is_reckoned_with(
 
 
 def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
-    one, two = types.SimpleNamespace(slot=[0]), types.SimpleNamespace(slot=[1, 2])
+    one, two = SimpleNamespace(slot=[0]), SimpleNamespace(slot=[1, 2])
     full = errors.explained(MemoryError(), 'lower it')
-    assert errors.can_split(full, [one, two]) and not errors.can_split(full, [one]) and not errors.can_split(UserError('other'), [two])
+    cases = [(full, [one, two]), (full, [one]), (UserError('other'), [two])]
+    assert [errors.can_split(*case) for case in cases] == [True, False, False]
 
 
-@pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024)])
-def test_the_largest_budget_that_fits(monkeypatch, whole, capsys, free, chosen):
-    """Into seven tenths of what is free, beside all that is to come: the weights are there already."""
+@pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024), (10**12, 16384)])
+def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
+    """Into seven tenths of what is free, beside two frozen models and the optimizer: the weights are there already."""
+
+    def estimated(config, policy, per_token, frozen, tokens):
+        return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}
+
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: max_tokens)
-    monkeypatch.setattr(room, '_estimate_for', lambda *given: {'activations': given[-1], 'weights': 10**6, 'optimizer': 500})
-    assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, 0) == chosen
+    monkeypatch.setattr(room, '_estimate_for', estimated)
+    assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, n_frozen=2) == chosen
 
 
-@pytest.mark.parametrize(('local_world_size', 'free', 'mode'), [(None, 1000, 'none'), ('4', 250, 'full')])
-def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, local_world_size, free, mode):
+@pytest.mark.parametrize('environ, free, mode', [({}, 1000, 'none'), ({'LOCAL_WORLD_SIZE': '4'}, 250, 'full')])
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, environ, free, mode):
     """Fifteen weights in training take 240 bytes: a quarter of 1000, but not of 250."""
     monkeypatch.setattr(room, 'machine_memory', lambda free=False: 1000)
     monkeypatch.setattr(room.dist, 'get_world_size', lambda: 2)
-    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
-    if local_world_size:
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', local_world_size)
+    monkeypatch.setattr(os, 'environ', environ)
     assert room.free_memory() == free
     layer = torch.nn.Linear(5, 3, bias=False)
     assert room.choose_mode(layer, 'auto', True, False, torch.device('cpu'), False) == mode

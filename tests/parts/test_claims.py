@@ -45,21 +45,20 @@ def test_toy_pairs_have_gaps_of_all_sizes_and_length_earns_nothing():
     answers = [(p['prompt'], p[side]) for p in pairs for side in ('chosen', 'rejected')]
     gold, words = [toy.gold(*a) for a in answers], [len(a.split()) for _, a in answers]
     assert len({round(g, 6) for g in gold}) > 50
-    gaps = sorted(abs(claims_run.gap(p)) for p in pairs)
+    signed = [claims_run.gap(p) for p in pairs]
+    gaps = sorted(map(abs, signed))
     assert gaps[400] < 0.2 < 0.5 < gaps[2000] < 1.0 < 1.5 < gaps[3600]  # deciles and median
-    assert abs(statistics.correlation(gold, words)) < 0.03
-    longer = [len(p['chosen'].split()) - len(p['rejected'].split()) for p in pairs]
-    assert abs(statistics.correlation([claims_run.gap(p) for p in pairs], longer)) < 0.05
-    right = statistics.mean(claims_run.gap(p) > 0 for p in pairs)
-    assert 0.75 < right < 0.9  # labels are noisy, as a judge's are
+    longer = [a - b for a, b in zip(words[::2], words[1::2], strict=True)]
+    assert abs(statistics.correlation(gold, words)) < 0.03 and abs(statistics.correlation(signed, longer)) < 0.05
+    assert 0.75 < statistics.mean(gap > 0 for gap in signed) < 0.9  # labels are noisy, as a judge's are
 
 
 def test_toy_prompts_matter_and_its_writers_are_imperfect():
-    answers = [p['chosen'] for p in toy.pairs('train', 500)]
-    scores = [[toy.gold(f'Review of the {place}:', a) for place in toy.PLACES] for a in answers]
+    pairs = list(toy.pairs('train', 2000))
+    scores = [[toy.gold(f'Review of the {place}:', p['chosen']) for place in toy.PLACES] for p in pairs[:500]]
     assert statistics.mean(len(set(s)) > 1 for s in scores) > 0.95
     assert statistics.mean(max(s) - min(s) for s in scores) > 0.5
-    own = [toy.gold(p['prompt'], p['chosen']) for p in toy.pairs('train', 2000)]
+    own = [toy.gold(p['prompt'], p['chosen']) for p in pairs]
     assert statistics.mean(own) < 0.5 < 1.5 == toy.gold('Review of the train:', ' the seat was very great .')
 
 
@@ -81,22 +80,15 @@ def around(mean, scale=1.0):
     return [mean + scale * x for x in SURE]
 
 
-@pytest.mark.parametrize(
-    'differences, word',
-    [
-        (around(0.10), HOLDS),  # d is 0.05
-        (around(0.055, 5), SIZE_OPEN),  # 0.055 -+ 0.0098: surely positive, perhaps below d
-        (around(0.02), NEGLIGIBLE),
-        (around(0.0), SAME),
-        (around(-0.02), CONTRARY),
-        ([0.1, -0.1, 0.15, 0.0, 0.2], OPEN),
-        ([0.1, None, 0.1, 0.1, 0.1], OPEN),
-        ([0.1], OPEN),
-        ([0.1] * 5, HOLDS),  # equal numbers are no error
-    ],
-)
+@pytest.mark.parametrize('differences, word', [
+    (around(0.10), HOLDS),  # d is 0.05
+    (around(0.055, 5), SIZE_OPEN),  # 0.055 -+ 0.0098: surely positive, perhaps below d
+    (around(0.02), NEGLIGIBLE), (around(0.0), SAME), (around(-0.02), CONTRARY),
+    ([0.1, -0.1, 0.15, 0.0, 0.2], OPEN), ([0.1, None, 0.1, 0.1, 0.1], OPEN), ([0.1], OPEN),
+    ([0.1] * 5, HOLDS),  # equal numbers are no error
+])  # fmt: skip
 def test_word(differences, word):
-    assert verdict.judge([(differences, 'gold')])[0].word == word
+    assert verdict.judge([(differences, 'gold')]) == [word]
 
 
 def test_t_and_interval_by_tables():
@@ -104,8 +96,8 @@ def test_t_and_interval_by_tables():
     quantiles = [verdict.t_quantile(0.025, df) for df in (1, 4, 10)]
     assert quantiles == pytest.approx([12.7062, 2.7764, 2.2281], abs=1e-4)
     assert verdict.t_tail(-1.5, 3) == pytest.approx(1 - verdict.t_tail(1.5, 3))
-    _, (mean, lower, upper) = verdict.p_values([0.0, 1.0, 2.0], 0.05)
-    assert (mean, upper - 1, 1 - lower) == pytest.approx((1.0, 4.3027 / 3**0.5, 4.3027 / 3**0.5), abs=1e-4)
+    lower, upper = verdict.confidence([0.0, 1.0, 2.0])
+    assert [upper - 1, 1 - lower] == pytest.approx([4.3027 / 3**0.5] * 2, abs=1e-4)
 
 
 def test_holm_by_hand():
@@ -114,8 +106,8 @@ def test_holm_by_hand():
     assert verdict.holm([0.04, 0.01, 0.03]) == [False, True, False]
     # one claim alone holds, and among many it does not
     one = ([0.05, 0.07, 0.09, 0.11, 0.13], 'accuracy')
-    assert verdict.judge([one])[0].word == HOLDS
-    assert verdict.judge([one] + [(around(0, 50), 'accuracy')] * 30)[0].word == OPEN
+    assert verdict.judge([one]) == [HOLDS]
+    assert verdict.judge([one] + [(around(0, 50), 'accuracy')] * 30)[0] == OPEN
 
 
 def words_of_grids(mean, n_grids, spread=None):
@@ -123,12 +115,12 @@ def words_of_grids(mean, n_grids, spread=None):
     rng = np.random.default_rng(0)
     spread = rng.uniform(0.2, 2.0, (n_grids, 33, 1)) if spread is None else spread
     numbers = verdict.SMALLEST['gold'] * (mean + spread * rng.standard_normal((n_grids, 33, 5)))
-    return [[v.word for v in verdict.judge([(row, 'gold') for row in grid])] for grid in numbers.tolist()]
+    return [verdict.judge([(row, 'gold') for row in grid]) for grid in numbers.tolist()]
 
 
-@pytest.mark.parametrize(
-    'mean, wrong', [(0.0, (HOLDS, SIZE_OPEN, NEGLIGIBLE, CONTRARY)), (1.0, (HOLDS, NEGLIGIBLE, SAME))]
-)
+@pytest.mark.parametrize('mean, wrong', [
+    (0.0, (HOLDS, SIZE_OPEN, NEGLIGIBLE, CONTRARY)), (1.0, (HOLDS, NEGLIGIBLE, SAME)),
+])  # fmt: skip
 def test_a_false_word_in_at_most_one_grid_of_twenty(mean, wrong):
     """All differences 0, or all just d: binomial noise of 2,000 grids at 5% is 0.5%."""
     grids = words_of_grids(mean, 2000)
@@ -136,13 +128,11 @@ def test_a_false_word_in_at_most_one_grid_of_twenty(mean, wrong):
     assert np.mean([HOLDS in grid for grid in grids]) <= 0.05
 
 
-def test_power_at_two_d():
-    """Printed, and not nothing: where seeds agree within a fifth of d, nearly every true claim holds."""
-    for spread in (0.2, 0.5, 1.0):
-        words = sum(words_of_grids(2.0, 200, spread=spread), [])
-        power = {word: round(words.count(word) / len(words), 3) for word in (HOLDS, SIZE_OPEN, OPEN)}
-        print(f'2 d, 33 claims, 5 seeds, standard deviation {spread} d: {power}')
-        assert spread > 0.2 or power[HOLDS] > 0.8
+@pytest.mark.parametrize('spread, low, high', [(0.2, 0.95, 1.0), (0.5, 0.1, 0.3), (1.0, 0.0, 0.05)])
+def test_power_at_two_d(spread, low, high):
+    """As docs/evidence.md says: where seeds differ by 0.2, 0.5 and 1 d, all, a fifth and few of 33 true claims hold."""
+    words = sum(words_of_grids(2.0, 200, spread=spread), [])
+    assert low <= words.count(HOLDS) / len(words) <= high
 
 
 def test_above_compares_frontiers_where_both_are():
@@ -158,11 +148,11 @@ def test_above_compares_frontiers_where_both_are():
 
 @pytest.mark.parametrize('p, beta_prime', [(0.6, 4.0), (0.8, 2.0), (0.9, np.inf), (0.55, 1.5)])
 def test_optimum_of_a_pair(p, beta_prime):
-    """Gradient descent on one pair, flipped with probability 1 - p, ends at logit(p) / (1 - 1/beta')."""
+    """Gradient descent on one pair, flipped with probability 1 - p, ends at h* = logit(p) / (1 - 1/beta')."""
     h = 0.0
     for _ in range(20000):
         h += 0.05 * (p * loglinear.size(h, beta_prime) - (1 - p) * loglinear.size(-h, beta_prime))
-    assert h == pytest.approx(loglinear.optimum(p, beta_prime), abs=1e-3)
+    assert h == pytest.approx(math.log(p / (1 - p)) / (1 - 1 / beta_prime), abs=1e-3)
 
 
 def test_a_gradient_is_that_of_the_loss():
@@ -178,7 +168,7 @@ def test_a_gradient_is_that_of_the_loss():
         expected = -gradient * losses.drdpo_weight(loss.detach(), 0.0, beta_prime=beta_prime)
         assert loglinear.size(h.detach().numpy(), beta_prime) == pytest.approx(expected.numpy())
     x = np.linspace(0, 5, 11)
-    assert loglinear.size(x, 1.0) == pytest.approx(loglinear.size(-x, 1.0)) and loglinear.optimum(0.6, 1.0) == np.inf
+    assert loglinear.size(x, 1.0) == pytest.approx(loglinear.size(-x, 1.0))
 
 
 def test_gold_and_kl_are_exact():
@@ -233,19 +223,16 @@ def test_report_of_made_up_results(tmp_path, capsys):
     failed = claims_grid.key(FULL.tuned('clean simpo', 'score', 3))
     kept = ('script', 'data', 'sft', 'seed', 'options', 'cpu_seconds', 'commit', 'n_samples')
     results[failed] = {k: results[failed][k] for k in kept} | {'error': 'nan'}
-    words = {claim.words: decided.word for claim, _, decided in claims_rules.judged(FULL, seeds, results)}
-
-    def said(start):
-        found = [word for claim, word in words.items() if claim.startswith(start)]
-        assert len(found) == 1, start
-        return found[0]
-
-    assert said("Dr. DPO (beta' 1) is more accurate than DPO, 40%") == said("Dr. DPO (beta' 1) loses less") == HOLDS
-    assert said("Dr. DPO (beta' 1) is more accurate than DPO, 0%") == SAME
-    assert said("Dr. DPO (beta' 4) is more accurate than DPO, 40%") == SAME
-    assert said('TDPO2 gets more reward than DPO') == said('PPO') == HOLDS and said('TDPO1 gets more') == SAME
-    assert said('Ra-DPO1 (CVaR 0.98) stays nearer') == HOLDS  # a quarter of the sum saved
-    assert said('SimPO') == said('ORPO') == OPEN
+    words = {claim.words: word for claim, _, word in claims_rules.judged(FULL, seeds, results)}
+    expected = {
+        "Dr. DPO (beta' 1) is more accurate than DPO, 40%": HOLDS, "Dr. DPO (beta' 1) is more accurate than DPO, 0%": SAME,
+        "Dr. DPO (beta' 1) loses less": HOLDS, "Dr. DPO (beta' 4) is more accurate than DPO, 40%": SAME,
+        'TDPO2 gets more reward than DPO': HOLDS, 'TDPO1 gets more': SAME, 'PPO': HOLDS, 'SimPO': OPEN, 'ORPO': OPEN,
+        'Ra-DPO1 (CVaR 0.98) stays nearer': HOLDS,  # a quarter of the sum saved
+    }  # fmt: skip
+    assert {start: [words[claim] for claim in words if claim.startswith(start)] for start in expected} == {
+        start: [word] for start, word in expected.items()
+    }
     claims_report.write(FULL, seeds, results, tmp_path)
     text = (tmp_path / 'results.md').read_text()
     assert f'{len(results)} of {len(results) + 1} trials, seeds 1, 2, 3, 4, 5' in text and '1 trials failed' in text
@@ -272,18 +259,16 @@ def test_the_pages_say_what_the_record_says(tmp_path):
     (tmp_path / 'evidence.md').write_text(page)
     claims_report.write_page(tmp_path, tmp_path / 'evidence.md')
     assert (tmp_path / 'evidence.md').read_text() == page
-    readme = ' '.join((ROOT / 'README.md').read_text().split())
     # README: how many claims have each verdict
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
     lines = page.split('<!-- claims:')[1].splitlines()
     rows = [line for line in lines if line.startswith('| ') and not line.startswith(('| claim', '| ---'))]
     n = Counter(line.split(' | ')[-1].strip(' |*') for line in rows)
     # KTO's shares of good answers differ at settings that one of them has found: that is no tuning of both
     assert [line for line in rows if 'KTO 1:4' in line][0].split(' | ')[2].startswith('equal:')
     assert f'tries {n.total()} claims' in readme
-    told = (
-        f'{n[HOLDS] + n[SIZE_OPEN]} hold, {n[CONTRARY]} is contrary, {n[SAME] + n[NEGLIGIBLE]} are no or a negligible'
-    )
-    assert told in readme and f'{n[OPEN]} cannot be told' in readme
+    assert f'{n[HOLDS] + n[SIZE_OPEN]} hold, {n[CONTRARY]} is contrary' in readme
+    assert f'{n[SAME] + n[NEGLIGIBLE]} are no or a negligible' in readme and f'{n[OPEN]} cannot be told' in readme
 
 
 def test_trials_are_whole_seeds_and_each_is_there_once():
@@ -333,9 +318,15 @@ def test_a_trial(tmp_path, monkeypatch):
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused
 
 
-@pytest.mark.parametrize(
-    'flag, sentence', [('--seeds=0 1', 'seed 0 has chosen'), ('--seeds=1 1', 'different'), ('--seed=1', 'seeds')]
-)
+MISTAKES = [
+    ('--seeds=0 1', 'seed 0 has chosen'),
+    ('--seeds=1 1', 'different'),
+    ('--seeds=1 x', 'different'),
+    ('--seed=1', 'seeds'),
+]
+
+
+@pytest.mark.parametrize('flag, sentence', MISTAKES)
 def test_mistakes(flag, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['claims', flag, f'--out_dir={tmp_path}/out'])
     with pytest.raises(UserError, match=sentence):

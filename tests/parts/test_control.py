@@ -1,7 +1,6 @@
 """sft.py --control_tokens: both answers of a pair, told apart by a token at the end of the prompt; and the card that a run leaves."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -45,9 +44,8 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / 'base')
     t.save_pretrained(folder / 'base')
-    rows = [
-        {'prompt': f'Review of the {x}:', 'chosen': f' superb {x} .', 'rejected': f' awful {x} .'} for x in toy.PLACES
-    ]
+    pair = {'prompt': 'Review of the {0}:', 'chosen': ' superb {0} .', 'rejected': ' awful {0} .'}
+    rows = [{column: text.format(place) for column, text in pair.items()} for place in toy.PLACES]
     write_jsonl(folder / 'pairs.jsonl', rows)
     where = f'--model={folder}/base --data={folder}/pairs.jsonl --eval_data={folder}/pairs.jsonl --out_dir={folder}/run'
     how = '--control_tokens --batch_size=12 --n_epochs=160 --lr=5e-3 --lr_schedule=linear --warmup_steps=0'
@@ -72,11 +70,10 @@ def test_the_token_decides(trained):
     t = transformers.AutoTokenizer.from_pretrained(trained / 'model')
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / 'model').eval()
     assert model.get_input_embeddings().num_embeddings == len(t) == len(toy.tokenizer()) + 2
-    model_generate = partial(generate.generate, model, t, max_new_tokens=12, temperature=0)
     for token, word in (('<|good|>', 'superb'), ('<|bad|>', 'awful')):
-        prompts = [f'Review of the {place}:{token}' for place in toy.PLACES]
-        ids = [t(text)['input_ids'] for text in prompts]
-        answers = [t.decode(a) for a in model_generate(ids, [0] * len(ids))]
+        ids = [t(f'Review of the {place}:{token}')['input_ids'] for place in toy.PLACES]
+        drawn = generate.generate(model, t, ids, [0] * len(ids), max_new_tokens=12, temperature=0)
+        answers = [t.decode(answer) for answer in drawn]
         assert all(answer.startswith(f' {word} ') and answer.endswith(' .') for answer in answers), answers
         assert t.decode(ids[0], skip_special_tokens=True) == 'Review of the hotel:'
     samples = read_jsonl(trained / 'samples.jsonl')
@@ -95,13 +92,8 @@ def test_card_of_a_run(trained):
 def test_card_names_the_hub_and_no_folders(tmp_path):
     config = {'model': 'EleutherAI/pythia-70m', 'loss': 'drdpo', 'out_dir': 'out/a', 'lr': 1e-6}
     config |= {'data': 'hh:/home/me/hh.jsonl.gz+shp', 'eval_data': '../x/y.jsonl', 'ref_model': '~/models/base'}
-    command = [
-        '/opt/nanopref/dpo.py',
-        'config/a.py',
-        '--data=hh:/home/me/hh.jsonl.gz+shp',
-        '--ref_model=~/models/base',
-        '--columns=prompt=a, chosen=b',
-    ]
+    command = ['/opt/nanopref/dpo.py', 'config/a.py', '--data=hh:/home/me/hh.jsonl.gz+shp', '--ref_model=~/models/base']
+    command += ['--columns=prompt=a, chosen=b']
     record = {'config': config, 'command': command, 'commit': '', 'versions': {'torch': '2'}}
     (tmp_path / 'model').mkdir()
     (tmp_path / 'model/config.json').write_text('{}')
@@ -109,13 +101,10 @@ def test_card_names_the_hub_and_no_folders(tmp_path):
     write_jsonl(tmp_path / 'metrics.jsonl', [{'split': 'train', 'counters/examples': 64, 'loss/train': 0.5}])
     export.write_card(tmp_path, tmp_path / 'model')
     text = (tmp_path / 'model/README.md').read_text()
-    front = yaml.safe_load(text.split('---\n')[1])
-    tags = ['nanopref', 'drdpo']
-    assert front == {'base_model': 'EleutherAI/pythia-70m', 'library_name': 'transformers', 'tags': tags}
+    front = {'base_model': 'EleutherAI/pythia-70m', 'library_name': 'transformers', 'tags': ['nanopref', 'drdpo']}
+    assert yaml.safe_load(text.split('---\n')[1]) == front
     # a shell reads it as the words that were given
-    assert (
-        "python dpo.py config/a.py --data=hh:hh.jsonl.gz+shp '--ref_model=base' '--columns=prompt=a, chosen=b'\n"
-        in text
-    )
+    command = "python dpo.py config/a.py --data=hh:hh.jsonl.gz+shp '--ref_model=base' '--columns=prompt=a, chosen=b'"
+    assert f'{command}\n' in text
     assert "eval_data = 'y.jsonl'" in text and "out_dir = 'out/a'" in text and 'lr = 1e-06' in text
     assert not any(word in text for word in ('home', 'opt', '~', '..', str(tmp_path.parent)))

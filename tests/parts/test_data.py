@@ -12,6 +12,7 @@ import torch
 from helpers import assistant, metrics, run_script, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import data
 from configurator import UserError
@@ -34,31 +35,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / 'cache'
 
 
-@pytest.fixture(scope='module')
-def make_tokenizer():
-    """make(bos=False, template=None) -> the toy world's tokenizer, perhaps with a BOS that it adds, or a template."""
-    import tokenizers
-    import transformers
-
-    text = toy.tokenizer().backend_tokenizer.to_str()
-
-    def make(bos=False, template=None):
-        inner = tokenizers.Tokenizer.from_str(text)
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='<|endoftext|>')
-        if bos:
-            tokenizer.add_special_tokens({'bos_token': '<s>'})
-            pair = ('<s>', tokenizer.bos_token_id)
-            single = tokenizers.processors.TemplateProcessing(single='<s> $A', special_tokens=[pair])
-            tokenizer.backend_tokenizer.post_processor = single
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return make
+tok = toy.tokenizer()
 
 
-@pytest.fixture(scope='module')
-def tok(make_tokenizer):
-    return make_tokenizer()
+def make_tokenizer(bos=False, template=None):
+    """The toy world's tokenizer, perhaps with a BOS that it adds, or a template."""
+    tokenizer = copy.deepcopy(tok)
+    tokenizer.chat_template = template
+    if bos:
+        tokenizer.add_special_tokens({'bos_token': '<s>'})
+        special = [('<s>', tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single='<s> $A', special_tokens=special)
+    return tokenizer
 
 
 def encode(tokenizer, text):
@@ -71,8 +59,7 @@ def tokens(tokenizer, rows, task='pairs', max_length=64, max_prompt_length=32, t
 
 def items(examples):
     """[(prompt ids, [answer ids ...])] as lists."""
-    found = [examples[i] for i in range(len(examples))]
-    return [(p.tolist(), [a.tolist() for a in answers]) for p, answers in found]
+    return [(prompt.tolist(), [answer.tolist() for answer in answers]) for prompt, answers in examples]
 
 
 def answers_of(examples):
@@ -91,8 +78,7 @@ def many_pairs(n):
 
 
 def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start', task='pairs', bos=False):
-    """One pair against the definition: what is kept of prompt and answers, in which order, and what the counts say. Prompt and
-    answers are tokenised apart; BOS only where the tokenizer adds it; an end of text is not doubled."""
+    """One pair against the definition: tokenised apart, BOS only where the tokenizer adds it, an end of text not doubled."""
     longest, longest_prompt = limits
     found = tokens(tokenizer, [pair(prompt, *answers)], task, longest, longest_prompt, truncation)
     counts, eos, head = found.left_out, tokenizer.eos_token_id, [tokenizer.bos_token_id] if bos else []
@@ -104,26 +90,25 @@ def check_tokens(tokenizer, prompt, answers, limits=(64, 32), truncation='start'
     assert len(found) + said == full or (task == 'singles' and not len(found) and said)
     cut_prompts = cut_answers = 0
     for i, (p, kept) in enumerate(items(found)):
-        mine = ended if task == 'pairs' else [ended[0 if found.good[i] else 1]]
-        assert all(x[-1] == eos and len(x) for x in kept) and len(p) + max(map(len, kept)) <= longest
-        if len(whole) + max(map(len, mine)) <= longest:
-            assert (p, kept) == (whole, mine)
-            continue
-        # the prompt first, then each answer
-        cut, size, rest = len(whole) > longest_prompt, longest_prompt - len(head), whole[len(head) :]
-        rest = rest[len(rest) - size :] if truncation == 'start' else rest[:size]
-        expected = [*head, *rest] if cut else whole
-        room = longest - len(expected)
-        assert (p, kept) == (expected, [x if len(x) <= room else [*x[: room - 1], eos] for x in mine])
-        cut_prompts += cut
-        cut_answers += sum(len(x) > room for x in mine)
+        expected, mine = whole, ended if task == 'pairs' else [ended[0 if found.good[i] else 1]]
+        assert all(x[-1] == eos for x in kept) and len(p) + max(map(len, kept)) <= longest
+        if len(whole) + max(map(len, mine)) > longest:
+            # the prompt first, then each answer
+            if len(whole) > longest_prompt:
+                size, rest = longest_prompt - len(head), whole[len(head) :]
+                expected = head + (rest[len(rest) - size :] if truncation == 'start' else rest[:size])
+                cut_prompts += 1
+            room = longest - len(expected)
+            cut_answers += sum(len(x) > room for x in mine)
+            mine = [x if len(x) <= room else [*x[: room - 1], eos] for x in mine]
+        assert (p, kept) == (expected, mine)
     if len(found) == full:
         assert (counts['prompts cut'], counts['answers cut']) == (cut_prompts, cut_answers)
 
 
 @pytest.mark.parametrize('truncation', ['start', 'end'])
 @pytest.mark.parametrize('bos', [False, True])
-def test_lengths(make_tokenizer, truncation, bos):
+def test_lengths(truncation, bos):
     """A long prompt loses its start or its end, but for BOS; then answers are cut before their end. By every length."""
     tokenizer = make_tokenizer(bos)
     prompt, answers = 'a b c d e', [' 1 2 3', ' 6 7']
@@ -133,20 +118,18 @@ def test_lengths(make_tokenizer, truncation, bos):
             check_tokens(tokenizer, prompt, answers, (longest, longest_prompt), truncation, bos=bos)
 
 
-def test_what_is_joined(tok, make_tokenizer):
+def test_what_is_joined():
     """Prompt and answers that would be other tokens if they were joined as text; empty prompts; BOS and the end as text."""
     apart = 'Review of the ho', 'tel: the bed', ' was great .<|endoftext|>'
     assert encode(tok, apart[0] + apart[1]) != encode(tok, apart[0]) + encode(tok, apart[1])
     has, adds = make_tokenizer(), make_tokenizer(bos=True)
     has.add_special_tokens({'bos_token': '<s>'})  # has one and does not add it
-    for prompt in (apart[0], ''):
-        for tokenizer in (tok, has, adds):
+    for tokenizer, prompts in ((tok, [apart[0], '']), (has, [apart[0], '']), (adds, [apart[0], '', '<s>a prompt'])):
+        for prompt in prompts:
             check_tokens(tokenizer, prompt, apart[1:], bos=tokenizer is adds)
-    check_tokens(adds, '<s>a prompt', apart[1:], bos=True)
     examples = tokens(tok, [pair(*apart)])
     assert examples.good.tolist() == [True] and examples.ids.dtype == np.int32 and examples.uid.dtype == np.uint64
     assert examples.lengths.tolist() == [sum(len(x) for p, a in items(examples) for x in (p, *a))]
-    assert items(examples)[0][1][1][-2:].count(tok.eos_token_id) == 1
 
 
 TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=30)
@@ -158,14 +141,14 @@ TOKENIZERS = {}
 
 @MANY
 @given(TEXT, TWO, SIZES, st.sampled_from(['start', 'end']), st.sampled_from(['pairs', 'singles']), st.booleans())
-def test_every_token_is_accounted_for(make_tokenizer, prompt, answers, limits, truncation, task, bos):
+def test_every_token_is_accounted_for(prompt, answers, limits, truncation, task, bos):
     tokenizer = TOKENIZERS.setdefault(bos, make_tokenizer(bos))
     check_tokens(tokenizer, prompt, answers, limits, truncation, task, bos)
 
 
 @MANY
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT), max_size=6), st.sampled_from(['pairs', 'singles', 'sft']))
-def test_rows_do_not_touch_each_other(tok, rows, task):
+def test_rows_do_not_touch_each_other(rows, task):
     rows = [pair(f'{i} {prompt}', chosen, rejected) for i, (prompt, chosen, rejected) in enumerate(rows)]
     alone, together = [tokens(tok, [row], task) for row in rows], tokens(tok, rows, task)
     assert items(together) == [item for one in alone for item in items(one)]
@@ -173,22 +156,21 @@ def test_rows_do_not_touch_each_other(tok, rows, task):
     assert together.good.tolist() == [good for one in alone for good in one.good.tolist()]
 
 
-def test_equal_answers(tok):
+def test_equal_answers():
     """Of text, of tokens once they are cut, of chats; for SFT it is a demonstration all the same."""
     rows = [pair('p', ' a', ' a'), pair('p', ' a b c d', ' a b c e'), pair('p', ' a', ' a<|endoftext|>')]
     reason = 'pairs with equal answers'
-    assert len(tokens(tok, rows[1:2])) == 1
+    assert len(tokens(tok, rows[1:2])) == len(tokens(tok, rows[:1], 'sft')) == 1
     examples = tokens(tok, [*rows, pair('p', ' a', ' b')], max_length=5, max_prompt_length=2)  # ' a b c' of the second
     assert len(examples) == 1 and examples.left_out[reason] == 3
     for task in ('pairs', 'singles'):  # before they are cut
         assert tokens(tok, rows[:1], task).left_out == {reason: 1}
-    assert tokens(tok, [pair([user('p')], [assistant('a')], [assistant('a')])]).left_out[reason] == 1
-    assert len(tokens(tok, rows[:1], 'sft')) == 1
+    assert tokens(tok, [pair([user('p')], *[[assistant('a')]] * 2)]).left_out[reason] == 1
 
 
 @pytest.mark.parametrize('template', [None, CHATML])
 @pytest.mark.parametrize('empty', ['', ' ', '\n', '<|endoftext|>', [], [assistant('')], [assistant(' ')]])
-def test_empty_answers_are_dropped_and_counted(make_tokenizer, empty, template):
+def test_empty_answers_are_dropped_and_counted(empty, template):
     tokenizer, chat = make_tokenizer(template=template), not isinstance(empty, str)
     full, prompt = ([assistant('a')], [user('p')]) if chat else (' a', 'p')
     pairs = pair(prompt, full, empty), pair(prompt, empty, full)
@@ -201,23 +183,16 @@ def test_empty_answers_are_dropped_and_counted(make_tokenizer, empty, template):
 
 
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
-def test_nothing_left_is_no_crash(tok, task, answers):
+def test_nothing_left_is_no_crash(task, answers):
     for rows in ([], [{'prompt': 'p'}], [pair('p', '', '')]):
-        examples = tokens(tok, rows, task)
-        assert len(examples) == 0 and len(examples.select(slice(5))) == 0 and examples.lengths.sum() == 0
-        assert examples.spans.shape == (0, 1 + answers, 2)
+        for examples in (tokens(tok, rows, task), tokens(tok, rows, task).select(slice(5))):
+            assert examples.spans.shape == (0, 1 + answers, 2) and examples.lengths.sum() == 0
 
 
-ROWS = [
-    pair('p', ' a', ' b', margin=0.5),
-    pair('q', ' best', ' b'),
-    {'prompt': 'p', 'response': ' c', 'good': True},
-    {'prompt': 'p', 'response': ' d', 'good': False},
-    {'prompt': 'p', 'response': ' e'},
-    {'prompt': 'p'},
-]
+ROWS = [pair('p', ' a', ' b', margin=0.5), pair('q', ' best', ' b')]
+ROWS += [{'prompt': 'p', 'response': ' c', 'good': True}, {'prompt': 'p', 'response': ' d', 'good': False}]
+ROWS += [{'prompt': 'p', 'response': ' e'}, {'prompt': 'p'}]
 ONLY = 'rows with {} only, where {} needs {}'
-# fmt: off
 TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
     'pairs': ([' a', ' b', ' best', ' b'], [True] * 2, [0.5, 0.0], {
         ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected'): 3,
@@ -228,12 +203,11 @@ TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
     'sft': ([' a', ' best', ' c', ' e'], [True] * 4, None, {
         ONLY.format('a prompt', 'sft', 'an answer'): 1, 'bad answers, which are no demonstrations': 1}),
     'prompts': ([' a', ' best', ' c', ' d', ' e', '.'], [True] * 3 + [False] + [True] * 2, None, {}),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('task', TAKEN)
-def test_what_each_task_takes_from_a_row(tok, task):
+def test_what_each_task_takes_from_a_row(task):
     """The margin of a pair is kept for pairs alone, and there only where it is asked for."""
     answers, good, margins, left_out = TAKEN[task]
     examples = tokens(tok, ROWS, task, margins=True)
@@ -244,18 +218,22 @@ def test_what_each_task_takes_from_a_row(tok, task):
     assert unasked.margin is None and unasked.left_out['margins, which only reward.py uses'] == (task == 'pairs')
 
 
-def test_prompts_and_demonstrations_are_taken_once(make_tokenizer, tok):
+def test_prompts_and_demonstrations_are_taken_once():
     """A prompt is kept whatever its answer; of a chat, too, without which a template can write it."""
     examples = tokens(tok, [{'prompt': 'p', 'response': ' '}, {'prompt': 'p'}, {'prompt': 'q'}], 'prompts')
     assert [tok.decode(p) for p, _ in items(examples)] == ['p', 'q'] and examples.left_out == {'same prompt again': 1}
-    asked, answered = tokens(make_tokenizer(), [{'prompt': [user('one two')], **answer}
-                                                for answer in ({}, {'response': [assistant('x')]})], 'prompts')  # fmt: skip
-    assert asked[0].tolist() == answered[0].tolist() and len(asked[0]) > 1
+    asked = {'prompt': [user('one two')]}
+    (alone, _), (answered, _) = items(
+        tokens(make_tokenizer(), [asked, asked | {'response': [assistant('x')]}], 'prompts')
+    )
+    assert alone == answered and len(alone) > 1
     rows = [pair('p', ' a', ' b'), pair('p', ' a', ' c'), pair('q', ' a', ' b'), pair('p', ' d', ' b')]
-    assert [tok.decode(a[:-1]) for a in answers_of(tokens(tok, rows, 'sft'))] == [' a', ' a', ' d']
+    examples = tokenise.tokenise(rows, tok, 'sft', 64, 32, 'start', counts := Counter({'tie': 1}))
+    assert [tok.decode(a[:-1]) for a in answers_of(examples)] == [' a', ' a', ' d']
+    assert examples.left_out == {'same demonstration again': 1} and counts == examples.left_out + Counter({'tie': 1})
 
 
-def test_uid_is_of_the_text(tok):
+def test_uid_is_of_the_text():
     rows = [pair('p', ' a', ' b'), pair('p', ' b', ' a'), pair('q', ' a', ' b')]
     uid = tokens(tok, rows).uid
     assert len(set(uid.tolist())) == 3 and (tokens(tok, rows[::-1]).uid == uid[::-1]).all()
@@ -268,7 +246,6 @@ def test_uid_is_of_the_text(tok):
 CHAT = pair([user('hi'), assistant('hello'), user('bye')], [assistant('good bye')], [assistant('no')])
 END = '<|endoftext|>'
 HUMAN = '\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:'
-# fmt: off
 CHATS = [  # template, task, row, texts of the prompt and the answers
     (CHATML, 'pairs', CHAT, [f'<user>hi{END}\n<assistant>hello{END}\n<user>bye{END}\n<assistant>', f'good bye{END}', f'no{END}']),
     (CHATML, 'sft', {'prompt': 'bye', 'response': [assistant('no')]}, [f'<user>bye{END}\n<assistant>', f'no{END}']),
@@ -277,30 +254,27 @@ CHATS = [  # template, task, row, texts of the prompt and the answers
     (None, 'pairs', CHAT, [HUMAN, f' good bye{END}', f' no{END}']),
     (None, 'pairs', CHAT | {'prompt': [{'role': 'system', 'content': 'Be kind.'}, user('hi')]},
      ['\n\nBe kind.\n\nHuman: hi\n\nAssistant:', f' good bye{END}', f' no{END}']),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('template, task, row, texts', CHATS)
-def test_chats(make_tokenizer, template, task, row, texts):
+def test_chats(template, task, row, texts):
     """With a template, which stays as it is, or without: then there is one note, however many chats."""
     tokenizer = make_tokenizer(template=template)
-    examples = tokens(tokenizer, [row, row | {'rejected': [assistant('maybe')]}] if template is None else [row], task)
+    examples = tokens(tokenizer, [row] if template else [row, row | {'rejected': [assistant('maybe')]}], task)
     prompt, answers = items(examples)[0]
     assert [tokenizer.decode(ids) for ids in (prompt, *answers)] == texts and tokenizer.chat_template == template
-    notes = [(note.partition(' (')[0][:22], count) for note, count in examples.left_out.items()]
-    expected = [('note: no chat template', 1)] if template is None else []
-    if row['prompt'] == texts[0]:
-        expected = [('note: texts beside a c', 1)]  # they are no chat
-    assert notes == expected
+    is_text = row['prompt'] == texts[0]  # two strings are no chat
+    note = 'note: texts beside a c' if is_text else 'note: no chat template'
+    expected = [] if template and not is_text else [(note, 1)]
+    assert [(reason.partition(' (')[0][:22], count) for reason, count in examples.left_out.items()] == expected
 
 
 @pytest.mark.parametrize('template, words', [
-    ("{{ raise_exception('no such role\nhere') }}", 'refuses'),
-    ('{{ nonsense', 'refuses'),
+    ("{{ raise_exception('no such role\nhere') }}", 'refuses'), ('{{ nonsense', 'refuses'),
     ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
 ])  # fmt: skip
-def test_templates_that_refuse(make_tokenizer, template, words):
+def test_templates_that_refuse(template, words):
     with pytest.raises(UserError, match=words) as info:
         tokens(make_tokenizer(template=template), [CHAT])
     assert '\n' not in str(info.value)
@@ -309,9 +283,19 @@ def test_templates_that_refuse(make_tokenizer, template, words):
 # ---- the cache of tokens ----
 
 
-def load(source, tokenizer, split='train', task='pairs', **options):
+@pytest.fixture
+def write(tmp_path):
+    """write(rows or number of pairs, name='d') -> the path of a file of them."""
+
+    def write(rows, name='d'):
+        return write_jsonl(tmp_path / f'{name}.jsonl', many_pairs(rows) if isinstance(rows, int) else rows)
+
+    return write
+
+
+def load(source, tokenizer=tok, split='train', task='pairs', **options):
     common = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True}
-    return tokenise.load_examples(str(source), split, tokenizer, task, **common | options)
+    return tokenise.load_examples(source, split, tokenizer, task, **common | options)
 
 
 def same(a, b):
@@ -328,11 +312,10 @@ def count(monkeypatch):
 
 
 @pytest.mark.parametrize(('task', 'chat'), [('pairs', False), ('pairs', True), ('singles', False), ('sft', True)])
-def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, task, chat):
-    source = write_jsonl(tmp_path / 'd.jsonl', [CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
+def test_a_second_load_reads_the_cache(write, count, cache, task, chat):
+    source = write([CHAT] if chat else [*many_pairs(20), pair('p', '', '')])
     tokenizer, other = make_tokenizer(), make_tokenizer()
-    first = load(source, tokenizer, task=task)
-    second = load(source, other, task=task)
+    first, second = load(source, tokenizer, task=task), load(source, other, task=task)
     assert len(count) == 1 and len(first) and same(first, second)
     assert first.left_out and isinstance(second.left_out, Counter)
     # what is exported must not depend on the cache
@@ -341,135 +324,167 @@ def test_a_second_load_reads_the_cache(tmp_path, make_tokenizer, count, cache, t
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_makes_another_cache_file(tmp_path, make_tokenizer, count, cache):
-    rows = many_pairs(20)
-    source, tokenizer = write_jsonl(tmp_path / 'd.jsonl', rows), make_tokenizer()
+def test_what_makes_another_cache_file(write, count, cache):
+    source, tokenizer = write(20), make_tokenizer()
     load(source, tokenizer)
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
                {'split': 'test'}, {'undivided': False, 'split': 'test'}, {'skip_bad_rows': True}, {'num_turns': 2},
+               {'margins': True}, {'last_turn_only': True}, {'chat': True}, {'system': 's'},
                {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=CHATML)},
-               {'source': f'{source}+{source}'}, {'source': write_jsonl(tmp_path / 'e.jsonl', rows[:10])}]  # fmt: skip
+               {'source': f'{source}+{source}'}, {'source': write(10, 'e')}]  # fmt: skip
     for number, changed in enumerate(changes, 2):
         load(**({'source': source, 'tokenizer': tokenizer} | changed))
+        tokenizer.chat_template = None  # which a chat sets
         assert len(count) == number == len(list(cache.iterdir())), changed
     load(source, tokenizer, data_fraction=0.5, seed=3)  # is taken from the whole
     assert len(count) == len(changes) + 1
-    write_jsonl(tmp_path / 'd.jsonl', rows[:10])
+    write(10)
     assert len(load(source, tokenizer)) == 10
 
 
 DAMAGES = {
     'half': lambda b: b[: len(b) // 2],
     'nothing': lambda b: b'',
-    'one bit, other tokens': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
+    'one bit': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
 }
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_a_damaged_cache_file_is_rebuilt(tmp_path, tok, count, cache, damage, capsys):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
-    first = copy.deepcopy(load(source, tok))
+def test_a_damaged_cache_file_is_rebuilt(write, count, cache, damage, capsys):
+    source = write(20)
+    first = copy.deepcopy(load(source))
     (file,) = cache.iterdir()
     content = file.read_bytes()
     file.write_bytes(DAMAGES[damage](content))
-    assert same(load(source, tok), first) and len(count) == 2
+    assert same(load(source), first) and len(count) == 2
     assert 'is damaged: tokenising anew' in capsys.readouterr().out
     assert [file.read_bytes() for file in cache.iterdir()] == [content]
 
 
-def test_a_cache_that_cannot_be_written_is_a_note(tmp_path, tok, cache, monkeypatch, capsys):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(20))
-    first = load(source, tok)
+def test_a_cache_that_cannot_be_written_is_a_note(write, cache, monkeypatch, capsys):
+    source = write(20)
+    first = load(source)
     (file,) = cache.iterdir()
     file.unlink()
     monkeypatch.setattr(uuid, 'uuid4', lambda: types.SimpleNamespace(hex='new'))
     file.with_suffix('.new').mkdir()  # where it would be written first
-    assert same(load(source, tok), first) and 'not cached' in capsys.readouterr().out
-    monkeypatch.setenv('NANOPREF_CACHE', source)  # a file
-    assert same(load(source, tok), first)
-    out = capsys.readouterr().out
-    assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
+    for folder in (cache, source):  # the second is a file
+        monkeypatch.setenv('NANOPREF_CACHE', str(folder))
+        assert same(load(source), first)
+        out = capsys.readouterr().out
+        assert out.startswith('note: ') and 'not cached' in out and out.count('\n') == 1
 
 
-def test_rows_of_the_hub_are_cached_by_their_content(tok, cache, count, monkeypatch):
+def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
     monkeypatch.setattr(sources, 'hub_splits', lambda *_: ['train', 'test'])
     for rows, tokenised in ((3, 1), (3, 1), (4, 2)):
         monkeypatch.setattr(sources, 'read_rows', lambda *_, n=rows, **__: map(sources.Row, many_pairs(n)))
-        assert len(load('owner/name', tok)) == rows and len(count) == tokenised
+        assert len(load('owner/name')) == rows and len(count) == tokenised
+
+
+# ---- one reading for both parts, and for no more than is needed ----
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A list that grows by each row that is read; a chunk is of 30 rows."""
+    rows, read = [], sources.read_rows
+    monkeypatch.setattr(tokenise, 'CHUNK', 30)
+    monkeypatch.setattr(sources, 'read_rows', lambda *args, **how: (rows.append(x) or x for x in read(*args, **how)))
+    return rows
+
+
+def parts(source, **options):
+    """The Examples of the train and the test part of a file."""
+    return [load(source, split=split, undivided=False, **options) for split in ('train', 'test')]
+
+
+def test_both_parts_are_of_one_reading(write, reads):
+    source = write(400)
+    alone = parts(source, cache=False)
+    assert len(reads) == 800 and 0 < len(alone[1]) < 40
+    for _ in range(2):  # the second time from the cache
+        assert all(map(same, parts(source), alone)) and len(reads) == 1200
+    assert not parts(source)[0].ids.flags.owndata
+
+
+@pytest.mark.parametrize('all_first', [False, True])
+def test_a_few_examples_are_the_first_and_need_few_rows(write, reads, all_first):
+    source, enough = write(400), {'train': 50, 'test': 2}
+    train, test = parts(source, cache=all_first)
+    before = len(reads)
+    for _ in range(2):
+        assert list(map(items, parts(source, enough=enough))) == [items(train)[:50], items(test)[:2]]
+    assert len(reads) == before if all_first else len(reads) - before <= 180
+    # what was cached of the first is not taken for all
+    assert len(parts(source)[0]) > 300
+
+
+def test_what_a_stopped_reading_left_out_is_counted(write, reads, capsys):
+    tie, *rows = [{'prompt': f'{i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]
+    found = parts(write([tie, *rows]), cache=False, enough={'train': 50, 'test': 2})[0]
+    assert len(found) == 50 and found.left_out['tie'] == 1 and len(reads) < 600
+    assert capsys.readouterr().out == 'note: the first 50 training examples are enough: the others are not read\n'
 
 
 # ---- what is loaded ----
 
 
-def test_load_examples(tmp_path, tok):
+def test_load_examples(write):
     """Several sources; what was left out in reading and in tokenising; a fraction, by a hash of its own."""
-    a = write_jsonl(tmp_path / 'a.jsonl', [*many_pairs(20), pair('p', '', ' a')])
-    b = write_jsonl(tmp_path / 'b.jsonl', [pair('x', ' y', ' z'), pair('p', ' a', '')])
-    both = load(f'{a}+{b}', tok)
+    a, b = write([*many_pairs(20), pair('p', '', ' a')], 'a'), write([pair('x', ' y', ' z'), pair('p', ' a', '')], 'b')
+    both = load(f'{a}+{b}')
     assert len(both) == 21 and both.left_out == {'empty answers': 2} and tok.decode(both[20][0]) == 'x'
-    mixed = write_jsonl(
-        tmp_path / 'm.jsonl', [{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')]
-    )
+    mixed = write([{'prompt': 'p'}, pair('p', ' a', ' b'), {'chosen': 'a'}, pair('p', ' a', '')], 'm')
     left_out = {"bad rows: 'rejected' is missing or of the wrong type": 1, 'empty answers': 1}
     left_out[ONLY.format('a prompt', 'pairs', 'chosen and rejected')] = 1
-    assert load(mixed, tok, skip_bad_rows=True).left_out == left_out
+    assert load(mixed, skip_bad_rows=True).left_out == left_out
 
-    source = write_jsonl(tmp_path / 'c.jsonl', many_pairs(2000))
-    whole = set(load(source, tok).uid.tolist())
-    parts = {f: set(load(source, tok, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
-    assert parts[0.2] < parts[0.5] < parts[1.0] == whole
-    assert 300 < len(parts[0.2]) < 500 and 900 < len(parts[0.5]) < 1100
-    assert set(load(source, tok, data_fraction=0.5, seed=1).uid.tolist()) != parts[0.5]
-    some = load(source, tok, data_fraction=0.5)
+    source = write(2000)
+    kept = {f: set(load(source, data_fraction=f).uid.tolist()) for f in (0.2, 0.5, 1.0)}
+    assert kept[0.2] < kept[0.5] < kept[1.0] == set(load(source).uid.tolist())
+    assert 300 < len(kept[0.2]) < 500 and 900 < len(kept[0.5]) < 1100
+    assert set(load(source, data_fraction=0.5, seed=1).uid.tolist()) != kept[0.5]
+    some = load(source, data_fraction=0.5)
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
 
 
-# fmt: off
-VANISHING = {  # rows of which nothing is left, and what is said
-    'layout': ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
-    'equal': ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
-    'prompts': ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
-    'empty': ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
-    'nothing': ([], 'left out: nothing'),
-}
-# fmt: on
+VANISHING = [  # rows of which nothing is left, and what is said
+    ([{'ask': 'q', 'chosen': 'a', 'rejected': 'b'}] * 5, '5 bad rows'),
+    ([pair(f'p{i}', ' a', ' a') for i in range(5)], '5 pairs with equal answers'),
+    ([{'prompt': 'p'}] * 5, '5 rows with a prompt only, where pairs needs chosen and rejected'),
+    ([pair(f'p{i}', ' a', '') for i in range(5)], '5 empty answers'),
+    ([], 'left out: nothing'),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize('name', VANISHING)
-def test_every_source_must_give_something(tmp_path, tok, name):
+@pytest.mark.parametrize('rows, words', VANISHING)
+def test_every_source_must_give_something(write, rows, words):
     """Else half of the data is gone and nobody has seen it. Nothing held out of a file is no mistake, from the cache neither."""
-    rows, words = VANISHING[name]
-    good, bad = (
-        write_jsonl(tmp_path / f'{file}.jsonl', rows) for file, rows in (('good', many_pairs(5)), (name, rows))
-    )
-    sentence = rf'no %s examples are left in data .*{name}\.jsonl.*{words}.*README'
+    good, bad = write(5, 'good'), write(rows, 'bad')
     for source, split in ((f'{good}+{bad}', 'train'), (f'{bad}+{good}', 'train'), (bad, 'train'), (bad, 'test')):
-        with pytest.raises(UserError, match=sentence % split):
-            load(source, tok, split=split, skip_bad_rows=True)
+        with pytest.raises(UserError, match=rf'no {split} examples are left in data .*bad\.jsonl.*{words}.*README'):
+            load(source, split=split, skip_bad_rows=True)
     for _ in range(2):
-        assert len(load(bad, tok, split='test', undivided=False, skip_bad_rows=True)) == 0
+        assert len(load(bad, split='test', undivided=False, skip_bad_rows=True)) == 0
     with pytest.raises(UserError, match='no train examples are left'):
-        load(good, tok, data_fraction=0.0)
+        load(good, data_fraction=0.0)
 
 
-def test_which_prompts_are_held_out(tmp_path, tok):
+def test_which_prompts_are_held_out(write):
     """Those whose hash is a multiple of 20, today and in older versions; of messages only role and content count."""
-    chats = [user(f'chat {i}') for i in range(200)]
-    rows = [pair(f'prompt {i}', ' a', ' b') for i in range(200)]
-    rows += [pair([chat | {'name': 'x'}], [assistant('a')], [assistant('b')]) for chat in chats]
-    file = write_jsonl(tmp_path / 'd.jsonl', rows)
-    prompts = {f'prompt {i}': f'prompt {i}' for i in range(200)} | {chat['content']: [chat] for chat in chats}
-    expected = {name for name, prompt in prompts.items() if sources.content_hash(prompt) % 20 == 0}
-    for split, wanted in (('test', expected), ('train', prompts.keys() - expected)):
-        rows, _ = sources.load_rows(file, split)
-        found = [row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][0]['content'] for row in rows]
-        assert set(found) == wanted and len(found) == len(wanted) > 5
-
-
-def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):
-    source = write_jsonl(tmp_path / 'd.jsonl', many_pairs(1))
-    there = [split for split in ('train', 'test') if sources.load_rows(source, split)[0]]
-    assert len(there) == 1 and len(load(source, tok, split='test', undivided=False)) == (there == ['test'])
+    texts, chats = [f'prompt {i}' for i in range(200)], [[user(f'chat {i}')] for i in range(200)]
+    rows = [pair(text, ' a', ' b') for text in texts]
+    file = write(rows + [pair([chat | {'name': 'x'}], [assistant('a')], [assistant('b')]) for (chat,) in chats])
+    held_out = [prompt for prompt in texts + chats if sources.content_hash(prompt) % 20 == 0]
+    for split, expected in (('test', held_out), ('train', [x for x in texts + chats if x not in held_out])):
+        found = [row['prompt'] for row in sources.load_rows(file, split)[0]]
+        found = [x if isinstance(x, str) else [user(x[0]['content'])] for x in found]
+        assert found == expected and len(found) > 5
+    # a small file may have nothing held out
+    small = write(1)
+    there = [split for split in ('train', 'test') if sources.load_rows(small, split)[0]]
+    assert len(there) == 1 and len(load(small, split='test', undivided=False)) == (there == ['test'])
 
 
 # ---- noise and selection ----
@@ -477,23 +492,24 @@ def test_a_small_file_may_have_nothing_held_out(tmp_path, tok):
 
 def labels(examples):
     """{(uid, where the answer begins): whether it is good}."""
-    starts = examples.spans[:, 1, 0].tolist()
-    return dict(zip(zip(examples.uid.tolist(), starts, strict=True), examples.good.tolist(), strict=True))
+    answers = zip(examples.uid.tolist(), examples.spans[:, 1, 0].tolist(), strict=True)
+    return dict(zip(answers, examples.good.tolist(), strict=True))
 
 
 def flipped(examples, rate, seed=0):
     """The uids of what flip changes; checks that nothing else changes, and that it is counted."""
     after, before = examples.flip(rate, seed), examples.spans
-    pairs = before.shape[1] == 3
-    changed = (after.spans != before).any((1, 2)) if pairs else after.good != examples.good
-    swapped = before[:, [0, 2, 1]] if pairs else before
+    changed, swapped = after.good != examples.good, before
+    if before.shape[1] == 3:
+        changed, swapped = (after.spans != before).any((1, 2)), before[:, [0, 2, 1]]
+        assert (after.good == examples.good).all()
     assert (after.spans == np.where(changed[:, None, None], swapped, before)).all()
     assert (after.uid == examples.uid).all()
     assert after.left_out - examples.left_out == +Counter({'labels flipped': int(changed.sum())})
     return set(examples.uid[changed].tolist())
 
 
-def test_flips(tok):
+def test_flips():
     rows = many_pairs(1000)
     examples = tokens(tok, rows)
     before, uid = items(examples), examples.uid.tolist()
@@ -519,31 +535,30 @@ def test_uniform_hash():
     assert u[1] == pytest.approx(0.5665616, abs=1e-6)  # the same always
 
 
-def test_keep(tok):
+def test_keep():
     examples = tokens(tok, many_pairs(1000), 'singles')
-    found = {(good, bad, seed): examples.keep(good, bad, seed) for good, bad, seed in
-             [(1.0, 1.0, 0), (1.0, 0.0, 0), (0.0, 1.0, 0), (0.3, 0.6, 0), (0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)]}  # fmt: skip
-    for (good, bad, _), kept in found.items():
+    shares = (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.6), (0.5, 0.5), (0.2, 0.2)
+    found = {both: examples.keep(*both, seed=0) for both in shares}
+    for (good, bad), kept in found.items():
         assert labels(kept).items() <= labels(examples).items()
         assert abs(kept.good.sum() - 1000 * good) < 50 and abs((~kept.good).sum() - 1000 * bad) < 50
-    kept, less, other = (labels(found[key]) for key in ((0.5, 0.5, 0), (0.2, 0.2, 0), (0.5, 0.5, 1)))
+    kept, less, other = labels(found[0.5, 0.5]), labels(found[0.2, 0.2]), labels(examples.keep(0.5, 0.5, seed=1))
     assert less.items() < kept.items() and kept != other
-    uids = [{u for (u, _), good in kept.items() if good == thumb} for thumb in (True, False)]
-    assert uids[0] != uids[1]  # the two answers of a pair are drawn apart
+    good, bad = ({uid for (uid, _), is_good in kept.items() if is_good == thumb} for thumb in (True, False))
+    assert good != bad  # the two answers of a pair are drawn apart
 
 
-def test_examples_of_and_first_answers():
+def test_examples_of_items():
     made = [([1, 2], [[3], [4, 5]]), ([6], [[7, 8, 9], [1]])]
     examples = Examples.of(made)
     assert items(examples) == made and examples.lengths.tolist() == [5, 5] and len(set(examples.uid.tolist())) == 2
-    assert items(examples.first_answers()) == [(p, a[:1]) for p, a in made]
-    assert items(examples.flip(1.0, 0).first_answers()) == [(p, a[1:]) for p, a in made]
+    for answer, some in ((0, examples), (1, examples.flip(1.0, 0))):
+        assert items(some.first_answers()) == [(prompt, [answers[answer]]) for prompt, answers in made]
 
 
 # two answers each to the prompts p, q, p, r: examples 0 to 7. `few` has one prompt, q, with the answers x and y
 FEW, SET = (Examples.of([([ord(p)], [[ord(a)]]) for p, a in zip(prompts, answers, strict=True)])
             for prompts, answers in (('qq', 'xy'), ('ppqqpprr', 'abcdefgh')))  # fmt: skip
-# fmt: off
 MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
     (SET, range(8), SET, 'ccee' 'ggaa'),
     (SET, [5, 0, 1, 4, 2], SET, 'cccc' 'f'),
@@ -556,14 +571,12 @@ MISMATCHED = [  # set, rows of the step, the other set, answers that are taken
     (FEW, [0, 1], SET, 'aa'),  # held-out examples of one prompt, beside the training set
     (FEW, [1], FEW.select(slice(1, 2)), 'x'),  # one prompt everywhere: another answer of this set
     (FEW.select(slice(1)), [0], FEW, 'x'),  # one example, beside a set of the same prompt
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('examples, rows, more, answers', MISMATCHED)
 def test_mismatched(examples, rows, more, answers):
-    """The next example of the step with another prompt; else of the set; else of the other set. Never the own prompt's answer
-    if there is any other."""
+    """Of the next example of the step with another prompt; else of the set; else of the other set; else of any."""
     mixed = items(examples.mismatched(np.array(rows), 512, more))
     assert [prompt for prompt, _ in mixed] == [examples[i][0].tolist() for i in rows]
     assert ''.join(chr(answer[0]) for _, (answer,) in mixed) == answers
@@ -582,34 +595,28 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, write):
     """train(script, number of pairs, *flags) -> its Run, of which the same pairs are held out."""
 
     def train(script, rows, *flags, out='run'):
-        rows = many_pairs(rows) if isinstance(rows, int) else rows
-        source = write_jsonl(tmp_path / 'd.jsonl', rows)
         common = ['--n_examples=2', '--batch_size=2', '--n_eval_examples=8', '--do_first_eval=false']
-        files = [f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path / out}']
+        files = [f'--data={write(rows)}', f'--eval_data={write(rows)}', f'--out_dir={tmp_path / out}']
         return run_script(script, *common, *files, *flags)['run']
 
     return train
 
 
-def test_scripts_flip_training_pairs_alone(train, tok, capsys):
-    flipped = tokens(tok, many_pairs(60))
-    clean = items(flipped)
+def test_scripts_flip_training_examples_alone(train, capsys):
+    pairs, clean = tokens(tok, many_pairs(60)), items(tokens(tok, many_pairs(60)))
     run = train('dpo.py', 60, '--noise_rate=1', out='all')
     assert items(run.train) == [(p, [b, a]) for p, (a, b) in clean] and items(run.held_out) == clean[:8]
     assert '60 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--noise_rate=0.2', '--seed=3', out='part')
-    assert items(run.train) == items(flipped.flip(0.2, 3)) and items(run.held_out) == clean[:8]
+    assert items(run.train) == items(pairs.flip(0.2, 3)) and items(run.held_out) == clean[:8]
     run = train('sft.py', 60, '--noise_rate=1', out='sft')
     assert items(run.train) == [(p, [b]) for p, (_, b) in clean]
     assert items(run.held_out) == [(p, [a]) for p, (a, _) in clean[:8]]
-
-
-def test_kto_flips_and_keeps_fractions_of_training_answers(train, capsys):
-    run = train('dpo.py', 60, '--loss=kto', '--noise_rate=1', out='flipped')
+    run = train('dpo.py', 60, '--loss=kto', '--noise_rate=1', out='kto')
     assert run.train.good.tolist() == [False, True] * 60 and run.held_out.good.tolist() == [True, False] * 4
     assert '120 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--loss=kto', '--frac_good=0', '--frac_bad=0.5', out='kept')
@@ -619,8 +626,8 @@ def test_kto_flips_and_keeps_fractions_of_training_answers(train, capsys):
 @pytest.mark.parametrize(('n_examples', 'n_eval'), [(3, 1), (4, 2), (5, 3)])
 def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, n_eval):
     """Its own answer would make the loss of a single example 0.5 whatever the model has learned; here z is of another one."""
-    run = train('dpo.py', 6, '--loss=kto', '--beta=1', '--lr=1e-2', '--warmup_steps=0', f'--n_examples={n_examples}',
-                f'--n_eval_examples={n_eval}')  # fmt: skip
+    sizes = f'--n_examples={n_examples}', f'--n_eval_examples={n_eval}'
+    run = train('dpo.py', 6, '--loss=kto', '--beta=1', '--lr=1e-2', '--warmup_steps=0', *sizes)
     last = list(data.steps(len(run.train), 2, n_examples, 0))[-1][1]
     for examples, rows in ((run.train, last), (run.held_out, np.arange(n_eval))):
         mixed = items(examples.mismatched(rows, 512, run.train))
@@ -632,11 +639,6 @@ def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, 
         value = row[f'loss/{"eval" if row["split"] == "eval" else "train"}']
         moved = row['counters/examples'] > 2  # before the first step policy and reference agree
         assert math.isfinite(value) and (not moved or abs(value - 0.5) > 1e-4), row
-
-
-def test_kto_of_one_example_is_refused(train):
-    with pytest.raises(UserError, match='kto .*another example.* has one'):
-        train('dpo.py', [{'prompt': 'p', 'completion': ' a b', 'label': True}], '--loss=kto')
 
 
 # ---- steps ----
@@ -691,7 +693,6 @@ def test_plan(plan, lengths, world, max_tokens):
         assert sum(not batch for batch in batches) < world
 
 
-# fmt: off
 PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan, [5, 5], 1, 10, [[[0, 1]]]),
     (data.plan, [5, 6], 1, 10, [[[1], [0]]]),
@@ -702,8 +703,7 @@ PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan_padded, [4] * 8, 4, 1000, [[[0, 1]], [[4, 5]], [[2, 3]], [[6, 7]]]),
     (data.plan_padded, [4] * 3, 2, 1000, [[[1, 2]], [[0]]]),
     (data.plan_padded, [4], 2, 1000, [[[0]], [[]]]),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('plan, lengths, world, max_tokens, expected', PLANS)
@@ -741,7 +741,7 @@ def read_back(batch):
         assert batch.offset[mine].tolist() == list(range(n))
         target, index = batch.target[mine].tolist(), batch.predict_at[mine].tolist()
         assert [flat[i] for i in index[1:]] == target[:-1]  # the token before each is the one before
-        assert index[1:] == list(range(index[1], index[1] + n - 1)) if n > 1 else True
+        assert index[1:] == [index[1] + i for i in range(n - 1)]
         assert flat[batch.last[number]] == target[-1]
         out.append((flat[index[0]], target))
     return out
@@ -767,14 +767,13 @@ def test_pack(groups, layout):
         assert batch.position is None and not batch.groups
         return
     units = groups if layout['share_prefix'] else [(p, [a]) for p, a in flat]
-    ids = [x for p, answers in units for part in (p, *answers) for x in part]
-    position = [i for p, answers in units for k in (0, *(len(p) + len(a) for a in answers))
-                for i in (range(len(p), k) if k else range(len(p)))]  # fmt: skip
+    ids, position, ends = [], [], []
+    for p, answers in units:
+        ends += [len(ids) + len(p) - 1] * len(answers)  # the first token follows this prompt, no other
+        ids += [x for part in (p, *answers) for x in part]
+        position += [*range(len(p)), *(len(p) + i for a in answers for i in range(len(a)))]
     assert batch.ids.tolist() == [ids] and batch.position.tolist() == [position]
     assert batch.groups == [(len(p), tuple(map(len, answers))) for p, answers in units] and batch.mask is None
-    starts = np.cumsum([0] + [len(p) + sum(map(len, answers)) for p, answers in units])
-    # the first token follows this prompt, no other
-    ends = [start + len(p) - 1 for (p, answers), start in zip(units, starts[:-1], strict=True) for _ in answers]
     assert batch.predict_at[batch.offset == 0].tolist() == ends
 
 
@@ -825,7 +824,7 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         examples.ref = np.array([[answer[0] for answer in answers] for _, answers in groups], np.float32)
     rows = np.array(random.sample(range(len(groups)), len(groups)))
     ranks = [data.make_batches(examples, rows, rank, world, max_tokens, **layout) for rank in range(world)]
-    assert len({len(batches) for batches, *_ in ranks}) == 1 and len({tuple(rest) for _, *rest in ranks}) == 1
+    assert len({(len(batches), *rest) for batches, *rest in ranks}) == 1
     counted = [batch for batches, *_ in ranks for batch in batches if batch.slot != [-1]]
     assert sorted(slot for batch in counted for slot in batch.slot) == list(range(len(groups)))
     for batch in counted:
@@ -833,7 +832,6 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         assert read_back(batch) == last_and_answers(mine)
         assert len(batch.slot) == 1 or batch.ids.numel() <= max_tokens
         assert not cached or batch.ref.tolist() == [answer[0] for _, answers in mine for answer in answers]
-
     # tokens, and tokens with padding
     _, real, allocated = ranks[0]
     separate = sum(len(p) + len(a) for p, answers in groups for a in answers)
@@ -842,7 +840,6 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
 
 
 def test_two_layouts():
-    """The first and the longest."""
     groups = [([1, 2], [[3], [4]]), ([5], [[6] * 40, [7]]), ([8], [[9], [1]])]
     packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])

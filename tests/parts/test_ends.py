@@ -1,10 +1,12 @@
 """A model with several end tokens: the one that was sampled is trained on, counted, scored and measured, and no other."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import metrics, read_jsonl, run_script
+from helpers import metrics, read_jsonl, run_script, tiny_reward
 
 from feedback import score
 from hf import generate, load
@@ -15,7 +17,9 @@ EOS = toy.tokenizer().eos_token_id
 STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one
 ENDS = {EOS, *STOPS}
 LENGTH = 10  # tokens of the longest answer
-PPO = ['--n_examples=16', '--batch_size=16', '--minibatch_size=16', '--ppo_epochs=1', f'--max_new_tokens={LENGTH}']
+PPO = (
+    f'--n_examples=16 --batch_size=16 --minibatch_size=16 --ppo_epochs=1 --n_eval_examples=8 --max_new_tokens={LENGTH}'
+)
 
 
 @pytest.fixture(scope='module')
@@ -27,27 +31,23 @@ def folders(tmp_path_factory):
         net.generation_config.eos_token_id = [EOS, *STOPS]
         net.save_pretrained(folder / name)
         toy.tokenizer().save_pretrained(folder / name)
-    tokenizer = load.separate_pad(toy.tokenizer())
-    net = load.load_reward('toy', tokenizer, new_head=True)
-    net.score.weight.data.normal_(0, 1)  # so large that another place of reading shows
-    net.save_pretrained(folder / 'reward')
-    tokenizer.save_pretrained(folder / 'reward')
+    tiny_reward(folder / 'reward')
     return folder
 
 
 @pytest.fixture
 def raw(monkeypatch):
     """What was drawn: a row of tokens for every answer, in the order of their beginnings, with whatever stands behind their ends."""
-    rows, current, draw = [], {}, generate._Draw.__call__
+    rows, row_of, draw = [], {}, generate._Draw.__call__
 
     def recorded(self, ids, scores):
         steps = self.step.tolist()
         out = draw(self, ids, scores)
         for seed, step, token in zip(self.seeds, steps, out.argmax(1).tolist(), strict=True):
             if step == 0:
-                current[seed] = []
-                rows.append(current[seed])
-            current[seed].append(token)
+                rows.append([])
+                row_of[seed] = rows[-1]
+            row_of[seed].append(token)
         return out
 
     monkeypatch.setattr(generate._Draw, '__call__', recorded)
@@ -73,22 +73,21 @@ def shown(row):
     return toy.tokenizer().decode(row[:-1] if row[-1] in ENDS else row)
 
 
-GRPO = ['--loss=grpo', '--group_size=4', '--missing_eos_penalty=3', '--reward_model=gold']
+FLAGS = {'ppo': '--reward_model={0}/reward', 'grpo': '--group_size=4 --missing_eos_penalty=3 --reward_model=gold'}
 
 
-@pytest.mark.parametrize('flags', [[], GRPO], ids=['ppo', 'grpo'])
-def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_path, flags):
-    flags = flags or [f'--reward_model={folders}/reward']
-    flags = [*PPO, *flags, f'--model={folders}/policy', f'--out_dir={tmp_path}/run', '--n_eval_examples=8']
-    answered = run_script('ppo.py', *flags, '--do_first_eval=false')['this_round']
+@pytest.mark.parametrize('loss', FLAGS)
+def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_path, loss):
+    flags = f'{PPO} --loss={loss} {FLAGS[loss]} --do_first_eval=false --model={{0}}/policy --out_dir={tmp_path}/run'
+    answered = run_script('ppo.py', *flags.format(folders).split())['this_round']
     trained = [answer.tolist() for _, answers in answered.examples for answer in answers]
     assert sorted(trained) == sorted(map(sampled, raw[:16]))
     ended = [answer[-1] in ENDS for answer in trained]
     assert any(answer[-1] in STOPS for answer in trained) and not all(ended)
     assert answered.answers['ended'].tolist() == ended
     (row,) = metrics(tmp_path / 'run', 'train')
-    assert row['ended/train'] == pytest.approx(np.mean(ended))
-    assert row['length/train'] == np.mean([len(answer) for answer in trained])
+    lengths = [len(answer) for answer in trained]
+    assert (row['ended/train'], row['length/train']) == pytest.approx((np.mean(ended), np.mean(lengths)))
     # the log-probs of the tokens that were sampled: a random model gives each about 1/512, and none of them e^-14
     expected = logps(load.load_model(f'{folders}/policy'), answered.examples[0][0].tolist(), trained[0])
     assert answered.tokens['old'][: len(trained[0])].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
@@ -96,9 +95,8 @@ def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_pat
     rows = list(map(sampled, raw[16:]))
     (evaluated,) = metrics(tmp_path / 'run', 'eval')
     assert evaluated['ended/eval'] == np.mean([row[-1] in ENDS for row in rows])
-    texts = [row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')]
-    assert sorted(texts) == sorted(map(shown, rows))
-    if GRPO[0] in flags:
+    assert sorted(row['response'] for row in read_jsonl(tmp_path / 'run/samples.jsonl')) == sorted(map(shown, rows))
+    if loss == 'grpo':
         return
 
     # a reward model reads at the end that was sampled; a cut answer gets the end of training
@@ -114,11 +112,13 @@ def test_scores_know_other_ends(folders):
     """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
     ranks.setup()
     scorer, tokenizer = score.load_scorer(str(folders / 'reward'), torch.device('cpu'))
-    found = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3, 100, EOS])], 4096)
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
-    other = score.scores(scorer, tokenizer, [([1, 2], [3, 100]), ([1, 2], [3])], 4096, ends={100})
-    alone = score.scores(scorer, tokenizer, [([1, 2], [3, EOS])], 4096)
-    assert abs(other[0] - found[0]) > 1e-3 and other[1] == pytest.approx(alone[0], abs=1e-5)
+
+    def scores(*answers, **options):
+        return score.scores(scorer, tokenizer, [([1, 2], answer) for answer in answers], 4096, **options)
+
+    cut, ended, alone = scores([3, 100], [3, 100, EOS], [3, EOS])
+    other, cut_alone = scores([3, 100], [3], ends={100})
+    assert (cut, cut_alone) == pytest.approx((ended, alone), abs=1e-5) and abs(other - cut) > 1e-3
 
 
 def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
@@ -143,11 +143,8 @@ def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):
 
 def test_generate_keeps_the_end_if_asked(folders, raw):
     net, tokenizer = load.load_model(f'{folders}/policy'), toy.tokenizer()
-    stop = generate.stop_tokens(net, tokenizer)
-    assert stop == ENDS
-    whole, bare = (
-        generate.generate(net, tokenizer, [[5, 6]] * 16, range(16), keep_end=keep_end, max_new_tokens=LENGTH)
-        for keep_end in (True, False)
-    )
+    assert generate.stop_tokens(net, tokenizer) == ENDS
+    draw = partial(generate.generate, net, tokenizer, [[5, 6]] * 16, range(16), max_new_tokens=LENGTH)
+    whole, bare = draw(keep_end=True), draw(keep_end=False)
     assert whole == list(map(sampled, raw[:16])) and any(len(answer) == 1 for answer in whole)
-    assert bare == [generate.without_end(answer, stop) for answer in whole]
+    assert bare == [generate.without_end(answer, ENDS) for answer in whole]

@@ -19,9 +19,8 @@ def base(folder, dtype, **options):
     """A tiny model whose file has this type, in files of at most so many bytes."""
     tiny_model(folder, 'llama')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    (Path(folder) / 'model.safetensors').unlink()
+    Path(folder, 'model.safetensors').unlink()
     model.save_pretrained(folder, **options)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +31,14 @@ def here(tmp_path, monkeypatch, small_toy):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'float64'])
 def test_what_came_in(dtype):
     """Read from the file, whatever the config says; of mixed types that of most weights, not of most tensors."""
-    kind = getattr(torch, dtype)
-    for name, options in (('one', {}), ('shards', {'max_shard_size': '20KB'}), ('mixed', {})):
-        base(name, kind, **options)
+    for name, options in {'one': {}, 'shards': {'max_shard_size': '20KB'}, 'mixed': {}}.items():
+        base(name, getattr(torch, dtype), **options)
         config = Path(name, 'config.json')
         config.write_text(json.dumps(json.loads(config.read_text()) | {'dtype': 'float32'}))
     mixed = {key: w.float() if w.dim() == 1 else w for key, w in tensors('mixed').items()}
     save_file(mixed | {f'x{i}': torch.ones(2) for i in range(30)}, 'mixed/model.safetensors')
-    expected = dtype if dtype != 'float64' else 'float32'
-    assert [load.stored_dtype(name) for name in ('one', 'shards', 'mixed')] == [expected] * 3
-    assert load.stored_dtype('toy') == 'float32'
+    expected = {'float64': 'float32'}.get(dtype, dtype)
+    assert [load.stored_dtype(name) for name in ('one', 'shards', 'mixed', 'toy')] == [*[expected] * 3, 'float32']
 
 
 @pytest.mark.parametrize(('dtype', 'step'), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
@@ -99,10 +96,8 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
     model.get_input_embeddings().weight.data[-1, 0] = 65510.0  # of a word that no text has; rounded up, now and then
     model.save_pretrained('base')
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=run', '--save_dtype=float16', *flags)
-    said = capsys.readouterr().out
-    found = 'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504'
-    assert f'{found}: the model is kept in float32' in said
-    assert said.endswith('done: run/model\n')
+    said, found = capsys.readouterr().out, 'embed_tokens.weight has a weight of 65510, and torch.float16 ends at 65504'
+    assert f'{found}: the model is kept in float32' in said and said.endswith('done: run/model\n')
     assert {value.dtype for value in tensors('run/model').values()} == {torch.float32}
     assert 'are kept in float32' in Path('run/model/README.md').read_text()
 

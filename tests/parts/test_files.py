@@ -3,7 +3,6 @@
 import json
 import os
 import tracemalloc
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,21 @@ import pytest
 from configurator import UserError
 from runtime import cache
 from tests.helpers import write_data, write_jsonl
-from text import files, sources, tokenise, toy
+from text import files, sources
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
 
 
-def write(path, rows=ROWS):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_data(path, rows)
+ALL = [row['response'] for row in ROWS]
+
+
+def write(folder, files, ending='.jsonl'):
+    """Write {name: rows} into a folder, and the folders that the names need. Returns the folder, as a string."""
+    for name, rows in files.items():
+        path = Path(folder, name + ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_data(path, rows)
+    return str(folder)
 
 
 def answers(source, split='train', **options):
@@ -33,47 +39,45 @@ def refused(source, says):
     return str(info.value)
 
 
-ALL = [row['response'] for row in ROWS]
-
-
 # ---- formats ----
 
 
 @pytest.mark.parametrize('ending', [e for e in files.ENDINGS if '.txt' not in e])
 def test_every_format_and_compression(tmp_path, ending):
-    found = sources.load_rows(write(tmp_path / f'data{ending}'), 'train', undivided=True)[0]
+    found = sources.load_rows(write(tmp_path, {'data': ROWS}, ending) + f'/data{ending}', 'train', undivided=True)[0]
     assert found == ROWS
-    number = int(found[1].where.rpartition(' ')[2])
     # a quoted line break makes two lines of one row
-    assert number == (4 if ending.startswith(('.csv', '.tsv')) else 2)
+    assert int(found[1].where.rpartition(' ')[2]) == (4 if ending.startswith(('.csv', '.tsv')) else 2)
 
 
-def test_text_files_and_the_kinds_of_the_columns_of_a_table(tmp_path):
-    (tmp_path / 'data.txt').write_text('one\n\ntwo\r\n')
-    assert answers(str(tmp_path / 'data.txt'), undivided=True) == ['one', 'two']
-    # beside other data it is a licence
-    write(tmp_path / 'train.jsonl')
-    assert answers(str(tmp_path), undivided=True) == ALL
-
-    path = tmp_path / 'data.csv'
-    path.write_text('\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n')
-    rows = list(sources.read_rows(None, 'train', str(path)))
-    assert list(rows[0].values()) == ['1', '7', '8', True, 0.5, None, '007']
-    assert list(rows[1].values()) == ['2', '9', '9', False, -3, 'x', '1']
+@pytest.mark.parametrize('name, content, rows, lines', [
+    ('data.txt', 'one\n\ntwo\r\n', [{'text': 'one'}, {'text': 'two'}], [1, 3]),
+    # what is text, and what a number
+    ('data.csv', '\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n',
+     [{'Prompt': '1', 'response_a': '7', 'Answer2': '8', 'label': True, 'score_A': 0.5, 'note': None, 'zip': '007'},
+      {'Prompt': '2', 'response_a': '9', 'Answer2': '9', 'label': False, 'score_A': -3, 'note': 'x', 'zip': '1'}], [2, 3]),
     # an empty line counts as a line; a row that is cut short does not make numbers of the answers before it
-    path.write_text('prompt,response,n\n1,2,3\n\n4,5,6\n7\n')
-    rows = list(sources.read_rows(None, 'train', str(path)))
-    assert [(*row.values(), int(row.where.split()[-1])) for row in rows[:2]] == [('1', '2', 3, 2), ('4', '5', 6, 4)]
-    assert rows[2].where.endswith('line 5') and rows[2].error
-    # digits of other scripts are text
-    path.write_text('prompt,n\na,1٣\n')
-    assert list(sources.read_rows(None, 'train', str(path))) == [{'prompt': 'a', 'n': '1٣'}]
+    ('data.csv', 'prompt,response,n\n1,2,3\n\n4,5,6\n7\n', [{'prompt': '1', 'response': '2', 'n': 3},
+     {'prompt': '4', 'response': '5', 'n': 6}, {'prompt': '7'}], [2, 4, 5]),
+    ('data.csv', 'prompt,n\na,1٣\n', [{'prompt': 'a', 'n': '1٣'}], [2]),  # digits of other scripts are text
     # a table without a row is read; the name of a folder says nothing of the delimiter
-    (tmp_path / 'a.tsv').mkdir()
-    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n')
-    assert list(sources.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == []
-    (tmp_path / 'a.tsv/b.csv').write_text('prompt,response\n1,2\n')
-    assert list(sources.read_rows(None, 'train', f'{tmp_path}/a.tsv/b.csv')) == [{'prompt': '1', 'response': '2'}]
+    ('a.tsv/b.csv', 'prompt,response\n', [], []),
+    ('a.tsv/b.csv', 'prompt,response\n1,2\n', [{'prompt': '1', 'response': '2'}], [2]),
+])  # fmt: skip
+def test_lines_of_text_and_the_kinds_of_the_columns_of_a_table(tmp_path, name, content, rows, lines):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    found = list(sources.read_rows(None, 'train', str(file)))
+    assert [list(row.items()) for row in found] == [list(row.items()) for row in rows]
+    assert [int(row.where.split()[-1]) for row in found] == lines
+    assert [bool(row.error) for row in found] == [row == {'prompt': '7'} for row in rows]
+
+
+def test_a_text_beside_other_data_is_a_licence(tmp_path):
+    (tmp_path / 'data.txt').write_text('one')
+    assert answers(str(tmp_path), undivided=True) == ['one']
+    assert answers(write(tmp_path, {'train': ROWS}), undivided=True) == ALL
 
 
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
@@ -82,8 +86,6 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     for text in (json.dumps(ROWS), '\ufeff ' + json.dumps(ROWS, indent=1) + '\n', lines, ' [ ]'):
         path.write_text(text)
         assert list(sources.read_rows(None, 'train', str(path))) == (ROWS if len(text) > 9 else [])
-    path.write_text(json.dumps(ROWS, indent=1)[:-4] + '"x"')
-    refused(path, "line 1001: not valid JSON: Expecting ',' delimiter")
     path.write_text(json.dumps([{'text': 'x' * 10_000}] * 500))
     tracemalloc.start()
     assert sum(1 for _ in sources.read_rows(None, 'train', str(path))) == 500
@@ -91,12 +93,9 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     tracemalloc.stop()
 
 
-# fmt: off
 @pytest.mark.parametrize('name, content, says', [
     ('a.json', '[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
-    ('a.json', '[{"a": 1}] 2', 'line 1: not valid JSON: Extra data'),
     ('a.json', '{"data": []}', "a.json, line 1: .*found: 'data' .list."),
-    ('a.json', '{"data":\n []}', 'a.json, line 1: not valid JSON'),
     ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'),
     ('a.csv', 'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns'),
     ('a.csv', 'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
@@ -105,11 +104,10 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
-    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', 'a.txt is a web page, not the data'),
-    ('a.parquet', '<!DOCTYPE html>', '^[^ ]*a.parquet is a web page, not the data: fetch it again'),
+    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
     ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
     ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
-])  # fmt: on
+])  # fmt: skip
 def test_files_that_are_no_data(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert refused(tmp_path / name, says).count(str(tmp_path)) == 1
@@ -119,15 +117,12 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
     rows = [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60
     says = r"line {}: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
     for line in (2, 1):
-        file = write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :])
-        refused(file, says.format(line))
+        refused(write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :]), says.format(line))
 
 
-@pytest.mark.parametrize(
-    'ending', ['.jsonl', '.json', '.jsonl.gz', '.jsonl.bz2', '.jsonl.xz', '.jsonl.zst', '.parquet', '.arrow']
-)
+@pytest.mark.parametrize('ending', '.jsonl .json .jsonl.gz .jsonl.bz2 .jsonl.xz .jsonl.zst .parquet .arrow'.split())
 def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
-    path = Path(write(tmp_path / f'data{ending}'))
+    path = Path(write(tmp_path, {'data': ROWS}, ending), f'data{ending}')
     whole = path.read_bytes()
     pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
     lfs = 'is a git-lfs pointer, not the data: fetch it with: git lfs pull'
@@ -157,8 +152,7 @@ def test_a_cache_without_a_home(monkeypatch):
 
 def test_home_and_patterns(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    for i, part in enumerate((ROWS[:20], ROWS[20:])):
-        write(tmp_path / f'mine/part-{i}.jsonl', part)
+    write(tmp_path / 'mine', {'part-0': ROWS[:20], 'part-1': ROWS[20:]})
     for source in ('~/mine', '~/mine/part-*.jsonl', '~/mine/part-[01].jsonl', f'{tmp_path}/**/*.jsonl'):
         assert divided(source), source
         assert sources.fingerprint(source)
@@ -167,31 +161,26 @@ def test_home_and_patterns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
 def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
-    for i in range(2):
-        write(tmp_path / f'data/train-0000{i}-of-00002.parquet', ROWS[i::2])
-    write(tmp_path / 'notes.jsonl', [{'response': 'no data'}])
-    assert divided(str(tmp_path))
-    write(tmp_path / f'data/{held_out}-00000-of-00001.parquet', ROWS[:3])
+    write(tmp_path, {f'data/train-0000{i}-of-00002': ROWS[i::2] for i in range(2)}, '.parquet')
+    assert divided(write(tmp_path, {'notes': [{'response': 'no data'}]}))
+    write(tmp_path, {f'data/{held_out}-00000-of-00001': ROWS[:3]}, '.parquet')
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2] and answers(str(tmp_path), 'test') == ALL[:3]
     assert divided(f'{tmp_path}[train]') is False and divided(str(tmp_path / 'data/train*'))
     assert answers(f'{tmp_path}[{held_out}]', undivided=True) == ALL[:3]
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 
-# fmt: off
 @pytest.mark.parametrize('names', [
     'data/train-00000-of-00002 data/train-00001-of-00002 data/validation-00000-of-00001',
     'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
     'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
     'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
     'x-train-1 x-valid-1', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
-])  # fmt: on
+])  # fmt: skip
 def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     data_files = pytest.importorskip('datasets.data_files')
     # datasets looks at the names of the folders above, too
-    folder = tmp_path_factory.mktemp('folder')
-    for name in names.split():
-        write(folder / f'{name}.jsonl', ROWS[:1])
+    folder = write(tmp_path_factory.mktemp('folder'), dict.fromkeys(names.split(), ROWS[:1]))
     monkeypatch.chdir(folder)
     theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
     ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits('.').items()}
@@ -199,26 +188,30 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
 
 
 def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
-    for name in ('train', 'test', 'notes'):
-        write(tmp_path / f'{name}.jsonl', ROWS[:3])
-    assert len(answers(str(tmp_path))) == len(answers(str(tmp_path), 'test')) == 3
-    assert capsys.readouterr().out == f'note: not read, since other files are named train: {tmp_path}/notes.jsonl\n'
+    folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
+    assert len(answers(folder)) == len(answers(folder, 'test')) == 3
+    assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
-    for name, rows in {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]}.items():
-        write(tmp_path / f'{name}.jsonl', rows)
-    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: --data='.*\[train_prefs\]'")
-    assert answers(f'{tmp_path}[train_prefs]') == ALL and answers(f'{tmp_path}[train_prefs]', 'test') == ALL[:3]
+    write(tmp_path, {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]})
+    refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: .*\[train_prefs\]'")
     # where one is for training, any name will do
-    write(tmp_path / 'one/train_dpo.jsonl')
-    write(tmp_path / 'one/test.jsonl', ROWS[:4])
-    assert answers(f'{tmp_path}/one') == ALL and answers(f'{tmp_path}/one', 'test') == ALL[:4]
+    one = write(tmp_path / 'one', {'train_dpo': ROWS, 'test': ROWS[:3]})
+    for source in (f'{tmp_path}[train_prefs]', one):
+        assert answers(source) == ALL and answers(source, 'test') == ALL[:3]
     # so does a reader of one's own, which leaves the rest of the options
-    assert len(list(sources.read_rows(None, 'test', f'{tmp_path}/one'))) == 4
-    # a single file of a named reader is divided, whatever its name
-    write(tmp_path / 'alone/test.jsonl')
-    assert [files.has_test_part(tmp_path / name) for name in ('one', 'alone')] == [True, False]
+    assert len(list(sources.read_rows(None, 'test', one))) == 3
+    # a named reader divides what has no test part, whatever the files are called: it must not evaluate on training rows
+    halves = {'validation-0': ROWS[:9], 'validation-1': ROWS[9:]}
+    for there in ({'test': ROWS}, halves, {'train_sft': ROWS, 'test_prefs': ROWS}):
+        assert divided('hh:' + write(tmp_path / '+'.join(there), there)), there.keys()
+    # so does one that reads all splits, where it cannot be said which of them is for training
+    splits = {'train_prefs': ROWS[:9], 'train_sft': ROWS[9:], 'test_prefs': ROWS[:1]}
+    splits = {split: [{'instruction': row['response']} for row in rows] for split, rows in splits.items()}
+    source = 'alpaca_eval:' + write(tmp_path / 'prompts', splits)
+    train, test = [{row['prompt'] for row in sources.load_rows(source, split)[0]} for split in ('train', 'test')]
+    assert test and len(train | test) == len(ALL) and not train & test
 
 
 def test_save_to_disk(tmp_path):
@@ -256,8 +249,7 @@ configs:
 
 
 def test_the_configs_of_a_readme(tmp_path):
-    for name, rows in {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS}.items():
-        write(tmp_path / f'{name}.jsonl', rows)
+    write(tmp_path, {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS})
     (tmp_path / 'README.md').write_text(README)
     refused(tmp_path, 'has several configs; there are easy, hard, both, gone: say which: --data=.*:CONFIG')
     assert answers(f'{tmp_path}:easy') == ALL and answers(f'{tmp_path}:easy', 'test') == ALL[:2]
@@ -303,75 +295,8 @@ def test_what_the_hub_asks_to_choose(hub):
     def refuse(*_, **__):
         raise ValueError("Config name is missing.\nPick one among the available configs: ['easy', 'hard']\nExample")
 
-    several = r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'"
     hub.splits = HUB
-    for names, source, says in (
-        (hub.get_dataset_split_names, 'o/n', several),
-        (refuse, 'o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'"),
-        (refuse, 'hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out"),
-    ):
-        hub.get_dataset_split_names = names
-        refused(source, says)
-
-
-# ---- size ----
-
-LIMITS = {'max_length': 32, 'max_prompt_length': 16}
-PAIRS = [{'prompt': f'the room {i}', 'chosen': f' was clean {i}', 'rejected': ' was dull'} for i in range(400)]
-
-
-@pytest.fixture
-def load(tmp_path, monkeypatch):
-    """load(split, **options) -> (ids of all parts, left_out, the Examples) of 400 pairs; load.read: rows that were read so far."""
-    source, tokenizer, original = write_jsonl(tmp_path / 'pairs.jsonl', PAIRS), toy.tokenizer(), sources.read_rows
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(tokenise, 'CHUNK', 30)
-
-    def read_rows(*args, **options):
-        for row in original(*args, **options):
-            load.read += 1
-            yield row
-
-    def load(split, **options):
-        found = tokenise.load_examples(source, split, tokenizer, 'pairs', **LIMITS | options)
-        ids = [[part.tolist() for part in (p, *a)] for p, a in map(found.__getitem__, range(len(found)))]
-        return ids, found.left_out, found
-
-    load.read = 0
-    monkeypatch.setattr(sources, 'read_rows', read_rows)
-    return load
-
-
-def test_both_parts_are_of_one_reading(load):
-    alone = [load(split, cache=False)[:2] for split in ('train', 'test')]
-    assert load.read == 800
-    for _ in range(2):  # the second time from the cache
-        assert [load(split)[:2] for split in ('train', 'test')] == alone and load.read == 1200
-    found = load('train')[2]
-    assert 0 < len(alone[1][0]) < 40 and not found.ids.flags.owndata
-
-
-@pytest.mark.parametrize('all_first', [False, True])
-def test_a_few_examples_are_the_first_and_need_few_rows(load, all_first):
-    enough = {'train': 50, 'test': 2}
-    wanted = [load(split, cache=all_first)[0][: enough[split]] for split in ('train', 'test')]
-    before = load.read
-    for _ in range(2):
-        assert [load(split, enough=enough)[0] for split in ('train', 'test')] == wanted
-    assert load.read == before if all_first else load.read - before <= 180
-    # what was cached of the first is not taken for all
-    assert len(load('train')[0]) > 300
-
-
-def test_what_a_stopped_reading_left_out_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, 'CHUNK', 30)
-    rows = [{'prompt': f'the room {i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]  # one tie
-    source, enough = write_jsonl(tmp_path / 'pairs.jsonl', rows), {'train': 50, 'test': 2}
-    found = tokenise.load_examples(source, 'train', toy.tokenizer(), 'pairs', cache=False, enough=enough, **LIMITS)
-    assert len(found) == 50 and found.left_out['tie'] == 1
-
-
-def test_repeated_demonstrations_are_counted(tmp_path):
-    rows = [sources.Row(row) for row in PAIRS[:3] + PAIRS[:2]]
-    assert tokenise.tokenise(rows, toy.tokenizer(), 'sft', 32, 16, 'start', counts := Counter()).left_out == counts
-    assert counts == {'same demonstration again': 2}
+    refused('o/n', r"o/n has several splits; there are train_prefs, .*say which: --data='o/n\[train_prefs\]'")
+    refused('hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out")
+    hub.get_dataset_split_names = refuse
+    refused('o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'")

@@ -2,30 +2,21 @@
 
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from helpers import read_jsonl
+from test_model import NONE, PACKED
 
 import data
 import fsdp
 from hf import attention, generate, sharded
 from runtime import ranks
 
-# fmt: off
 VOCAB, EOS = 13, 12
-BASE = {'vocab_size': VOCAB, 'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 4,
-        'max_position_embeddings': 64, 'bos_token_id': None, 'eos_token_id': None}
-GROUPED = BASE | {'num_key_value_heads': 2, 'pad_token_id': None}
-CONFIGS = {
-    'llama': GROUPED,
-    'gpt_neox': BASE,
-    'gpt2': BASE,
-    'mistral': GROUPED | {'sliding_window': 3},
-    'gemma2': GROUPED | {'head_dim': 8, 'sliding_window': 4, 'attn_logit_softcapping': 0.5, 'final_logit_softcapping': 2.0},
-}
-MAMBA = {'vocab_size': VOCAB, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4, 'bos_token_id': None, 'eos_token_id': None}
-# fmt: on
+CONFIGS = {name: PACKED[name] | {'vocab_size': VOCAB} for name in ('llama', 'gpt_neox', 'gpt2', 'mistral', 'gemma2')}
+MAMBA = NONE | {'vocab_size': VOCAB, 'hidden_size': 16, 'num_hidden_layers': 2, 'state_size': 4}
 TOKENIZER = types.SimpleNamespace(eos_token_id=EOS, decode=lambda ids: ' '.join(map(str, ids)))
 UNLIKELY = 1e-7  # so that no seed fails by chance
 PROMPTS = [[3], [5, 1, 7, 2, 9, 9, 4], [8, 8], [1, 2, 3, 4]]
@@ -38,7 +29,7 @@ def build(name='llama', empty=False):
         config = transformers.AutoConfig.for_model(name, **(CONFIGS | {'mamba': MAMBA})[name])
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for p in net.parameters():
-            torch.nn.init.normal_(p, float('norm' in name and p.dim() == 1), 0.3)
+            torch.nn.init.normal_(p, 0.0, 0.3)
     if name != 'mamba':
         net.set_attn_implementation('packed')
     return net
@@ -86,23 +77,20 @@ def watch(net):
 def test_rows_come_and_go(name, monkeypatch):
     """Answers are those of each prompt alone, in at most so many rows, of which few are of answers that have ended."""
     monkeypatch.setattr(generate, 'REFILL_AFTER', 1)
-    net, prompts, n = build(name), PROMPTS * 6, 24
+    net, prompts = build(name), PROMPTS * 6
     alone = [sample(net, [p], [s])[0] for s, p in enumerate(prompts)]
     shapes = watch(net)
-    assert sample(net, prompts, range(n), rows=5) == alone
+    assert sample(net, prompts, range(24), rows=5) == alone
     assert max(rows for rows, _ in shapes) == 5
     # every token is drawn from a row, and the cache spares all others; mamba's rows wait for one another
     drawn = sum(min(12, len(answer) + 1) for answer in alone)
     steps = sum(rows for rows, columns in shapes if columns == 1)
     assert name == 'mamba' or drawn <= steps < 1.1 * drawn
-
-
-def test_rows_stay_until_enough_tokens_were_sampled(monkeypatch):
-    monkeypatch.setattr(generate, 'REFILL_AFTER', 13)  # more than an answer has
-    net = build()
-    shapes = watch(net)
-    sample(net, PROMPTS * 6, range(24))
-    assert {rows for rows, columns in shapes if columns == 1} == {24}
+    # they stay until enough tokens were sampled, here more than an answer has
+    monkeypatch.setattr(generate, 'REFILL_AFTER', 13)
+    shapes.clear()
+    assert sample(net, prompts, range(24)) == alone
+    assert name == 'mamba' or {rows for rows, columns in shapes if columns == 1} == {24}
 
 
 def test_one_prompt_of_many_answers_is_read_once():
@@ -125,14 +113,12 @@ def test_caches_that_cannot_be_put_together(name):
 # ---- the distribution ----
 
 
-def nucleus(p, temperature, top_p):
+def nucleus(p, temperature=1.0, top_p=1.0):
     """Temperature first, then the fewest tokens that hold top_p of the mass."""
     p = (p.log() / temperature).softmax(-1)
     order = p.argsort(descending=True)
-    kept = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-    out = torch.zeros_like(p)
-    out[kept] = p[kept]
-    return out / out.sum()
+    p[order[int((p[order].cumsum(0) < top_p).sum()) + 1 :]] = 0
+    return p / p.sum()
 
 
 def chance(counts, p):
@@ -140,17 +126,13 @@ def chance(counts, p):
     assert not counts[p == 0].any()
     rare = counts.sum() * p < 5
     counts, p = (torch.cat((x[~rare], x[rare].sum()[None])).double() for x in (counts, p))
-    counts, p = counts[p > 0], p[p > 0]
-    if len(p) == 1:
-        return 1.0
-    freedom = torch.tensor(len(p) - 1.0).double()
-    statistic = ((counts - counts.sum() * p) ** 2 / (counts.sum() * p)).sum()
-    return torch.special.gammaincc(freedom / 2, statistic / 2)
+    counts, expected = counts[p > 0], (counts.sum() * p)[p > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(expected) - 1.0).double()
+    return torch.special.gammaincc(freedom / 2, statistic / 2) if freedom else 1.0
 
 
-@pytest.mark.parametrize(
-    'options', [{}, {'temperature': 0.5}, {'temperature': 2.0}, {'temperature': 1.5, 'top_p': 0.6}]
-)
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.5}, {'temperature': 2.0}, {'temperature': 1.5, 'top_p': 0.6}])  # fmt: skip
 @pytest.mark.parametrize('name', ['llama', 'gemma2'])
 def test_samples_follow_the_model(name, options):
     n, net, prompt = 4000, build(name), PROMPTS[3]
@@ -161,12 +143,10 @@ def test_samples_follow_the_model(name, options):
     for answer in answers:
         token, then, *_ = [*answer, EOS, EOS]
         counts[token, then] += 1
-    settings = {'temperature': 1.0, 'top_p': 1.0} | options
-    first, p = counts.sum(1), nucleus(next_probs(net, prompt), **settings)
-    assert p.max() < 0.9
-    assert chance(first, p) > UNLIKELY
+    first, p = counts.sum(1), nucleus(next_probs(net, prompt), **options)
+    assert p.max() < 0.9 and chance(first, p) > UNLIKELY
     token = int(first[:EOS].argmax())
-    assert chance(counts[token], nucleus(next_probs(net, [*prompt, token]), **settings)) > UNLIKELY
+    assert chance(counts[token], nucleus(next_probs(net, [*prompt, token]), **options)) > UNLIKELY
 
 
 @pytest.mark.parametrize('vocabulary', [2, 3, 5, 26, 300])
@@ -211,9 +191,7 @@ def test_leaves_the_model_as_it_was(before):
 
 
 def test_sharded(tmp_path, monkeypatch):
-    device = ranks.setup()[2]
-    plain = build()
-    net = fsdp.shard(build, device, cpu_offload=True)
+    plain, net = build(), fsdp.shard(build, ranks.setup()[2], cpu_offload=True)
     modules = [m for m in net.modules() if hasattr(m, 'unshard')]
 
     def state():
@@ -237,21 +215,26 @@ def test_sharded(tmp_path, monkeypatch):
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
 
-    rows = [(name, i, answer) for name in ('policy', 'reference') for i, answer in enumerate(expected)]
+    # of two models, in a file that is not there at first
+    monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
+    run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
     for seen in (0, 64):
-        generate.write(tmp_path / 'samples.jsonl', TOKENIZER, PROMPTS, rows, seen)
-    lines = read_jsonl(tmp_path / 'samples.jsonl')
+        models, examples = {'reference': net, 'policy': net}, [(prompt, []) for prompt in PROMPTS]
+        assert generate.sample_held_out(run, models, examples, seen, max_new_tokens=12) == {}
+        run.config.out_dir.mkdir(exist_ok=True)
+    lines = read_jsonl(tmp_path / 'run/samples.jsonl')
     assert [line['examples'] for line in lines] == [0] * 8 + [64] * 8
-    told = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1]))}
-    assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **told}
+    tokens = len(sample(plain, PROMPTS, seeds, keep_end=True)[1])
+    written = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1])), 'tokens': tokens}
+    assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
 
 
 def test_a_trained_step_after_sampling():
     """Sampling between two steps changes neither their gradients nor what the optimizer sees."""
-    batch = data.pack([(torch.tensor(PROMPTS[1]).numpy(), [torch.tensor(PROMPTS[3]).numpy()])], [0])
-    norms, device = [], ranks.setup()[2]
+    batch = data.pack([(np.array(PROMPTS[1]), [np.array(PROMPTS[3])])], [0])
+    norms = []
     for sampling in (False, True):
-        net = fsdp.shard(build, device, cpu_offload=True)
+        net = fsdp.shard(build, ranks.setup()[2], cpu_offload=True)
         optimizer = fsdp.make_optimizer('AdamW', net, 0.01, 0.0)
         for _ in range(2):
             net.response_logps(batch).sum().backward()

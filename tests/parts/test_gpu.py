@@ -59,48 +59,40 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_memory_that_grows_in_place():
     """Set before torch is imported, unless the user has set one of the two names."""
-    code = 'import os, sys; from runtime import guard\n'
-    code += "for name in (None, 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'):\n"
-    code += "    for n in ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'): os.environ.pop(n, 0)\n"
-    code += "    os.environ |= {name: 'mine'} if name else {}; guard._pipe = None\n    guard.watch('__main__'); assert 'torch' not in sys.modules\n"
-    code += "    print(*map(os.environ.get, ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF')))"
-    done = python('-c', code)
+    done = python(
+        '-c',
+        """import os, sys; from runtime import guard
+names = 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'
+for name in (None, *names):
+    for n in names: os.environ.pop(n, 0)
+    os.environ |= {name: 'mine'} if name else {}; guard._pipe = None
+    guard.watch('__main__'); assert 'torch' not in sys.modules
+    print(*map(os.environ.get, names))""",
+    )
     assert done.stdout.splitlines() == ['expandable_segments:True None', 'mine None', 'None mine'], done.stderr
 
 
-class Options(Config):
-    def report_unused(self, names, why):
-        self.said = [*self.said, *names]
-
-
-@pytest.fixture
-def arithmetic(monkeypatch):
-    """choose_arithmetic of some options on a device: (what torch was told, what was said, what has no effect)."""
-    told, said = {}, []
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda x: told.update(precision=x))
-    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda x: told.update(deterministic=x))
+@pytest.mark.parametrize('device, options, told, unused', [
+    ('cpu', {}, {}, []),
+    ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
+    ('cuda', {'tf32': True, 'dtype': 'bfloat16'}, {}, ['tf32']),
+    ('cuda', {'tf32': True, 'deterministic': True}, {'precision': 'high', 'deterministic': True}, []),
+])  # fmt: skip
+def test_arithmetic(device, options, told, unused, monkeypatch):
+    """A CPU needs neither option, bfloat16 no tf32."""
+    found, said, ignored, environment = {}, [], [], {}
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda x: found.update(precision=x))
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda x: found.update(deterministic=x))
     monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True, raising=False)
     monkeypatch.setattr(parallel, 'say', said.append)
-    monkeypatch.setattr(os, 'environ', {})
-
-    def choose(device, **options):
-        config = Options({'tf32': False, 'deterministic': False, 'dtype': 'float32', 'device_map': None} | options)
-        config.said = []
-        parallel.choose_arithmetic(config, torch.device(device))
-        return told, said, config.said
-
-    return choose
-
-
-def test_arithmetic(arithmetic):
-    """A CPU needs neither option, bfloat16 no tf32."""
-    assert arithmetic('cpu', tf32=True, deterministic=True) == ({}, [], ['tf32', 'deterministic'])
-    assert arithmetic('cpu') == ({}, [], [])
-    assert arithmetic('cuda', tf32=True, dtype='bfloat16') == ({}, [], ['tf32'])
-    told, said, ignored = arithmetic('cuda', tf32=True, deterministic=True)
-    assert told == {'precision': 'high', 'deterministic': True} and not ignored
-    assert 'bfloat16 is several times faster' in said[0] and os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(os, 'environ', environment)
+    monkeypatch.setattr(Config, 'report_unused', lambda self, names, why: ignored.extend(names))
+    defaults = {'tf32': False, 'deterministic': False, 'dtype': 'float32', 'device_map': None}
+    parallel.choose_arithmetic(Config(defaults | options), torch.device(device))
+    assert (found, ignored) == (told, unused)
+    if told:
+        assert 'bfloat16 is several times faster' in said[0] and environment['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    assert bool(said) == bool(told) and torch.utils.deterministic.fill_uninitialized_memory == (not told)
 
 
 def test_what_cannot_be_deterministic_is_a_sentence():

@@ -1,5 +1,6 @@
 """label.py: what is judged, in which order, what it makes of replies, and that no verdict is lost or paid for twice."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import ROOT, read_jsonl, run_script, tiny_reward, write_jsonl
+from helpers import ROOT, read_jsonl, run_script, system, tiny_reward, user, write_jsonl
 from stub import completion, serve, wait_until
 
 from configurator import UserError
@@ -32,25 +33,27 @@ from runtime.files import lock
 from text import messages, sources, tokenise, toy
 
 TEMPLATE = (ROOT / 'config/judge_pair.txt').read_text()
-KEY = 'sk-made-up-0123456789'
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
-    monkeypatch.setenv('NANOPREF_API_KEY', KEY)
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setattr(endpoint.random, 'uniform', lambda low, high: 0.01)  # hardly any waiting before another attempt
     monkeypatch.chdir(tmp_path)
 
 
 def read(out):
-    """The report and the annotations of a run."""
     return [json.loads(Path(out, name).read_text()) for name in ('report.json', 'annotations.json')]
 
 
 def label(*flags):
     """Run the script here. Returns the report and the annotations."""
     return read(run_script('label.py', '--answers=samples.jsonl', '--out_dir=out', *flags)['out_dir'])
+
+
+def refused(words, *flags):
+    with pytest.raises(UserError, match=words):
+        label(*flags)
 
 
 def flags(server, *more):
@@ -74,22 +77,12 @@ def write_samples(questions, n=2, answer='answer {k} to {i}', path='samples.json
 def shown(body):
     """(question number, answer shown as A, as B) of a request made with our prompt."""
     text = body['messages'][0]['content']
-    whats = ('request', 'answer A', 'answer B')
-    parts = [re.search(rf'<<< {what} >>>\n(.*?)\n<<< end', text, re.S)[1] for what in whats]
-    return int(parts[0].split()[-1]), *parts[1:]
-
-
-def leftovers():
-    """All that a run has written."""
-    return ''.join(path.read_text() for path in Path().rglob('*') if path.is_file())
-
-
-# ---- which pairs ----
+    question, *answers = re.findall(r'<<< (?:request|answer .) >>>\n(.*?)\n<<< end', text, re.S)
+    return int(question.split()[-1]), *answers
 
 
 def test_pairs_of_one_file():
-    """Three answers to each prompt, in any order in the file: three pairs, the lower sample number first. A prompt that is asked
-    twice is two questions."""
+    """Three answers to each prompt, in any order: three pairs, the lower sample number first. One asked twice is two questions."""
     file = Path(write_samples(range(2), n=3))
     file.write_text(''.join(reversed(file.read_text().splitlines(True))))
     found, left_out = make_pairs(str(file))
@@ -106,16 +99,15 @@ def test_pairs_of_two_files_by_prompt():
     theirs = [{'instruction': f'question {i}', 'output': f'their {i}', 'generator': 'theirs'} for i in (2, 9, 0)]
     Path('theirs.json').write_text(json.dumps(theirs))
     found, left_out = make_pairs(ours, 'theirs.json')
-    assert [p['outputs'] for p in found] == [[' answer 0 to 0', 'their 0'], [' answer 0 to 2', 'their 2']]
+    assert [p['outputs'] for p in found] == [[f' answer 0 to {i}', f'their {i}'] for i in (0, 2)]
     assert found[0]['generators'] == ['ours', 'theirs']
     assert +left_out == {'answers without a counterpart': 4, 'answers of --against without a counterpart': 1}
 
 
 def test_dialogues_of_two_files():
-    """samples.jsonl against the model_outputs.json that sample.py writes of the same prompts, or the other way round: a chat of
-    one question stays one."""
+    """samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one."""
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
-    prompts = [talk, messages.ask('one turn'), [{'role': 'user', 'content': 'a chat'}]]
+    prompts = [talk, messages.ask('one turn'), [user('a chat')]]
     rows = {(i, 0): {'prompt': p, 'response': f' r{i}', 'sample': 0, 'generator': 'm'} for i, p in enumerate(prompts)}
     write_model_outputs('.', rows)
     files = [write_jsonl('s.jsonl', rows.values()), 'model_outputs.json']
@@ -127,7 +119,6 @@ def test_dialogues_of_two_files():
 
 ENDPOINT = ['--endpoint=http://127.0.0.1:9', '--judge_model=m']
 NO_PAIR = '{"prompt": "a", "response": "b"}\n'
-# fmt: off
 MISTAKES = [
     (NO_PAIR + '{"prompt": 1, "response": "b"}\n', ['--gold=toy'], "line 2: 'prompt' is missing or of the wrong type"),
     (NO_PAIR + '{"prom', ['--gold=toy'], 'line 2: not valid JSON'),
@@ -149,8 +140,7 @@ MISTAKES = [
     (None, [*ENDPOINT, '--judge_prompt=no.txt'], 'cannot read --judge_prompt=no'),
     (None, [*ENDPOINT, '--judge_prompt=samples.jsonl'], 'must have {instruction}'),
     (None, ['--reward_model=nowhere'], "no model folder 'nowhere'"),
-]
-# fmt: on
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('content, options, error', MISTAKES)
@@ -158,12 +148,8 @@ def test_mistakes(content, options, error):
     write_samples(range(3))
     if content is not None:
         Path('samples.jsonl').write_text(content)
-    with pytest.raises(UserError, match=re.escape(error)):
-        label(*options)
+    refused(re.escape(error), *options)
     assert not Path('out').exists() or os.listdir('out') == ['.lock']
-
-
-# ---- an endpoint ----
 
 
 def test_both_orders_ties_and_unclear_replies(capsys):
@@ -190,25 +176,34 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     file.write_text(file.read_text().replace('answer 1 to 7', 'answer 0 to 7 '))
     with serve(behave) as server:
         report, rows = label(*flags(server))
-        assert len(server.seen) == 14 and {body['model'] for _, _, body in server.seen} == {'m'}
-        assert all(body['temperature'] == 0 and body['stream'] is False for _, _, body in server.seen)
+    asked = [(body['model'], body['temperature'], body['stream']) for _, _, body in server.seen]
+    assert asked == [('m', 0, False)] * 14
     assert [row['preference'] for row in rows] == [1, 2, 1.5, 1.5, 1.75, None, None, 1.5]
     outputs = {'output_1': ' answer 0 to 4', 'output_2': ' answer 1 to 4', 'generator_1': 'ours', 'generator_2': 'ours'}
     assert rows[4] == {'instruction': 'question 4', **outputs, 'annotator': 'm', 'preference': 1.75}
     expected = {'pairs': 8, 'with_a_verdict': 6, 'won': 1, 'lost': 2, 'ties': 3, 'ties_equal_answers': 1, 'failed': 0}
-    assert report | expected == report
-    assert report['ties_contradicting_orders'] == 1 and report['unclear_replies'] == 3 and report['agreement'] == 0.6
+    expected |= {'ties_contradicting_orders': 1, 'unclear_replies': 3, 'length_controlled_interval': None}
+    assert report | expected == report and report['agreement'] == 0.6
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
-    assert 'left out: 16 tools, which no judge is shown' in screen
-    assert 'note: an unclear reply (cut short, or its last line is no verdict) ends:' in screen
-    assert '45.8% (95% interval 16.' in screen and '65.0%' in screen
+    for said in ('left out: 16 tools, which no judge is shown', 'at equal length    not told: 6 prompts', '65.0%',
+                 'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
+        assert said in screen
     assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
-    assert 'at equal length    not told: 6 prompts' in screen and report['length_controlled_interval'] is None
-    by_key = {(row['pair'], row['order']): row for row in verdicts()}
-    assert len(verdicts()) == 14 and by_key.keys() == {(i, o) for i in range(7) for o in (1, 2)}
-    said = {'pair': 5, 'order': 2, 'preference': None, 'text': words['?'], 'raw': reply_to(5, 2)}
-    assert by_key[5, 2] == said
+    assert sorted((row['pair'], row['order']) for row in verdicts()) == [(i, o) for i in range(7) for o in (1, 2)]
+    assert {'pair': 5, 'order': 2, 'preference': None, 'text': words['?'], 'raw': reply_to(5, 2)} in verdicts()
+
+
+def test_one_pair_of_a_chat(capsys):
+    write_samples([0], prompt=[system('Be kind.'), user('Why?')])
+    with serve(lambda n, body: 'Verdict: A' if n < 2 else (503, 'ill')) as server:
+        label(*flags(server))
+        data = 'data: 1 pair of answers to 1 prompt, 0 of them equal, 2 verdicts to take; left out: 1 system message, which the '
+        assert data + 'judge is not shown\n' in capsys.readouterr().out
+        Path('out/verdicts.jsonl').write_text(Path('out/verdicts.jsonl').read_text().splitlines(True)[0])
+        refused('^1 verdict missing .1 time: ', *flags(server), '--retries=0')
+        said = capsys.readouterr().out
+        assert 'out has 1 verdict already' in said and 'without a verdict  1 pair;' in said
 
 
 def contents(*more):
@@ -291,7 +286,7 @@ def test_annotations_are_read_by_dpo(capsys):
     parsed, left_out = sources.load_rows('out/annotations.json', 'train', undivided=True)
     assert len(parsed) == 20 and left_out == {'tie': 10, 'no verdict': 10}
     both = {'chosen': ' the answer 0 is number 2', 'rejected': ' the answer 1 is number 2'}
-    assert parsed[0] == {'prompt': '\n\nHuman: question 2\n\nAssistant:', **both}
+    assert parsed[0] == {'prompt': messages.ask('question 2'), **both}
     capsys.readouterr()
     options = '--batch_size=10 --n_examples=10 --do_first_eval=false --n_eval_examples=4 --out_dir=dpo'
     run_script('dpo.py', '--data=out/annotations.json', '--eval_data=out/annotations.json', *options.split())
@@ -301,7 +296,7 @@ def test_annotations_are_read_by_dpo(capsys):
 def test_faults_and_failures():
     """A server that mixes all its faults in; two pairs that it never answers are counted, and asked again by the next run."""
     faults = [(429, '', {'Retry-After': '0.05'}), (500, 'oops'), (200, '<html>')]
-    faults += [{'do': 'half'}, {'do': 'drop'}, {'do': 'hang'}]
+    faults += [{'do': do} for do in ('half', 'drop', 'hang')]
     ill, turn = {3, 4}, Counter()
 
     def behave(n, body):
@@ -314,9 +309,7 @@ def test_faults_and_failures():
     write_samples(range(12))
     with serve(behave) as server:
         run = flags(server, '--timeout=0.4', '--retries=1')
-        missing = '4 verdicts are missing .4 times: .*503 .ill., after 2 attempts.*the same command'
-        with pytest.raises(UserError, match=missing):
-            label(*run)
+        refused('4 verdicts missing .4 times: .*503 .ill., after 2 attempts.*the same command', *run)
         report, rows = read('out')
         assert report['failed'] == 4 and len(verdicts()) == 20 and len(server.seen) == 48
         assert [row['instruction'] for row in rows if row['preference'] is None] == ['question 3', 'question 4']
@@ -364,7 +357,7 @@ def test_killed_and_continued():
     assert verdicts_so_far()[: len(survived)] == survived
     assert Counter((row['pair'], row['order']) for row in verdicts()) == {(i, o): 1 for i in range(60) for o in (1, 2)}
     assert len(asked) == 120 and max(asked.values()) <= 3 and asked.total() <= 120 + 2 * 4
-    assert KEY not in out + err + leftovers() and len(read('out')[1]) == 60
+    assert len(read('out')[1]) == 60
 
 
 def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_anyone(monkeypatch):
@@ -372,20 +365,16 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
     mine = ['--out_dir=out3', '--judge_prompt=mine.txt']
     Path('mine.txt').write_text(TEMPLATE)
     with serve(lambda n, body: (404, 'no such model') if body['model'] == 'misspelt' else 'Verdict: A') as server:
-        with pytest.raises(UserError, match='no such model'):
-            label(*flags(server, '--judge_model=misspelt'))
+        refused('no such model', *flags(server, '--judge_model=misspelt'))
         label(*flags(server))
         label(*flags(server, *mine))
         # another prompt, judge or request, under the same name or another
         Path('mine.txt').write_text(TEMPLATE + 'Be strict.')
-        with pytest.raises(UserError, match='out3 holds a different run .content of judge_prompt'):
-            label(*flags(server, *mine))
+        refused('out3 holds a different run .content of judge_prompt', *flags(server, *mine))
         for change in ('--judge_model=m2', '--judge_prompt=mine.txt', '--request={}'):
-            with pytest.raises(UserError, match='out holds a different run .*choose another --out_dir'):
-                label(*flags(server, change))
+            refused('out holds a different run .*choose another --out_dir', *flags(server, change))
         write_samples(range(3), answer='a longer answer {k} to {i}')
-        with pytest.raises(UserError, match='different run .content of answers'):
-            label(*flags(server))
+        refused('different run .content of answers', *flags(server))
         # the same judge at another address
         write_samples(range(3))
         with serve(lambda n, body: 'Verdict: B') as elsewhere:
@@ -394,32 +383,25 @@ def test_another_input_or_judge_is_refused_and_a_mistake_is_not_held_against_any
         # another process in the same folder
         lock('elsewhere')
         before = len(server.seen)
-        with open('out/.lock', 'a') as held:
+        with open('out/.lock', 'a') as held, monkeypatch.context() as patch:
             fcntl.flock(held, fcntl.LOCK_EX)
-            monkeypatch.setattr('runtime.files.time', SimpleNamespace(sleep=lambda seconds: None))
-            with pytest.raises(UserError, match='another run is using out'):
-                label(*flags(server))
+            patch.setattr('runtime.files.time', SimpleNamespace(sleep=lambda seconds: None))
+            refused('another run is using out', *flags(server))
         # a line that something else has damaged
         file = Path('out/verdicts.jsonl')
         file.write_text(file.read_text().replace('"pair"', '"pai', 1))
-        with pytest.raises(UserError, match='verdicts.jsonl, line 1, is damaged: delete that line'):
-            label(*flags(server))
+        refused('verdicts.jsonl, line 1, is damaged: delete that line', *flags(server))
         file.write_text(''.join(file.read_text().splitlines(True)[1:]))
         label(*flags(server))
         assert len(server.seen) == before + 1
 
 
-# ---- rewards ----
-
-
 def toy_samples():
     """30 pairs of demonstrations of the toy world."""
-    rng = random.Random(0)
-    prompts, rows = ('Review of the hotel:', 'Review of the cafe:'), []
+    rng, rows = random.Random(0), []
     for i in range(60):
-        prompt = prompts[i // 2 % 2]
-        row = {'prompt': prompt, 'response': toy.demonstration(prompt, rng), 'generator': 'toy', 'sample': i % 2}
-        rows.append(row)
+        prompt = f'Review of the {("hotel", "cafe")[i // 2 % 2]}:'
+        rows.append({'prompt': prompt, 'response': toy.demonstration(prompt, rng), 'generator': 'toy', 'sample': i % 2})
     write_jsonl('samples.jsonl', rows)
     return rows
 
@@ -436,8 +418,7 @@ def test_gold(capsys):
     assert examples[0]['chosen'].startswith(' the ')  # as it was
     # an out_dir of another run is told before all else
     capsys.readouterr()
-    with pytest.raises(UserError, match='different run'):
-        label('--gold=toy', '--against=samples.jsonl')
+    refused('different run', '--gold=toy', '--against=samples.jsonl')
     assert not capsys.readouterr().out
     # the place of out_dir is no other run
     Path('out').rename('moved')
@@ -455,26 +436,26 @@ def test_reward_model(reward_folder):
     rows = toy_samples()
     rows[1]['response'] = ''  # an answer that ends at once
     write_jsonl('samples.jsonl', rows)
-    flags = [f'--reward_model={reward_folder}', '--max_tokens=200']
+    flags = f'--reward_model={reward_folder}', '--max_tokens=200'
     report, annotations = label(*flags)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_folder)
     tokenizer = load_tokenizer(reward_folder)
+
+    def by_hand(row, k):
+        ids = [i for text in (row['prompt'], row[f'output_{k}']) for i in tokenizer(text)['input_ids']]
+        hidden = model.model(torch.tensor([[*ids, tokenizer.eos_token_id]])).last_hidden_state
+        return model.score(hidden[0, -1]).item()
+
     by_pair = {row['pair']: row for row in verdicts()}
     for i, row in enumerate(annotations):
-        values = []
-        for k in (1, 2):
-            ids = tokenizer(row['prompt'])['input_ids'] + tokenizer(row[f'output_{k}'])['input_ids']
-            with torch.no_grad():
-                hidden = model.model(torch.tensor([[*ids, tokenizer.eos_token_id]])).last_hidden_state
-                values.append(model.score(hidden[0, -1]).item())
-        assert by_pair[i]['rewards'] == pytest.approx(values, abs=1e-5)
-        assert row['preference'] == (1 if values[0] > values[1] else 2)
+        first, second = by_hand(row, 1), by_hand(row, 2)
+        assert by_pair[i]['rewards'] == pytest.approx([first, second], abs=1e-5)
+        assert row['preference'] == (1 if first > second else 2)
     assert label(*flags) == [report, annotations]
     state = Path(reward_folder) / 'config.json'
     text = state.read_text()
     state.write_text(text + '\n')
-    with pytest.raises(UserError, match='content of reward_model'):
-        label(*flags)
+    refused('content of reward_model', *flags)
     state.write_text(text)
 
 
@@ -485,8 +466,14 @@ def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypa
     expected = verdicts()
     shutil.rmtree('out')
     monkeypatch.setattr(probe, 'max_sequence_length', lambda model: 8)
-    label(f'--reward_model={reward_folder}')
-    assert verdicts() == expected and 'answers cut for the judge: nothing' not in capsys.readouterr().out
+    report, _ = label(f'--reward_model={reward_folder}')
+    assert verdicts() == expected and report['cut']['answers cut'] > 9
+    # a run that goes on counts what was cut before, and an answer to two pairs once
+    write_jsonl('out/verdicts.jsonl', expected[:20])
+    assert label(f'--reward_model={reward_folder}')[0] == report
+    write_samples([0], n=3, answer='word ' * 9 + '{k} {i}')
+    assert label(f'--reward_model={reward_folder}', '--out_dir=three')[0]['cut']['answers cut'] == 3
+    assert '; answers cut for the judge: 3 prompts cut, 3 answers cut' in capsys.readouterr().out
 
 
 # ---- a real server ----
@@ -503,20 +490,17 @@ def test_transformers_serve(tmp_path):
     tokenizer.chat_template = tokenise.PLAIN_CHAT
     model.save_pretrained(tmp_path / 'judge')
     tokenizer.save_pretrained(tmp_path / 'judge')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
+    with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     command = f'-m transformers.cli.transformers serve --host 127.0.0.1 --port {port} --device cpu'
-    environment = os.environ | {'HF_HUB_OFFLINE': '1'}
     url, log = f'http://127.0.0.1:{port}', open('serve.log', 'w')
-    process = subprocess.Popen([SERVER, *command.split()], env=environment, stdout=log, stderr=log)
+    offline = os.environ | {'HF_HUB_OFFLINE': '1'}
+    process = subprocess.Popen([SERVER, *command.split()], env=offline, stdout=log, stderr=log)
 
     def up():
         assert process.poll() is None, Path('serve.log').read_text()
-        try:
+        with contextlib.suppress(OSError):
             return urllib.request.urlopen(url + '/health', timeout=2).status == 200
-        except OSError:
-            return False
 
     try:
         wait_until(up, 120)
@@ -524,13 +508,11 @@ def test_transformers_serve(tmp_path):
         run = [f'--endpoint={url}', f'--judge_model={tmp_path}/judge', '--concurrency=2']
         run += ['--request={"temperature": 0, "max_tokens": 16}']
         # what this server says to a name it has not
-        with pytest.raises(UserError, match='HTTP 500 .Internal Server Error'):
-            label(*run, '--judge_model=/nowhere', '--retries=1')
+        refused('HTTP 500 .Internal Server Error', *run, '--judge_model=/nowhere', '--retries=1')
         report, rows = label(*run)
         assert report['unclear_replies'] == len(verdicts()) == 12 and len(rows) == 6
         assert verdicts()[0]['raw']['choices'][0]['message']['content'] == verdicts()[0]['text']
-        with pytest.raises(UserError, match='HTTP 422 .*bogus.*the other options'):
-            label(*run, '--out_dir=out2', '--request={"bogus": 1}')
+        refused('HTTP 422 .*bogus.*the other options', *run, '--out_dir=out2', '--request={"bogus": 1}')
     finally:
         process.kill()
         process.wait()
@@ -540,5 +522,4 @@ def test_transformers_serve(tmp_path):
 def test_one_process_judges(monkeypatch):
     """Two of torchrun's would wait for one another's lock, or judge twice."""
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(UserError, match='label.py runs in one process'):
-        label('--gold=toy')
+    refused('label.py runs in one process', '--gold=toy')

@@ -1,6 +1,5 @@
 """wandb and tensorboard, read back with what they offer for it; what is missing is said before anything is loaded."""
 
-import importlib.machinery
 import io
 import itertools
 import json
@@ -10,8 +9,10 @@ import struct
 import sys
 import time
 from collections import Counter
-from functools import partial
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from helpers import cut_short, end_process_group, metrics, read_jsonl, refused, run_script, write_jsonl
@@ -20,7 +21,6 @@ import configurator
 import training
 from hf import load
 from runtime import guard, log, ranks
-from runtime.metrics import note_on_accuracy
 from tests import forks
 from text.examples import in_words
 
@@ -30,9 +30,9 @@ KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that 
 @pytest.mark.parametrize('shape', ['constant', 'linear', 'cosine'])
 @pytest.mark.parametrize(('steps', 'warmup'), [(100, 150), (100, 50), (1000, 150), (10, 0), (1, 0)])
 def test_schedule(shape, steps, warmup):
-    """Rises all through warm-up, at its line unless the decay is lower; then never rises."""
     rates = [log.schedule(step, steps, warmup, shape) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
+    # rises all through warm-up; then never
     assert rates[:warmup] == [(step + 1) / (warmup + 1) for step in range(min(steps, warmup))]
     after = rates[warmup:]
     assert after == sorted(after, reverse=True) and (not after or after[0] == pytest.approx(1, abs=1.01 / (warmup + 1)))
@@ -43,15 +43,11 @@ def test_schedule(shape, steps, warmup):
 
 def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
     """As where somebody else's folder is closed; root may look into all."""
-
-    def closed(path):
-        raise PermissionError(13, 'Permission denied', str(path))
-
     ranks.setup()
-    monkeypatch.setattr(log.Path, 'exists', closed)
-    for check in (partial(log.check_out_dir, 'theirs/out', {}, True), partial(guard.begin, 'theirs/out', {}, True)):
+    monkeypatch.setattr(log.Path, 'exists', MagicMock(side_effect=PermissionError(13, 'Permission denied')))
+    for check in (log.check_out_dir, guard.begin):
         with pytest.raises(configurator.UserError, match='cannot write to out_dir theirs/out: Permission denied'):
-            check()
+            check('theirs/out', {}, True)
 
 
 def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
@@ -75,6 +71,9 @@ def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
 # ---- trackers ----
 
 
+TRACKERS = {'wandb': '--wandb=toy', 'tensorboard': '--tensorboard'}
+
+
 def dpo(folder, *flags, status=0):
     """dpo.py in a process of its own, so that it ends as it ends for the user."""
     given = ['--n_examples=64', '--batch_size=16', '--save_every=16', '--keep_last=9', '--lr=1e-3', '--eval_every=32',
@@ -84,18 +83,11 @@ def dpo(folder, *flags, status=0):
     assert done.returncode == status, done.stderr[-2000:]
 
 
-def installed(name):
-    try:
-        return bool(__import__(name))
-    except ImportError:
-        return False
-
-
 @pytest.fixture(scope='module')
 def resumed(tmp_path_factory):
     """out_dir of a run that was cut short after 32 of 64 examples, when its later rows had been logged already."""
     folder = tmp_path_factory.mktemp('log')
-    flags = [f'--{name}' for name in ('tensorboard', 'wandb=toy') if installed(name.partition('=')[0])]
+    flags = [flag for name, flag in TRACKERS.items() if find_spec(name)]
     dpo(folder / 'first', *flags)
     cut_short(folder / 'first', folder / 'run', 32)
     dpo(folder / 'run', *flags)
@@ -164,63 +156,39 @@ def test_no_secrets(resumed):
     assert json.loads((resumed / 'config.json').read_text()).keys() == names
 
 
-@pytest.mark.parametrize(('flag', 'name'), [('--wandb=toy', 'wandb'), ('--tensorboard', 'tensorboard')])
-def test_a_missing_package_is_said_before_loading(flag, name, monkeypatch, tmp_path):
+@pytest.mark.parametrize('name', TRACKERS)
+def test_a_missing_package_is_said_before_loading(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(training, 'load_tokenizer', lambda *a: pytest.fail('loaded something first'))
-    message = refused('dpo.py', flag, f'--out_dir={tmp_path}/a/b')
+    message = refused('dpo.py', TRACKERS[name], f'--out_dir={tmp_path}/a/b')
     assert message == f'--{name} needs a package that is not installed: pip install {name}'
     assert not (tmp_path / 'a').exists()
 
 
-class Broken:
-    """A stand-in for wandb, or for tensorboard's writer, that fails in the calls it is told to, with what it is told to raise."""
-
-    __spec__ = importlib.machinery.ModuleSpec('wandb', None)  # transformers looks for it
-
-    def __init__(self, where, error=None):
-        self.where, self.error, self.calls = where.split(), error or RuntimeError('no more\nroom'), []
-
-    def _call(self, name):
-        self.calls.append(name)
-        if name in self.where:
-            raise self.error
-        return self
-
-    def init(self, *args, **options):
-        return self._call('init')
-
-    def log(self, *args, **options):
-        return self._call('log')
-
-    def finish(self):
-        return self._call('finish')
-
-    add_scalar, close = log, finish
-
-
-def with_broken(monkeypatch, name, tool):
-    """The option that logs to the stand-in in the place of what is called name."""
-    if name == 'wandb':
-        monkeypatch.setitem(sys.modules, 'wandb', tool)
-        return '--wandb=toy'
+def broken(where, error, monkeypatch):
+    """A stand-in for wandb, and for tensorboard's writer, that raises an error in these calls."""
+    tool = MagicMock()
+    tool.__spec__ = ModuleSpec('wandb', None)  # transformers looks for it
+    tool.init.return_value, tool.add_scalar, tool.close = tool, tool.log, tool.finish
+    for call in where.split():
+        getattr(tool, call).side_effect = error
+    monkeypatch.setitem(sys.modules, 'wandb', tool)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=tool.init))
-    return '--tensorboard'
+    return tool
 
 
-SHORT = ['--n_examples=8', '--batch_size=4', '--n_eval_examples=4', '--eval_every=4']
-PPO = ['--minibatch_size=4', '--ppo_epochs=1', '--max_new_tokens=4', '--reward_model=gold']
-SCRIPTS = {'dpo.py': SHORT, 'sft.py': SHORT, 'reward.py': SHORT, 'ppo.py': [*SHORT, *PPO]}
-ERRORS = [RuntimeError('no more\nroom'), OSError(28, 'No space left'), ValueError(), SystemExit(1), RuntimeError(KEY)]
+BROKEN = RuntimeError('no more\nroom')
 
 
-@pytest.mark.parametrize('error', ERRORS)
+@pytest.mark.parametrize('error, reason', [
+    (BROKEN, 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
+    (SystemExit(1), '1'), (RuntimeError(KEY), '...'),
+])  # fmt: skip
 @pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
-@pytest.mark.parametrize('name', ['wandb', 'tensorboard'])
-def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize('name', TRACKERS)
+def test_a_tracker_that_fails_costs_one_note(name, where, error, reason, monkeypatch, tmp_path, capsys):
     """And shows no key."""
-    tool = Broken(where, error)
-    with_broken(monkeypatch, name, tool)
+    tool = broken(where, error, monkeypatch)
     monkeypatch.setenv('WANDB_API_KEY', KEY)
     (tmp_path / 'config.json').write_text('{"config": {}}')
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
@@ -230,22 +198,12 @@ def test_a_tracker_that_fails_costs_one_note(name, where, error, monkeypatch, tm
     logger.close()
     logger.close()
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
-    reason = (str(error).splitlines() or [type(error).__name__])[0].replace(KEY, '...')
-    where_all_are = f'rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
-    assert notes == [f'note: {name} failed ({reason}): {where_all_are}']
+    place = f'rows may be missing there; {tmp_path}/metrics.jsonl has all of them'
+    assert notes == [f'note: {name} failed ({reason}): {place}']
     assert [row['counters/examples'] for row in metrics(tmp_path)] == [4, 8]
     each = {'wandb': 2, 'tensorboard': 6}[name]  # calls for two rows
-    assert tool.calls.count('log') == {'init': 0, 'log': 1, 'finish': each, 'log finish': 1}[where]
-    assert tool.calls.count('finish') == (where != 'init')  # what came before the failure is written out
-
-
-@pytest.mark.parametrize(('script', 'name'), [('dpo.py', 'wandb'), ('ppo.py', 'tensorboard')])
-def test_a_run_goes_on_without_its_tracker(script, name, monkeypatch, tmp_path, capsys):
-    flag = with_broken(monkeypatch, name, Broken('log'))
-    run_script(script, *SCRIPTS[script], flag, f'--out_dir={tmp_path}/run')
-    out = capsys.readouterr().out
-    assert out.count(' failed (') == out.count(f'note: {name} failed (no more)') == 1 and 'done: ' in out
-    assert [row['counters/examples'] for row in metrics(tmp_path / 'run', 'train')] == [4, 8]
+    assert tool.log.call_count == {'init': 0, 'log': 1, 'finish': each, 'log finish': 1}[where]
+    assert tool.finish.call_count == (where != 'init')  # what came before the failure is written out
 
 
 # ---- clocks that stand still ----
@@ -266,22 +224,24 @@ def test_per_second():
     assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
 
 
-OTHERS = {
+TRAINING = '--n_examples=8 --batch_size=4 --n_eval_examples=4 --eval_every=4 --out_dir={0}/run'
+FLAGS = {
+    'sft.py': TRAINING, 'dpo.py': TRAINING, 'reward.py': TRAINING,
+    'ppo.py': f'{TRAINING} --minibatch_size=4 --ppo_epochs=1 --max_new_tokens=4 --reward_model=gold',
     'sample.py': '--n_examples=4 --max_new_tokens=4 --out_dir={0}/run',
     'tools/bench.py': '--model=toy --data=synthetic --vocabulary=500 --prompt_tokens=5 --answer_tokens=5 --n_steps=1 --batch_size=2 '
-                      '--out={0}/bench.json',
+                      '--out={0}/bench.json --variants=padded,cached',
     'label.py': '--gold=toy --answers={0}/samples.jsonl --out_dir={0}/run',
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('script, step', [*((name, 0) for name in (*SCRIPTS, *OTHERS)), ('dpo.py', -5)])
+@pytest.mark.parametrize('script, step', [*((name, 0) for name in FLAGS), ('dpo.py', -5)])
 def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys, small_toy):
     """Rates are then unknown: no row holds one, no run ends for it."""
-    answers = [{'prompt': 'Review of the hotel:', 'sample': i, 'generator': 'x', 'response': f' the bed was {word} .'}
-               for i, word in enumerate(('nice', 'dull'))]  # fmt: skip
+    answer = {'prompt': 'Review of the hotel:', 'generator': 'x'}
+    answers = [answer | {'sample': i, 'response': f' the bed was {word} .'} for i, word in enumerate(('nice', 'dull'))]
     write_jsonl(tmp_path / 'samples.jsonl', answers)
-    flags = OTHERS.get(script, '--out_dir={0}/run').format(tmp_path).split() + SCRIPTS.get(script, [])
-    flags += ['--variants=padded cached'] if script == 'tools/bench.py' else []
+    flags = [flag.replace(',', ' ') for flag in FLAGS[script].format(tmp_path).split()]
     end_process_group()
     with monkeypatch.context() as patch:
         for name in ('time', 'perf_counter', 'process_time'):
@@ -291,7 +251,7 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
     end_process_group()
     printed = capsys.readouterr().out
     assert 'inf' not in printed.lower().replace('information', '')
-    if script in SCRIPTS:
+    if TRAINING in FLAGS[script]:
         assert 'done: ' in printed and 'nan ex/s  0:00 left' in printed
         for row in read_jsonl(tmp_path / 'run/metrics.jsonl'):
             assert not any('per_second' in name or name == 'sampling_share' for name in row)
@@ -314,37 +274,25 @@ def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
     counts = {'answers cut': 1200, 'empty answers': 0, 'note: chats of no template': 3}
     assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: chats of no template (3 times)'])
     assert in_words(Counter()) == ('nothing', [])
-    ones = (
-        'tie,empty answers,bad rows: no rows,same prompt again,pairs with equal answers,special tokens in a text'.split(
-            ','
-        )
-    )
-    one, two = (in_words(Counter(dict.fromkeys(ones, n)))[0].split(', ') for n in (1, 2))
-    assert one[:3] == ['1 tie', '1 empty answer', '1 bad row: no rows'] and two[:3] == [
-        '2 ties',
-        '2 empty answers',
-        '2 bad rows: no rows',
-    ]
-    assert one[3:] == ['1 time the same prompt again', '1 pair with equal answers', '1 special tokens in a text']
-    assert two[3:] == ['2 times the same prompt again', '2 pairs with equal answers', '2 special tokens in a text']
+    words = {  # of one, of two
+        'tie': ('1 tie', '2 ties'), 'empty answers': ('1 empty answer', '2 empty answers'),
+        'bad rows: no rows': ('1 bad row: no rows', '2 bad rows: no rows'),
+        'same prompt again': ('1 time the same prompt again', '2 times the same prompt again'),
+        'pairs with equal answers': ('1 pair with equal answers', '2 pairs with equal answers'),
+        'special tokens in a text': ('1 special tokens in a text', '2 special tokens in a text'),
+    }  # fmt: skip
+    for reason, said in words.items():
+        assert tuple(in_words(Counter({reason: n}))[0] for n in (1, 2)) == said
 
 
-@pytest.mark.parametrize(
-    'given, total, steps', [('default', 640, 1), ('default', 64_000, 100), ('default', 10**6, 150), ('a.py', 640, 150)]
-)
+@pytest.mark.parametrize('given, total, steps', [
+    ('default', 640, 1), ('default', 64_000, 100), ('default', 10**6, 150), ('a.py', 640, 150),
+])  # fmt: skip
 def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total, steps):
     config = configurator.Config({'warmup_steps': 150, 'batch_size': 64})
     config.origin = {'warmup_steps': given}
     assert log.warmup_steps(config, total // 64) == steps
     assert ('a tenth of this short run' in capsys.readouterr().out) == (steps < 150)
-
-
-@pytest.mark.parametrize('paired, has_reference, words', [
-    (True, True, None), (False, True, 'note: acc is the share of answers on the right side'), (True, False, 'note: simpo has no reference'),
-])  # fmt: skip
-def test_acc_and_margin_are_explained_where_they_are_something_else(paired, has_reference, words):
-    found = note_on_accuracy('simpo', paired, has_reference)
-    assert found.startswith(words) if words else found is None
 
 
 def test_warnings_of_libraries(monkeypatch):

@@ -1,5 +1,7 @@
 """The metrics of dpo.py by hand, for losses with a reference, without one, and of single answers."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,32 +12,27 @@ from runtime.objective import Objective
 
 def objective(name, *, paired=True, needs_ref=True, per_token=False, **options):
     options = {'beta': 0.1, 'beta_prime': None} | options
-    return Objective(
-        name, losses.LOSSES[name], None, options, {'beta': True, 'alpha': False}, paired, needs_ref, False, per_token
-    )
+    uses = {'beta': True, 'alpha': False}
+    return Objective(name, losses.LOSSES[name], None, options, uses, paired, needs_ref, False, per_token)
 
 
 def columns(**values):
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-PAIRS = columns(
-    loss=[0.5, 0.7], weight=[1.0, 3.0], pi_w=[-6.0, -2.0], pi_l=[-8.0, -1.0], n_w=[3.0, 1.0], n_l=[2.0, 2.0]
-)
-REF = columns(ref_w=[-7.0, -2.0], ref_l=[-7.0, -3.0])
+PAIRS = columns(loss=[0.5, 0.7], weight=[1.0, 3.0], pi_w=[-6, -2], pi_l=[-8, -1], n_w=[3, 1], n_l=[2, 2])
+REF = columns(ref_w=[-7, -2], ref_l=[-7, -3])
+SINGLES = columns(loss=[1] * 3, weight=[1] * 3, pi=[-6, -2, -4.8], ref=[-7, -3, -5], n=[3, 1, 2], z=[0.5] * 3)
+SINGLES |= {'good': torch.tensor([True, False, True])}
 
 
 def test_pairs_with_their_reference():
     """Log-ratios are 1 and 0 of chosen answers, -1 and 2 of rejected ones."""
     found = metrics.of_dpo(objective('dpo'), PAIRS | REF, 'eval')
-    expected = {
-        'loss/eval': 0.65,
-        'rewards_eval/chosen': 0.05,
-        'rewards_eval/rejected': 0.05,
-        'rewards_eval/margins': 0,
-    }
-    expected |= {'rewards_eval/accuracies': 0.5, 'logratio_eval/accuracies': 0.5, 'length_eval/chosen': 2}
-    expected |= {'logps_eval/rejected': -4.5, 'kl_eval/chosen': -0.5, 'kl_eval/chosen_per_token': -1 / 4}
+    expected = {'kl_eval/chosen_per_token': -1 / 4, 'loss/eval': 0.65, 'logps_eval/rejected': -4.5}
+    expected |= {'logratio_eval/accuracies': 0.5, 'rewards_eval/accuracies': 0.5, 'rewards_eval/margins': 0}
+    expected |= {'rewards_eval/chosen': 0.05, 'rewards_eval/rejected': 0.05, 'kl_eval/chosen': -0.5}
+    expected |= {'length_eval/chosen': 2}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
@@ -56,15 +53,28 @@ def test_the_loss_of_drdpo():
 
 def test_single_answers():
     """A good answer is right above kto's z, a bad one below: log-ratios 1, 1, 0.2 around z = 0.5, the second one bad."""
-    singles = columns(
-        loss=[1.0, 1.0, 1.0], weight=[1.0, 1.0, 1.0], pi=[-6.0, -2.0, -4.8], ref=[-7.0, -3.0, -5.0], n=[3.0, 1.0, 2.0]
-    )
-    singles |= {'good': torch.tensor([True, False, True]), 'z': torch.full((3,), 0.5, dtype=torch.float64)}
-    found = metrics.of_dpo(objective('kto', paired=False), singles, 'train')
+    found = metrics.of_dpo(objective('kto', paired=False), SINGLES, 'train')
     assert found['rewards_train/accuracies'] == pytest.approx(1 / 3)
-    assert found['rewards_train/chosen'] == pytest.approx(0.06) and found['rewards_train/rejected'] == pytest.approx(
-        0.1
-    )
+    assert (found['rewards_train/chosen'], found['rewards_train/rejected']) == pytest.approx((0.06, 0.1))
+
+
+OF_REF = r'; loss 0.600000 \(dpo of a policy that is its reference: 0.693147\)\n'
+WARNING = 'warning: policy and reference are one model, so the rewards should be 0 before the first step\n'
+ALONE = 'note: simpo has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0\n'
+ACC = r'; loss 1.000000 \(kto .* 0.500000\)\nnote: acc is the share of answers on the right side, margin the mean reward of good .*\n'
+
+
+@pytest.mark.parametrize('name, options, chosen, printed', [  # chosen: reward of the chosen answers; that of the others is 0
+    ('dpo', {}, 0.0, OF_REF), ('dpo', {}, -2e-4, OF_REF + WARNING), ('dpo', {'tf32': True}, 2e-4, OF_REF),
+    ('dpo', {'dtype': 'bfloat16'}, 0.02, OF_REF + WARNING), ('dpo', {'ref_model': 'x'}, 2.0, OF_REF),
+    ('simpo', {}, -3.0, '; loss 0.600000\n' + ALONE), ('kto', {}, 0.0, ACC),
+])  # fmt: skip
+def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
+    options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
+    of_step = SINGLES | {'z': torch.zeros(3)} if name == 'kto' else PAIRS | REF
+    asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
+    metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen})
+    assert re.fullmatch(f'step 0: rewards {chosen:.6f}, 0.000000{printed}', capsys.readouterr().out)
 
 
 def test_the_kl_of_samples():

@@ -1,6 +1,6 @@
 """Log-probs of packed answers, and their gradients, against the model's own padded forward, for many architectures.
 
-The other side of each comparison is a few lines here that know no packing: `dense_logits` and `answer_logps`. The models
+The other side of each comparison is a few lines here that know no packing: `dense_logps` and `plain_logps`. The models
 have two layers and random weights, large enough that a wrong mask, position, scale or soft cap shows in the first digits."""
 
 import inspect
@@ -8,6 +8,7 @@ import json
 import math
 import types
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def rows_of(shape):
     return [(prompt, answer) for prompt, answers in examples(shape) for answer in answers]
 
 
-def dense_logits(net, shape=PAIRS):
+def dense_logps(net, shape=PAIRS):
     """The model's own log-probs, padded on the right: for each answer those of the positions that predict it."""
     rows = rows_of(shape)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([*p, *a]) for p, a in rows], batch_first=True)
@@ -127,20 +128,16 @@ def dense_logits(net, shape=PAIRS):
     return [logits[i, len(p) - 1 : len(p) + len(a) - 1].log_softmax(-1) for i, (p, a) in enumerate(rows)]
 
 
-def answer_logps(logits, shape=PAIRS):
-    return torch.stack([x[range(len(a)), a].sum() for x, (_, a) in zip(logits, rows_of(shape), strict=True)])
-
-
 def plain_logps(net, shape=PAIRS):
-    return answer_logps(dense_logits(net, shape), shape)
+    rows = zip(dense_logps(net, shape), rows_of(shape), strict=True)
+    return torch.stack([x[range(len(a)), a].sum() for x, (_, a) in rows])
 
 
 def gradients(net, values):
     """Of a random linear combination of the values, w.r.t. every parameter, as one vector."""
     weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(values)
-    grads = torch.autograd.grad(
-        (weights * values).sum(), list(net.parameters()), materialize_grads=True, allow_unused=True
-    )
+    total, parameters = (weights * values).sum(), list(net.parameters())
+    grads = torch.autograd.grad(total, parameters, materialize_grads=True, allow_unused=True)
     return torch.cat([g.flatten() for g in grads])
 
 
@@ -184,37 +181,34 @@ def test_a_filler_changes_nothing(layout):
     for filler in (1, 2):
         batch = data.pack([], [], filler=filler, **LAYOUTS[layout])
         values = net.response_logps(batch)[0]
-        assert batch.slot == [-1] and not batch.real.any() and values.isfinite().all()
+        assert batch.slot == [-1] and values.isfinite().all()
         assert batch.n.tolist() == [1] * filler and len(batch.target) == len(values) == filler
-        (values.view(1, -1).sum(1) * (torch.tensor(batch.slot) >= 0)).sum().backward()
+        (values.sum() * batch.real).sum().backward()
         assert all(p.grad is not None and not p.grad.any() for p in net.parameters())  # zero, but it took part
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_blocks(name):
     net = tiny(name)
-    found = parts.blocks(net)
+    found, head = parts.blocks(net), net.get_output_embeddings()
     assert len(found) == 2 and len({type(block) for block in found}) == 1
-    inside = sum(p.numel() for block in found for p in block.parameters())
-    outside = {id(m): m for m in net.modules() if isinstance(m, torch.nn.Embedding) or m is net.get_output_embeddings()}
-    apart = sum({id(p): p.numel() for m in outside.values() for p in m.parameters()}.values())
-    assert sum(p.numel() for p in net.parameters()) - inside - apart <= 4 * 16  # norms at both ends
+    outside = [m for m in net.modules() if isinstance(m, torch.nn.Embedding) or m is head]
+    rest = {*net.parameters()} - {p for module in [*found, *outside] for p in module.parameters()}
+    assert sum(p.numel() for p in rest) <= 4 * 16  # norms at both ends
 
 
 # ---- architectures that cannot be packed are recognised ----
 
 
 PROBED = data.Examples.of(examples([(6, (9, 4)), (3, (5, 8))]))
-
-
-def probed():
-    return probe.two_layouts(PROBED, 'cpu')
+LAYOUTS_PROBED = probe.two_layouts(PROBED, 'cpu')
 
 
 def can_pack(net, **options):
     """(whether it can, the one note that says why not, if there is one)."""
     said = []
-    found = probe.can_pack(net, PROBED, 'cpu', said.append, **options)
+    with mock.patch.object(probe, 'say', said.append):
+        found = probe.can_pack(net, PROBED, 'cpu', **options)
     assert len(said) <= 1
     return found, *said
 
@@ -229,7 +223,7 @@ def test_can_pack(name, dtype):
     if not found:
         assert 'cannot be packed' in said[0] and NOT_PACKED[name][1] in said[0]
         # phimoe's window shows in the numbers alone
-        assert (probe.deviation(net, *probed())[0] == math.inf) == (name != 'phimoe')
+        assert (probe.deviation(net, *LAYOUTS_PROBED)[0] == math.inf) == (name != 'phimoe')
 
 
 @pytest.fixture
@@ -239,24 +233,19 @@ def register():
     attention.register_attention()
 
 
-# fmt: off
 @pytest.mark.parametrize(('error', 'raised'), [
     (RuntimeError('CUDA error: device-side assert triggered'), RuntimeError), (ImportError('no kernel'), ImportError),
-    (MemoryError(), UserError),  # out of memory is a sentence wherever it happens
+    (MemoryError('out of memory'), UserError),  # a sentence wherever it happens
     (ValueError('unknown mask'), None), (RuntimeError('shapes do not match'), None),
-])
-# fmt: on
+])  # fmt: skip
 def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, register):
-    def fails(*args, **rest):
-        raise error
-
     net = tiny('llama')
-    register(fails)
+    register(mock.Mock(side_effect=error))
     if raised is None:
         found, said = can_pack(net)
         assert not found and str(error) in said
     else:
-        with pytest.raises(raised, match='out of memory' if raised is UserError else None):
+        with pytest.raises(raised, match=str(error)):
             can_pack(net)
 
 
@@ -266,49 +255,32 @@ def test_a_bug_of_ours_is_raised(monkeypatch):
         can_pack(tiny('llama'))
 
 
-def sees_everything(module, query, *args, packed, **rest):
-    whole = types.SimpleNamespace(blocks=[attention.Block([(1, (query.shape[2] - 1,))])])
-    return attention.packed_attention(module, query, *args, packed=whole, **rest)
-
-
-def no_window(*args, sliding_window=None, **rest):
-    return attention.packed_attention(*args, **rest)
-
-
-def no_cap(*args, softcap=None, **rest):
-    return attention.packed_attention(*args, **rest)
-
-
-def hardly_wrong(*args, scaling, **rest):
-    return attention.packed_attention(*args, scaling=1.02 * scaling, **rest)
-
-
-WRONG = [('llama', sees_everything), ('mistral', no_window), ('gemma2', no_cap), ('llama', hardly_wrong)]
-
-
-@pytest.mark.parametrize(('name', 'wrong'), WRONG)
-def test_a_wrong_attention_is_noticed(name, wrong, register):
+@pytest.mark.parametrize(('name', 'option', 'wrong', 'most'), [
+    # everything is seen
+    ('llama', 'packed', lambda batch: mock.Mock(blocks=[attention.Block([(1, (batch.ids.numel() - 1,))])]), math.inf),
+    ('mistral', 'sliding_window', lambda _: None, math.inf), ('gemma2', 'softcap', lambda _: None, math.inf),
+    ('llama', 'scaling', lambda scaling: 1.02 * scaling, 0.01),
+])  # fmt: skip
+def test_a_wrong_attention_is_noticed(name, option, wrong, most, register):
     net = tiny(name)
-    assert probe.deviation(net, *probed())[0] < 1e-6
-    register(wrong)
-    assert 2e-4 < probe.deviation(net, *probed())[0] < (0.01 if wrong is hardly_wrong else math.inf)
+    assert probe.deviation(net, *LAYOUTS_PROBED)[0] < 1e-6
+    register(lambda *args, **rest: attention.packed_attention(*args, **rest | {option: wrong(rest[option])}))
+    assert 2e-4 < probe.deviation(net, *LAYOUTS_PROBED)[0] < most
     assert not can_pack(net)[0]
 
 
 @pytest.mark.parametrize('name', ['cohere', 'granite'])
 def test_an_unknown_head_is_an_error(name, monkeypatch):
     net = tiny(name)
-    with monkeypatch.context() as patch:
-        patch.setattr(model, '_scale_and_cap', lambda config: (1.0, None))
-        for wanted in (True, False):  # with --pack=false, too
-            with pytest.raises(UserError, match=type(net).__name__):
-                can_pack(net, wanted=wanted)
     assert can_pack(net, wanted=False) == (False,)
+    monkeypatch.setattr(model, '_scale_and_cap', lambda config: (1.0, None))
+    for wanted in (True, False):  # with --pack=false, too
+        with pytest.raises(UserError, match=type(net).__name__):
+            can_pack(net, wanted=wanted)
 
 
 # ---- long sequences ----
 
-# fmt: off
 FACTORS = {'long_factor': [4.0, 9.0], 'short_factor': [1.0, 1.5]}  # one for each pair of a head's 4 dimensions
 SCALED = {
     'longrope': ('phi3', {'rope_type': 'longrope', 'original_max_position_embeddings': 20, **FACTORS}, 20),
@@ -320,8 +292,7 @@ SCALED = {
                          'high_freq_factor': 4.0}, math.inf),
     'by layer': ('gemma3_text', {'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
                                  'full_attention': {'rope_type': 'dynamic', 'factor': 2.0, 'rope_theta': 1e4}}, 64),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def scaled(which):
@@ -355,10 +326,9 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
 
 def test_positions():
     net = tiny('gpt2')
-    most = net.config.max_position_embeddings
-    probe.check_positions(net, most, 'the examples')
-    with pytest.raises(UserError, match=f'has {most} positions, and the examples take {most + 1} tokens'):
-        probe.check_positions(net, most + 1, 'the examples')
+    probe.check_positions(net, 64, 'the examples')
+    with pytest.raises(UserError, match='has 64 positions, and the examples take 65 tokens'):
+        probe.check_positions(net, 65, 'the examples')
     probe.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
 
 
@@ -383,17 +353,14 @@ OF_MODELS = [(n, d) for n in ('llama', 'gpt_neox', 'phi', 'cohere', 'gemma2') fo
 def test_divergences(name, which, layout):
     dtype, tolerance = (torch.float32, 1e-5) if name == 'gemma2' else (torch.float64, 5e-7)
     policy, ref = (tiny(name, seed=seed, dtype=dtype) for seed in (0, 1))
-    log_pi, log_ref = dense_logits(policy), [x.detach() for x in dense_logits(ref)]
-    divergence = DIVERGENCES[which]
-    expected = torch.stack([divergence(x, y)[0].sum() for x, y in zip(log_pi, log_ref, strict=True)])
-    expected = torch.stack([answer_logps(log_pi), expected])
-
+    divergence, both = DIVERGENCES[which], zip(dense_logps(policy), dense_logps(ref), strict=True)
+    expected = torch.stack([divergence(x, y.detach())[0].sum() for x, y in both])
+    expected = torch.stack([plain_logps(policy), expected])
     batch = pack(PAIRS, **layout)
     for net in (policy, ref):
         attention.set_attention(net, packed='pad' not in layout)
     with torch.no_grad():
-        reference = model.hidden_and_head(ref, batch)
-        ref_logps = ref.response_logps(batch)[0]
+        reference, ref_logps = model.hidden_and_head(ref, batch), ref.response_logps(batch)[0]
     values = policy.response_logps(batch, divergence, reference)
     assert values.shape == (3, expected.shape[1])
     assert_close(values[:2], expected, tolerance)
@@ -471,13 +438,15 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
     vocabulary, hidden, size = 32_768, 8, 4
     options = GROUPED | {'vocab_size': vocabulary, 'hidden_size': hidden, 'tie_word_embeddings': tied}
     net, batch = tiny('llama', settings=hf.LlamaConfig(**options)), pack([(200, (30, 20)), (150, (10, 40))])
-    with Largest() as largest:
-        net.response_logps(batch).sum().backward()
-    assert largest.numel == len(batch.target) * vocabulary < batch.ids.numel() * vocabulary / 4
+
+    def largest():
+        with Largest() as found:
+            net.response_logps(batch).sum().backward()
+        return found.numel
+
+    assert largest() == len(batch.target) * vocabulary < batch.ids.numel() * vocabulary / 4
     asked = cut_into(size, monkeypatch)
-    with Largest() as largest:
-        net.response_logps(batch).sum().backward()
-    assert largest.numel == vocabulary * max(hidden, size)  # the weight's gradient
+    assert largest() == vocabulary * max(hidden, size)  # the weight's gradient
     # recomputed in backward
     assert [n for n, _ in asked if n > size] == [100, 100] and {v for _, v in asked} == {vocabulary}
 
@@ -497,8 +466,7 @@ def saved(tmp_path_factory):
     def save(settings, **changes):
         folder = tmp_path_factory.mktemp('model')
         settings = config(settings) if isinstance(settings, str) else settings
-        for key, value in changes.items():
-            setattr(settings, key, value)
+        settings.update(changes)
         randomise(hf.AutoModelForCausalLM.from_config(settings)).save_pretrained(folder)
         return partial(load.load_model, str(folder))
 
@@ -541,8 +509,7 @@ def test_bfloat16(name, saved, device):
     assert {(p.dtype, p.requires_grad) for p in ref.parameters()} == {(torch.bfloat16, False)}
     assert can_pack(policy)[0]
     with torch.no_grad():
-        expected = ref.response_logps(batch)
-        reference = ref.hidden_and_head(batch)
+        expected, reference = ref.response_logps(batch), ref.hidden_and_head(batch)
     values, grads = same_grads(policy, batch)
     assert values.dtype == torch.float32 and values.equal(expected)  # rewards of exactly 0 at step 0
     both = policy.response_logps(batch, divergences.kl, reference)
@@ -566,21 +533,19 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
 
     policy, ref = (fsdp.shard(adapted, device, dtype='bfloat16', train=train) for train in (True, False))
     assert not sharded.fsdp_modules(ref) and sharded.fsdp_modules(policy)
-    asked = []
     state = type(policy._get_fsdp_state())
-    with pytest.MonkeyPatch.context() as patch:
-        real = state._root_pre_forward
-        patch.setattr(state, '_root_pre_forward', lambda self, m, a, k: asked.append((a, k)) or real(self, m, a, k))
+    wrapped = {'autospec': True, 'side_effect': state._root_pre_forward}
+    with mock.patch.object(state, '_root_pre_forward', **wrapped) as spy:
         with sharded.unsharded(policy):
             pass
         policy.response_logps(pack(PAIRS))[0].sum().backward()
-    assert len(asked) >= 2 and all(arguments or options for arguments, options in asked)
+    calls = [call.args[2:] for call in spy.call_args_list]
+    assert len(calls) >= 2 and all(arguments or options for arguments, options in calls)
     block = sharded.fsdp_modules(policy)[-1]
     assert hasattr(next(block.parameters()), 'to_local') == (rank is not None)
     # and what it takes is known beforehand
-    kept, not_kept = (
-        room.estimate(policy, 0, 1, optimizer='SGD', dtype='bfloat16', shard=how)['buffers'] for how in ('none', 'full')
-    )
+    estimate = partial(room.estimate, policy, 0, 1, optimizer='SGD', dtype='bfloat16')
+    kept, not_kept = (estimate(shard=how)['buffers'] for how in ('none', 'full'))
     weights = sum(p.numel() for each in sharded.fsdp_modules(policy)[1:] for p in each.parameters())
     assert kept - not_kept == (2 * weights if rank is None else 0)
     assert all(g.dtype == torch.float32 for g in map(sharded.local, fsdp.average_gradients(policy)))
@@ -608,11 +573,12 @@ def test_memory_by_hand(saved, device, monkeypatch):
     said = []
     monkeypatch.setattr(room, 'say', said.append)
     train = data.Examples.of(examples([(3, (4, 9)), (1, (2, 2)), (3, (2, 2))]))  # 16, 5 and 7 tokens
-    sizes = room.check_room({'save_dtype': None, 'optimizer': 'AdamW'}, net, None, train, 50, True, 7)
+    config = {'save_dtype': None, 'optimizer': 'AdamW'}
+    run = types.SimpleNamespace(config=config, policy=net, train=train, total=50, packed=True, max_tokens=7)
+    sizes = room.check_room(run)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
-    assert said == [
-        'note: 1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
-    ]
+    words = '1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
+    assert said == [f'note: {words}']
 
 
 def test_bfloat16_begins_off_the_ties(saved, device):
@@ -638,21 +604,16 @@ def test_bfloat16_begins_off_the_ties(saved, device):
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
 def test_activation_checkpointing(name, dropout, mode, saved, device, register):
     keys = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop') if name == 'gpt2' else ('attention_dropout',)
-    build, calls = saved(name, **dict.fromkeys(keys, dropout)), []
-
-    def counted(*args, **rest):
-        calls.append(rest.get('dropout'))
-        return attention.packed_attention(*args, **rest)
-
+    build, counted = saved(name, **dict.fromkeys(keys, dropout)), mock.Mock(wraps=attention.packed_attention)
     results, kept = [], []
     for checkpointing in (False, True, 'selective'):
         net = fsdp.shard(build, device, cpu_offload=True, mode=mode, activation_checkpointing=checkpointing)
         kept.append(room.bytes_per_token(net, net.response_logps, data.Examples.of(examples(PAIRS)), packed=True))
         register(counted)
-        calls.clear()
+        counted.reset_mock()
         results += [same_grads(net, pack(PAIRS)) for _ in range(2)]
         attention.register_attention()
-        assert len(calls) == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
+        assert counted.call_count == 2 * (4 if checkpointing is True else 2)  # two layers, recomputed in backward
         assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.Dropout))
     # the second one of two layers is kept while backward recomputes it
     assert kept[0] / 2 < kept[1] < kept[0] and kept[2] < 0.65 * kept[0], kept
@@ -688,10 +649,8 @@ def test_export(name, tied, saved, device, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {'model'}
     assert {file.suffix for file in out.iterdir()} <= {'.safetensors', '.json', '.jinja', '.txt'}
 
-    # what transformers makes of it
-    loaded, info = hf.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
-    names = tensors(out).keys()
+    # what transformers makes of it (test_architectures.py: what it finds missing)
+    loaded, names = hf.AutoModelForCausalLM.from_pretrained(out), tensors(out).keys()
     assert names == tensors(build.args[0]).keys() and ('lm_head.weight' in names) == (name == 'llama' and not tied)
     net.reshard()
     weights = {key: p.full_tensor() for key, p in net.named_parameters()}
@@ -700,10 +659,9 @@ def test_export(name, tied, saved, device, tmp_path):
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
 
     # and we
-    again = load.load_model(str(out))
+    again, text = load.load_model(str(out)), 'Review of the hotel: the room was rotten, naïve\n'
     again.set_attn_implementation('packed')
     assert model.response_logps(again, batch).equal(expected)
-    text = 'Review of the hotel: the room was rotten, naïve\n'
     assert load.load_tokenizer(str(out)).encode(text) == tokenizer.encode(text)
 
 
@@ -732,12 +690,10 @@ def with_own_head(saved):
     return save
 
 
-# fmt: off
 @pytest.mark.parametrize(('name', 'how', 'adapters'), [
     *(('llama', how, None) for how in SHARDED), ('gpt2', 'sharded', None), ('gemma2', 'half', None),
     ('llama', 'alone', ADAPTERS), ('llama', 'sharded', ADAPTERS),
-])
-# fmt: on
+])  # fmt: skip
 def test_the_head_of_the_file_is_the_head(name, how, adapters, with_own_head, device, tmp_path, capsys):
     build, expected = with_own_head(name)
     build = partial(build, adapters=adapters)
@@ -794,23 +750,21 @@ class OnCuda(torch.Tensor):
 
 
 def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch documents, one sequence and one head at a time: causal masks are aligned at the end."""
+    """What torch documents, one sequence at a time: causal masks are aligned at the end."""
     query, key, value = (x.as_subclass(torch.Tensor) for x in (query, key, value))
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q[0] == cu_seq_k[0] == 0
     assert cu_seq_q[-1] == len(query) and cu_seq_k[-1] == len(key) == len(value)
     assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
-    out = torch.empty(len(query), query.shape[1], value.shape[2])
-    for s in range(len(cu_seq_q) - 1):
-        q, k, v = (x[cu[s] : cu[s + 1]] for x, cu in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))
-        for h in range(query.shape[1]):
-            g = h * key.shape[1] // query.shape[1]
-            for i in range(len(q)):
-                last = i + len(k) - len(q)
-                first = 0 if window_size[0] < 0 else max(0, last - window_size[0])
-                p = (scale * k[first : last + 1, g] @ q[i, h]).softmax(0)
-                out[cu_seq_q[s] + i, h] = p @ v[first : last + 1, g]
-    return out
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out, most = [], window_size[0] if window_size[0] >= 0 else math.inf
+    sizes_q, sizes_k = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    for q, k, v in zip(query.split(sizes_q), key.split(sizes_k), value.split(sizes_k), strict=True):
+        distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        scores = scale * torch.einsum('ihd, jhd -> hij', q, k)
+        weights = scores.masked_fill((distance < 0) | (distance > most), -math.inf).softmax(-1)
+        out.append(torch.einsum('hij, jhd -> ihd', weights, v))
+    return torch.cat(out)
 
 
 @pytest.mark.parametrize('shape', [PAIRS, LATER, SINGLES, TRIPLES], ids=['pairs', 'later', 'singles', 'triples'])

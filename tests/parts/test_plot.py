@@ -19,13 +19,8 @@ LOGPS = ['log-probs of chosen answers', 'log-probs of rejected answers']
 def run_folder(folder, n=6, sampled=True, **options):
     """What dpo.py leaves: n steps of 8 examples, an evaluation before and after, samples of two prompts."""
     folder.mkdir(parents=True)
-    config = {
-        'loss': 'dpo',
-        'beta': 0.1,
-        'out_dir': str(folder),
-        'max_tokens': len(folder.name),
-        'label_smoothing': None,
-    }
+    config = {'loss': 'dpo', 'beta': 0.1, 'label_smoothing': None}
+    config |= {'out_dir': str(folder), 'max_tokens': len(folder.name)}  # neutral options
     write_jsonl(folder / 'config.json', [{'config': config | options}])
     rows, samples = [], []
     for i in range(n + 1):
@@ -139,13 +134,12 @@ def test_what_a_run_has_is_drawn(tmp_path):
     said, axes, _ = plot(folder, f'--out={tmp_path}/x.png')
     gold = points(axes['gold reward against KL'].lines[0])
     assert gold == [(0, 0), (pytest.approx(1.8), pytest.approx(0.6))]
-    assert f'note: the last line of {folder}/metrics.jsonl is not complete' in said
+    assert f'note: the last line of {folder}/metrics.jsonl is not complete\n{tmp_path}/x.png: 1 run, 8 panels' in said
 
 
 DEEP = '[' * 100_000
 
 
-# fmt: off
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('config.json', None, "has no config.json, so it is no run's out_dir"),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
@@ -155,8 +149,7 @@ DEEP = '[' * 100_000
     *(('metrics.jsonl', text + '\n', 'metrics.jsonl, line 1 is damaged') for text in ('{"split": "train"}', '[]\n[]', DEEP)),
     ('metrics.jsonl', '{"split": "train", "counters/examples": 8, "x": 1}\n', 'no metric that is drawn'),
     ('samples.jsonl', '{"prompt": 3}\n', 'samples.jsonl, line 1 is damaged'),
-])
-# fmt: on
+])  # fmt: skip
 def test_damaged_folders(tmp_path, file, text, message):
     damaged = run_folder(tmp_path / 'a', sampled=False) / file
     damaged.unlink()

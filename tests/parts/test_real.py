@@ -25,16 +25,16 @@ pytestmark = pytest.mark.skipif(
     not (FOLDER / 'model.safetensors').exists(),
     reason='there is no SmolLM2-135M-Instruct: make real makes it, or NANOPREF_REAL_MODEL names its folder',
 )
-PAIRS = [
+TEXTS = [
     ('How do I keep bread fresh?', 'Keep it in a paper bag, away from light.', 'No idea, just buy another one.'),
     ('Name a river in France.', 'The Loire is the longest of them.', 'Rivers are boring. Ask me something else!'),
 ]
+PAIRS = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in TEXTS]
 
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):
-    rows = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in PAIRS]
-    return write_jsonl(tmp_path_factory.mktemp('pairs') / 'pairs.jsonl', rows)
+    return write_jsonl(tmp_path_factory.mktemp('pairs') / 'pairs.jsonl', PAIRS)
 
 
 @pytest.fixture(scope='module')
@@ -52,10 +52,9 @@ def original():
 @torch.no_grad()
 def packed_and_padded(model, examples, function):
     """function(model, batch) of the examples packed, and padded."""
-    found = []
+    items, found = [examples[i] for i in range(len(examples))], []
     for pad in (False, True):
         attention.set_attention(model, packed=not pad)
-        items = [examples[i] for i in range(len(examples))]
         found.append(function(model, data.pack(items, range(len(items)), pad=pad)))
     return found
 
@@ -75,8 +74,7 @@ def kl_between(policy, reference, examples):
     """KL(reference || policy), in nats, at the tokens of the examples' answers: exact, so never below 0."""
     for either in (policy, reference):
         attention.set_attention(either, True)
-    with torch.no_grad():
-        return columns(policy, reference, examples, divergences.kl)[1]
+    return columns(policy, reference, examples, divergences.kl)[1]
 
 
 def test_a_step(pairs, examples, original, tmp_path):

@@ -23,7 +23,7 @@ def report(tmp_path, *arguments):
 
 
 def label_folder(folder):
-    """What label.py leaves: three pairs, of which one is judged in both orders, one in one of them and one not at all."""
+    """What label.py leaves: three pairs, of which one is judged in both orders, one in one of them and one not at all; and more."""
     folder.mkdir()
     write_jsonl(folder / 'config.json', [{'config': {'judge_model': 'm', 'answers': 'x'}}])
     pair = {'output_1': 'short', 'output_2': EVIL, 'generator_1': 'ours', 'generator_2': 'theirs', 'annotator': 'm'}
@@ -31,7 +31,7 @@ def label_folder(folder):
     (folder / 'annotations.json').write_text(json.dumps(pairs))
     write_jsonl(folder / 'report.json', [{'win_rate': 0.5, 'win_rate_interval': [0.2, 0.8], 'first': 'ours', 'second': 'theirs', 'judge': 'm',
                  'pairs': 3, 'won': 0, 'lost': 0, 'ties': 2, 'unclear_replies': 0, 'failed': 0}])  # fmt: skip
-    said = [(0, 2, 2), (0, 1, 1), (1, 1, None)]
+    said = [(0, 2, 2), (0, 1, 1), (1, 1, None), (3, 1, 1)]
     rows = [{'pair': i, 'order': order, 'preference': value, 'text': EVIL} for i, order, value in said]
     write_jsonl(folder / 'verdicts.jsonl', rows)
     return folder
@@ -59,7 +59,7 @@ def test_data_of_runs(tmp_path):
     assert [a['who'] for a in cards[0]['answers']] == ['policy', 'reference']
     assert cards[0]['answers'][0] | {'reward_source': 'gold', 'reward': 0.5} == cards[0]['answers'][0]
     implicit, scored, unknown = (card['answers'][0] for card in cards[6:9])
-    assert implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'implicit'
+    assert implicit['reward'] == pytest.approx(0.2) and implicit['reward_source'] == 'beta * log-ratio'
     assert implicit['tokens'] == 7
     assert scored['reward'] == 2 and 'reward' not in unknown and unknown['letters'] == len(EVIL)
     # no text ends the script, and nothing is loaded
@@ -68,21 +68,20 @@ def test_data_of_runs(tmp_path):
     assert not re.search(r'https?:| (src|href)=|url\(|@import', page)
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_what_is_left_out_is_counted(tmp_path, capsys):
     run = run_folder(tmp_path / 'a')
     long = {'examples': 48, 'generator': 'policy', 'prompt': 'p' * 60, 'response': 'x'}
     write_jsonl(run / 'samples.jsonl', [long | {'sample': i} for i in range(7)])
     limits = ['--max_samples=3', '--max_letters=10', '--max_pairs=2']
     _, data = report(tmp_path, run, label_folder(tmp_path / 'label'), *limits)
+    assert capsys.readouterr().out == f'{tmp_path}/report.html: 1 run, 1 folder of verdicts\n'
     assert len(data['samples']) == 3 and data['samples_left_out'] == 4
     assert data['samples'][0]['prompt'] == 'p' * 10 + ' … (50 more characters)'
     (found,) = data['verdicts']
     assert found['report']['win_rate_interval'] == [0.2, 0.8] and found['left_out'] == 1
     first, second = found['pairs']
-    assert [(o['order'], o['preference'], o['text'][:10]) for o in first['orders']] == [
-        (1, 1, SHOWN[:10]),
-        (2, 2, SHOWN[:10]),
-    ]
+    orders = [(o['order'], o['preference'], o['text'][:10]) for o in first['orders']]
+    assert orders == [(k, k, SHOWN[:10]) for k in (1, 2)]
     assert len(second['orders']) == 1 and first['answers'][1]['letters'] == len(EVIL)
 
 

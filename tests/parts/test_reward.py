@@ -42,9 +42,15 @@ def folders(tmp_path_factory):
     return folder
 
 
-def make(folder, **options):
+def builder(folder, **options):
+    """(its tokenizer, a function that loads a reward model from a folder)."""
     tokenizer = load.separate_pad(load.load_tokenizer(str(folder)))
-    return load.load_reward(str(folder), tokenizer, **options), tokenizer
+    return tokenizer, partial(load.load_reward, str(folder), tokenizer, **options)
+
+
+def make(folder, **options):
+    tokenizer, build = builder(folder, **options)
+    return build(), tokenizer
 
 
 def pairs():
@@ -52,8 +58,8 @@ def pairs():
     return [(rng.integers(0, 300, p), [np.append(rng.integers(0, 300, n), EOS) for n in a]) for p, a in SHAPES]
 
 
-def items_of(examples):
-    return [(prompt, answer) for prompt, answers in examples for answer in answers]
+def items():
+    return [(prompt, answer) for prompt, answers in pairs() for answer in answers]
 
 
 def plain_scores(net, tokenizer, items):
@@ -69,19 +75,19 @@ def plain_scores(net, tokenizer, items):
 def test_scores_and_gradients_are_those_of_transformers(folders, name):
     """Packed with shared prompts, packed, and padded: as AutoModelForSequenceClassification, batched and one by one."""
     net, tokenizer = make(folders / name, new_head=True)
-    examples, weights = pairs(), torch.randn(8, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(8, generator=torch.Generator().manual_seed(1))
 
     def gradient(scores):
         grads = torch.autograd.grad((weights * scores).sum(), list(net.parameters()), allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
 
     attention.set_attention(net, packed=False)
-    expected = plain_scores(net, tokenizer, items_of(examples))
+    expected = plain_scores(net, tokenizer, items())
     slope = gradient(expected)
-    single = [net(input_ids=torch.tensor([[*p, *a]])).logits[0, 0].item() for p, a in items_of(examples)]
+    single = [net(input_ids=torch.tensor([[*p, *a]])).logits[0, 0].item() for p, a in items()]
     assert expected.tolist() == pytest.approx(single, abs=1e-5) and expected.std() > 0.01
     for options in LAYOUTS:
-        batch = data.pack(examples, range(4), **options)
+        batch = data.pack(pairs(), range(4), **options)
         assert (batch.ids.flatten()[batch.last] == EOS).all()
         attention.set_attention(net, packed='pad' not in options)
         scores = heads.response_scores(net, batch)
@@ -94,8 +100,7 @@ def test_scores_and_gradients_are_those_of_transformers(folders, name):
 def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     """load_reward -> shard -> export -> AutoModelForSequenceClassification and score.py: the same scores, also padded."""
     load.say_once.cache_clear()
-    tokenizer = load.separate_pad(load.load_tokenizer(str(folders / name)))
-    build = partial(load.load_reward, str(folders / name), tokenizer, new_head=True, seed=7)
+    tokenizer, build = builder(folders / name, new_head=True, seed=7)
     net = fsdp.shard(build, torch.device('cpu'), cpu_offload=True)
     with torch.no_grad():
         ours = net.response_scores(data.pack(pairs(), range(4)))
@@ -108,22 +113,21 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     config = json.loads((tmp_path / 'model/config.json').read_text())
     assert config['architectures'] == [type(plain).__name__] and '"packed"' not in json.dumps(config)
     assert plain.config.num_labels == 1 and plain.config.pad_token_id == FULL != EOS
-    items = items_of(pairs())
     with torch.no_grad():
-        own = plain_scores(plain, hf.AutoTokenizer.from_pretrained(tmp_path / 'model'), items)
+        own = plain_scores(plain, hf.AutoTokenizer.from_pretrained(tmp_path / 'model'), items())
     assert (own - ours).abs().max() < 1e-5
 
     # by score.py, in one batch, in microbatches of a pair or less, for answers without their ends, and padded
     scorer, tokenizer = score.load_scorer(str(tmp_path / 'model'), torch.device('cpu'))
     assert 'padded' not in capsys.readouterr().out
-    same = partial(pytest.approx, own.tolist(), abs=1e-5)
-    assert score.scores(scorer, tokenizer, items, 4096).tolist() == same()
-    again = score.scores(scorer, tokenizer, [(p, a[:-1]) for p, a in items[::-1]], 20)
-    assert again.dtype == np.float32 and again[::-1].tolist() == same()
+    same = pytest.approx(own.tolist(), abs=1e-5)
+    assert score.scores(scorer, tokenizer, items(), 4096).tolist() == same
+    again = score.scores(scorer, tokenizer, [(p, a[:-1]) for p, a in items()[::-1]], 20)
+    assert again.dtype == np.float32 and again[::-1].tolist() == same
     with pytest.raises(UserError, match='item 1: .*60 . 6 tokens.*64'):
-        score.scores(scorer, tokenizer, [items[0], (range(60), range(5))], 4096)
+        score.scores(scorer, tokenizer, [items()[0], (range(60), range(5))], 4096)
     attention.set_attention(scorer, packed=False)
-    assert score.scores(scorer, tokenizer, items, 40).tolist() == same()
+    assert score.scores(scorer, tokenizer, items(), 40).tolist() == same
 
 
 def test_the_place_of_the_last_token(folders, monkeypatch):
@@ -134,22 +138,19 @@ def test_the_place_of_the_last_token(folders, monkeypatch):
     net.response_scores = types.MethodType(heads.response_scores, net)
     batches = [data.pack(pairs(), range(4), pad=pad) for pad in (False, True)]
     monkeypatch.setattr(probe, 'two_layouts', lambda *_: batches)
-    assert probe.can_pack(net, None, 'cpu', print)
+    assert probe.can_pack(net, None, 'cpu')
     for batch in batches:
         batch.last -= 1
     with pytest.raises(UserError, match='other scores'):
-        probe.can_pack(net, None, 'cpu', print)
+        probe.can_pack(net, None, 'cpu')
 
 
 def test_padded_scores_in_bfloat16(folders):
     """Packing that nobody wants is tried with the tolerance of the type that the forward computes in."""
-    folder = str(folders / 'llama')
-    tokenizer = load.separate_pad(load.load_tokenizer(folder))
-    build = partial(load.load_reward, folder, tokenizer, new_head=True)
-    examples = Examples.of(pairs())
+    _, build = builder(folders / 'llama', new_head=True)
     for mode in ('none', 'full'):
         net = fsdp.shard(build, torch.device('cpu'), dtype='bfloat16', mode=mode)
-        assert not probe.can_pack(net, examples, 'cpu', print, wanted=False)
+        assert not probe.can_pack(net, Examples.of(pairs()), 'cpu', wanted=False)
 
 
 # ---- heads ----
@@ -159,15 +160,15 @@ def test_heads(folders, tmp_path, capsys):
     """A new one depends on the seed alone; a trained one is kept."""
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, second, third = (make(folders / 'qwen2', new_head=True, seed=s)[0].score.weight for s in (1, 1, 2))
-    assert first.equal(second) and not first.equal(third) and torch.get_rng_state().equal(state)
+    drawn = [make(folders / 'qwen2', new_head=True, seed=s)[0].score.weight for s in (1, 1, 2)]
+    assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2]) and torch.get_rng_state().equal(state)
     assert 'a new scalar head, drawn from seed 2' in capsys.readouterr().out
     net, tokenizer = make(folders / 'gpt2', new_head=True)
     net.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     capsys.readouterr()
-    again, same = make(tmp_path, seed=9)
-    assert again.score.weight.equal(net.score.weight) and len(same) == len(tokenizer) == FULL + 1
+    again, saved = make(tmp_path, seed=9)
+    assert again.score.weight.equal(net.score.weight) and len(saved) == len(tokenizer) == FULL + 1
     assert net.get_input_embeddings().weight[FULL].eq(0).all() and 'new' not in capsys.readouterr().out
 
 
@@ -175,27 +176,21 @@ def without(net, name):
     return {key: value for key, value in net.state_dict().items() if key != name}
 
 
-# fmt: off
-@pytest.mark.parametrize(('changes', 'lost', 'words'), [
-    ({'num_labels': 2}, None, '2 outputs'),
-    ({'pad_token_id': EOS}, None, 'one token before that'),
-    ({}, 'score.weight', 'lacks weights: score.weight'),
-])
-# fmt: on
-def test_what_is_no_reward_model(folders, tmp_path, changes, lost, words):
+def test_what_is_no_reward_model_and_no_language_model(folders, tmp_path):
+    """dpo.py and sft.py would train from a head that transformers makes up."""
     with pytest.raises(UserError, match='no reward model but a language model'):
         make(folders / 'llama')
-    net, tokenizer = make(folders / 'llama', new_head=True)
-    tokenizer.save_pretrained(tmp_path)
-    for key, value in changes.items():
+    for key, value, lost, words in [
+        ('num_labels', 2, None, '2 outputs'),
+        ('pad_token_id', EOS, None, 'one token before that'),
+        ('use_cache', False, 'score.weight', 'lacks weights: score.weight'),
+    ]:
+        net, tokenizer = make(folders / 'llama', new_head=True)
+        tokenizer.save_pretrained(tmp_path)
         setattr(net.config, key, value)
-    net.save_pretrained(tmp_path, state_dict=without(net, lost))
-    with pytest.raises(UserError, match=words):
-        make(tmp_path, new_head=True)
-
-
-def test_a_reward_model_is_no_language_model(folders, tmp_path):
-    """dpo.py and sft.py would train from a head that transformers makes up."""
+        net.save_pretrained(tmp_path, state_dict=without(net, lost))
+        with pytest.raises(UserError, match=words):
+            make(tmp_path, new_head=True)
     for name in 'qwen2', 'gpt2':
         make(folders / name, new_head=True)[0].save_pretrained(tmp_path)
         with pytest.raises(UserError, match='is a reward model: a language model is needed'):
@@ -213,9 +208,6 @@ def test_pad_tokens():
         tokenizer.pad_token, tokenizer.padding_side = pad, 'left'
         assert load.separate_pad(tokenizer).pad_token_id == expected and tokenizer.padding_side == 'right'
         assert tokenizer('Review of!').input_ids == toy.tokenizer()('Review of!').input_ids
-
-
-# ---- margins ----
 
 
 def rows(margins):
@@ -246,17 +238,14 @@ def test_margins_of_rows(tmp_path, monkeypatch):
     assert examples(write_jsonl(tmp_path / 'none.jsonl', rows([None, None]))).margin is None
 
 
-@pytest.mark.parametrize('bad', ['"1"', 'true', 'NaN', 'Infinity', '1' + '0' * 400, '[1]'])
-def test_bad_margins(tmp_path, bad):
+def test_bad_margins(tmp_path):
     file = tmp_path / 'pairs.jsonl'
-    write_jsonl(file, rows([1, 12345]))
-    file.write_text(file.read_text().replace('12345', bad))
-    with pytest.raises(UserError, match="line 2: 'margin' is "):
-        examples(str(file), cache=False)
-    assert len(examples(str(file), cache=False, skip_bad_rows=True)) == 1
-
-
-# ---- whole runs ----
+    for bad in ('"1"', 'true', 'NaN', 'Infinity', '1' + '0' * 400, '[1]'):
+        write_jsonl(file, rows([1, 12345]))
+        file.write_text(file.read_text().replace('12345', bad))
+        with pytest.raises(UserError, match="line 2: 'margin' is "):
+            examples(str(file), cache=False)
+        assert len(examples(str(file), cache=False, skip_bad_rows=True)) == 1, bad
 
 
 def test_it_learns_the_toy_world(tmp_path, capsys):
@@ -265,7 +254,10 @@ def test_it_learns_the_toy_world(tmp_path, capsys):
                '--center_coef=0.01', '--seed=1', '--data_fraction=0.5', f'--out_dir={tmp_path}/run')  # fmt: skip
     before, after = metrics(tmp_path / 'run', 'eval')
     assert 0.4 < before['rewards_eval/accuracies'] < 0.6 and after['rewards_eval/accuracies'] > 0.7
-    assert after['rewards_eval/margins'] > 0.5 > abs(after['rewards_eval/mean'])
-    assert after['rewards_eval/margins'] == pytest.approx(after['rewards_eval/chosen'] - after['rewards_eval/rejected'])
+    margin, mean, chosen, rejected = (
+        after[f'rewards_eval/{name}'] for name in ('margins', 'mean', 'chosen', 'rejected')
+    )
+    assert margin > 0.5 > abs(mean)
+    assert [margin, mean] == pytest.approx([chosen - rejected, (chosen + rejected) / 2], abs=1e-6)
     out = capsys.readouterr().out
     assert 'left out or changed: nothing' in out and 'acc 0.' in out

@@ -1,17 +1,21 @@
 """Reward functions of the user's own: the option, what a function may give, mistakes in it, worker processes, and ppo.py with them."""
 
 import os
+import re
 
 import pytest
-from helpers import ROOT, metrics, read_jsonl, refused, run_script, write_jsonl
+from helpers import ROOT, metrics, read_jsonl, refused, run_script, sentence, system, user, write_jsonl
 
 from configurator import Config, UserError
 from experiments import rewards, sums
+from hf import load
 from rl import reward_functions
+from runtime import log
 from tests import forks
 from text.readers import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
+ONE = 'def f(prompts, responses, rows): return [1.0] * len(rows)'
 PROMPTS, RESPONSES = [row['prompt'] for row in ROWS], [row['answer'] for row in ROWS]
 
 
@@ -34,48 +38,57 @@ def score(tmp_path):
 def test_a_sum_of_functions_and_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ('a.py', 'b.py'):
-        (tmp_path / file).write_text('def f(prompts, responses, rows): return [1.0] * len(rows)')
+        (tmp_path / file).write_text(ONE)
     (tmp_path / 'out/reward/model').mkdir(parents=True)
     (tmp_path / 'out/reward/model/config.json').touch()
     found = reward_functions.parse('a.py:f*1 + b.py:f * -0.2+out/reward + gold*2')
-    assert [part.weight for part in found] == [1, -0.2, 1, 2]
-    assert [part.name for part in found] == ['f_1', 'f_2', 'reward', 'gold']
+    assert [(part.name, part.weight) for part in found] == [('f_1', 1), ('f_2', -0.2), ('reward', 1), ('gold', 2)]
     assert found[2].function_or_model == 'out/reward/model' and found[0].file == str(tmp_path / 'a.py')
     # a path that is not here is one of the project's
     (own,) = reward_functions.parse('experiments/rewards.py:gsm8k')
     assert reward_functions.call(own, [''], ['#### 4'], [{'answer': '#### 4'}]) == [1.0]
 
 
-@pytest.mark.parametrize('text, sentence', [
-    ('nowhere.py:f', r'there is no file nowhere\.py in '),
-    ('experiments/rewards.py', r'say which function of experiments/rewards\.py'),
-    ('experiments/rewards.py:', r'say which function of experiments/rewards\.py'),
-    ('experiments/rewards.py:nothing', 'has no function nothing; it has .*gsm8k'),
-    ('gold*much', "cannot read 'gold\\*much'"),
-    ('gold + ', "cannot read ''"),
-    ('gold*inf', 'cannot read'),
-    ('gold*', 'cannot read'),
+@pytest.mark.parametrize('text, words', [
+    ('nowhere.py:f', 'there is no file nowhere.py in '),
+    ('experiments/rewards.py', 'say which function of experiments/rewards.py'),
+    ('experiments/rewards.py:', 'say which function of experiments/rewards.py'),
+    ('experiments/rewards.py:nothing', 'has no function nothing; it has gsm8k, '),
+    ('gold*much', "cannot read 'gold*much'"), ('gold + ', "cannot read ''"), ('gold*inf', 'cannot read'), ('gold*', 'cannot read'),
 ])  # fmt: skip
-def test_options_that_mean_nothing(text, sentence):
-    with pytest.raises(UserError, match=sentence):
-        reward_functions.parse(text)
+def test_options_that_mean_nothing(text, words):
+    assert words in sentence(reward_functions.parse, text)
 
 
 def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
     """config/grpo_toy.py names gold; two flags are one too many."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'own.py').write_text('def one(prompts, responses, rows): return [1.0] * len(rows)')
-    config = Config({'reward': 'own.py:one', 'reward_model': 'gold', 'data': 'toy', 'offline': False})
+    (tmp_path / 'own.py').write_text(ONE)
+    config = Config({'reward': 'own.py:f', 'reward_model': 'gold', 'data': 'toy', 'offline': False})
     config.origin = {'reward': 'command line', 'reward_model': 'config/grpo_toy.py'}
     (part,) = reward_functions.parts_of_options(config, None)
     assert part.is_function and config.reward_model is None
-    assert (
-        "note: --reward=own.py:one scores, instead of the reward_model 'gold' of config/grpo_toy.py"
-        in capsys.readouterr().out
-    )
+    note = "note: --reward=own.py:f scores, instead of the reward_model 'gold' of config/grpo_toy.py"
+    assert note in capsys.readouterr().out
     config['reward_model'], config.origin['reward_model'] = 'gold', 'command line'
-    with pytest.raises(UserError, match="write one sum, --reward='own.py:one . gold'"):
-        reward_functions.parts_of_options(config, None)
+    assert "write one sum, --reward='own.py:f + gold'" in sentence(reward_functions.parts_of_options, config, None)
+
+
+def test_files_of_two_reward_models_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text('{}')
+    config = Config({'reward': 'a + b*0.5 + gold', 'reward_model': None, 'data': 'toy', 'offline': False})
+    config.origin = dict.fromkeys([*config, 'reward_workers', 'reward_timeout'], 'default')
+    reward_functions.parts_of_options(config, None)
+    before = load.fingerprints(config)
+    assert before['reward'].keys() == {'a/config.json', 'b/config.json'} and config.reward_model is None
+    (tmp_path / 'b/config.json').write_text('{ }')
+    run = {'script': '', 'options': config, 'contents': before}
+    words = "reward 'a . b.0.5 . gold' has changed since: b/config.json"
+    with pytest.raises(UserError, match=words):
+        log.check_same('out holds', run, run | {'contents': load.fingerprints(config)})
 
 
 # ---- what a function is and gives ----
@@ -128,8 +141,6 @@ def test_a_mistake_names_row_and_function(text, sentence, score):
         score(text, rows)
 
 
-# ---- worker processes ----
-
 SLOW = """
 import os, subprocess
 def f(prompts, responses, rows):
@@ -139,12 +150,9 @@ def f(prompts, responses, rows):
         child = subprocess.Popen(['sleep', '600'])
         open('child', 'w').write(str(child.pid))
         child.wait()
-    if response == '5':
-        while True: pass
-    if response == '7':
-        1 / 0
-    if response == '9':
-        os._exit(4)
+    while response == '5': pass
+    if response == '7': 1 / 0
+    if response == '9': os._exit(4)
     return [os.getpid()]
 """
 
@@ -166,28 +174,19 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     # nobody waits for a child that was orphaned, so it may stay as a zombie
     child = f'/proc/{(tmp_path / "child").read_text()}/stat'
     assert not os.path.exists(child) or ') Z ' in open(child).read()
-    for i, sentence in ((7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4')):
-        with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {sentence}"):
+    for i, words in (7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4'):
+        with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {words}"):
             score(i, i + 1)
     # an error leaves the others usable
     assert score(1)[1] == [False]
 
 
-# ---- ready ones, and sums ----
-
-
-@pytest.mark.parametrize('response, right', [
-    ('4 + 4 = 8\n#### 1,008', 1), (r'so \boxed{1008}.', 1), ('#### 1008.0', 1), ('#### 8', 0), ('1008', 0), ('#### 7 #### 1008', 1), ('', 0),
-])  # fmt: skip
-def test_gsm8k(response, right):
+def test_ready_ones_and_sums(tmp_path):
+    responses = ['4 + 4 = 8\n#### 1,008', r'so \boxed{1008}.', '#### 1008.0', '#### 8', '1008', '#### 7 #### 1008', '']
     for answer in ('because\n#### 1,008', '1008', 1008):
-        assert rewards.gsm8k([''], [response], [{'answer': answer}]) == [right]
-
-
-def test_format_length_and_sums(tmp_path):
+        assert rewards.gsm8k([''] * 7, responses, [{'answer': answer}] * 7) == [1, 1, 1, 0, 0, 1, 0]
     texts = ['<think>so\nit is</think> 4', 'so it is 4', '<think></think>4']
-    assert rewards.think(texts, texts, texts) == [1, 0, 0]
-    assert rewards.length(texts, texts, texts) == [0.04, 0.04, 0.01]
+    assert rewards.think(texts, texts, texts) == [1, 0, 0] and rewards.length(texts, texts, texts) == [0.04, 0.04, 0.01]
     sums.write(tmp_path)
     answers = {row['prompt']: row['answer'] for row in read_jsonl(tmp_path / 'prompts.jsonl')}
     shown = read_jsonl(tmp_path / 'demonstrations.jsonl')
@@ -237,12 +236,10 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize('chat', [False, True])
 def test_rows_come_with_their_columns(here, chat):
     """Of prompts, text or messages, with other columns; parts of the sum are logged apart."""
-
-    def ask(i):
-        text = f'Say {i}:'
-        return [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': text}] if chat else text
-
-    made = [{'prompt': ask(i), 'solution': i, 'hardness': i % 3, 'test': {'x': [i]}} for i in range(60)]
+    prompts = [[system('Be brief.'), user(f'Say {i}:')] if chat else f'Say {i}:' for i in range(60)]
+    made = [
+        {'prompt': prompt, 'solution': i, 'hardness': i % 3, 'test': {'x': [i]}} for i, prompt in enumerate(prompts)
+    ]
     write_jsonl('data.jsonl', made[3:])
     write_jsonl('held_out.jsonl', made[:3])
     flags = ['--data=data.jsonl', '--eval_data=held_out.jsonl', '--max_prompt_length=100']
@@ -253,26 +250,24 @@ def test_rows_come_with_their_columns(here, chat):
     # groups of two answers to a prompt
     assert [row['solution'] for _, _, row in told[3::2]][:8] == [row['solution'] for _, _, row in told[4::2]][:8]
     for row in metrics('run'):
-        split = row['split']
-        parts = 0.5 * row[f'score_seen/{split}'] + 0.25 * row[f'score_characters/{split}']
-        assert row[f'score/{split}'] == pytest.approx(parts)
+        score, one, other = (row[f'{name}/{row["split"]}'] for name in ('score', 'score_seen', 'score_characters'))
+        assert score == pytest.approx(0.5 * one + 0.25 * other)
     shown = read_jsonl('run/samples.jsonl')
     assert all(row['score_characters'] == len(row['response'].strip() if chat else row['response']) for row in shown)
 
 
 def test_mistakes_in_a_run(here):
     """They end with a sentence, where there is one to be mended, before anything is loaded."""
-    write_jsonl('data.jsonl', [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(60)])
-    for more, sentence in [
-        (['--reward=own.py:nothing'], 'has no function nothing; it has seen, characters'),
-        (['--reward=gold'], 'the reward gold is known for --data=toy alone'),
-        (['--reward=own.py:seen', '--reward_model=gold'], "write one sum, --reward='own.py:seen + gold'"),
-        (['--reward_model=x', '--reward_timeout=3'], '--reward_timeout has no effect'),
+    write_jsonl('data.jsonl', ROWS * 2)
+    for more, words in [
+        ('--reward=own.py:nothing', 'has no function nothing; it has seen, characters'),
+        ('--reward=gold', 'the reward gold is known for --data=toy alone'),
+        ('--reward=own.py:seen --reward_model=gold', "write one sum, --reward='own.py:seen + gold'"),
+        ('--reward_model=x --reward_timeout=3', '--reward_timeout has no effect'),
     ]:
-        assert sentence in refused(*RUN, '--data=data.jsonl', *more)
+        assert words in refused(*RUN, '--data=data.jsonl', *more.split())
     last = refused(*RUN, '--data=data.jsonl', '--reward=own.py:seen')
-    assert last.startswith('--reward: seen of ')
-    assert 'fails at data.jsonl, line ' in last and "KeyError: 'hardness'" in last
+    assert re.match("--reward: seen of .* fails at data.jsonl, line .*KeyError: 'hardness'", last)
 
 
 def test_a_process_of_the_users_can_be_ended(here):
@@ -283,10 +278,8 @@ def test_a_process_of_the_users_can_be_ended(here):
 
 
 def test_late_answers_are_counted(here, capsys):
-    flags = (
-        '--data=toy --n_examples=8 --do_first_eval=false --n_eval_examples=0 --reward_timeout=0.5 --reward_workers=2'
-    )
-    run_script(*RUN, *flags.split(), '--reward=own.py:slow + own.py:characters*0')
+    flags = '--data=toy --n_examples=8 --n_eval_examples=0 --reward_timeout=0.5 --reward_workers=2'.split()
+    run_script(*RUN, *flags, '--do_first_eval=false', '--reward=own.py:slow + own.py:characters*0')
     (row,) = metrics('run', 'train')
     assert row['score/train'] == 1 - row['late/train']
     assert f'{round(8 * row["late/train"])} of 8 calls of slow of ' in capsys.readouterr().out

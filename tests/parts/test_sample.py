@@ -12,7 +12,7 @@ import pytest
 import ties
 import torch
 import transformers
-from helpers import launch, read_jsonl, run_script, write_jsonl
+from helpers import assistant, launch, read_jsonl, run_script, system, user, write_jsonl
 from stub import completion, serve
 
 import fsdp
@@ -25,11 +25,9 @@ from runtime.files import lock
 from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
-CHATML = (
-    '{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}'
-    '{% if add_generation_prompt %}<|assistant|>{% endif %}'
-)
-USER = {'role': 'user', 'content': 'Hi'}
+CHATML = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+USER = user('Hi')
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +40,7 @@ def outside(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A model folder whose generation_config.json has two stop tokens, the tokenizer a chat template, and files of prompts."""
-    folder = tmp_path_factory.mktemp('world')
-    tokenizer = toy.tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp('world'), toy.tokenizer()
     net = load.load_model('toy', seed=3)
     net.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(20, 60)]
     for name, template in (('model', tokenizer.chat_template), ('chat', CHATML)):
@@ -106,39 +103,31 @@ def test_ranks_batches_and_order(tmp_path, monkeypatch):
     launch(2, [['sample.py', *FLAGS, f'--out_dir={tmp_path}/two']], tmp_path)
     assert Path('two/samples.jsonl').read_bytes() == whole
     assert not list(Path('two').glob('samples-*'))
-    first = [row for row in rows if row['sample'] == 0]
-    assert model_outputs('two') == [
-        {'instruction': r['prompt'], 'output': r['response'].strip(), 'generator': 'toy'} for r in first
-    ]
-
-
-@pytest.mark.parametrize('batch_size, max_tokens', [(64, 40), (64, 1), (2, 4000)])
-def test_rows_at_a_time(monkeypatch, batch_size, max_tokens):
-    """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
-    found, real = [], generate.generate
-
-    def noting(net, tokenizer, prompts, seeds, rows, **settings):
-        found.append((rows, max(map(len, prompts))))
-        return real(net, tokenizer, prompts, seeds, rows=rows, **settings)
-
-    monkeypatch.setattr(generate, 'generate', noting)
-    run('--n=2', '--max_new_tokens=10', f'--batch_size={batch_size}', f'--max_tokens={max_tokens}')
-    assert found
-    for rows, longest in found:
-        assert rows == min(batch_size, max(1, max_tokens // (longest + 10)))
+    first = [(row['prompt'], row['response'].strip(), 'toy') for row in rows if row['sample'] == 0]
+    assert [(o['instruction'], o['output'], o['generator']) for o in model_outputs('two')] == first
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A Counter of the seeds that generate is called with."""
+    """{seed: times} of all calls of generate; .rows of each call is (rows at a time, tokens of the longest prompt)."""
     asked, real = Counter(), generate.generate
+    asked.rows = []
 
-    def counting(net, tokenizer, prompts, seeds, **settings):
+    def counting(net, tokenizer, prompts, seeds, rows, **settings):
         asked.update(seeds)
-        return real(net, tokenizer, prompts, seeds, **settings)
+        asked.rows.append((rows, max(map(len, prompts))))
+        return real(net, tokenizer, prompts, seeds, rows=rows, **settings)
 
     monkeypatch.setattr(generate, 'generate', counting)
     return asked
+
+
+@pytest.mark.parametrize('batch_size, max_tokens', [(64, 40), (64, 1), (2, 4000)])
+def test_rows_at_a_time(asked, batch_size, max_tokens):
+    """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
+    run('--n=2', '--max_new_tokens=10', f'--batch_size={batch_size}', f'--max_tokens={max_tokens}')
+    assert asked.rows
+    assert all(rows == min(batch_size, max(1, max_tokens // (longest + 10))) for rows, longest in asked.rows)
 
 
 def test_resume(asked, monkeypatch):
@@ -199,12 +188,12 @@ def test_chat(folder, capsys):
     _, rows = run(*flags, '--chat', '--n=8', out_dir='a')
     assert rows[0]['prompt'] == [USER] and all(row['response'] == row['response'].strip() for row in rows)
     assert "'<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
-    kind = [{'role': 'system', 'content': 'Be kind.'}, USER]
+    kind = [system('Be kind.'), USER]
     assert run(*flags, '--system=Be kind.', out_dir='b')[1][0]['prompt'] == kind
     assert "'<|system|>Be kind.\\n<|user|>Hi\\n<|assistant|>'" in capsys.readouterr().out
     assert model_outputs('b')[0]['instruction'] == 'Hi'
     # as in training, a system message of the data stays
-    french = [{'role': 'system', 'content': 'Answer in French.'}, USER]
+    french = [system('Answer in French.'), USER]
     write_jsonl('french.jsonl', [{'prompt': french}])
     assert run(flags[0], '--data=french.jsonl', *flags[2:], '--system=Be kind.', out_dir='c')[1][0]['prompt'] == french
 
@@ -221,8 +210,8 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
     tokenizer.chat_template = refuses + '{% if tools %}{{ tools | tojson }}{% endif %}' + CHATML
     load.load_model(f'{folder}/chat').save_pretrained('m')
     tokenizer.save_pretrained('m')
-    rows = [{'prompt': [{'role': 'system', 'content': 'x'}, USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}]
-    rows += [{'prompt': [USER]}, {'prompt': [USER, {'role': 'assistant', 'content': 'Sure: '}]}]
+    rows = [{'prompt': [system('x'), USER]}, {'prompt': [USER], 'tools': [{'name': 'look'}]}]
+    rows += [{'prompt': [USER]}, {'prompt': [USER, assistant('Sure: ')]}]
     flags = ['--model=m', f'--data={write_jsonl("chats.jsonl", rows)}', '--max_new_tokens=4']
     assert 'chats.jsonl, line 1: the chat template refuses an example: no system turn' in refused(*flags)
     _, found = run(*flags, '--skip_bad_rows', out_dir='skipped')
@@ -255,18 +244,17 @@ def test_functions_score_answers(folder, capsys):
 
 def test_prompts_as_chats():
     hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
-    turns = [('user', 'a\n\nb'), ('assistant', 'c'), ('user', 'd')]
-    assert [(turn['role'], turn['content']) for turn in messages.as_chat(hh)] == turns
-    assert messages.as_chat('Review of the hotel:') == [{'role': 'user', 'content': 'Review of the hotel:'}]
+    assert messages.as_chat(hh) == [user('a\n\nb'), assistant('c'), user('d')]
+    assert messages.as_chat('Review of the hotel:') == [user('Review of the hotel:')]
     assert messages.instruction(hh) == hh
     for text in (' odd \n', 'two\n\nlines', ''):
         assert messages.instruction(messages.ask(text)) == text
-    assert messages.instruction([{'role': 'user', 'content': ' x '}]) == ' x '
-    chat = [{'role': role, 'content': role[0]} for role in ('system', 'user', 'assistant', 'user')]
-    assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: u'
+    assert messages.instruction([user(' x ')]) == ' x '
+    chat = [system('s'), user('u'), assistant('a'), user('v')]
+    assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: v'
     # the example that is made a chat of stays as it was
     example = {'prompt': 'a', 'response': ' b'}
-    assert messages.as_chats(example)['response'] == [{'role': 'assistant', 'content': 'b'}]
+    assert messages.as_chats(example)['response'] == [assistant('b')]
     assert example == {'prompt': 'a', 'response': ' b'}
 
 
@@ -292,18 +280,19 @@ def test_sources(folder, capsys):
     *(([f'--temperature={text}'], 'temperature') for text in ('hot', '', '0.5 -1', '1 1.0', 'nan', 'inf', '-1')),
     (['--data=nowhere.txt'], 'cannot read nowhere.txt'),
     (['--data=none.txt'], 'there are no prompts'),
+    (['--data=toy+bad.jsonl', '--skip_bad_rows'], 'no test examples are left'),
 ])  # fmt: skip
 def test_mistakes(flags, words):
     Path('none.txt').write_text('\n')
+    Path('bad.jsonl').write_text('{"prompt": 3}\n')
     assert words in refused(*flags)
     assert not Path('out').exists()
 
 
 def test_another_run_is_refused(folder):
-    model, here = f'--model={folder}/model', '--max_new_tokens=4'
     prompts, file = Path('p.txt'), Path('out/samples.jsonl')
     prompts.write_text('one\ntwo\n')
-    flags = [model, here, '--data=p.txt']
+    flags = [f'--model={folder}/model', '--max_new_tokens=4', '--data=p.txt']
     content, _ = run(*flags)
     assert 'holds a different run (seed 0 there and 1 here)' in refused(*flags, '--seed=1')
     prompts.write_text('one\nthree\n')
@@ -320,25 +309,15 @@ def test_another_run_is_refused(folder):
     net.lm_head.weight.data.fill_(float('nan'))
     net.save_pretrained('broken')
     toy.tokenizer().save_pretrained('broken')
-    assert 'scores are not numbers' in refused('--model=broken', here, out_dir='other')
+    assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
 
 
-def test_endpoint(monkeypatch):
-    monkeypatch.setenv('NANOPREF_API_KEY', 'sk-very-secret')
-    answered, status = [], lambda body: 200
-
-    def until_it_runs_out(body):
-        if len(answered) < 5:
-            answered.append(body['seed'])
-            return 200
-        time.sleep(0.5)  # what was answered before is written by then
-        return 401
-
+def test_endpoint():
     def question(body):
         return body['messages'][-1]['content']
 
     def behave(n, body):
-        code = status(body)
+        code = status(n, body)
         reply = completion(f' {question(body)} {body["seed"]} ') | {'usage': {'completion_tokens': 7}}
         reply['choices'][0]['finish_reason'] = 'stop'
         return code, reply if code == 200 else {'error': 'no'}
@@ -352,30 +331,28 @@ def test_endpoint(monkeypatch):
     with serve(behave) as server:
         flags = [f'--endpoint={server.url}', '--endpoint_model=m', '--n=2', '--concurrency=2', '--temperature=0.5']
         flags += ['--max_new_tokens=9', '--system=Be brief.']
-        # the key runs out; then one question is refused, and nothing is asked twice
-        status = until_it_runs_out
+        # the key runs out, when what was answered before is written; then one question is refused, and nothing is asked twice
+        status = lambda n, body: 200 if n < 5 else time.sleep(0.5) or 401  # noqa: E731
         assert 'NANOPREF_API_KEY' in refused(*flags)
-        known = {question(body) for body in bodies()}
+        asked = bodies()
+        answered, known = {body['seed'] for body in asked[:5]}, set(map(question, asked))
         bad = next(q for q in (f'Review of the {place}:' for place in toy.PLACES) if q not in known)
-        status = lambda body: 400 if question(body) == bad else 200  # noqa: E731
-        assert '2 answers are missing' in refused(*flags)
+        status = lambda n, body: 400 if question(body) == bad else 200  # noqa: E731
+        assert '2 answers missing (2 times: ' in refused(*flags)
         seeds = {body['seed'] for body in bodies()}
-        assert not set(answered) & seeds and len(seeds) == 12 - len(answered)
+        assert not answered & seeds and len(seeds) == 12 - 5
         # it is well again
-        status = lambda body: 200  # noqa: E731
+        status = lambda n, body: 200  # noqa: E731
         _, rows = run(*flags)
         (*_, last) = asked = bodies()
-        assert {question(body) for body in asked} == {bad}
-        messages = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': bad}]
-        expected = {'model': 'm', 'max_tokens': 9, 'top_p': 1.0, 'temperature': 0.5, 'messages': messages}
-        assert last == expected | {'seed': last['seed']}
+        assert set(map(question, asked)) == {bad}
+        expected = {'model': 'm', 'max_tokens': 9, 'top_p': 1.0, 'temperature': 0.5, 'seed': last['seed']}
+        assert last == expected | {'messages': [system('Be brief.'), user(bad)]}
         assert [(row['index'], row['sample']) for row in rows] == [(i, k) for i in range(6) for k in range(2)]
+        fields = {'generator': 'm', 'finish': 'eos', 'tokens': 7, 'temperature': 0.5}
         for row in rows:
-            said = f' {row["prompt"][-1]["content"]} {row["seed"]} '
-            fields = {'response': said, 'generator': 'm', 'finish': 'eos', 'tokens': 7, 'temperature': 0.5}
-            assert row | fields == row
+            assert row | fields | {'response': f' {row["prompt"][-1]["content"]} {row["seed"]} '} == row
         assert run(*flags)[1] == rows and not bodies()
-        assert not any(b'very-secret' in file.read_bytes() for file in Path('out').iterdir())
         # text prompts are answered as in training data
         text = run(*(flag for flag in flags if 'system' not in flag), out_dir='text')[1][0]
         assert text['response'] == f' {text["prompt"]} {text["seed"]}'

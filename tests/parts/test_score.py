@@ -55,10 +55,11 @@ def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, cap
     texts = list(toy.pairs('test', 3))
     texts[0]['prompt'] = ''
     (code,) = re.findall(r'```python\n(import.*?)```', (reward_model / 'model/README.md').read_text(), re.S)
+    out = tmp_path / 'new/folder/scores.jsonl'
     for rows in (chats, texts):
         file = write_jsonl(tmp_path / 'pairs.jsonl', rows)
-        command(monkeypatch, f'--reward_model={reward_model}', f'--data={file}', f'--out={tmp_path}/out/scores.jsonl')
-        found = read_jsonl(tmp_path / 'out/scores.jsonl')
+        command(monkeypatch, f'--reward_model={reward_model}', f'--data={file}', f'--out={out}')
+        found = read_jsonl(out)
         scope = {}
         with monkeypatch.context() as inside:
             inside.chdir(reward_model / 'model')
@@ -101,13 +102,8 @@ def test_what_is_printed():
     assert sum(map(len, score.SECTIONS.values())) == 23
     assert [sum(sizes.values()) for sizes in score.SECTIONS.values()] == [358, 456, 740, 1968]
 
-    answers = [
-        {'score': 1.0, 'good': True},
-        {'score': 3.0, 'good': True},
-        {'score': -1.0, 'good': False},
-        {'score': 9.0},
-    ]
-    said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answers', 'mean 9.0000 over 1 answers']
+    answers = [*({'score': x, 'good': good} for x, good in ((1.0, True), (3.0, True), (-1.0, False))), {'score': 9.0}]
+    said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answer', 'mean 9.0000 over 1 answer']
     assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == said
 
 

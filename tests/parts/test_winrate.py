@@ -76,11 +76,9 @@ def test_ties_are_half_wins_and_equal_lengths_change_nothing():
     assert winrate.length_controlled([0, 0.5, 1], [-2, 0, -2])[1] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    'wins, difference',
-    [([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]), ([1, 1, 1], [0, 0, 0])],
-    ids=['none', 'all won', 'separated', 'one difference', 'all won, equal lengths'],
-)
+@pytest.mark.parametrize('wins, difference', [
+    ([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]), ([1, 1, 1], [0, 0, 0]),
+], ids=['none', 'all won', 'separated', 'one difference', 'all won, equal lengths'])  # fmt: skip
 def test_no_finite_fit(wins, difference):
     assert winrate.length_controlled(wins, difference) == (None, None, None)
 
@@ -110,9 +108,8 @@ def test_known_coefficients_are_recovered(size):
     truth = 1 / (1 + math.exp(-0.4))
     assert abs(rate.mean() - truth) < 3 * rate.std() / math.sqrt(200)
     assert abs(b.mean() - 1.2) < 3 * b.std() / math.sqrt(200) + 0.03  # maximum likelihood is a little biased outwards
-    assert error.mean() == pytest.approx(rate.std(), rel=0.15) and plain_error.mean() == pytest.approx(
-        plain.std(), rel=0.15
-    )
+    for mean_error, estimates in ((error.mean(), rate), (plain_error.mean(), plain)):
+        assert mean_error == pytest.approx(estimates.std(), rel=0.15)
     assert 0.90 < (abs(rate - truth) < 1.96 * error).mean() < 0.99
     ends = np.array([winrate.interval_of_fit(*pair) for pair in zip(rate, error, strict=True)])
     assert 0.90 < ((ends[:, 0] < truth) & (truth < ends[:, 1])).mean() < 0.99

@@ -126,27 +126,6 @@ def test_scripts_and_models(model, what, harm):
     assert not Path('evil').exists() and left in ([], ['.lock'])
 
 
-DAMAGES = {
-    'weights, garbage': lambda f: (f / 'model.safetensors').write_bytes(bytes(range(256)) * 9),
-    'weights, empty': lambda f: (f / 'model.safetensors').write_bytes(b''),
-    'weights, a folder': lambda f: ((f / 'model.safetensors').unlink(), (f / 'model.safetensors').mkdir()),
-    'config, cut': lambda f: shorten(f / 'config.json'),
-    'config, a list': lambda f: (f / 'config.json').write_text('[1]'),
-    'config, no number': lambda f: (f / 'config.json').write_text('{"model_type": "llama", "hidden_size": "x"}'),
-    'config, nothing': lambda f: (f / 'config.json').unlink(),
-    'tokenizer, cut': lambda f: shorten(f / 'tokenizer.json'),
-    'tokenizer, a list': lambda f: (f / 'tokenizer.json').write_text('[]'),
-    'tokenizer, bytes': lambda f: (f / 'tokenizer.json').write_bytes(bytes(range(256))),
-    'tokenizer_config': lambda f: (f / 'tokenizer_config.json').write_text('{'),
-    'shard, missing': lambda f: (f / 'model-00002-of-00006.safetensors').unlink(),
-    'shard, cut': lambda f: shorten(f / 'model-00002-of-00006.safetensors'),
-    'index, cut': lambda f: shorten(f / 'model.safetensors.index.json'),
-    'index, empty': lambda f: (f / 'model.safetensors.index.json').write_text('{}'),
-    "tokenizer's code": lambda f: own_code(f, 'tokenizer_config.json'),
-    "adapter's pickle": lambda f: (pickled(f), (f / 'pytorch_model.bin').rename(f / 'adapter_model.bin')),
-}
-
-
 def both(name, **options):
     """How a model folder is read: as language model, as base of a reward model."""
     padded = load.separate_pad(toy.tokenizer())
@@ -154,37 +133,6 @@ def both(name, **options):
         lambda: load.load_model(name, tokenizer=toy.tokenizer(), **options),
         lambda: load.load_reward(name, padded, new_head=True, **options),
     )
-
-
-def not_loaded(words):
-    """Neither way of reading ./model succeeds, each says these words, and no code of it has run."""
-    for read in both('model'):
-        with pytest.raises(UserError, match=words) as info:
-            load.load_tokenizer('model')
-            read()
-        assert '\n' not in str(info.value)
-    assert not Path('evil').exists()
-
-
-BROKEN = {
-    'config, cut': "the config.json of 'model' is not valid JSON .*line .*: mend it$",
-    'config, nothing': "'model' has no config.json, so it is no model folder",
-    'no weights': "'model' has no .safetensors file: fetch its weights$",
-    'a pickle': "'model' has no .safetensors file: convert it from a pickle, which can run any code$",
-}
-
-
-@pytest.mark.parametrize('name', BROKEN)
-def test_broken_folders(model, name):
-    changes = {**DAMAGES, 'no weights': lambda f: (f / 'model.safetensors').unlink(), 'a pickle': pickled}
-    model('good', changes[name])
-    not_loaded(BROKEN[name])
-
-
-@pytest.mark.parametrize('name', DAMAGES)
-def test_damaged_models(model, name):
-    model('shards' if name.startswith(('shard', 'index')) else 'good', DAMAGES[name])
-    not_loaded("'model'")
 
 
 def names_shard(shard):
@@ -210,33 +158,68 @@ def sets(**options):
     return change
 
 
-NAMES = ['a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None]
-KERNEL = 'a kernel from the hub .*--trust_remote_code'
+def writes(name, content):
+    return lambda f: (f / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cuts(name):
+    return lambda f: shorten(f / name)
+
+
+def removes(name):
+    return lambda f: (f / name).unlink()
+
+
+WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
+SHARD, INDEX = 'model-00002-of-00006.safetensors', 'model.safetensors.index.json'
+NO_WEIGHTS, NO_JSON = (
+    "'model' has no .safetensors file: ",
+    "the config.json of 'model' is not valid JSON .*line .*: mend it$",
+)
+NO_SHARD, KERNEL = (
+    "names '.*': weights must be .safetensors files in the same folder",
+    'a kernel from the hub .*--trust_remote_code',
+)
 # fmt: off
-CONFIGS = [  # what config.json sets, and what is said
-    *(({'transformers_weights': file}, 'config.json of .* names')
-      for file in ('adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json')),
-    *((options, KERNEL) for options in (
+DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an index is that of a model in several files
+    'weights, garbage': [writes(WEIGHTS, bytes(range(256)) * 9)], 'weights, empty': [writes(WEIGHTS, b'')],
+    'weights, a folder': [lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir())],
+    "adapter's pickle": [lambda f: (pickled(f), (f / 'pytorch_model.bin').rename(f / 'adapter_model.bin'))],
+    'weights, none': [removes(WEIGHTS), f'{NO_WEIGHTS}fetch its weights$'],
+    'a pickle': [pickled, f'{NO_WEIGHTS}convert it from a pickle, which can run any code$'],
+    'config, cut': [cuts(CONFIG), NO_JSON], 'config, a list': [writes(CONFIG, '[1]')],
+    'config, nothing': [removes(CONFIG), "'model' has no config.json, so it is no model folder"],
+    'config, no number': [writes(CONFIG, '{"model_type": "llama", "hidden_size": "x"}')],
+    'tokenizer, cut': [cuts(TOKENIZER)], 'tokenizer, a list': [writes(TOKENIZER, '[]')],
+    'tokenizer, bytes': [writes(TOKENIZER, bytes(range(256)))], 'tokenizer_config': [writes('tokenizer_config.json', '{')],
+    "tokenizer's code": [lambda f: own_code(f, 'tokenizer_config.json')],
+    'shard, missing': [removes(SHARD)], 'shard, cut': [cuts(SHARD)], 'index, cut': [cuts(INDEX)], 'index, empty': [writes(INDEX, '{}')],
+    # weights elsewhere, kernels, quantised weights
+    **{f'shard, {file}': [names_shard(file), NO_SHARD] for file in (
+        'a.bin', '../x.safetensors', 'sub/x.safetensors', '/tmp/x.safetensors', '..', 'a.safetensors.bin', 7, '', None)},
+    **{f'weights, {file}': [sets(transformers_weights=file), 'config.json of .* names'] for file in (
+        'adapter_model.bin', '../x.safetensors', 'a.bin', '/x/y.safetensors.index.json')},
+    **{f'kernel, {options}': [sets(**options), KERNEL] for options in (
         {'attn_implementation': 'some/kernel'}, {'_attn_implementation': 'some/kernel@v1:fn'}, {'experts_implementation': 'some/kernel'},
-        {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}})),
-    *(({'quantization_config': options}, f'holds quantised weights .{options["quant_method"]}.*name the model') for options in (
-        {'quant_method': 'bitsandbytes', 'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'},
-        {'quant_method': 'gptq', 'bits': 4, 'group_size': 128}, {'quant_method': 'fp8', 'activation_scheme': 'dynamic'})),
-]
+        {'attn_implementation': {'text_config': 'some/kernel'}}, {'text_config': {'attn_implementation': 'some/kernel'}})},
+    **{f'quantised, {how}': [sets(quantization_config={'quant_method': how, **more}), f'holds quantised weights .{how}.*name the model']
+       for how, more in (('bitsandbytes', {'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4'}), ('gptq', {'bits': 4, 'group_size': 128}),
+                         ('fp8', {'activation_scheme': 'dynamic'}))},
+}
 # fmt: on
 
 
-@pytest.mark.parametrize('shard', NAMES)
-def test_shards_are_safetensors_of_the_same_folder(model, shard):
-    model('shards', names_shard(shard))
-    not_loaded("names '.*': weights must be .safetensors files in the same folder")
-
-
-@pytest.mark.parametrize('options, words', CONFIGS)
-def test_what_a_config_names(model, options, words):
-    """Weights elsewhere, kernels, quantised weights."""
-    model('good', sets(**options))
-    not_loaded(words)
+@pytest.mark.parametrize('name', DAMAGES)
+def test_damaged_models(model, name):
+    """Neither way of reading ./model succeeds, each says why, and no code of it has run."""
+    change, words = (*DAMAGES[name], "'model'")[:2]
+    model('shards' if name.startswith(('shard', 'index')) else 'good', change)
+    for read in both('model'):
+        with pytest.raises(UserError, match=words) as info:
+            load.load_tokenizer('model')
+            read()
+        assert '\n' not in str(info.value)
+    assert not Path('evil').exists()
 
 
 def test_an_attention_that_is_no_kernel(model):
@@ -246,9 +229,8 @@ def test_an_attention_that_is_no_kernel(model):
 
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    read = transformers.AutoConfig.from_pretrained
+    read, found = transformers.AutoConfig.from_pretrained, {file.name: str(file) for file in Path('model').iterdir()}
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
-    found = {file.name: str(file) for file in Path('model').iterdir()}
     monkeypatch.setattr(hub, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
@@ -329,18 +311,15 @@ def test_data_and_model_may_vanish_while_it_trains(model, folders, monkeypatch, 
 # ---- where nothing can be written ----
 
 
-OUT = {script: ['--out_dir=good.jsonl/out'] for script in ('sft.py', 'dpo.py', 'reward.py')} | {
-    'ppo.py': ['--out_dir=good.jsonl/out', '--reward_model=gold'],
-    'label.py': ['--out_dir=good.jsonl/out', '--answers=answers.jsonl', '--gold=toy'],
-    'sample.py': ['--out_dir=good.jsonl/out', '--n_examples=2'],
-    'tools/bench.py': ['--out=good.jsonl/x.json', '--model=toy'],
-}
+OUT = {'sft.py': '', 'dpo.py': '', 'reward.py': '', 'ppo.py': '--reward_model=gold', 'label.py': '--answers=answers.jsonl --gold=toy',
+       'sample.py': '--n_examples=2', 'tools/bench.py': '--model=toy'}  # fmt: skip
 
 
 @pytest.mark.parametrize('script', OUT)
 def test_out_dir_below_a_file(script):
     """As for a read-only file system, for which one must not be root."""
-    message = refused(script, *OUT[script])
+    place = '--out=good.jsonl/x.json' if script == 'tools/bench.py' else '--out_dir=good.jsonl/out'
+    message = refused(script, place, *OUT[script].split())
     assert 'cannot write' in message and 'good.jsonl' in message
 
 
@@ -480,10 +459,8 @@ def test_tokens_that_are_not_counted_are_no_fault(capfd):
 
 ADDRESSES = [f'http://user:{KEY}@host', f'https://{KEY}@host/v1', f'{KEY}@host', f'user:{KEY}@host', f'http://host/?key={KEY}',
              f'http://host:{KEY}@x', f'http://host#{KEY}']  # fmt: skip
-
-
-ASKING = {'sample.py': ['--endpoint_model=m'], 'label.py': ['--judge_model=m', '--answers=answers.jsonl']}
 NOWHERE = ['http://[::1', 'http://host:99999', 'http://host:x', 'http://', 'http://a b', 'http://é', 'file:///etc']
+ASKING = {'sample.py': ['--endpoint_model=m'], 'label.py': ['--judge_model=m', '--answers=answers.jsonl']}
 
 
 @pytest.mark.parametrize('script', ASKING)

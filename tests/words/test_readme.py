@@ -1,13 +1,15 @@
 """What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
 
 import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
-from helpers import LOSSES, ROOT, RUN, constants, parse, write_jsonl
+from helpers import LOSSES, ROOT, RUN, parse, source_of, write_jsonl
 
 import losses
+from configurator import _declared
 from runtime.objective import objective_of
 from tests import forks
 
@@ -38,12 +40,10 @@ def test_commands(command, monkeypatch, capsys):
         assert parse(command, monkeypatch).get('batch_size', 1) > 0  # label.py has none
 
 
-def test_the_front_page_is_short():
-    assert len(README.splitlines()) <= 250 and len(README) <= 15_500
-
-
 def test_links():
-    """Links between README, docs and files of the project lead somewhere, headings included; so do the names of modules."""
+    """Links between README, docs and files of the project lead somewhere, headings included; so do the names of modules. The
+    front page is short."""
+    assert len(README.splitlines()) <= 250 and len(README) <= 15_500
     for name, text in PAGES.items():
         for link in re.findall(r'\]\(([^)\s]+)\)', text):
             if link.startswith('http'):
@@ -51,9 +51,8 @@ def test_links():
             path, _, heading = link.partition('#')
             target = (ROOT / name).parent / path if path else ROOT / name
             assert target.exists(), f'{name}: {link}'
-            headings = re.findall(r'^#+ (.*)$', target.read_text(), re.M) if heading else []
-            slugs = [re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings]
-            assert not heading or heading in slugs, f'{name}: {link}'
+            headings = re.findall(r'^#+ (.*)$', target.read_text(), re.M) if heading else ['']
+            assert heading in [re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings], f'{name}: {link}'
     for name, text in OURS.items():
         for path in re.findall(r'`((?:text|hf|runtime|feedback|rl|tools|experiments|tests|config)/[\w/.]+)`', text):
             assert (ROOT / path).exists(), f'{name}: {path}'
@@ -71,14 +70,14 @@ def test_the_guide_to_the_code_fits_it():
     named += [(path, name) for path, cell in re.findall(r'^\| `([\w/.]+)` \| \d+ \| (.*) \|$', guide, re.M)
               for name in re.findall(r'`(\w+)`', cell)]  # fmt: skip
     assert len(named) > 25
-    for one, other in named:
-        path, name = (one, other) if one.endswith('.py') else (other, one)
+    for pair in named:
+        name, path = sorted(pair, key=lambda word: word.endswith('.py'))
         assert re.search(rf'(def|class) {name}\b', (ROOT / path).read_text()), f'{path} has no {name}'
 
 
 def test_options_exist():
     """Every --option that README and docs name is one of a script, or of another program."""
-    known = {name for script in RUN for name in constants(script)} | set(constants('training.py'))
+    known = {name for script in (*RUN, 'training.py') for name in _declared(source_of(script))}
     others = set('help nproc_per_node nnodes rdzv_backend rdzv_endpoint max-restarts nodes gpus-per-node'.split())
     others |= set('report quick rows lines kills seed'.split())  # of experiments
     coming_from = '\n'.join(line.rsplit(' | ', 1)[-1] for line in PAGES['docs/coming-from.md'].splitlines())
@@ -100,25 +99,20 @@ def test_configs(path, monkeypatch):
     assert len(text.splitlines()) <= 20
 
 
-def test_config_of_every_loss_that_papers_compare():
-    names = {path.stem for path in CONFIGS}
-    assert names >= {f'{x}_hh' for x in 'sft dpo drdpo betadpo tdpo radpo kto ipo cdpo simpo'.split()}
-    assert names >= set('sft_toy drdpo_toy drdpo_hh_noise20 radpo_imdb sft_imdb sft_sharegpt'.split())
-
-
-def test_papers_settings(monkeypatch):
+def test_configs_of_papers(monkeypatch):
+    """Of every loss that they compare, and Dr. DPO's settings."""
+    names = [f'{x}_hh' for x in 'sft dpo drdpo betadpo tdpo radpo kto ipo cdpo simpo drdpo'.split()]
+    names += 'sft_toy drdpo_toy drdpo_hh_noise20 radpo_imdb sft_imdb sft_sharegpt'.split()
+    assert {path.stem for path in CONFIGS} >= set(names)
     config = parse('dpo.py config/drdpo_hh_noise20.py', monkeypatch)
     paper = dict(batch_size=64, lr=5e-7, optimizer='RMSprop', warmup_steps=150, max_length=512, max_prompt_length=256)
     paper |= dict(beta=0.1, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
     assert {k: config[k] for k in paper} == paper
-
-
-@pytest.mark.parametrize('name', ['drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'])
-def test_dpo_with_the_config_of_drdpo_is_the_plain_baseline(name, monkeypatch):
-    """beta' weights any loss when it is set, so these configs leave it to the loss."""
-    for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
-        config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
-        assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
+    # beta' weights any loss when it is set, so these configs leave it to the loss: with --loss=dpo they are the plain baseline
+    for name in ('drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'):
+        for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
+            config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
+            assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
 
 
 def test_every_loss_and_every_dataset_is_documented():
@@ -151,13 +145,16 @@ def test_adding_a_loss_and_a_data_set(tmp_path):
     insert('tests/parts/test_losses.py', "    'dpo': (", row)
     insert('text/sources.py', 'def get_toy(', dataset + '\n\n')
     write_jsonl(here / 'mine.jsonl', [{'question': f'{i}?', 'good': 'a b', 'bad': 'c d'} for i in range(200)])
-    tested = '-m pytest -q -p no:cacheprovider tests/parts/test_losses.py tests/parts/test_golden.py -k'.split()
-    tested += ['my_loss or every_loss or signature']  # the new rows, and the tests that look at all losses at once
-    checked = 'losses.py my_loss --beta=0.2'.split()
-    counts = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
-    trained = f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {counts}'.split()
-    for command in (tested, checked, trained):
-        done = forks.python(*command, cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
+    tests = (
+        'tests/parts/test_losses.py tests/parts/test_golden.py'  # the new rows, and what looks at all losses at once
+    )
+    flags = '--n_examples=16 --batch_size=8 --n_eval_examples=8 --out_dir=run'
+    for command in (
+        f'-m pytest -q -p no:cacheprovider {tests} -k "my_loss or every_loss"',
+        'losses.py my_loss --beta=0.2',
+        f'dpo.py --loss=my_loss --beta=0.2 --data=mine:mine.jsonl {flags}',
+    ):
+        done = forks.python(*shlex.split(command), cwd=here, NANOPREF_CACHE=tmp_path / 'cache')
         assert done.returncode == 0, done.stdout + done.stderr
     assert (here / 'run/model/model.safetensors').exists()
 
