@@ -9,8 +9,7 @@ import re
 import resource
 import signal
 import threading
-from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,6 @@ class Refused(Exception):
 
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
-
     If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
     line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
     left_out: Counter of reasons, updated. blank: allow empty answers."""
@@ -47,37 +45,43 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     if isinstance(prompt, str) and all(isinstance(text, str) for text in answers):
         left_out['tools beside texts, which only chats can have'] += bool(tools)
         texts = _plain(prompt, answers, special, left_out)
+    else:
+        # if only some are chats, texts become messages
+        if isinstance(prompt, str):
+            prompt = [message('user', prompt)]
+        answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
+        texts = _render_chats(prompt, answers, tools, tokenizer, left_out, blank)
+    if texts is not None:
         left_out[KEPT] += sum(MARK in text for text in texts)
-        return texts
-    # if only some are chats, texts become messages
-    if isinstance(prompt, str):
-        prompt = [message('user', prompt)]
-    answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
+    return texts
+
+
+def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
+    """Return what render() does of a prompt and answers that are all chats."""
+    special = special_of(tokenizer)
     prompt = marked(prompt, special, left_out)
     tools = special.mark(tools)
     answers = [marked(answer, special, left_out) for answer in answers]
     if template_of(tokenizer, tools) == PLAIN_CHAT:
-        left_out[NO_TEMPLATE] = 1
-    texts = _write_all(prompt, answers, tools, tokenizer, left_out)
+        left_out[NO_TEMPLATE] = 1  # a flag, not a count
+    prompt_text = _write_prompt(prompt, tools, tokenizer)
+    texts = [_write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out) for answer in answers]
 
-    def write_prompt(turns, tools):
-        return _write_all(turns, [], tools, tokenizer, Counter())[0]
+    # without left_out, since the thoughts of the answers are counted already
+    def write_again(answer, _=None):
+        return _write_answer(prompt, answer, prompt_text, tools, tokenizer)
 
-    def write_answer(turns, _=None):
-        return _write_all(prompt, [turns], tools, tokenizer, Counter())[1]
-
-    count_unwritten(prompt, tools, texts[0], write_prompt, left_out)
-    for turns, text in zip(answers, texts[1:], strict=True):
-        count_unwritten(turns, None, text, write_answer, left_out)
-        has_content = any(turn['content'].strip() for turn in turns)
+    count_unwritten(prompt, tools, prompt_text, partial(_write_prompt, tokenizer=tokenizer), left_out)
+    for answer, text in zip(answers, texts, strict=True):
+        count_unwritten(answer, None, text, write_again, left_out)
+        has_content = any(turn['content'].strip() for turn in answer)
         if blank or has_content:
             continue
         # the answer has only other fields, such as tool calls: it is empty if the template writes none of them
-        content_only = [message(turn['role'], turn['content']) for turn in turns]
-        if write_answer(content_only) == text:
+        content_only = [message(turn['role'], turn['content']) for turn in answer]
+        if write_again(content_only) == text:
             return None
-    left_out[KEPT] += sum(MARK in text for text in texts)
-    return texts
+    return [prompt_text, *texts]
 
 
 # ---- special tokens in the data ----
@@ -126,7 +130,8 @@ def _special_in(tokenizer, *_):
     added = tokenizer.added_tokens_decoder
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
-    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here
+    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here.
+    # zebra: a word that no template has, to find the end of the turn behind it
     chat = [message('user', 'one'), message('assistant', 'zebra'), message('user', 'two')]
     # a broken template is reported later, and only if there are chats
     with contextlib.suppress(Refused, UserError):
@@ -170,6 +175,7 @@ def marked(chat, special, left_out):
     for turn in chat:
         if special.any.search(turn['role']):
             raise Refused(f'there is a special token in the role {turn["role"][:60]!r}')
+        # the template writes the end of the turn
         if turn['role'] == 'assistant':
             content, tail = special.split(turn['content'])
             left_out[ENDED] += bool(tail)
@@ -232,13 +238,12 @@ def write(chat, tools, tokenizer, **options):
     template raises an error or a role is unknown, and UserError if it is invalid or exceeds its time or memory."""
     text = _applied(chat, tools, tokenizer, **options)
     unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
-    # a template knows a role if it asks for it, or writes it
-    if unknown:
-        without_contents = _applied([turn | {'content': '-'} for turn in chat], tools, tokenizer)
-        for role in sorted(unknown):
-            is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
-            if not is_named and role not in without_contents:
-                raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
+    for role in sorted(unknown):
+        # a template knows a role if it asks for it, or writes it outside of the contents
+        is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
+        without_contents = [turn | {'content': '-'} for turn in chat]
+        if not is_named and role not in _applied(without_contents, tools, tokenizer):
+            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
     return text
 
 
@@ -260,37 +265,36 @@ def _applied(chat, tools, tokenizer, **options):
 
 
 def with_thoughts(turn):
-    """Return a message with its thoughts in both fields that templates read, 'thinking' and 'reasoning_content'."""
+    """Return a message with its thoughts, from whichever field of REASONING, in both that templates read."""
     thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
     if thoughts is None:
         return turn
     return {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
-def _write_all(prompt, answers, tools, tokenizer, left_out):
-    """Return the text of a prompt, up to where an answer begins, and the text of each answer after it. Raises Refused."""
+def _write_prompt(prompt, tools, tokenizer):
+    """Return the text of a prompt up to where an answer begins, or goes on if the prompt ends with the assistant."""
+    has_begun = prompt[-1]['role'] == 'assistant'
+    return write(prompt, tools, tokenizer, add_generation_prompt=not has_begun, continue_final_message=has_begun)
+
+
+def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out=None):
+    """Return the text of an answer behind prompt_text, without line breaks at its end. Raises Refused."""
     *earlier, last = prompt
-    # a prompt that ends with the assistant has begun the answer
-    has_begun = last['role'] == 'assistant'
-    prompt_text = write(prompt, tools, tokenizer, add_generation_prompt=not has_begun, continue_final_message=has_begun)
-    texts = [prompt_text]
-    for answer in answers:
-        chat = prompt + answer
-        if has_begun and answer and answer[0]['role'] == 'assistant':
-            content = last['content'] + answer[0]['content']
-            chat = [*earlier, {**last, **answer[0], 'content': content}, *answer[1:]]
-        full_text = write(chat, tools, tokenizer)
-        if full_text.startswith(prompt_text):
-            text = full_text.removeprefix(prompt_text)
-        else:
-            text = _after_opened_thought(prompt_text, full_text, answer, left_out)
-        texts.append(text.rstrip('\n'))
-    return texts
+    chat = prompt + answer
+    # the answer that the prompt has begun becomes one message
+    if last['role'] == 'assistant' and answer and answer[0]['role'] == 'assistant':
+        content = last['content'] + answer[0]['content']
+        chat = [*earlier, {**last, **answer[0], 'content': content}, *answer[1:]]
+    full_text = write(chat, tools, tokenizer)
+    if full_text.startswith(prompt_text):
+        return full_text.removeprefix(prompt_text).rstrip('\n')
+    return _after_opened_thought(prompt_text, full_text, answer, left_out).rstrip('\n')
 
 
-def _after_opened_thought(prompt_text, full_text, answer, left_out):
+def _after_opened_thought(prompt_text, full_text, answer, left_out=None):
     """Return the text of an answer if the prompt's text ends with <think> and the full chat's text differs from there on.
-    The text is the thought, which may be empty, its end tag, and the answer. Raises Refused if they differ earlier."""
+    The text is the thought, which may be empty (counted), its end tag, and the answer. Raises Refused if they differ earlier."""
     tag = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', prompt_text)
     if not tag or not full_text.startswith(prompt_text[: tag.start()]):
         num_equal = len(os.path.commonprefix([prompt_text, full_text]))
@@ -301,12 +305,13 @@ def _after_opened_thought(prompt_text, full_text, answer, left_out):
     # the template writes the thought, only with other white space after the tag
     if rest.startswith(start):
         return rest.removeprefix(start).lstrip()
-    # the template drops thoughts, but in sampling the model writes one first, so add it back
+    # the template drops thoughts, but in sampling the model writes one first, so add it back: from a field or the content
     first = answer[0]
     inline_thought, _, _ = first['content'].rpartition(end)
     thought = next((first[key] for key in REASONING if first.get(key)), inline_thought)
     thought = str(thought).strip().removeprefix(start).strip()
-    left_out[THOUGHTLESS] += not thought
+    if left_out is not None:
+        left_out[THOUGHTLESS] += not thought
     return f'{thought}\n{end}\n\n{rest.lstrip()}'
 
 
@@ -337,17 +342,18 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 
 
 def encode_texts(texts, tokenizer):
-    """Return the token ids of each text; adds no BOS or EOS. chat.py has marked special tokens written by users."""
+    """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks."""
     unmarked = [text for text in texts if MARK not in text]
-    unmarked_ids = []
+    ids_of_unmarked = []
     if unmarked and tokenizer.is_fast:
         # this call turns off truncation and padding, which the faster encode_batch_fast would apply
         tokenizer(unmarked[0], add_special_tokens=False)
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(unmarked, add_special_tokens=False)
-        unmarked_ids = [encoding.ids for encoding in encodings]
+        ids_of_unmarked = [encoding.ids for encoding in encodings]
     elif unmarked:
-        unmarked_ids = tokenizer(unmarked, add_special_tokens=False)['input_ids']
-    next_ids = iter(unmarked_ids)
+        ids_of_unmarked = tokenizer(unmarked, add_special_tokens=False)['input_ids']
+    # back into the order of the texts
+    next_ids = iter(ids_of_unmarked)
     return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections import namedtuple
 from functools import lru_cache
-from itertools import chain, combinations
+from itertools import chain, combinations, dropwhile
 from operator import itemgetter
 
 from text import messages
@@ -69,7 +69,7 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
 BY_SIGN = 'preference_strength overall_preference'.split()
 # a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
-SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?([ab012])(\.0|>+.)?')
+SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?(?P<side>[ab012])(\.0|>+.)?')
 TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
 VERDICTS = [*BY_NAME, *BY_SIGN]
 # columns where null has a meaning: not labelled, or no winner
@@ -100,6 +100,7 @@ def each(rows, read):
     gives [{'drop': reason}]."""
     for row in rows:
         try:
+            # the line of the file could not be parsed (readers.py)
             if row.error:
                 raise ValueError(row.error)
             yield row, read(row)
@@ -118,7 +119,41 @@ def parse_any(row, task=None, columns=None):
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    return [_with_system_and_tools(example, row) for example in layout.read(row, task)]
+    return [_completed(example, row) for example in layout.read(row, task)]
+
+
+def _completed(example, row):
+    """Return an example with its row's tools and system message, or {'drop': UNTRAINED} if an answer has weight 0."""
+    if 'drop' in example:
+        return example
+    answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
+    # checked() keeps no other weight than 0
+    if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
+        return {'drop': UNTRAINED}
+    # chat templates must not see the weights
+    if isinstance(example['prompt'], list):
+        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
+    if row.get('tools'):
+        example['tools'] = field(row, 'tools', list)
+    return _with_system(example, field(row, 'system')) if row.get('system') else example
+
+
+def _with_system(example, system):
+    """Return an example with this system message, which makes it chats. Raises ValueError if it cannot or has another."""
+    prompt = example['prompt']
+    # a prompt that a chat template has already formatted may contain the system message
+    is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
+    if is_formatted and system.strip() in prompt:
+        return example
+    if isinstance(prompt, str) and prompt.endswith(TEMPLATE_MARKERS):
+        raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
+    if not prompt:
+        raise ValueError("there is a 'system' message and no question behind it")
+    # as_chats keeps a system message that the chat already has
+    example = messages.as_chats(example, system)
+    if example['prompt'][0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    return example
 
 
 def layout_of(row):
@@ -128,20 +163,17 @@ def layout_of(row):
             return layout
     shares = {layout: len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS}
     nearest = max(shares, key=shares.get)
-    hint = ''
-    if shares[nearest] > 0:
-        hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
-    raise ValueError(f"'prompt' is missing, and no other column is known{hint}")
+    hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
+    raise ValueError(f"'prompt' is missing, and no other column is known{hint if shares[nearest] else ''}")
 
 
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
-
     columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    # Prompt -> prompt, unless two columns would get the same name
+    # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
     lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
     if len(lowered) == len(row):
         row = lowered
@@ -156,21 +188,16 @@ def unified(row, columns=None):
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
+    _rename_chats(row)
     _unpack(row)
-    # tools may be JSON, as a whole or one by one
-    tools = row.pop('tools', None) or []
-    if isinstance(tools, str):
-        tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
-    if are_texts(tools):
-        tools = [messages.parse_literal(text) for text in tools]
-    if tools is None or None in tools:
-        raise ValueError("'tools' has a text that is no JSON")
+    tools = _parsed_tools(row.pop('tools', None) or [])
     return row | {'tools': tools} if tools else row
 
 
 @lru_cache(1000)
 def renamed(columns):
-    """Return the names of a row's columns as RENAMED has them."""
+    """Return a tuple of column names, renamed by all entries {their name: our name} of RENAMED that apply to them: their
+    names are all there, and none of ours, so that no two columns get one name."""
     for names in RENAMED:
         new_names = set(names.values()) - names.keys()
         if names.keys() <= set(columns) and new_names.isdisjoint(columns):
@@ -178,9 +205,20 @@ def renamed(columns):
     return columns
 
 
-def _unpack(row):
-    """Move chats, question, answers and template settings out of differently named or nested columns, in place."""
-    # an unknown column may hold the chat if no other column is known (KNOWN: all names with a meaning)
+def _parsed_tools(tools):
+    """Return a row's tools as a list: they may be JSON, as a whole or one by one. Raises ValueError."""
+    if isinstance(tools, str):
+        tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
+    if are_texts(tools):
+        tools = [messages.parse_literal(text) for text in tools]
+    if tools is None or None in tools:
+        raise ValueError("'tools' has a text that is no JSON")
+    return tools
+
+
+def _rename_chats(row):
+    """Rename the column that holds the chat, or the text that asks, if its own name means something else, in place."""
+    # an unknown column may hold the chat if no other column is known
     has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, our_name in RENAMED_CHATS.items():
         may_rename = name in KNOWN or not has_known_column
@@ -190,11 +228,15 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
+
+
+def _unpack(row):
+    """Move question, answers, scores and template settings out of the objects that data sets keep them in, in place."""
     # NeMo RL: answers by rank, 0 the best
-    found = row.get('completions')
-    if isinstance(found, list) and found and all(map({'rank', 'completion'}.issubset, found)):
-        row['completions'] = [item['completion'] for item in found]
-        row['scores'] = [-field(item, 'rank', NUMBER) for item in found]
+    completions = row.get('completions')
+    if isinstance(completions, list) and completions and all(map({'rank', 'completion'}.issubset, completions)):
+        row['completions'] = [item['completion'] for item in completions]
+        row['scores'] = [-field(item, 'rank', NUMBER) for item in completions]
     # scores that are no list are of something else than a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -222,38 +264,6 @@ def _unpack(row):
                 row.setdefault(our_name, template_args[name])
 
 
-def _with_system_and_tools(example, row):
-    """Return an example with its row's system message and tools; {'drop': reason} if an answer has weight 0. Changes
-    the example. Raises ValueError if the chat has another system message."""
-    if 'drop' in example:
-        return example
-    answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
-    # as_messages keeps no other weight than 0
-    if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
-        return {'drop': UNTRAINED}
-    # chat templates must not see the weights
-    if isinstance(example['prompt'], list):
-        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
-    if row.get('tools'):
-        example['tools'] = field(row, 'tools', list)
-    if not row.get('system'):
-        return example
-    # a prompt that a chat template has already formatted may contain the system message
-    prompt, system = example['prompt'], field(row, 'system')
-    is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
-    if is_formatted and system.strip() in prompt:
-        return example
-    if isinstance(prompt, str) and prompt.endswith(TEMPLATE_MARKERS):
-        raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
-    if not prompt:
-        raise ValueError("there is a 'system' message and no question behind it")
-    # as_chats keeps a system message that the chat already has
-    example = messages.as_chats(example, system)
-    if example['prompt'][0]['content'].strip() != system.strip():
-        raise ValueError("the column 'system' and the system message of the chat are not the same")
-    return example
-
-
 # ---- prompt and answers ----
 
 
@@ -264,38 +274,44 @@ def first_of(names, row):
 
 def asked(row, given_answer=None):
     """Return the prompt of a row: text for the answer to continue, or a list of messages.
-
     The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
-    given_answer: an answer that may include its question; without a question column, None is then returned, else
-    ValueError is raised."""
-    column, chat = first_of(QUESTIONS, row), first_of(CHATS, row)
-    # a conversation that ends with a question is the prompt; under this key, text_or_chat accepts any last role
-    if chat and column != 'prompt':
-        turns = text_or_chat({'prompt': field(row, chat, list)}, 'prompt')
+    given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
+    in place of a ValueError."""
+    column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
+    if chat_column and column != 'prompt':
+        # under the key 'prompt', text_or_chat accepts any last role
+        turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
+        # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat, turns)
+            check_nothing_lost(row, chat_column, turns)
             return turns
         column = None
-    if column is None:
-        if given_answer is None:
-            raise ValueError("'prompt' is missing")
-        return None
+    if column is not None:
+        return _prompt_in(column, row, given_answer)
+    if given_answer is None:
+        raise ValueError("'prompt' is missing")
+    return None
 
+
+def _prompt_in(column, row, given_answer):
+    """Return the prompt of asked() from a question column, with what the columns ADDED and the history add to it."""
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
-    # if another column asks, a text that ends with the answer is all of it
+    # if another column asks, a 'prompt' such as 'Q: ... A: the answer' is no question but the whole text
     if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
+        # rpartition needs a separator: a line break in place of an empty answer
         before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
         if before.rstrip().endswith(':') and not after.strip():
             return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
-        for added in ADDED:
-            if row.get(added):
-                prompt += ('\n\n' if prompt else '') + field(row, added)
+        parts = [prompt, *(field(row, added) for added in ADDED if row.get(added))]
+        prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
+    # a column 'a' alone is not an option
     options = [name for name in row if OPTION.fullmatch(name)]
-    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options[len(options) == 1 :]))
+    names = (*QUESTIONS, *ABOUT, *options) if len(options) > 1 else (*QUESTIONS, *ABOUT)
+    check_nothing_lost(row, column, turns + earlier, names)
     if isinstance(prompt, list):
         return prompt
     if is_history(row.get('history')):
@@ -305,16 +321,15 @@ def asked(row, given_answer=None):
 
 
 def check_nothing_lost(row, column, turns, names=()):
-    """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include."""
+    """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include.
+    column: the one that the messages are from."""
     text = '\n'.join(turn['content'] for turn in turns)
-    for other in [name for name in names if name != column and row.get(name)]:
-        parts = row[other] if isinstance(row[other], list) else [row[other]]
-        is_included = all(str(part).strip() in text for part in parts)
-        if not is_included and not is_history(row[other]):
-            raise ValueError(f'{other!r} asks something, too, which would be lost beside {column!r}')
-    for name in DOCUMENTS:
-        # a name or a number has fewer than four words
-        if any(len(part.split()) > 3 and part.strip() not in text for part in _texts_in(row.get(name))):
+    others = [(name, row[name]) for name in names if name != column and row.get(name) and not is_history(row[name])]
+    # a name or a number, which has fewer than four words, is no document
+    others += [(name, [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]) for name in DOCUMENTS]
+    for name, value in others:
+        parts = value if isinstance(value, list) else [value]
+        if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
 
 
@@ -337,11 +352,17 @@ def example_of(row, columns):
     then removed. Raises ValueError, and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
+    # None if no column asks: then the answers must begin with the prompt
     prompt = asked(row, first_answer)
     if len(set(map(type, answers.values()))) > 1:
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
-    if isinstance(first_answer, str):
-        return _example_of_texts(row, prompt, answers)
+    if isinstance(first_answer, list):
+        return _example_of_chats(prompt, answers)
+    return _split_texts(row, answers) if prompt is None else _example_of_texts(row, prompt, answers)
+
+
+def _example_of_chats(prompt, answers):
+    """Return the example of answers that are chats, {'chosen', 'rejected' or 'response': chat}. See example_of()."""
     if not all(answers.values()):
         raise LeftOut('empty answers')
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
@@ -357,45 +378,31 @@ def example_of(row, columns):
 
 
 def whole_chat(prompt, chat):
-    """Return all turns of a prompt (text, chat or None) and a chat that either continues the prompt or includes it."""
+    """Return all turns of a prompt (text, chat or None) and an answer: a chat that continues the prompt or repeats it."""
     turns = [] if prompt is None else as_chat(prompt)
     if chat[0]['role'] == 'assistant':
         return turns + chat
-    # either the chat includes the prompt (system message aside), or the prompt includes all questions of the chat
+    # the chat begins with a question: the prompt (but for its system message) must be in it, or all its questions in the prompt
     prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
     questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
-    has_system = bool(turns) and turns[0]['role'] == 'system'
-    if has_system and chat[0]['role'] != 'system':
-        return turns[:1] + chat
-    return chat
+    # the system message of the prompt, unless the chat has its own
+    has_own = chat[0]['role'] == 'system'
+    return chat if has_own else [turn for turn in turns[:1] if turn['role'] == 'system'] + chat
 
 
 def _example_of_texts(row, prompt, answers):
-    """Return the example of answers that are texts, {'chosen', 'rejected' or 'response': text}.
-
-    prompt: text, chat or None; a pair without one is split at a turn marker. If there is a question, the example also has
-    'repeats': whether all answers began with the prompt, which is removed then."""
-    if prompt is None:
-        if len(answers) == 1:
-            raise ValueError("'prompt' is missing")
-        for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
-            text = str(row[name]).strip()
-            if len(text.split()) > 2 and text not in answers['chosen']:
-                raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
-        return _split_at_marker(**answers)
-
-    example = {}
+    """Return the example of a prompt, text or chat, and answers that are texts, {'chosen', 'rejected' or 'response': text}.
+    If there is a question, the example also has 'repeats': whether all answers began with it, and it was removed."""
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
-    if question:
-        repeats = {text.lstrip().startswith(question) for text in answers.values()}
-        if len(repeats) == 2:
-            raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
-        example['repeats'] = repeats.pop()
-    if example.get('repeats'):
+    # every text begins with an empty question
+    repeats = [text.lstrip().startswith(question) for text in answers.values()]
+    if len(set(repeats)) == 2:
+        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    if question and repeats[0]:
         answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
         # white space after the prompt is part of the answers now
         if isinstance(prompt, str):
@@ -410,16 +417,23 @@ def _example_of_texts(row, prompt, answers):
     # if the question became a message, the answers become messages, too
     if isinstance(prompt, list) and not isinstance(row.get('prompt'), list):
         answers = {key: said(text) for key, text in answers.items()}
-    return {'prompt': prompt, **answers, **example}
+    example = {'prompt': prompt, **answers}
+    return example | {'repeats': repeats[0]} if question else example
 
 
-def _split_at_marker(chosen, rejected):
-    """Return the example of two full texts that share a prompt, by splitting each at its last turn marker."""
+def _split_texts(row, answers):
+    """Return the example of two texts, {'chosen', 'rejected'}, that begin with the prompt: each is split at its last turn
+    marker. Raises ValueError if there is none, or if a column such as 'prompts' may be the prompt."""
+    if len(answers) == 1:
+        raise ValueError("'prompt' is missing")
+    chosen, rejected = answers.values()
+    for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
+        text = str(row[name]).strip()
+        if len(text.split()) > 2 and text not in chosen:
+            raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
     common = os.path.commonprefix([chosen, rejected])
-    marker = next((marker for marker in TURN_MARKERS if marker in common), None)
-    # HH: the prompts themselves may differ, which is checked below
-    if ASSISTANT in chosen:
-        marker = ASSISTANT
+    # HH, whose marker is the first: the prompts themselves may differ, which is checked below
+    marker = next((marker for marker in TURN_MARKERS if marker in common or ASSISTANT in chosen), None)
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
@@ -436,12 +450,12 @@ def _split_at_marker(chosen, rejected):
 
 def read_pair(row, task=None):
     """Read two answers, 'chosen' and 'rejected', to one prompt: a column, or the common beginning of both."""
+    # distilabel's verdict
     if row.get('status') == 'tie':
         raise LeftOut('tie')
     # RewardBench 2 has lists of good and bad answers; ties among good ones are expected, so they are not counted
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
-        scored = [(1, said(text)) for text in row['chosen']]
-        scored += [(0, said(text)) for text in row['rejected']]
+        scored = [(score, said(text)) for score, key in ((1, 'chosen'), (0, 'rejected')) for text in row[key]]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -455,45 +469,39 @@ def read_compared(row, task=None):
     better = _better(row, columns)
     if better is None and task != 'prompts':
         raise LeftOut('tie')
-    chosen, rejected = columns
-    if better == rejected:
-        chosen, rejected = rejected, chosen
+    chosen, rejected = columns[::-1] if better == columns[1] else columns
     # SFT takes the better conversation even if the other one has different questions
     wanted = {'response': chosen} if task == 'sft' else {'chosen': chosen, 'rejected': rejected}
+    chats = {}
     for column in wanted.values():
         # only role and content: other fields may differ between the sides
         chat = [message(turn['role'], turn['content']) for turn in said(text_or_chat(row, column))]
         # MT-Bench judges each of two turns; the verdict on turn 1 is about the first exchange
-        if row.get('turn') == 1 and len(chat) == 4:
-            chat = chat[:2]
-        row = row | {column: chat}
-    return [example_of(row, wanted)]
+        is_first_of_two = row.get('turn') == 1 and len(chat) == 4
+        chats[column] = chat[:2] if is_first_of_two else chat
+    return [example_of(row | chats, wanted)]
 
 
 def _better(row, columns):
     """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
     columns: two names such as ('response_a', 'response_b')."""
-    first, second = columns
     verdict_column = first_of(VERDICTS, row)
-    if verdict_column is None:
+    if verdict_column in BY_NAME:
+        verdict = str(row[verdict_column]).strip().lower()
+        named = SIDE.fullmatch(verdict)
+        better = next((column for column in columns if named and column.endswith(named['side'])), None)
+        if not better and not TIE.fullmatch(verdict):
+            raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+        return better
+    # lead: how much better the second answer is; null is a tie
+    if verdict_column:
+        lead = row[verdict_column] and field(row, verdict_column, NUMBER)
+    else:
         first_score, second_score = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
-        if first_score == second_score:
-            return None
-        return second if second_score > first_score else first
-    verdict = row[verdict_column]
-    # null or 0 is a tie, a positive number prefers the second answer
-    if verdict_column in BY_SIGN:
-        if not verdict:
-            return None
-        return second if field(row, verdict_column, NUMBER) > 0 else first
-    verdict = str(verdict).strip().lower()
-    side = SIDE.fullmatch(verdict)
-    for column in columns:
-        if side and column.endswith(side[2]):
-            return column
-    if not TIE.fullmatch(verdict):
-        raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
-    return None
+        lead = second_score - first_score
+    if not lead:
+        return None
+    return columns[1] if lead > 0 else columns[0]
 
 
 def read_votes(row, task=None):
@@ -524,11 +532,10 @@ def read_sides(row, task=None):
 def read_summaries(row, task=None):
     """Read openai/summarize_from_feedback's pairs of summaries; the prompt has TRL's format."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
-    chosen, rejected = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
+    first, second = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
         raise messages.BadValue("'choice' is neither 0 nor 1")
-    if choice == 1:
-        chosen, rejected = rejected, chosen
+    chosen, rejected = (second, first) if choice == 1 else (first, second)
     # a Reddit post, or an article of CNN or Daily Mail
     is_post = bool(info.get('post'))
     text = field(info, 'post' if is_post else 'article').replace('\n\n', '\n')
@@ -540,24 +547,22 @@ def read_summaries(row, task=None):
 
 def read_annotation(row, task=None):
     """Read AlpacaEval's annotations: preference < 1.5 means output_1, > 1.5 output_2; 0 and 1.5 are ties."""
-    outputs = [field(row, 'output_1'), field(row, 'output_2')]
+    first, second = field(row, 'output_1'), field(row, 'output_2')
     # label.py writes 'prompt' if it is not '\n\nHuman: instruction\n\nAssistant:'; its outputs stay as they are
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
         prompt = ask(messages.instruction(asked(row)))
-        outputs = [answer(text) for text in outputs]
+        first, second = answer(first), answer(second)
     preference = row['preference']
-    is_nan = preference != preference
-    if preference is None or is_nan:
+    # null, or NaN, which is not equal to itself
+    if preference is None or preference != preference:
         raise LeftOut('no verdict')
     if field(row, 'preference', NUMBER) in (0, 1.5):
         raise LeftOut('tie')
     if not 1 <= preference <= 2:
         raise messages.BadValue("'preference' is not 0, null, or from 1 to 2")
-    chosen, rejected = outputs
-    if preference > 1.5:
-        chosen, rejected = rejected, chosen
+    chosen, rejected = (second, first) if preference > 1.5 else (first, second)
     return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
 
 
@@ -590,8 +595,8 @@ def read_stack_exchange(row, task=None):
 
 def read_nectar(row, task=None):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    answers = [(field(found, 'rank', NUMBER), field(found, 'answer')) for found in field(row, 'answers', list)]
-    scored = [(-rank, answer(text)) for rank, text in answers]
+    answers = field(row, 'answers', list)
+    scored = [(-field(found, 'rank', NUMBER), answer(field(found, 'answer'))) for found in answers]
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
@@ -599,32 +604,32 @@ def read_completions(row, task=None):
     """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
     for found in field(row, 'completions', list):
-        has_mean = found.get('fine-grained_score') is not None
-        score = field(found, 'fine-grained_score' if has_mean else 'overall_score', NUMBER)
-        scored.append((score, said(field(found, 'response'))))
+        score_name = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
+        scored.append((field(found, score_name, NUMBER), said(field(found, 'response'))))
     return ranked(as_chat(asked(row)), scored, task)
 
 
 def read_scored(row, task=None):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
-    columns = next((answers, scores) for answers in MANY for scores in SCORES if {answers, scores} <= row.keys())
-    found, scores = (field(row, column, list) for column in columns)
-    texts = [text_or_chat({columns[0]: text}, columns[0]) for text in found]
+    column, score_column = next((one, two) for one in MANY for two in SCORES if {one, two} <= row.keys())
+    answers, scores = field(row, column, list), field(row, score_column, list)
+    # raises an error that names the column
+    answers = [text_or_chat({column: found}, column) for found in answers]
     all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
-    if len(texts) != len(scores) or not all_numbers:
-        raise ValueError(f'{columns[0]!r} and {columns[1]!r} are not as many texts and numbers')
+    if len(answers) != len(scores) or not all_numbers:
+        raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(text)) for score, text in zip(scores, texts, strict=True) if score is not None]
+    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return ranked(as_chat(asked(row)), scored, task)
 
 
 def grouped(rows, task, read):
     """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
-    read(row) returns (prompt, [(score, answer)]), or a list of examples, which is passed on. The examples of a group come
-    last, with its first row."""
+    read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
+        # a row that is left out, or an error
         if not isinstance(found, tuple):
             yield row, found
             continue
@@ -643,11 +648,10 @@ def read_shp(rows, task=None):
         low, high = sorted(score for score, _ in scored)
         if high < 2 * low:
             raise LeftOut('score ratio below 2')
-        prompt = ask(field(row, 'history'))
-        # SFT compares the answers of all rows with this prompt, pairs only those of one row
-        return (prompt, scored) if task == 'sft' else ranked(prompt, scored, task)
+        return ask(field(row, 'history')), scored
 
-    return grouped(rows, task, read)
+    # SFT compares the answers of all rows with one prompt, pairs only those of one row
+    return grouped(rows, task, read) if task == 'sft' else each(rows, lambda row: ranked(*read(row), task))
 
 
 def read_rated(rows, task=None):
@@ -662,33 +666,19 @@ def read_rated(rows, task=None):
 
 def read_trees(rows, task=None, language=None):
     """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
-
     The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
     only messages in this language; None: all."""
     rows = list(rows)
     by_id = {str(row.get('message_id')): row for row in rows}
-    # [parent, language, rank] as text -> row
+    # [parent, language, rank] -> row; as text, since a bad row may have lists there
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
-
-    def conversation_to(message_id):
-        """Return all turns from the root to this message."""
-        turns = []
-        while message_id is not None:
-            row = by_id.get(message_id)
-            # the limit ends cycles
-            if row is None or len(turns) == 100:
-                raise ValueError('the conversation above the answer is not whole')
-            role = 'assistant' if row.get('role') == 'assistant' else 'user'
-            turns.append(message(role, field(row, 'text')))
-            message_id = row.get('parent_id')
-        return turns[::-1]
 
     def read(row):
         if language and field(row, 'lang') != language:
             raise LeftOut('not English')
         is_question = field(row, 'role') == 'prompter'
         if is_question and task == 'prompts':
-            return [{'prompt': conversation_to(field(row, 'message_id'))}]
+            return [{'prompt': _branch(field(row, 'message_id'), by_id)}]
         if is_question or task == 'prompts':
             return []
         if row.get('rank') is None:
@@ -698,7 +688,7 @@ def read_trees(rows, task=None, language=None):
         if task == 'sft':
             if rank != 0:
                 raise LeftOut('answers that are not the best')
-            return [{'prompt': conversation_to(parent), 'response': own_answer}]
+            return [{'prompt': _branch(parent, by_id), 'response': own_answer}]
         # the best answer is the chosen one of the row with rank 1
         if rank == 0:
             return []
@@ -706,9 +696,23 @@ def read_trees(rows, task=None, language=None):
         if better is None:
             raise LeftOut('no answer of the next better rank')
         better_answer = [message('assistant', field(better, 'text'))]
-        return [{'prompt': conversation_to(parent), 'chosen': better_answer, 'rejected': own_answer}]
+        return [{'prompt': _branch(parent, by_id), 'chosen': better_answer, 'rejected': own_answer}]
 
     return each(rows, read)
+
+
+def _branch(message_id, by_id):
+    """Return the turns of a tree from its root to this message. by_id: {message_id: row}. Raises ValueError."""
+    turns = []
+    while message_id is not None:
+        row = by_id.get(message_id)
+        # the limit ends cycles
+        if row is None or len(turns) == 100:
+            raise ValueError('the conversation above the answer is not whole')
+        role = 'assistant' if row.get('role') == 'assistant' else 'user'
+        turns.append(message(role, field(row, 'text')))
+        message_id = row.get('parent_id')
+    return turns[::-1]
 
 
 # ---- single answers, conversations, texts, prompts ----
@@ -719,15 +723,17 @@ def read_answer(row, task=None):
     column = first_of(ANSWERS, row)
     # older LLaMA-Factory pairs: 'output' is [chosen, rejected]
     if column == 'output' and are_texts(row['output'], 2):
-        chosen, rejected = row['output']
-        pair = {name: value for name, value in row.items() if name != 'output'}
-        return read_pair(pair | {'chosen': chosen, 'rejected': rejected}, task)
+        pair = row | dict(zip(('chosen', 'rejected'), row['output'], strict=True))
+        del pair['output']
+        return read_pair(pair, task)
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
-    # a thought in a column becomes a field of its answer; a flag ('reasoning': 'on') does not, nor the reason for a label
+    # a column of THOUGHTS may also be a flag ('reasoning': 'on'), or the reason for a label
     thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
-    if thoughts and not label and isinstance(row[column], str) and '</think>' not in row[column]:
+    has_own_thought = not isinstance(row[column], str) or '</think>' in row[column]
+    if thoughts and not label and not has_own_thought:
+        # only messages have fields for thoughts
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
         example['response'][-1]['reasoning_content'] = thoughts[0]
@@ -751,7 +757,6 @@ def label_of(row):
 
 def read_chat(row, task=None):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
-
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
@@ -765,18 +770,18 @@ def read_chat(row, task=None):
             raise messages.no_answer_error(column, turns[-1]['role'])
         if task == 'prompts' or (task is None and len(turns) == 1):
             return [{'prompt': turns}]
-    # do not train on an empty answer, unless all are empty or a label judges the conversation, which SFT takes if it is good
-    label = {} if task == 'sft' and label_of(row).get('good') else label_of(row)
+    label = label_of(row)
+    # SFT takes a conversation that is labelled as good like one without a label
+    if task == 'sft' and label.get('good'):
+        label = {}
+    # do not train on an empty answer, unless all are empty, which is counted later, or a label judges the whole conversation
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    has_content = not messages.is_empty(answers)
-    if has_content and not label and task != 'prompts':
-        for turn in answers:
-            if messages.is_empty([turn]):
-                turn['weight'] = 0
+    empty = [turn for turn in answers if messages.is_empty([turn])]
+    if task != 'prompts' and not label and len(empty) < len(answers):
+        for turn in empty:
+            turn['weight'] = 0
     # as FastChat does, begin with a question and end with an answer
-    kept = turns.copy()
-    while kept and kept[0]['role'] == 'assistant':
-        kept.pop(0)
+    kept = list(dropwhile(lambda turn: turn['role'] == 'assistant', turns))
     while kept and not messages.is_trained(kept[-1]):
         kept.pop()
     if not kept:
@@ -794,6 +799,7 @@ def read_text(row, task=None):
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
+        # a text beside an answer may be its question
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
@@ -810,13 +816,11 @@ def read_text(row, task=None):
 
 def read_prompt(row, task=None):
     """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
+    # without a task, a solution may be for a reward function
+    like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
     for name, value in row.items():
-        looks_like_answer = any(word in name.lower() for word in LIKE_ANSWERS)
-        # without a task, a solution may be for a reward function
-        if task and 'solution' in name.lower():
-            looks_like_answer = True
         has_content = value and isinstance(value, str | list | dict)
-        if task != 'prompts' and looks_like_answer and has_content:
+        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     # CarperAI's answers are texts in the column 'label'
     if 'prompt' in row and isinstance(row.get('label'), str):
@@ -826,15 +830,14 @@ def read_prompt(row, task=None):
 
 def unread_answers(rows):
     """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
-
     A category or an id has fewer than four words, or the same ones in many rows."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(rows)):
         texts = {row[name] for row in rows if isinstance(row.get(name), str) and len(row[name].split()) >= 4}
-        # read_prompt decides about columns that are called like answers
-        is_decided = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
+        # read_prompt refuses columns that are called like answers, or takes a solution for a reward function's
+        is_known = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
         is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')
-        if len(texts) > len(rows) / 2 and not is_read and not is_decided:
+        if len(texts) > len(rows) / 2 and not is_read and not is_known:
             found.append(name)
     return found
 

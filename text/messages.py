@@ -53,6 +53,7 @@ def field(row, key, kind=str):
     # bool is a subclass of int
     is_unwanted_bool = isinstance(value, bool) and kind is not bool
     if not isinstance(value, kind) or is_unwanted_bool:
+        # a missing column may have another name
         error = ValueError if value is ... else BadValue
         raise error(f'{key!r} is missing or of the wrong type')
     # NaN fails every comparison
@@ -98,7 +99,6 @@ def no_answer_error(key, last_role):
 
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
-
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
     'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
     if not isinstance(turn, dict):
@@ -108,20 +108,19 @@ def checked(turn):
     if 'content' not in turn:
         names['value' if 'value' in turn else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
-    # where there is none it is the message that lacks it, not the row
-    role = field({'role': None, **turn}, 'role')
-    known_role = ROLES.get(role.strip().lower())
+    # None: a missing role is the message's fault, and not that of a column's name (field)
+    written_role = field({'role': None, **turn}, 'role')
+    role = ROLES.get(written_role.strip().lower())
     # messages with 'role' may have roles of their own chat template
-    if 'from' in names and known_role is None:
-        raise BadValue(f'a message is from {role[:24]!r}; known are {", ".join(ROLES)}')
-    role = known_role or role
+    if 'from' in names and role is None:
+        raise BadValue(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')
+    role = role or written_role
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
         raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
-    for name in TRAINS:
-        if turn.get(name) in (0, 1):
-            weight = min(weight, turn.pop(name))
-    if role == 'assistant' and not weight:
+    # true, false, 1 or 0
+    trains = [turn.pop(name) for name in TRAINS if turn.get(name) in (0, 1)]
+    if role == 'assistant' and not all([weight, *trains]):
         turn['weight'] = 0
     if isinstance(turn.get('function_call'), dict):
         turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
@@ -147,9 +146,8 @@ def _text_of(part):
 
 def are_texts(value, count=None):
     """Return whether a value is a non-empty list of strings, of length `count` if given."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(text, str) for text in value) and count in (None, len(value))
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
 # ---- forms of a chat ----
@@ -159,28 +157,31 @@ def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
     must_be_chat: a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
-    if isinstance(value, str):
-        # in a chat column any list is parsed, elsewhere only one that begins with a message
-        if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
-            value = _parsed_chat(value)
+    # in a chat column any list is parsed, elsewhere only one that begins with a message
+    if isinstance(value, str) and (SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('['))):
+        value = _parsed_chat(value)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-        value = [value]
+        return [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
     for fields in EXCHANGES:
         if all(isinstance(exchange, dict) and set(fields) <= exchange.keys() for exchange in value):
-            turns = alternating([exchange[name] for exchange in value for name in fields])
-            for exchange, reply in zip(value, turns[1::2], strict=True):
-                reply |= {name: exchange[name] for name in TRAINS if name in exchange}
-            # XTuner has the system message in the first exchange
-            if value[0].get('system'):
-                turns.insert(0, message('system', value[0]['system']))
-            return turns
+            return _turns_of_exchanges(value, fields)
     return alternating(value) if are_texts(value) else value
+
+
+def _turns_of_exchanges(exchanges, fields):
+    """Return objects that hold a question and its answer in two fields as messages; each may say if it is trained on."""
+    turns = alternating([exchange[name] for exchange in exchanges for name in fields])
+    for exchange, reply in zip(exchanges, turns[1::2], strict=True):
+        reply |= {name: exchange[name] for name in TRAINS if name in exchange}
+    # XTuner has the system message in the first exchange
+    first = exchanges[0].get('system')
+    return [message('system', first), *turns] if first else turns
 
 
 def parse_literal(text):
@@ -190,16 +191,16 @@ def parse_literal(text):
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(source.strip())
+    return None
 
 
 def _parsed_chat(text):
-    """Return the chat that a text contains as JSON, or the text if it is something else.
-
-    A chat: a list of messages or of strings, or a single message. A message: a dict with these keys."""
+    """Return the chat that a text contains as JSON, or the text if it is something else. A chat: a list of messages or of
+    strings, or a single message."""
     value = parse_literal(text)
     turns = value if isinstance(value, list) else [value]
-    forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
-    are_turns = all(isinstance(turn, dict) and any(form <= turn.keys() for form in forms) for turn in turns)
+    keys_of_messages = ({'role', 'content'}, {'from', 'value'}, {'messages'})
+    are_turns = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in keys_of_messages) for turn in turns)
     is_chat = bool(turns) and (are_turns or are_texts(turns))
     return value if is_chat else text
 
@@ -258,10 +259,9 @@ def as_chat(prompt):
     if '<extra_id_1>' in prompt:
         return dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
     turn_pattern = DIALOGUES['\n\nHuman:']
-    turns = dialogue(prompt, turn_pattern)
-    text_before = re.split(turn_pattern, prompt)[0]
-    if not turns or text_before.strip():
+    if not re.match(rf'\s*?{turn_pattern}', prompt):
         return [message('user', prompt)]
+    turns = dialogue(prompt, turn_pattern)
     # a prompt ends with the marker of the answer to come
     if turns[-1] == message('assistant', ''):
         turns.pop()
@@ -271,16 +271,14 @@ def as_chat(prompt):
 def as_chats(example, system=None):
     """Return a copy of an example with all its texts as chats, and with a system message unless the chat has one."""
     example = copy(example)
-    for key in ('chosen', 'rejected', 'response'):
-        if key in example:
-            example[key] = said(example[key])
-    for key in ('prompt', 'turns'):
-        if key in example:
-            chat = as_chat(example[key])
-            has_system = bool(chat) and chat[0]['role'] == 'system'
-            if system and not has_system:
-                chat = [message('system', system), *chat]
-            example[key] = chat
+    for key in example.keys() & {'chosen', 'rejected', 'response'}:
+        example[key] = said(example[key])
+    for key in example.keys() & {'prompt', 'turns'}:
+        chat = as_chat(example[key])
+        has_system = bool(chat) and chat[0]['role'] == 'system'
+        if system and not has_system:
+            chat = [message('system', system), *chat]
+        example[key] = chat
     return example
 
 
@@ -299,12 +297,9 @@ def instruction(prompt):
 def strip_html(markup):
     """Return the text of HTML. Paragraphs, list items, line breaks and <code> tags stay, other tags are removed."""
     text, in_pre = '', False
-    # split by TAG's two groups: text, then slash, name and following text of each tag
-    before, *pieces = TAG.split(re.sub('(?s)<!--.*?-->', '', markup))
-    slashes = ['', *pieces[::3]]
-    tags = ['', *map(str.lower, pieces[1::3])]
-    texts = [before, *pieces[2::3]]
-    for slash, tag, data in zip(slashes, tags, texts, strict=True):
+    # [text before the first tag, slash, name, text after this tag, slash, name, ...]
+    pieces = ['', '', *TAG.split(re.sub('(?s)<!--.*?-->', '', markup))]
+    for slash, tag, data in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
         if tag == 'pre':
             in_pre = not slash
         # a paragraph at the start of a list item stays on its line

@@ -41,6 +41,8 @@ json = False  # one JSON object a line, and nothing else
 MEASURED = 2000
 # a max_length that truncates nothing, for measuring full lengths
 NO_LIMIT = 2**30
+# what an item may have beside its prompt
+ANSWERS = ('chosen', 'rejected', 'response')
 
 
 def main():
@@ -48,9 +50,9 @@ def main():
     # set the options above from the command line and config files
     configure(globals(), early=True)
     left_out, out = Counter(), sys.stdout
-    # with --json, stdout has only JSON lines; notes go to stderr
+    # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
-        configure(globals())  # again, for its notes
+        configure(globals())
         try:
             if json:
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)
@@ -70,11 +72,8 @@ def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        source_task = task
-        if source_task is None:
-            # use the task of the first example; discard the counts, since the row is read again below
-            first_example = next(read_examples(source, 'train', Counter(), **options), {})
-            source_task = task_of(first_example)
+        # by default the task that fits the first example, which is read, and counted, again below
+        source_task = task or task_of(next(read_examples(source, 'train', Counter(), **options), {}))
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
                 example = as_chats(example, system)
@@ -123,19 +122,13 @@ def _print_text(left_out):
         # skip unusable examples, which left_out has counted
         if not items:
             continue
-        # (text, characters) of each item
-        written = [] if tokenizer else [_as_written(example, item) for item in items]
-        for i in range(len(items)):
-            number = counts.total() + i + 1
-            if n is not None and number > n:
-                break
-            print(f'--- {task}, example {number}: {example.where or data} ---')
-            if tokenizer:
-                # the tokenised text shows all items of the example at once
-                print(_tokenised_text(example, task, tokenizer), end='\n\n')
-                break
-            text, _ = written[i]
-            print(text, end='\n\n')
+        shown = items if n is None else items[: max(0, n - counts.total())]
+        texts = [_as_written(example, item) for item in shown]
+        # the tokenised text has all items of the example at once
+        if tokenizer and shown:
+            texts = [_tokenised_text(example, task, tokenizer)]
+        for number, text in enumerate(texts, counts.total() + 1):
+            print(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n')
         counts[task] += len(items)
         if len(lengths) >= MEASURED:
             continue
@@ -144,7 +137,7 @@ def _print_text(left_out):
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         else:
-            lengths += [size for _, size in written]
+            lengths += map(_num_characters, items)
     _print_summary(counts, lengths, left_out)
 
 
@@ -177,20 +170,16 @@ def mark(text):
 
 
 def _as_written(example, item):
-    """Return (an item as text with marks, characters of the conversation, or of the prompt and the longest answer)."""
-    # SFT trains on every assistant turn of a conversation
+    """Return an item as text, in which what is trained on is marked."""
+    # SFT ('trained') trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
-        return _format_lines(example['turns'], is_trained), _num_characters(example['turns'])
+        return _format_lines(example['turns'], is_trained)
     texts = [_format_lines(item['prompt'], lambda turn: False)]
-    sizes = [0]
-    for name in ('chosen', 'rejected', 'response'):
+    label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
+    for name in ANSWERS:
         if name in item:
-            heading = name
-            if 'good' in item:
-                heading += ', good' if item['good'] else ', bad'
-            texts.append(f'{heading}:\n' + _format_lines(item[name], lambda turn: True))
-            sizes.append(_num_characters(item[name]))
-    return '\n'.join(texts), _num_characters(item['prompt']) + max(sizes)
+            texts.append(f'{name}{label}:\n' + _format_lines(item[name], lambda turn: True))
+    return '\n'.join(texts)
 
 
 def _format_lines(text_or_chat, is_marked):
@@ -211,16 +200,18 @@ def _messages(text_or_chat):
     return [{'role': 'assistant', 'content': text_or_chat}] if isinstance(text_or_chat, str) else text_or_chat
 
 
-def _num_characters(text_or_chat):
-    """Return the number of characters of a text, or of all message contents of a chat."""
-    return sum(len(turn['content']) for turn in _messages(text_or_chat))
+def _num_characters(item):
+    """Return the number of characters of an item's prompt and longest answer; of chats only their contents."""
+    texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
+    of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
+    return of_prompt + max(of_answers, default=0)
 
 
 def _tokenised_text(example, task, tokenizer):
     """Tokenise and truncate an example, and return it decoded; or return the reasons why it is left out."""
     reasons = Counter()
-    limits = max_length, max_prompt_length, truncation
-    examples = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
+    lengths = max_length, max_prompt_length, truncation
+    examples = tokenise([example], tokenizer, task, *lengths, reasons, skip_bad_rows=True)
     if not len(examples):
         return 'left out: ' + ', '.join(+reasons)
     return '\n\n'.join(_decode_example(examples, i, tokenizer, task) for i in range(len(examples)))
@@ -248,14 +239,14 @@ def _decode_example(examples, i, tokenizer, task):
 
 def summary(run, n_eval_examples):
     """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first training example."""
-    train, held_out, config = run.train, run.held_out, run.config
+    train, n_held_out, n_examples = run.train, len(run.held_out), run.config.n_examples
+    sizes = f'{len(train):,} training examples ({int(train.lengths.sum()):,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
-    tokens, n_held_out = int(train.lengths.sum()), len(held_out)
-    sizes = f'{len(train):,} training examples ({tokens:,} tokens) and {n_held_out:,} to evaluate on'
-    if n_eval_examples and not len(held_out):
+    if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-    if (config.n_examples or 0) > run.total:
-        ends = f'the run ends after {run.total:,} of --n_examples={config.n_examples}'
+    # run.total: how many examples the run takes in all epochs
+    if (n_examples or 0) > run.total:
+        ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
     return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
 

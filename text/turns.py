@@ -4,6 +4,7 @@ If the template marks answers itself ({% generation %}), these are used. Otherwi
 after the prompt for it, up to and including the end of turn."""
 
 import re
+from functools import partial
 
 from text import chat
 from text.messages import is_trained, message
@@ -18,52 +19,53 @@ def marks_answers(tokenizer, tools):
 
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
-
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
     if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
-    trained = [is_trained(turn) for turn in turns]
+    answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
+    trained = {i for i in answers if is_trained(turns[i])}
     turns = [{key: value for key, value in turn.items() if key != 'weight'} for turn in turns]
     turns, tools = chat.marked(turns, special, left_out), special.mark(tools)
-
-    def write(turns, tools=tools):
-        return chat.write(turns, tools, tokenizer)
-
-    full_text = write(turns)
-    answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
+    write = partial(chat.write, tokenizer=tokenizer)
+    full_text = write(turns, tools)
     for i in answers:
-        # An answer without content may have other fields, such as tool calls. If the template writes none of them, do not train on
-        # it, since that would only train the end of turn
-        content_only = message('assistant', turns[i]['content'])
-        has_content = bool(turns[i]['content'].strip())
-        if has_content or turns[i] == content_only:
-            continue
-        is_unwritten = write([*turns[:i], content_only, *turns[i + 1 :]]) == full_text
-        trained[i] &= not is_unwritten
-        left_out['empty answers'] += is_unwritten
-    if not any(trained):
+        if _is_empty(turns, i, tools, full_text, write):
+            left_out['empty answers'] += 1
+            trained.discard(i)
+    if not trained:
         return []
 
     if marks_answers(tokenizer, tools):
         spans = _marked_spans(turns, tools, tokenizer)
     else:
-        spans = [_span(turns, i, full_text, tools, tokenizer, special) for i in answers]
+        spans = [_span(turns, i, tools, full_text, write, special.stop) for i in answers]
     if None in spans or len(spans) != len(answers):
         return None
     chat.count_unwritten(turns, tools, full_text, write, left_out)
     texts, position = [], 0
     for i, (start, end) in zip(answers, spans, strict=True):
-        if trained[i]:
+        if i in trained:
             texts += [full_text[position:start], full_text[start:end]]
             position = end
     left_out[chat.KEPT] += sum(chat.MARK in text for text in texts)
     return texts
 
 
+def _is_empty(turns, i, tools, full_text, write):
+    """Return whether the answer turns[i] has no content, but other fields, such as tool calls, of which the template
+    writes none: only its end of turn would be trained on. write(turns, tools) returns a conversation's text."""
+    content = turns[i]['content']
+    content_only = message('assistant', content)
+    if content.strip() or turns[i] == content_only:
+        return False
+    return write([*turns[:i], content_only, *turns[i + 1 :]], tools) == full_text
+
+
 def _marked_spans(turns, tools, tokenizer):
     """Return (start, end) of every answer in the conversation's text, from the template's {% generation %} marks."""
+    # apply_chat_template uses it, and returns the marks of tokens only
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = chat.template_of(tokenizer, tools)
@@ -73,14 +75,15 @@ def _marked_spans(turns, tools, tokenizer):
     return spans
 
 
-def _span(turns, i, full_text, tools, tokenizer, special):
-    """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown."""
-    prompt_text = chat.write(turns[:i], tools, tokenizer, add_generation_prompt=True)
+def _span(turns, i, tools, full_text, write, stop):
+    """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown.
+    write(turns, tools) returns a conversation's text. stop: a pattern of the end of turn."""
+    prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):
         return None
     # usually the full text begins with the text up to this answer; a line break that the template writes behind it is not trained on
-    answered_text = chat.write(turns[: i + 1], tools, tokenizer).rstrip('\n')
+    answered_text = write(turns[: i + 1], tools).rstrip('\n')
     if len(answered_text) >= start and full_text.startswith(answered_text):
         return start, len(answered_text)
     # a template may remove the thoughts of earlier answers: find the content and the end of turn after it
@@ -89,5 +92,5 @@ def _span(turns, i, full_text, tools, tokenizer, special):
     if content_start < 0 or not content:
         return None
     content_end = content_start + len(content)
-    stop = re.compile(rf'\s*(?:{special.stop.pattern})').match(full_text, content_end)
-    return start, stop.end() if stop else content_end
+    end_of_turn = re.compile(rf'\s*(?:{stop.pattern})').match(full_text, content_end)
+    return start, end_of_turn.end() if end_of_turn else content_end

@@ -14,32 +14,35 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.chat import MARK, PLAIN_CHAT, UNMARK, encode_texts
+from text.chat import MARK, PLAIN_CHAT, THOUGHTLESS, UNMARK, encode_texts
 from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-HEADERS = (  # as Llama 3: the template writes the start of text itself
-    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
-)
-INST = (  # as Llama 2: an answer ends with the end of text, and the question with no special token
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% elif m.role == 'user' %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ '<<SYS>>' + m.content }}{% endif %}{% endfor %}"
-)
+# fmt: off
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# as Llama 3: the template writes the start of text itself
+HEADERS = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' }}"
+           "{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}")
+# as Llama 2: an answer ends with the end of text, and the question with no special token
+INST = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% elif m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ '<<SYS>>' + m.content }}{% endif %}{% endfor %}")
 THINKS = CHATML.replace(  # as Qwen 3: the last answer begins with an empty thought
-    "m.role + '\n' + m.content", "m.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content"
-)  # fmt: skip
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
-)  # as Gemma 2
-OPENS = CHATML.replace(
-    "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"
-)  # as R1: answers show no thought
+    "m.role + '\n' + m.content", "m.role + '\n' + ('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML  # as Gemma 2
+OPENS = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")  # as R1: answers show no thought
 BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+FIELDS = CHATML.replace('m.content +', "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content + "
+    '(m.tool_calls | tojson if m.tool_calls else "") + (m.tool_call_id if m.tool_call_id else "") +',
+).replace('{% for m', '{% if tools %}{{ tools | tojson }}{% endif %}{% for m', 1)
+LAST_FIELDS = FIELDS.replace('if m.reasoning_content', 'if m.reasoning_content and loop.last')
+NAMED = "{% if not messages[0].name %}{{ raise_exception('who?') }}{% endif %}" + CHATML
+SYSTEMLESS = CHATML.replace('{% for m in messages %}', "{% for m in messages if m.role != 'system' %}")
+OPENS_ANSWER = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<answer>\n'")
+# fmt: on
 SPECIAL = ['<|im_start|>', '<|im_end|>', '<|head|>', '<|/head|>', '<|eot|>', '<|begin|>']
+CALL = {'type': 'function', 'function': {'name': 'look', 'arguments': {'at': 'sky'}}}
+TOOLS = [{'type': 'function', 'function': {'name': 'look', 'parameters': {}}}]
+ASKED = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 SYSTEM = system('be nice')
 PROMPT = [user('the room ?'), assistant('clean .'), user('the bed ?')]
 CHOSEN, REJECTED = [assistant('very fine .')], [assistant('dusty and dull')]
@@ -52,25 +55,18 @@ def tokenizer_of(template, eos, begins=False):
     t.eos_token, t.chat_template = eos, template
     if begins:  # and puts the start of text before every text, as Llama's do
         t.bos_token = '<|begin|>'
-        one = t.convert_tokens_to_ids('<|begin|>')
-        t.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single='<|begin|> $A', pair='<|begin|> $A $B', special_tokens=[('<|begin|>', one)]
-        )
+        form = {'single': '<|begin|> $A', 'special_tokens': [('<|begin|>', t.convert_tokens_to_ids('<|begin|>'))]}
+        t.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**form)
     return t
 
 
 # template, end of text, whether BOS is added, what is added to the template's end
 CASES = {
-    'chatml, instruct': (CHATML, '<|im_end|>', False, []),
-    'chatml on a base model': (CHATML, EOS, False, [EOS]),
-    'headers': (HEADERS, '<|eot|>', True, []),
-    'inst': (INST, EOS, True, []),
-    'thinks': (THINKS, '<|im_end|>', False, []),
-    'no system': (NO_SYSTEM, '<|im_end|>', False, []),
-    'no end of turn': (BARE, EOS, False, [EOS]),
-    'plain': (PLAIN_CHAT, EOS, False, [EOS]),
+    'chatml, instruct': (CHATML, '<|im_end|>', False, []), 'chatml on a base model': (CHATML, EOS, False, [EOS]),
+    'headers': (HEADERS, '<|eot|>', True, []), 'inst': (INST, EOS, True, []), 'thinks': (THINKS, '<|im_end|>', False, []),
+    'no system': (NO_SYSTEM, '<|im_end|>', False, []), 'no end of turn': (BARE, EOS, False, [EOS]), 'plain': (PLAIN_CHAT, EOS, False, [EOS]),
     'several': ({'default': CHATML, 'tool_use': HEADERS}, '<|im_end|>', False, []),
-}
+}  # fmt: skip
 
 
 def pair(prompt='hi', chosen='yes', rejected='no'):
@@ -90,11 +86,8 @@ def written(t, *rows, **options):
     return [(t.decode(p), [t.decode(a) for a in answers]) for p, answers in items], examples.left_out
 
 
-def read(tmp_path, *rows, left_out=None):
-    found, counted = sources.load_rows(write_jsonl(tmp_path / 'rows.jsonl', rows), 'train', undivided=True)
-    if left_out is not None:
-        left_out.update(counted)
-    return found
+def read(tmp_path, *rows):
+    return sources.load_rows(write_jsonl(tmp_path / 'rows.jsonl', rows), 'train', undivided=True)[0]
 
 
 @pytest.mark.parametrize('messages', [PROMPT[:1], PROMPT, [SYSTEM, *PROMPT]], ids=['one turn', 'turns', 'system'])
@@ -122,38 +115,30 @@ def test_trained_ids_are_the_templates(case, messages):
             assert [*prompt, *answer] == joint[:length] and t.decode(joint[length:]).strip('\n') == ''
 
 
-ASKED = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
+# ---- thoughts, and all fields of all messages ----
+
+CHANGED = 'messages whose content the chat template changes or leaves out'
+THOUGHTS = [user('a'), assistant('b', thinking='x'), user('c'), assistant('d', thinking='y')]
 
 
-# ---- thoughts ----
-
-
-def test_a_template_that_opens_a_thought():
-    """An answer's own thought goes on from there, in whichever field or text it is; without one it is empty, and counted."""
-    t = tokenizer_of(OPENS, '<|im_end|>')
-    row = pair(chosen=[assistant('yes', reasoning_content='well')], rejected='<think>\nhm\n</think>\n\nno')
-    (found,), _ = written(t, row)
-    assert found == (ASKED + '<think>\n', ['well\n</think>\n\nyes<|im_end|>', 'hm\n</think>\n\nno<|im_end|>'])
-    (found,), counted = written(t, pair())
-    assert found[1] == ['\n</think>\n\nyes<|im_end|>', '\n</think>\n\nno<|im_end|>']
-    assert [n for reason, n in counted.items() if 'without a thought' in reason] == [2]
-    assert not written(t, {'prompt': [user('hi')]}, task='prompts')[1]  # its stand-in for an answer is not counted
-
-    # another difference is refused
-    closed = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<answer>\n'")
-    with pytest.raises(UserError, match=r"differently from the prompt it asks to continue: where that has '<answer>"):
-        written(tokenizer_of(closed, EOS), pair())
-
-
-# ---- all fields of all messages ----
-
-FIELDS = CHATML.replace(
-    'm.content +',
-    "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content + "
-    '(m.tool_calls | tojson if m.tool_calls else "") + (m.tool_call_id if m.tool_call_id else "") +',
-).replace('{% for m', '{% if tools %}{{ tools | tojson }}{% endif %}{% for m', 1)
-CALL = {'type': 'function', 'function': {'name': 'look', 'arguments': {'at': 'sky'}}}
-TOOLS = [{'type': 'function', 'function': {'name': 'look', 'parameters': {}}}]
+@pytest.mark.parametrize('template, row, task, answers, counted', [
+    # an answer's own thought goes on from the opened one, in whichever field or text it is
+    (OPENS, pair(chosen=[assistant('yes', reasoning_content='well')], rejected='<think>\nhm\n</think>\n\nno'), 'pairs',
+     ['well\n</think>\n\nyes<|im_end|>', 'hm\n</think>\n\nno<|im_end|>'], {CHANGED: 1}),
+    (OPENS, pair(), 'pairs', ['\n</think>\n\nyes<|im_end|>', '\n</think>\n\nno<|im_end|>'], {THOUGHTLESS: 2}),
+    # the stand-in for the answer of a prompt is not counted
+    (OPENS, {'prompt': [user('hi')]}, 'prompts', ['\n</think>\n\n.<|im_end|>'], {}),
+    # a field that is written of one message only, and one that the template cannot do without
+    (LAST_FIELDS, {'prompt': THOUGHTS[:3], 'response': THOUGHTS[3:]}, 'sft', ['<think>y</think>d<|im_end|>'],
+     {"messages with 'thinking', which the chat template does not write": 1}),
+    (NAMED, {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}, 'sft', ['yes<|im_end|>'], {}),
+    (SYSTEMLESS, pair([SYSTEM, user('hi')]), 'pairs', ['yes<|im_end|>', 'no<|im_end|>'], {CHANGED: 1}),
+])  # fmt: skip
+def test_what_a_template_writes_of_a_row(template, row, task, answers, counted):
+    ((prompt, found),), left_out = written(tokenizer_of(template, '<|im_end|>'), row, task=task)
+    assert (
+        found == answers and left_out == counted and prompt.endswith('assistant\n' + '<think>\n' * (template == OPENS))
+    )
 
 
 @pytest.mark.parametrize('field', ['reasoning_content', 'thinking', 'reasoning'])
@@ -189,20 +174,6 @@ def test_calls_tools_and_their_results(tmp_path):
     assert not found and counted['empty answers'] == 1
 
 
-def test_fields_that_the_template_writes_of_one_message_and_cannot_do_without():
-    last = FIELDS.replace('if m.reasoning_content', 'if m.reasoning_content and loop.last')
-    row = {'prompt': [user('a'), assistant('b', thinking='x'), user('c')], 'response': [assistant('d', thinking='y')]}
-    (found,), counted = written(tokenizer_of(last, '<|im_end|>'), row, task='sft')
-    assert found[1] == ['<think>y</think>d<|im_end|>'] and list(counted.values()) == [1]
-    needs = "{% if not messages[0].name %}{{ raise_exception('who?') }}{% endif %}" + CHATML
-    row = {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}
-    found, counted = written(tokenizer_of(needs, '<|im_end|>'), row, task='sft')
-    assert found and not counted
-    without_system = CHATML.replace('{% for m in messages %}', "{% for m in messages if m.role != 'system' %}")
-    _, counted = written(tokenizer_of(without_system, '<|im_end|>'), pair([SYSTEM, user('hi')]))
-    assert counted == {'messages whose content the chat template changes or leaves out': 1}
-
-
 def test_other_tools_are_another_example(tmp_path):
     chat = {'messages': [user('hi'), assistant('yes')]}
     rows = read(tmp_path, chat | {'tools': TOOLS}, chat | {'tools': TOOLS * 2}, chat | {'tools': TOOLS}, chat)
@@ -217,33 +188,12 @@ def test_the_system_column(tmp_path, column):
     found, _ = written(tokenizer_of(CHATML, '<|im_end|>'), *read(tmp_path, *rows))
     told = ('<|im_start|>system\nBe brief.<|im_end|>\n' + ASKED, ['yes<|im_end|>', 'no<|im_end|>'])
     assert found == [told] * 3 + [(ASKED, told[1]), ('hi', [' yes<|im_end|>', ' no<|im_end|>'])]
-    for row, words in ((own | {column: 'Be long.'}, 'are not the same'), ({'text': 'a', column: 'b'}, 'no question')):
-        with pytest.raises(UserError, match=words):
-            read(tmp_path, row)
-
-
-def test_weights_and_roles(tmp_path):
-    chat, counted = {'messages': [user('a', weight=0), assistant('b', weight=1)]}, Counter()
-    not_trained = {'messages': [user('a'), assistant('b', weight=0)]}
-    rows = read(tmp_path, not_trained, chat, left_out=counted)
-    assert rows == [{'prompt': [user('a')], 'response': [assistant('b')]}]
-    assert counted == {'answers of weight 0, which are not to be trained on': 1}
-    for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot')):
-        turns = [{'role': asks, 'content': 'a'}, {'role': answers, 'content': 'b'}]
-        assert read(tmp_path, {'messages': turns}) == rows
-    narrator = "does not end with an answer, but with a message of the role 'narrator'"
-    half = "the 'weight' of a message is 0.5"
-    for last, words in ((user('b') | {'role': 'narrator'}, narrator), (assistant('b', weight=0.5), half)):
-        with pytest.raises(UserError, match=words):
-            read(tmp_path, {'messages': [user('a'), last]})
 
 
 def test_what_stands_beside_a_question_does_not_divide(tmp_path):
     rows = [{'prompt': [user(f'q{i // 2}', id=i)], 'response': [assistant('a')]} for i in range(120)]
     file = write_jsonl(tmp_path / 'rows.jsonl', rows)
-    train, test = (
-        {row['prompt'][0]['content'] for row in sources.load_rows(file, split)[0]} for split in ('train', 'test')
-    )
+    train, test = ({x['prompt'][0]['content'] for x in sources.load_rows(file, s)[0]} for s in ('train', 'test'))
     assert train and test and not train & test
 
 
@@ -300,12 +250,11 @@ def tokenizers_of_all_kinds():
     wordpiece = Tokenizer(models.WordPiece(unk_token='<unk>'))
     wordpiece.pre_tokenizer, wordpiece.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     text = [WORDS + ' hi yes no user assistant\n'] * 9
-    for name, inner, trainer in (
-        ('llama', llama, trainers.BpeTrainer), ('metaspace', metaspace, trainers.BpeTrainer),
-        ('unigram', unigram, trainers.UnigramTrainer), ('wordpiece', wordpiece, trainers.WordPieceTrainer),
-    ):  # fmt: skip
-        more = {'unk_token': '<unk>'} if name == 'unigram' else {}
-        inner.train_from_iterator(text, trainer(vocab_size=120, special_tokens=special, show_progress=False, **more))
+    kinds = {'llama': (llama, 'Bpe', {}), 'metaspace': (metaspace, 'Bpe', {}), 'wordpiece': (wordpiece, 'WordPiece', {}),
+             'unigram': (unigram, 'Unigram', {'unk_token': '<unk>'})}  # fmt: skip
+    for name, (inner, kind, more) in kinds.items():
+        options = {'vocab_size': 120, 'special_tokens': special, 'show_progress': False} | more
+        inner.train_from_iterator(text, getattr(trainers, f'{kind}Trainer')(**options))
         yield name, transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='</s>', unk_token='<unk>')
     yield 'byte level', tokenizer_of(CHATML, '<|im_end|>')
 
@@ -352,8 +301,6 @@ def test_special_tokens_of_texts_that_a_template_has_written():
     assert examples.left_out['texts that begin or end with a special token: theirs are read as tokens'] == 1
     (ids,) = tokenise_prompts(['Name a river.<|im_start|>'], t, 99, 'start', Counter())
     assert ids[-1] == t.convert_tokens_to_ids('<|im_start|>')
-    with pytest.raises(UserError, match='special token in the role'):
-        written(t, pair([{'role': 'user<|im_end|>', 'content': 'a'}]))
 
 
 # ---- rows and templates that cannot be used ----
@@ -363,14 +310,11 @@ def test_a_role_that_nobody_knows(tmp_path):
     """Only a template that asks for it or writes it knows it, not one that takes it for some other role, nor none at all."""
     names = INST.replace("m.role == 'user'", "m.role == 'user' or m.role == 'bot2'")
     turns = [{'role': 'bot2', 'content': 'bot2 asks'}, assistant('x'), user('y'), assistant('z')]
-    for row, task in (
-        (pair(turns[:1]), 'pairs'),
-        ({'prompt': turns[:3], 'response': turns[3:], 'turns': turns}, 'sft'),
-    ):
+    unknown = "a message has the unknown role 'bot2'; known are user, human, .*, ipython"
+    chat = {'prompt': turns[:3], 'response': turns[3:], 'turns': turns}
+    for row, task in ((pair(turns[:1]), 'pairs'), (chat, 'sft')):
         for template in (None, INST):
-            with pytest.raises(
-                UserError, match="a message has the unknown role 'bot2'; known are user, human, .*, ipython"
-            ):
+            with pytest.raises(UserError, match=unknown):
                 written(tokenizer_of(template, EOS), row, task=task)
         for template in (CHATML, names):
             assert len(ids_of(tokenizer_of(template, EOS), row, task=task)) == 1
@@ -390,27 +334,32 @@ def test_a_row_that_the_template_refuses(tmp_path):
         tokenise_prompts(rows, t, 99, 'start', Counter())
     first, second = tokenise_prompts(rows, t, 99, 'start', counted, skip_bad_rows=True)
     assert first and second is None and counted[f'bad rows: {refused}'] == 1
-    with pytest.raises(UserError, match='the chat template refuses an example: unexpected end of template'):
-        written(tokenizer_of('{{ nonsense', EOS), pair())
 
 
 LOOPS = ''.join(f'{{% for {x} in range(9999) %}}' for x in 'ijk') + '{% endfor %}' * 3
+TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
 
 
-@pytest.mark.parametrize('template, words', [
-    ({'rag': CHATML, 'tool_use': CHATML}, 'or several with one of the name default, but dict of .*rag'),
-    ({'default': {'a': 1}}, 'not a text of at most 1,000,000 characters.* but dict of 8'), (7, 'but int of 1'),
-    ('x' * 1_000_001, '1,000,001 characters'), (LOOPS, 'does not end'), ("{{ 'x' * 3000000000 }}", 'takes more than 1 GiB'),
+@pytest.mark.parametrize('template, row, words', [
+    ({'rag': CHATML, 'tool_use': CHATML}, pair(), 'or several with one of the name default, but dict of .*rag'),
+    ({'default': {'a': 1}}, pair(), 'not a text of at most 1,000,000 characters.* but dict of 8'), (7, pair(), 'but int of 1'),
+    ('x' * 1_000_001, pair(), '1,000,001 characters'), (LOOPS, pair(), 'does not end'),
+    ("{{ 'x' * 3000000000 }}", pair(), 'takes more than 1 GiB'),
+    # these are of the row, and left out if asked for
+    ('{{ nonsense', pair(), 'the chat template refuses an example: unexpected end of template'),
+    (OPENS_ANSWER, pair(), "differently from the prompt it asks to continue: where that has '<answer>"),
+    (CHATML, pair([{'role': 'user<|im_end|>', 'content': 'a'}]), 'special token in the role'),
 ])  # fmt: skip
-def test_templates_that_cannot_be_used(monkeypatch, template, words):
+def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, words):
     monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
+    of_row = any(x in words for x in ('refuses', 'differently', 'role'))
     with pytest.raises(UserError, match=words) as info:
-        written(tokenizer_of(template, EOS), pair(), skip_bad_rows=True)
+        written(tokenizer_of(template, '<|im_end|>'), row, skip_bad_rows=not of_row)
     assert '\n' not in str(info.value) and len(str(info.value)) < 300
     # the timer is given back
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     if not isinstance(template, str):  # texts need no template
-        assert len(written(tokenizer_of(template, EOS), {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'})[0]) == 1
+        assert len(written(tokenizer_of(template, EOS), TEXTS)[0]) == 1
 
 
 def test_messages_have_a_limit(tmp_path, monkeypatch):
@@ -469,9 +418,10 @@ def test_training_and_sampling(instruct):
         assert kept.repetition_penalty == 1.5
 
 
-@pytest.mark.parametrize(
-    'content', ['{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}', '{broken', None]
-)
+GENERATION = '{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}'
+
+
+@pytest.mark.parametrize('content', [GENERATION, '{broken', None])
 def test_odd_generation_configs(instruct, tmp_path, content):
     """One that cannot be written again keeps its tokens; a broken or a missing one is passed over."""
     shutil.copytree(instruct / 'base', tmp_path / 'm')

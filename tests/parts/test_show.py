@@ -1,23 +1,27 @@
 """python data.py: what a model will be trained on, on the screen and as JSON."""
 
 import json
-import re
 import sys
 
 import numpy as np
 import pytest
+from helpers import ROOT, assistant, run_script, system, user, write_jsonl
+from test_chat import EOS, NO_SYSTEM, tokenizer_of
 
 import text.show
 from configurator import UserError
 from runtime.files import say_once
 from tests import forks
-from tests.helpers import ROOT, run_script, write_jsonl
 from text import toy
 from text.examples import Examples
 
-TALK = [{'role': r, 'content': c} for r, c in (('user', 'a?'), ('assistant', 'b'), ('user', 'c?'), ('assistant', 'd'))]
+TALK = [user('a?'), assistant('b'), user('c?'), assistant('d')]
+UNTRAINED = [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:]]
 PAIRS = [{'prompt': f'Q: {i}?\nA:', 'chosen': ' yes', 'rejected': ' no', 'margin': 2} for i in range(5)]
 PAIRS.append(PAIRS[0] | {'chosen': ' '})
+MARGIN = {'margin': 2.0}
+CALL = {'type': 'function', 'function': {'name': 'rain', 'arguments': {'city': 'Rome'}}}
+LENGTH_8 = 'lengths in characters: median 8, 95% up to 8, longest 8\n'
 
 
 @pytest.fixture
@@ -34,21 +38,30 @@ def show(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_examples_and_counts(show):
-    out, _ = show(PAIRS)
-    assert out.count('--- pairs, example') == 3 and 'data.jsonl, line 3 ---' in out
-    assert 'Q: 2?\nA:\nchosen:\n[[ yes]]\nrejected:\n[[ no]]\n' in out and 'Q: 3?' not in out
-    assert 'data.jsonl: 5 pairs' in out and 'left out or changed: 1 empty answer\n' in out
-    assert 'read as: pair, told by chosen (columns: prompt, chosen, rejected, margin)' in out
-    assert 'lengths in characters: median' in out
-
-
-@pytest.mark.parametrize('row', [
-    {'prompt': '12345', 'chosen': '678', 'rejected': '6'}, {'prompt': '12345', 'response': '678'}, {'prompt': '12345678'},
-    {'messages': [{'role': 'user', 'content': '12345'}, {'role': 'assistant', 'content': '678'}]},
+@pytest.mark.parametrize('rows, flags, count, words', [
+    (PAIRS, [], 3, ['Q: 2?\nA:\nchosen:\n[[ yes]]\nrejected:\n[[ no]]\n', 'data.jsonl, line 3 ---', 'data.jsonl: 5 pairs',
+                    'left out or changed: 1 empty answer\n', 'lengths in characters: median',
+                    'read as: pair, told by chosen (columns: prompt, chosen, rejected, margin)']),
+    # lengths are of the text alone
+    ([{'prompt': '12345', 'chosen': '678', 'rejected': '6'}], [], 1, [LENGTH_8]),
+    ([{'prompt': '12345', 'response': '678'}], [], 1, [LENGTH_8]), ([{'prompt': '12345678'}], [], 1, [LENGTH_8]),
+    ([{'messages': [user('12345'), assistant('678')]}], [], 1, [LENGTH_8]),
+    ([{'messages': [user('Rain?'), assistant('', tool_calls=[CALL])]}], [], 1,
+     ['user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ', '"Rome"}}}]}]]']),
+    (PAIRS, ['--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6'], 1,
+     ['rejected: [[', '<|endoftext|>]]', 'lengths in tokens: median', 'cut at max_length 12: 100%']),
+    # a pair that is two single answers is shown once
+    (PAIRS, ['--model=toy', '--n=2', '--task=singles'], 1, ['label: good', 'label: bad', '10 singles']),
+    ([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)], [], 2, ['response, good:\n[[r]]', 'response, bad:\n[[r]]']),
+    ([{'messages': TALK}, {'messages': TALK[:1]}], [], 1,
+     ['user: a?\nassistant: [[b]]\nuser: c?\nassistant: [[d]]\n', '1 sft', 'left out or changed: 1 conversation without a question and its answer\n']),
+    ([{'prompt': 'Say a.', 'response': 'Say a. a'}], [], 1,
+     ['changed: nothing\nnote: answers that repeated their prompt, which was taken off (1 times)\n']),
 ])  # fmt: skip
-def test_lengths_are_of_the_text_alone(show, row):
-    assert 'lengths in characters: median 8, 95% up to 8, longest 8\n' in show([row])[0]
+def test_what_is_shown(show, rows, flags, count, words):
+    out, _ = show(rows, *flags)
+    assert [x for x in words if x not in out] == [] and out.count(' ---\n') == count and 'Q: 3?' not in out
+    assert out.count('label: good') == out.count('label: bad') == ('label: good' in words)
 
 
 @pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
@@ -108,80 +121,32 @@ def test_training_scripts_show_their_first_example(tmp_path, capsys, config, fla
     assert said in f'the first {shown}' and ('[[' in shown.partition('\n')[2]) == (config != 'grpo_toy')
 
 
-def test_texts_as_chats(show):
-    out, _ = show([{'prompt': 'q', 'chosen': ' yes', 'rejected': ' no'}], '--n=none', '--json', '--system=s')
-    turn = {'role': 'assistant', 'content': 'yes'}
-    assert json.loads(out) == {'prompt': [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}],
-                               'chosen': [turn], 'rejected': [turn | {'content': 'no'}]}  # fmt: skip
-
-
-def test_calls_of_tools_are_shown(show):
-    call = {'type': 'function', 'function': {'name': 'rain', 'arguments': {'city': 'Rome'}}}
-    answer = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
-    out, _ = show([{'messages': [{'role': 'user', 'content': 'Rain?'}, answer]}])
-    assert (
-        'user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ' in out and '"Rome"}}}]}]]' in out
-    )
-
-
-def test_as_a_model_sees_it(show):
-    out, _ = show(PAIRS, '--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6')
-    assert out.count('--- pairs') == 1 and 'rejected: [[' in out and '<|endoftext|>]]' in out
-    assert 'lengths in tokens: median' in out and 'cut at max_length 12: 100%' in out
-
-
-def test_a_pair_that_is_two_single_answers_is_shown_once(show):
-    out, _ = show(PAIRS, '--model=toy', '--n=2', '--task=singles')
-    assert out.count('label: good') == out.count('label: bad') == out.count('--- singles') == 1 and '10 singles' in out
-
-
 def test_what_a_chat_template_refuses_is_said_and_counted(show, tmp_path):
-    tokenizer = toy.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-        "{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokenizer.save_pretrained(tmp_path / 'model')
-    rows = [{'messages': TALK, 'system': x} for x in ('', 'Be brief.')]
-    out, _ = show([*rows, {'messages': TALK, 'system': ''}], f'--model={tmp_path / "model"}')
-    assert 'the chat template refuses an example: no system here\n' in out and '3 sft' in out
-    assert re.search('left out or changed: 1 bad row: the chat template refuses an example: no system here\n', out)
+    tokenizer_of(NO_SYSTEM, EOS).save_pretrained(tmp_path / 'model')
+    rows = [{'messages': TALK, 'system': x} for x in ('', 'Be brief.', '')]
+    out, _ = show(rows, f'--model={tmp_path / "model"}')
+    refused = 'the chat template refuses an example: no system turn\n'
+    assert f'left out: bad rows: {refused}' in out and f'left out or changed: 1 bad row: {refused}' in out
     # of a conversation, both answers are marked
-    assert out.count('[[') == 4
+    assert '3 sft' in out and out.count('[[') == 4
 
 
-def test_labels_and_every_answer_of_a_conversation_are_shown(show):
-    out, _ = show([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)])
-    assert 'response, good:\n[[r]]' in out and 'response, bad:\n[[r]]' in out
-    out, _ = show([{'messages': TALK}, {'messages': TALK[:1]}])
-    assert 'user: a?\nassistant: [[b]]\nuser: c?\nassistant: [[d]]\n' in out
-    assert 'left out or changed: 1 conversation without a question and its answer\n' in out and '1 sft' in out
-    out, _ = show([{'prompt': 'Say a.', 'response': 'Say a. a'}])
-    assert 'changed: nothing\nnote: answers that repeated their prompt, which was taken off (1 times)\n' in out
-
-
-@pytest.mark.parametrize(
-    'rows, task, expected',
-    [
-        (PAIRS, 'pairs', [PAIRS[i] | {'margin': 2.0} for i in range(5)]),
-        (PAIRS[:1], 'singles', [{'prompt': 'Q: 0?\nA:', 'response': x, 'good': x == ' yes'} for x in (' yes', ' no')]),
-        (PAIRS[:1], 'sft', [{'prompt': 'Q: 0?\nA:', 'response': ' yes', 'trained': [' yes']}]),
-        (PAIRS[:1], 'prompts', [{'prompt': 'Q: 0?\nA:'}]),
-        ([{'messages': TALK}], None, [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['b', 'd']}]),
-        ([{'prompt': 'p', 'response': 'r', 'good': True}], None, [{'prompt': 'p', 'response': 'r', 'good': True}]),
-        ([{'messages': [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:]]}], 'sft',
-         [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['d']}]),
-        ([{'messages': [TALK[0], TALK[1] | {'weight': 0}, *TALK[2:], *TALK[:2]]}], 'sft',
-         [{'prompt': [*TALK, TALK[0]], 'response': TALK[1:2], 'trained': ['d', 'b']}]),
-    ],
-)  # fmt: skip
-def test_json(show, rows, task, expected):
+@pytest.mark.parametrize('rows, flag, expected', [
+    (PAIRS, '--task=pairs', [PAIRS[i] | MARGIN for i in range(5)]),
+    (PAIRS[:1], '--task=singles', [{'prompt': 'Q: 0?\nA:', 'response': x, 'good': x == ' yes'} | MARGIN for x in (' yes', ' no')]),
+    (PAIRS[:1], '--task=sft', [{'prompt': 'Q: 0?\nA:', 'response': ' yes', 'trained': [' yes']} | MARGIN]),
+    (PAIRS[:1], '--task=prompts', [{'prompt': 'Q: 0?\nA:'} | MARGIN]),
+    ([{'messages': TALK}], '', [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['b', 'd']}]),
+    ([{'prompt': 'p', 'response': 'r', 'good': True}], '', [{'prompt': 'p', 'response': 'r', 'good': True}]),
+    ([{'messages': UNTRAINED}], '--task=sft', [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['d']}]),
+    ([{'messages': [*UNTRAINED, *TALK[:2]]}], '--task=sft', [{'prompt': [*TALK, TALK[0]], 'response': TALK[1:2], 'trained': ['d', 'b']}]),
+    ([{'prompt': 'q', 'chosen': ' yes', 'rejected': ' no'}], '--system=s',
+     [{'prompt': [system('s'), user('q')], 'chosen': [assistant('yes')], 'rejected': [assistant('no')]}]),
+])  # fmt: skip
+def test_json(show, rows, flag, expected):
     """Nothing but examples on the standard output; counts go elsewhere."""
-    out, err = show(rows, '--n=none', '--json', *([f'--task={task}'] if task else []))
-    found = [json.loads(line) for line in out.splitlines()]
-    shown = [{k: v for k, v in x.items() if k != 'margin'} if task != 'pairs' else x for x in found]
-    assert shown == expected
+    out, err = show(rows, '--n=none', '--json', *flag.split())
+    assert [json.loads(line) for line in out.splitlines()] == expected
     assert len(rows) < 6 or 'left out or changed: 1 empty answer\n' in err
 
 

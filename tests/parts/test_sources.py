@@ -40,6 +40,13 @@ def read(path, rows, **options):
     return load(write(path, rows), **options)
 
 
+def refusal(source, split='train', **options):
+    """The message with which a source is refused."""
+    with pytest.raises(UserError) as info:
+        sources.load_rows(source, split, **options)
+    return str(info.value)
+
+
 def pair(prompt, chosen, rejected):
     return {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
 
@@ -47,9 +54,7 @@ def pair(prompt, chosen, rejected):
 # ---- the datasets ----
 
 EGG = messages.ask('How do I boil an egg?')
-COLOUR = (
-    '\n\nHuman: Name a colour.\n\nAssistant: Blue.\n\nHuman: My script prints "Assistant: Blue." Why?\n\nAssistant:'
-)
+COLOUR = messages.ask('Name a colour.') + ' Blue.' + messages.ask('My script prints "Assistant: Blue." Why?')
 TOMATOES, SOIL = messages.ask('Why are my tomatoes yellow?'), ' Check the soil first, then the light.'
 GARLIC = messages.ask('Best time to plant garlic?')
 CODE = (
@@ -83,22 +88,16 @@ RAWS = {  # name: (some examples by number, how many there are, what is left out
                   2, {'does not begin with user, assistant': 2}, [f"'messages' {MISSING}"]),
     'alpaca_eval': ({0: {'prompt': messages.ask('Name three fruits.')}, 1: {'prompt': messages.ask('Explain tides\nin one line.')}},
                     3, {}, [f"'instruction' {MISSING}"]),
-    'annotations': ({i: pair(messages.ask(f'Question {i}?'), f' One {i}.', f' Two {i}.') for i in (0,)}, 4, {'tie': 2, 'no verdict': 1},
+    'annotations': ({i: pair(messages.ask(f'Question {n}?'), f' {a} {n}.', f' {b} {n}.') for i, n, a, b in (
+                         (0, 0, 'One', 'Two'), (1, 1, 'Two', 'One'), (2, 4, 'One', 'Two'), (3, 5, 'Two', 'One'))}, 4, {'tie': 2, 'no verdict': 1},
                     ["'preference' is not 0, null, or from 1 to 2", f"'preference' {MISSING}"]),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize(
-    'name, reader',
-    [
-        *zip(RAWS, RAWS, strict=True),
-        ('hh', 'hh_helpful'),
-        ('hh', 'hh_harmless'),
-        ('ultrafeedback', 'ultrafeedback_hybrid'),
-    ],
-)
-def test_raw_files(name, reader):
+@pytest.mark.parametrize('reader', [*RAWS, 'hh_helpful', 'hh_harmless', 'ultrafeedback_hybrid'])
+def test_raw_files(reader):
+    name = reader if reader in RAWS else reader.partition('_')[0]
     some, count, left_out, bad = RAWS[name]
     examples, counted = load(f'{reader}:{raw(name)}', skip_bad_rows=True)
     assert {i: examples[i] for i in some} == some and len(examples) == count
@@ -119,10 +118,8 @@ def test_turns_of_sharegpt(num_turns):
     """The third question of the first chat has no answer."""
     first, second, other = load(f'sharegpt:{raw("sharegpt")}', num_turns=num_turns, skip_bad_rows=True)[0]
     assert [first, other] == list(RAWS['sharegpt'][0].values())
-    assert second == {
-        'prompt': first['prompt'] + ' The Thames.\n\nHuman: Another?\n\nAssistant:',
-        'response': ' The Oder.',
-    }
+    asked = first['prompt'] + ' The Thames.' + messages.ask('Another?')
+    assert second == {'prompt': asked, 'response': ' The Oder.'}
 
 
 def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
@@ -135,30 +132,16 @@ def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
     assert len(both) == 2 * len(alone) > 0
 
 
-def test_annotations(tmp_path):
-    """Named, or recognised by their fields."""
-    by_name, bare = (
-        load(source, skip_bad_rows=True) for source in ('annotations:' + raw('annotations'), raw('annotations'))
-    )
-    assert by_name == bare
-    assert [(x['chosen'], x['rejected']) for x in bare[0]] == [
-        (' One 0.', ' Two 0.'),
-        (' Two 1.', ' One 1.'),
-        (' One 4.', ' Two 4.'),
-        (' Two 5.', ' One 5.'),
-    ]
-    row = {'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': float('nan')}
-    assert read(tmp_path / 'annotations.json', [row]) == ([], {'no verdict': 1})
-    with pytest.raises(UserError, match='annotations:PATH'):
-        sources.load_rows('annotations', 'train')
+def test_annotations_are_recognised_by_their_fields():
+    by_name, bare = (load(name + raw('annotations'), skip_bad_rows=True) for name in ('annotations:', ''))
+    assert by_name == bare and 'annotations:PATH' in refusal('annotations')
 
 
 def test_toy():
     train, test = (sources.load_rows('toy', split) for split in ('train', 'test'))
     assert (len(train[0]), len(test[0])) == (6000, 600) and not train[1] and train[0] != test[0]
     assert set(train[0][0]) == {'prompt', 'chosen', 'rejected'} and sources.load_rows('toy', 'test')[0] == test[0]
-    with pytest.raises(UserError, match='toy world has no files'):
-        sources.load_rows(f'toy:{raw("hh")}', 'train')
+    assert 'toy world has no files' in refusal(f'toy:{raw("hh")}')
 
 
 @pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'),
@@ -171,23 +154,16 @@ def test_strip_html(html, text):
 
 # ---- the hub ----
 
-# fmt: off
+HH, SHAREGPT = 'Anthropic/hh-rlhf', 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'
+IMDB = 'insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english'
 ASKED = {  # name -> what load_dataset is asked for
-    'hh': ('Anthropic/hh-rlhf', 'test', {}),
-    'hh_helpful': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'helpful-base'}),
-    'hh_harmless': ('Anthropic/hh-rlhf', 'test', {'data_dir': 'harmless-base'}),
-    'shp': ('stanfordnlp/SHP', 'test', {}),
-    'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}),
-    'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'}),
-    'imdb': ('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', 'test', {}),
-    'oasst': ('OpenAssistant/oasst1', 'validation', {}),
-    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}),
-    'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}),
-    'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
+    'hh': (HH, 'test', {}), 'hh_helpful': (HH, 'test', {'data_dir': 'helpful-base'}), 'hh_harmless': (HH, 'test', {'data_dir': 'harmless-base'}),
+    'shp': ('stanfordnlp/SHP', 'test', {}), 'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}), 'imdb': (IMDB, 'test', {}),
+    'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': SHAREGPT}), 'oasst': ('OpenAssistant/oasst1', 'validation', {}),
+    'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}), 'owner/name': ('owner/name', 'test', {}),
+    'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}), 'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
     'alpaca_eval': ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'}),
-    'owner/name': ('owner/name', 'test', {}),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('source, asked', ASKED.items())
@@ -197,20 +173,17 @@ def test_what_is_asked_of_the_hub(hub, source, asked):
 
 
 def test_hub_rows_and_errors(hub):
-    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+    good = pair('p', 'a', 'b')
     hub.rows = [good, {'prompt': 'p', 'chosen': 'a'}]
     assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == [good]
-    with pytest.raises(UserError, match=r"owner/name \[test\], row 2: 'rejected' is missing"):
-        sources.load_rows('owner/name', 'test')
+    assert refusal('owner/name').startswith("owner/name [train], row 2: 'rejected' is missing")
 
     def refuse(hub_id, split):
         raise ConnectionError('no network\nat all')
 
     hub.load_dataset = refuse
-    with pytest.raises(UserError, match=r"^cannot load 'owner/name', split 'train', from the hub: no network at all$"):
-        sources.load_rows('owner/name', 'train')
-    with pytest.raises(UserError, match='^cannot load .*/alpaca_eval.json'):
-        sources.load_rows('alpaca_eval', 'train')
+    assert refusal('owner/name') == "cannot load 'owner/name', split 'train', from the hub: no network at all"
+    assert re.match('cannot load .*/alpaca_eval.json', refusal('alpaca_eval'))
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
@@ -235,7 +208,7 @@ def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch
     from text import tokenise, toy
 
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
-    rows = [{'prompt': f'p{i}', 'chosen': ' a', 'rejected': ' b'} for i in range(200)]
+    rows = [pair(f'p{i}', ' a', ' b') for i in range(200)]
     monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name, **_: splits)
     monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
     tokenizer = toy.tokenizer()
@@ -257,7 +230,9 @@ PAIR = {'prompt': [user('q?')], 'chosen': [assistant('a')], 'rejected': [assista
 SFT = {'prompt': [user('q?')], 'response': [assistant('a')]}
 BRIEF = {'prompt': [system('Be brief.'), user('q?')]}
 TWO_TURNS = [user('a'), assistant('b'), user('q?'), assistant('a')]
-MULTI = {'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:], 'turns': TWO_TURNS}
+ASKS, SAYS, QA = TWO_TURNS[:3], TWO_TURNS[3:], TWO_TURNS[2:]
+SKY, COLOURS, F = 'The sky is', [user('What colour?')], {'name': 'f'}
+MULTI = {'prompt': ASKS, 'response': SAYS, 'turns': TWO_TURNS}
 ANSWERS = {'chosen': 'a', 'rejected': 'b'}
 MARKUP = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 
@@ -267,334 +242,261 @@ def said(human, gpt, **more):
 
 
 # fmt: off
-FORMATS = {  # in any kind of file: what a row is, and the example that comes of it
-    'explicit': ({'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'The sky is', 'chosen': ' blue.', 'rejected': ' green.'}),
-    'implicit, after a colon': ({'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}),
-    'implicit, one answer begins the other': ({'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}),
-    'implicit, chat markup': ({k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}),
-    'repeated prompt': ({'prompt': 'Q: 0?\nA:', 'chosen': 'Q: 0?\nA: yes', 'rejected': 'Q: 0?\nA: no'}, {'prompt': 'Q: 0?\nA:', 'chosen': ' yes', 'rejected': ' no'}),
-    'repeated prompt, other blanks': ({'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'}, {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'}),
-    'repeated prompt, one answer': ({'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True}, {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True}),
-    'question': ({'question': 'q?', **ANSWERS}, PAIR),
-    'question and system': ({'system': 'Be brief.', 'question': 'q?', **ANSWERS}, PAIR | BRIEF),
-    'prompt and system': ({'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}, PAIR | BRIEF),
-    'chat and system': ({'system': 'Be brief.', 'prompt': [user('q?')], **CHAT_PAIR}, BRIEF | CHAT_PAIR),
-    'instruction': ({'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}, PAIR),
-    'instruction and input': ({'instruction': 'i', 'input': 'about this', **ANSWERS}, PAIR | {'prompt': [user('i\n\nabout this')]}),
-    'query': ({'query': 'q?', **ANSWERS}, PAIR),
-    'question that ends in a turn marker': ({'question': 'Q: 0?\nA:', **ANSWERS}, {'prompt': 'Q: 0?\nA:', **ANSWERS}),
-    'alpaca': ({'instruction': 'i', 'input': 'about this', 'output': 'a', 'text': 'all of it: i'}, SFT | {'prompt': [user('i\n\nabout this')]}),
-    'dolly': ({'instruction': 'i', 'context': 'c', 'response': 'a'}, SFT | {'prompt': [user('i\n\nc')]}),
-    'question and answer': ({'question': 'q?', 'answer': 'a'}, SFT),
-    'markup that has the system message': ({'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}),
-    'label of 0 or 1': ({'prompt': 'The sky is', 'completion': ' green.', 'label': 0}, {'prompt': 'The sky is', 'response': ' green.', 'good': False}),
-    'label of a response': ({'prompt': 'The sky is', 'response': ' blue.', 'label': 1.0}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
-    'label as text': ({'prompt': 'The sky is', 'response': ' blue.', 'label': 'True'}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
-    'label of a chat': ({'messages': [user('q?'), assistant('a')], 'label': False}, SFT | {'good': False}),
-    'from and value': ({'conversations': said('q?', 'a'), 'system': 'Be brief.'}, SFT | BRIEF),
-    'from and value, pairs': ({'conversations': said('q?', '')[:1], 'chosen': said('', 'a')[1], 'rejected': said('', 'b')[1]}, PAIR),
-    'messages and one message each': ({'messages': [user('q?')], 'chosen': assistant('a'), 'rejected': assistant('b')}, PAIR),
-    'prompt beside whole chats': ({'prompt': 'What colour?', **{k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
-    'prompt beside longer whole chats': ({'prompt': 'c', **{k: [system('s'), user('a'), assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [system('s'), user('a'), assistant('b'), user('c')], **CHAT_PAIR}),
-    'chat prompt beside whole chats': ({'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [system('s'), user('a')], **CHAT_PAIR}),
-    'answers of several turns that differ in the last': ({'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}),
-    'explicit chat': ({'prompt': [user('What colour?')], **CHAT_PAIR}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
-    'implicit chat': ({k: [user('What colour?'), *v] for k, v in CHAT_PAIR.items()}, {'prompt': [user('What colour?')], **CHAT_PAIR}),
-    'implicit chat, longer': ({k: [*TWO_TURNS[:3], *v] for k, v in CHAT_PAIR.items()}, {'prompt': TWO_TURNS[:3], **CHAT_PAIR}),
-    'prompt and completion': ({'prompt': 'The sky is', 'completion': ' blue.'}, {'prompt': 'The sky is', 'response': ' blue.'}),
-    'prompt and completion chat': ({'prompt': [user('q?')], 'completion': [assistant('a')]}, SFT),
-    'thumb up': ({'prompt': 'The sky is', 'completion': ' blue.', 'label': True}, {'prompt': 'The sky is', 'response': ' blue.', 'good': True}),
-    'thumb down': ({'prompt': 'The sky is', 'completion': ' green.', 'label': False}, {'prompt': 'The sky is', 'response': ' green.', 'good': False}),
-    'ours': ({'prompt': 'The sky is', 'response': ' blue.', 'good': False}, {'prompt': 'The sky is', 'response': ' blue.', 'good': False}),
-    'no history': ({'prompt': 'The sky is', 'response': ' blue.', 'history': []}, {'prompt': 'The sky is', 'response': ' blue.'}),
-    'ours, for sft': ({'prompt': 'The sky is', 'response': ' blue.'}, {'prompt': 'The sky is', 'response': ' blue.'}),
-    'messages': ({'messages': TWO_TURNS}, MULTI),
-    'text': ({'text': 'The sky is blue.'}, {'prompt': '', 'response': 'The sky is blue.'}),
-    'prompt only': ({'prompt': 'The sky is'}, {'prompt': 'The sky is'}),
-    'prompt only chat': ({'prompt': [user('q?')]}, {'prompt': [user('q?')]}),
+COLUMNS = {  # the names of a question's column and of one answer's (Amod counselling, Vertex, FLAN, ...), or of the better and the worse one's
+    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
+    ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
+        'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
+        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected, question chosen_conversations rejected_conversations',
 }
+OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
+SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
+    (None, PAIR, {
+        'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}}),
+    (None, {'prompt': 'Human: hi\nAssistant:', 'chosen': 'hello', 'rejected': 'hey'}, {'implicit, after a colon': {'chosen': 'Human: hi\nAssistant:hello', 'rejected': 'Human: hi\nAssistant:hey'}}),
+    (None, {'prompt': 'Q: one?\nA:', 'chosen': ' yes', 'rejected': ' yes, no'}, {'implicit, one answer begins the other': {'chosen': 'Q: one?\nA: yes', 'rejected': 'Q: one?\nA: yes, no'}}),
+    (None, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}, {'implicit, chat markup': {k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}}),
+    (None, {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'}, {'repeated prompt, other blanks': {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'}}),
+    (None, {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True}, {'repeated prompt, one answer': {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True}}),
+    (None, PAIR | BRIEF, {'prompt and system': {'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}}),
+    (None, {'prompt': 'Q: 0?\nA:', **ANSWERS}, {'question that ends in a turn marker': {'question': 'Q: 0?\nA:', **ANSWERS}}),
+    (None, SFT | {'prompt': [user('i\n\nabout this')]}, {'alpaca': {'instruction': 'i', 'input': 'about this', 'output': 'a', 'text': 'all of it: i'}}),
+    (None, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'markup that has the system message': {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}}),
+    (None, {'prompt': SKY, 'response': ' green.', 'good': False}, {'label of 0 or 1': {'prompt': SKY, 'completion': ' green.', 'label': 0}}),
+    (None, {'prompt': [system('s'), user('a')], **CHAT_PAIR}, {'chat prompt beside whole chats': {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}}),
+    (None, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}, {'answers of several turns that differ in the last': {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}}),
+    (None, {'prompt': SKY, 'response': ' blue.'}, {'no history': {'prompt': SKY, 'response': ' blue.', 'history': []}}),
+    (None, {'prompt': '', 'response': 'The sky is blue.'}, {'text': {'text': 'The sky is blue.'}}),
+    ('pairs', PAIR, {
+        'PKU-SafeRLHF, safety': {'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1},
+        'Arena, texts as in csv': {'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'},
+        'Arena, content in parts': {'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}},
+        'Arena, sides': {'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
+        'Arena, other fields': {'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}},
+        'Snorkel': {'prompt': 'q?', 'chosen': QA, 'rejected': [user('q?'), assistant('b')], 'all_rm_scores': [1.0, 0.0]},
+        'LLaMA-Factory, ranking': {'instruction': 'q?', 'input': '', 'output': ['a', 'b']},
+        'OpenAI, preferences without tools': {'input': {'messages': [user('q?')]}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]},
+        'OpenAI, preferences in a table': {'input': json.dumps({'messages': [user('q?')], 'tools': []}), 'preferred_output': json.dumps([assistant('a')]), 'non_preferred_output': json.dumps([assistant('b')])},
+        'ms-swift, chats': {'messages': QA, 'rejected_messages': [user('q?'), assistant('b')]},
+        'align-anything': {'question': 'q?', 'response_1': 'b', 'response_2': 'a', 'overall_response': 2},
+        'Vertex, preferences': {'input_text': 'q?', 'candidate_0': 'a', 'candidate_1': 'b', 'choice': 0},
+        'PRIME rollouts': {'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]},
+        'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
+        'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
+        'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
+    ('pairs', PAIR | {'prompt': ASKS}, {
+        'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
+        'Capybara, pairs': {'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*ASKS, assistant('b')]}}),
+    ('pairs', PAIR | BRIEF, {
+        'chats as JSON': {k: json.dumps(v) for k, v in (PAIR | BRIEF).items()},
+        'ms-swift': {'messages': [system('Be brief.'), user('q?'), assistant('a')], 'rejected_response': 'b'}}),
+    ('pairs', {'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}, {'Nectar': {'prompt': messages.ask('q?') + ' ', 'answers': [{'answer': 'b', 'rank': 7.0}, {'answer': 'a', 'rank': 1.0}]}}),
+    ('pairs', {'prompt': 'q?', 'chosen': 'So a', 'rejected': 'So b'}, {'Math-Step-DPO': {'prompt': 'q?', 'initial_reason_steps': 'So ', **ANSWERS, 'full_chosen': 'x'}}),
+    ('pairs', {'prompt': 'SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: p\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}, {'TL;DR, comparisons': {'info': {'post': 'p', 'subreddit': 's', 'title': 't'}, 'summaries': [{'text': 'b'}, {'text': 'a'}], 'choice': 1}}),
+    ('pairs', {'prompt': 'TITLE: t\n\nx\ny\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}, {'TL;DR, news': {'info': {'post': None, 'article': 'x\n\ny', 'title': 't'}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 0}}),
+    ('pairs', {'prompt': 'POST: p\n\n', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}, {'CarperAI, comparisons': {'prompt': 'POST: p', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}}),
+    ('pairs', PAIR | BRIEF | {'tools': [F]}, {'OpenAI, preferences': {'input': {'messages': [system('Be brief.'), user('q?')], 'tools': [F], 'parallel_tool_calls': True}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}}),
+    ('pairs', PAIR | {'prompt': [user('x q?')]}, {'monkey business': {'prompt': 'x q?', 'question': 'q?', 'gt_answer': '4', 'samples': ['b', 'a'], 'is_corrects': [False, True]}}),
+    ('pairs', {'prompt': [user('x q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}, {'a question that the chats alone have whole': {'prompt': 'q?', 'query': 'x q?', 'chosen': [user('x q?'), assistant('a')], 'rejected': [user('x q?'), assistant('b')]}}),
+    ('pairs', {'prompt': messages.ask('i\n\nabout this'), 'chosen': ' a', 'rejected': ' b'}, {'AlpacaFarm': {'instruction': 'i', 'input': 'about this', 'output_1': 'b', 'output_2': 'a', 'preference': 2}}),
+    ('pairs', PAIR | {'tools': [F]}, {'When2Call': {'tools': ['{"name": "f"}'], 'messages': [user('q?')], 'chosen_response': assistant('a'), 'rejected_response': assistant('b')}}),
+    ('sft', SFT, {
+        'UltraFeedback': {'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]},
+        'names of documents': {'question': 'q?', 'document': 'a.pdf', 'passages': 3, 'answer': 'a'},
+        'a flag in that column': {'question': 'q?', 'reasoning': 'on', 'answer': 'a'}, 'an answer beside the chat': {'messages': [user('q?')], 'response': 'a'},
+        'OpenR1-Math, raw': {'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}},
+        'python_code_instructions_18k_alpaca': {'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'},
+        'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
+        'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
+        'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
+        'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
+        'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
+        'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
+        'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
+        'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
+        'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
+        'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
+    ('sft', MULTI, {
+        'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}, 'ChatQA': {'messages': ASKS, 'answers': ['a']},
+        'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
+        'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
+        'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
+        'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']}}),
+    ('sft', SFT | BRIEF, {
+        'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
+        'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
+        'user and assistant as columns': {'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'},
+        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
+        'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
+    ('sft', SFT | {'prompt': ASKS}, {
+        'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
+    ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
+        'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
+        'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
+    ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
+        'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
+        'Natural Instructions, other names': {'definition': 'i', 'input': 'about this', 'output': 'a'}}),
+    ('sft', {'prompt': ASKS, 'response': SAYS}, {'Arena, the better conversation': {'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}}),
+    ('sft', {'prompt': 'POST: p\nTL;DR:', 'response': ' a'}, {'CarperAI, summaries': {'prompt': 'POST: p\nTL;DR:', 'label': ' a'}}),
+    ('sft', {'prompt': [user('x'), assistant('y'), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}, {'OpenAI, one of three not trained on': {'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}}),
+    ('sft', SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}, {'XTuner, answers not trained on': {'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}}),
+    ('sft', SFT | {'response': [assistant('a') | {'loss': 0.3}]}, {'a number called loss': {'messages': [user('q?'), assistant('a') | {'loss': 0.3}]}}),
+    ('sft', SFT | {'response': [assistant('<think>so</think>a')]}, {'a thought in both': {'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}}),
+    ('sft', SFT | {'prompt': [user('a b c d e. q?')]}, {'documents that are asked about': {'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}}),
+    ('sft', {'prompt': 'x q? b or a', 'response': 'a'}, {'a prompt that only ends as its answer does': {'prompt': 'x q? b or a', 'question': 'q?', 'response': 'a'}}),
+    ('sft', {'prompt': '', 'response': 'a'}, {'an address of an image': {'text': 'a', 'image_url': 'http://x', 'video_id': 'y'}}),
+    ('sft', {'prompt': [system('Be brief.'), *ASKS], 'response': SAYS, 'turns': [system('Be brief.'), *TWO_TURNS]}, {'several turns and system': {'system': 'Be brief.', 'messages': TWO_TURNS}}),
+    ('sft', SFT | {'tools': [F]}, {'functions': {'messages': QA, 'functions': [F]}}),
+    ('sft', {'prompt': 'q?', 'response': 'a'}, {'names in capitals, too': {'prompt': 'q?', 'Prompt': 'x', 'response': 'a'}}),
+    ('sft', SFT | {'prompt': [user('q? red or blue')]}, {'options in the question': {'question': 'q? red or blue', 'options': ['red', 'blue'], 'answer': 'a'}}),
+    ('singles', SFT | {'good': True}, {
+        'LLaMA-Factory, KTO': {'instruction': 'q?', 'input': '', 'output': 'a', 'kto_tag': True},
+        'a reason for a label': {'question': 'q?', 'reasoning': 'it is right', 'answer': 'a', 'label': True}}),
+    ('singles', {'prompt': ASKS, 'response': [assistant('')], 'good': False}, {'an empty answer with a label': {'messages': [*ASKS, assistant('')], 'label': False}}),
+    ('prompts', {'prompt': [user('q?')]}, {
+        'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
+        'prompts of questions': {'prompt': [user('q?')], 'solution': '4'}, 'a chat as query': {'query': [user('q?')], 'idx': '4'}}),
+    ('prompts', {'prompt': ASKS}, {'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
+]
 
 DATA_SETS = [  # columns as these data sets have them: name, task, rows, the examples, what is left out
-    ('HelpSteer', 'pairs', [{'prompt': 'q?', 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for x, n in (('b', 1), ('a', 4))], [PAIR], {}),
-    ('HelpSteer, best answer', 'sft', [{'prompt': 'q?', 'response': x, 'helpfulness': n} for x, n in (('b', 1), ('a', 4), ('c', 2))], [SFT], {}),
-    ('HelpSteer, ties', 'pairs', [{'prompt': 'q?', 'response': x, 'helpfulness': 3} for x in 'ab'], [], {'tie': 1}),
-    ('HelpSteer, one answer', 'pairs', [{'prompt': 'q?', 'response': 'a', 'helpfulness': 3}], [], {'fewer than two answers': 1}),
-    ('HelpSteer, several turns', 'sft', [{'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
-    ('HelpSteer 2, preferences', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'preference_strength': n} for n in (2, 0)], [PAIR], {'tie': 1}),
-    ('HelpSteer 3', 'pairs', [{'domain': 'd', 'context': TWO_TURNS[:3], 'response1': 'a', 'response2': 'b', 'overall_preference': -1}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
-    ('PKU-SafeRLHF', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': 1, 'safer_response_id': 0}], [PAIR], {}),
-    ('PKU-SafeRLHF, safety', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1}], [PAIR], {}),
+    ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
+    ('annotations, no verdict', 'pairs', [{'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': math.nan}], [], {'no verdict': 1}),
+    ('HelpSteer 2, preferences', 'pairs', [{'prompt': 'q?', 'response_1': x, 'response_2': y, 'preference_strength': n} for x, y, n in (('b', 'a', 2), ('b', 'a', 0), ('a', 'b', -1), ('a', 'b', None))], [PAIR] * 2, {'tie': 2}),
     ('PKU-SafeRLHF, whole numbers as fractions, and none', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': x, 'safer_response_id': 0} for x in (1.0, None)], [PAIR], {'tie': 1}),
     ('BeaverTails', 'singles', [{'prompt': 'q?', 'response': 'a', 'category': {'x': True}, 'is_safe': x} for x in (True, False)], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False)], {}),
-    ('HelpSteer 2, no strength', 'pairs', [{'prompt': 'q?', 'response_1': 'a', 'response_2': 'b', 'preference_strength': x} for x in (-1, None)], [PAIR], {'tie': 1}),
-    ('RewardBench', 'pairs', [{'prompt': 'q?', **ANSWERS, 'chosen_model': 'x', 'subset': 's'}], [{'prompt': 'q?', **ANSWERS}], {}),
     ('RewardBench 2', 'pairs', [{'prompt': 'q?', 'chosen': ['a'], 'rejected': ['b', 'c'], 'models': ['x'] * 3}], [PAIR, PAIR | {'rejected': [assistant('c')]}], {}),
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
-    ('Arena, texts as in csv', 'pairs', [{'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'}], [PAIR], {}),
-    ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': [user('q?'), assistant('a')]} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
-    ('Arena, content in parts', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}}], [PAIR], {}),
-    ('Arena, sides', 'pairs', [{'winner': 'model_a', 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]}], [PAIR], {}),
+    ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': QA} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
-    ('Arena, other fields', 'pairs', [{'winner': 'model_a', **{f'conversation_{x}': [user('q?') | {'num_tokens': x}, assistant(x)] for x in 'ab'}}], [PAIR], {}),
-    ('Arena, the better conversation', 'sft', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [{'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:]}], {}),
-    ('Arena, several turns', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}], [], {'chosen and rejected have different prompts': 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
-    ('Stack Exchange, paired', 'pairs', [{'qid': 1, 'question': 'q?', 'response_j': 'a', 'response_k': 'b'}], [PAIR], {}),
-    ('Nectar', 'pairs', [{'prompt': messages.ask('q?') + ' ', 'answers': [{'answer': 'b', 'rank': 7.0}, {'answer': 'a', 'rank': 1.0}]}], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {}),
-    ('UltraFeedback', 'sft', [{'instruction': 'q?', 'completions': [{'response': 'b', 'overall_score': 9, 'fine-grained_score': 1.5}, {'response': 'a', 'overall_score': 2, 'fine-grained_score': 4}]}], [SFT], {}),
-    ('argilla', 'pairs', [{'instruction': 'q?', 'chosen_response': 'a', 'rejected_response': 'b', 'chosen_avg_rating': 5.0}], [PAIR], {}),
-    ('Snorkel', 'pairs', [{'prompt': 'q?', 'chosen': [user('q?'), assistant('a')], 'rejected': [user('q?'), assistant('b')], 'all_rm_scores': [1.0, 0.0]}], [PAIR], {}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
-    ('Capybara, pairs', 'pairs', [{'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*TWO_TURNS[:3], assistant('b')]}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
-    ('Capybara', 'sft', [{'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [MULTI], {}),
-    ('Math-Step-DPO', 'pairs', [{'prompt': 'q?', 'initial_reason_steps': 'So ', **ANSWERS, 'full_chosen': 'x'}], [{'prompt': 'q?', 'chosen': 'So a', 'rejected': 'So b'}], {}),
-    ('TL;DR, comparisons', 'pairs', [{'info': {'post': 'p', 'subreddit': 's', 'title': 't'}, 'summaries': [{'text': 'b'}, {'text': 'a'}], 'choice': 1}], [{'prompt': 'SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: p\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}], {}),
-    ('TL;DR, news', 'pairs', [{'info': {'post': None, 'article': 'x\n\ny', 'title': 't'}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 0}], [{'prompt': 'TITLE: t\n\nx\ny\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}], {}),
-    ('CarperAI, comparisons', 'pairs', [{'prompt': 'POST: p', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}], [{'prompt': 'POST: p\n\n', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}], {}),
-    ('CarperAI, summaries', 'sft', [{'prompt': 'POST: p\nTL;DR:', 'label': ' a'}], [{'prompt': 'POST: p\nTL;DR:', 'response': ' a'}], {}),
-    ('KTO mix', 'singles', [{'completion': [user('q?'), assistant('a')], 'label': False, 'rating': 1}], [SFT | {'good': False}], {}),
-    ('LLaMA-Factory, KTO', 'singles', [{'instruction': 'q?', 'input': '', 'output': 'a', 'kto_tag': True}], [SFT | {'good': True}], {}),
-    ('LLaMA-Factory, ranking', 'pairs', [{'instruction': 'q?', 'input': '', 'output': ['a', 'b']}], [PAIR], {}),
-    ('LLaMA-Factory, history', 'sft', [{'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}], [MULTI], {}),
-    ('LLaMA-Factory, pairs with history', 'pairs', [{'instruction': 'q?', **ANSWERS, 'history': [['a', 'b']]}], [PAIR | {'prompt': TWO_TURNS[:3]}], {}),
-    ('OpenAI, preferences', 'pairs', [{'input': {'messages': [system('Be brief.'), user('q?')], 'tools': [{'name': 'f'}], 'parallel_tool_calls': True}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}], [PAIR | BRIEF | {'tools': [{'name': 'f'}]}], {}),
-    ('OpenAI, preferences without tools', 'pairs', [{'input': {'messages': [user('q?')]}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}], [PAIR], {}),
-    ('OpenAI, preferences in a table', 'pairs', [{'input': json.dumps({'messages': [user('q?')], 'tools': []}), 'preferred_output': json.dumps([assistant('a')]), 'non_preferred_output': json.dumps([assistant('b')])}], [PAIR], {}),
-    ('ms-swift', 'pairs', [{'query': 'q?', 'response': 'a', 'rejected_response': 'b'}], [PAIR], {}),
-    ('ms-swift, chats', 'pairs', [{'messages': [user('q?'), assistant('a')], 'rejected_messages': [user('q?'), assistant('b')]}], [PAIR], {}),
-    ('OpenAI, answers not trained on', 'sft', [{'messages': [*TWO_TURNS[:1], assistant('b') | {'weight': 0}, *TWO_TURNS[2:]]}], [SFT | {'prompt': TWO_TURNS[:3]}], {}),
-    ('OpenAI, one of three not trained on', 'sft', [{'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], [{'prompt': [user('x'), assistant('y'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}], {}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
-       [SFT | {'prompt': TWO_TURNS[:3]}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
-    ('XTuner, answers not trained on', 'sft', [{'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}], [SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}], {}),
-    ('a number called loss', 'sft', [{'messages': [user('q?'), assistant('a') | {'loss': 0.3}]}], [SFT | {'response': [assistant('a') | {'loss': 0.3}]}], {}),
-    ('a thought in a column', 'sft', [{'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'}], [SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}], {}),
+       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
-    ('a reason for a label', 'singles', [{'question': 'q?', 'reasoning': 'it is right', 'answer': 'a', 'label': True}], [SFT | {'good': True}], {}),
-    ('a thought in both', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}], [SFT | {'response': [assistant('<think>so</think>a')]}], {}),
-    ('names of documents', 'sft', [{'question': 'q?', 'document': 'a.pdf', 'passages': 3, 'answer': 'a'}], [SFT], {}),
-    ('documents that are asked about', 'sft', [{'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}], [SFT | {'prompt': [user('a b c d e. q?')]}], {}),
-    ('a flag in that column', 'sft', [{'question': 'q?', 'reasoning': 'on', 'answer': 'a'}], [SFT], {}),
-    ('OpenAI, last answer not trained on', 'sft', [{'messages': [user('q?'), assistant('a'), user('x'), assistant('y') | {'weight': 0}]}], [SFT], {formats.UNASKED: 1}),
-    ('ChatQA', 'sft', [{'messages': TWO_TURNS[:3], 'answers': ['a']}], [MULTI], {}),
-    *(('sides by other names', 'pairs', [{'question': 'q?', good: 'a', bad: 'b'}], [PAIR], {}) for good, bad in (
-        ('response_chosen', 'response_rejected'), ('selected', 'rejected'), ('chosen', 'reject'), ('chosen_answer', 'rejected_answer'), ('text_chosen', 'text_rejected'))),
-    ('align-anything', 'pairs', [{'question': 'q?', 'response_1': 'b', 'response_2': 'a', 'overall_response': 2}], [PAIR], {}),
-    ('Vertex, preferences', 'pairs', [{'input_text': 'q?', 'candidate_0': 'a', 'candidate_1': 'b', 'choice': 0}], [PAIR], {}),
-    ('Vertex', 'sft', [{'input_text': 'q?', 'output_text': 'a'}], [SFT], {}),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
-    ('PRIME rollouts', 'pairs', [{'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]}], [PAIR], {}),
-    ('monkey business', 'pairs', [{'prompt': 'x q?', 'question': 'q?', 'gt_answer': '4', 'samples': ['b', 'a'], 'is_corrects': [False, True]}], [PAIR | {'prompt': [user('x q?')]}], {}),
-    *(('a good conversation', 'sft', [{'messages': TWO_TURNS, name: x} for x in (True, False)], [MULTI, {'prompt': TWO_TURNS[:3], 'response': TWO_TURNS[3:], 'good': False}], {}) for name in ('label', 'is_correct')),
-    ('OpenR1-Math, raw', 'sft', [{'problem': 'q?', 'solution': 'a', 'generations': ['x'], 'correctness': {'llama': [True]}}], [SFT], {}),
-    ('OpenMathInstruct, wrong ones', 'singles', [{'question': 'q?', 'generated_solution': 'a', 'is_correct': x} for x in (True, False)], [SFT | {'good': x} for x in (True, False)], {}),
-    ('Amod counselling', 'sft', [{'Context': 'q?', 'Response': 'a'}], [SFT], {}),
-    ('a context alone, pairs', 'pairs', [{'context': 'q?', **ANSWERS}], [PAIR], {}),
+    *(('a good conversation', 'sft', [{'messages': TWO_TURNS, name: x} for x in (True, False)], [MULTI, {'prompt': ASKS, 'response': SAYS, 'good': False}], {}) for name in ('label', 'is_correct')),
     *(('distilabel', 'sft', [{name: [user('q?')] if name == 'prompt' else 'q?', 'generation': 'a', 'model_name': 'm'}], [SFT | ({'response': 'a'} if name == 'prompt' else {})], {}) for name in ('instruction', 'prompt')),
-    ('medical-o1', 'sft', [{'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}], [SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}], {}),
-    ('python_code_instructions_18k_alpaca', 'sft', [{'instruction': 'q?', 'input': '', 'output': 'a', 'prompt': 'Below.\n\n### Instruction:\nq?\n\n### Output:\na'}], [SFT], {}),
-    ('a prompt that only ends as its answer does', 'sft', [{'prompt': 'x q? b or a', 'question': 'q?', 'response': 'a'}], [{'prompt': 'x q? b or a', 'response': 'a'}], {}),
     ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: 2', 'A': 'red', 'B': 2, 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: 2')]}, SFT], {}),
-    ('an address of an image', 'sft', [{'text': 'a', 'image_url': 'http://x', 'video_id': 'y'}], [{'prompt': '', 'response': 'a'}], {}),
-    ('an empty instruction', 'sft', [{'instruction': '', 'input': 'q?', 'output': 'a'}], [SFT], {}),
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
+    ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
+    *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
+      for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
-    ('OpenAI, parts of a response', 'sft', [{'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]}], [SFT], {}),
     *(('OpenAI, a call as it was', 'sft', [{'messages': [user('q?'), {'role': 'assistant', 'content': x, 'function_call': {'name': 'f', 'arguments': '{}'}}]}],
        [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
-    *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [{'name': 'f'}]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
+    *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [F]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
     *(('OLMo 3', 'sft', [{'messages': [user('a'), x, *TWO_TURNS[2:]]}], [{'prompt': [user('a'), x, user('q?')], 'response': [assistant('a')], 'turns': [user('a'), x, *TWO_TURNS[2:]]}], {}) for x in [assistant('') | {'function_calls': 'f()'}]),
-    ('no tools', 'sft', [{'messages': [user('q?'), assistant('a')], 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
-    ('a Sequence of messages', 'sft', [{'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}}], [SFT], {}),
-    ('Guanaco', 'sft', [{'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}], [MULTI], {}),
+    ('no tools', 'sft', [{'messages': QA, 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
-    ('alpaca as text', 'sft', [{'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'}], [SFT], {}),
-    ('HH as text', 'sft', [{'text': '\n\nHuman: q?\n\nAssistant: a'}], [SFT], {}),
-    ('a question that the chats alone have whole', 'pairs', [{'prompt': 'q?', 'query': 'x q?', 'chosen': [user('x q?'), assistant('a')], 'rejected': [user('x q?'), assistant('b')]}], [{'prompt': [user('x q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}], {}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
-    ('SmolTalk 2', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}}], [SFT | BRIEF], {}),
-    ('SmolTalk 2, tools', 'sft', [{'messages': [user('q?'), assistant('a')], 'chat_template_kwargs': {'custom_instructions': None, 'xml_tools': [x]}} for x in ('{"name": "f"}', "{'name': 'f'}")], [SFT | {'tools': [{'name': 'f'}]}] * 2, {}),
-    ('OpenHermes 2.5', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'}], [SFT | BRIEF], {}),
-    ('SlimOrca', 'sft', [{'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, said('q?', 'a', weight=0.0)[0], said('q?', 'a', weight=1.0)[1]]}], [SFT | BRIEF], {}),
-    ('weights of questions', 'sft', [{'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]}], [MULTI], {}),
-    ('an empty answer among others', 'sft', [{'messages': [user('x'), assistant(' '), *TWO_TURNS]}, {'messages': [user('q?'), assistant('a'), user('x'), assistant('')]}], [{'prompt': [user('x'), assistant(' '), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [user('x'), assistant(' ') | {'weight': 0}, *TWO_TURNS]}, SFT], {formats.UNASKED: 1}),
-    ('an empty answer with a label', 'singles', [{'messages': [*TWO_TURNS[:3], assistant('')], 'label': False}], [{'prompt': TWO_TURNS[:3], 'response': [assistant('')], 'good': False}], {}),
-    ('Arena, an empty conversation', 'pairs', [{'winner': 'model_a', 'conversation_a': [user('q?'), assistant('a')], 'conversation_b': x} for x in ([user('q?'), assistant('b')], [])], [PAIR], {'empty answers': 1}),
-    ('several turns and system', 'sft', [{'system': 'Be brief.', 'messages': TWO_TURNS}], [{'prompt': [system('Be brief.'), *TWO_TURNS[:3]], 'response': TWO_TURNS[3:], 'turns': [system('Be brief.'), *TWO_TURNS]}], {}),
-    ('OpenOrca', 'sft', [{'system_prompt': 'Be brief.', 'question': 'q?', 'response': 'a'}, {'system_prompt': '', 'question': 'q?', 'response': 'a'}], [SFT | BRIEF, SFT], {}),
-    ('Magpie', 'sft', [{'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')}], [SFT], {}),
-    ('OpenThoughts', 'sft', [{'system': 'Be brief.', 'conversations': [{'from': 'user', 'value': 'q?'}, {'from': 'assistant', 'value': 'a'}]}], [SFT | BRIEF], {}),
-    ('OpenR1-Math', 'sft', [{'problem': 'q?', 'solution': 'x', 'answer': '4', 'generations': ['b', 'a'], 'messages': [user('q?'), assistant('a')]}], [SFT], {}),
+    ('SmolTalk 2, tools', 'sft', [{'messages': QA, 'chat_template_kwargs': {'custom_instructions': None, 'xml_tools': [x]}} for x in ('{"name": "f"}', "{'name': 'f'}")], [SFT | {'tools': [F]}] * 2, {}),
+    ('an empty answer among others', 'sft', [{'messages': [user('x'), assistant(' '), *TWO_TURNS]}, {'messages': [user('q?'), assistant('a'), user('x'), assistant('')]}], [{'prompt': [user('x'), assistant(' '), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant(' ') | {'weight': 0}, *TWO_TURNS]}, SFT], {formats.UNASKED: 1}),
+    ('Arena, an empty conversation', 'pairs', [{'winner': 'model_a', 'conversation_a': QA, 'conversation_b': x} for x in ([user('q?'), assistant('b')], [])], [PAIR], {'empty answers': 1}),
     ('OpenR1-Math, generations', 'sft', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': x} for x in ([False, True], [False, False])], [SFT], {'no right answer': 1}),
-    ('OpenR1-Math, right and wrong', 'pairs', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': [False, True]}], [PAIR], {}),
-    ('answers and ratings', 'pairs', [{'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]}], [PAIR], {}),
-    ('answers and scores', 'sft', [{'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]}], [SFT], {}),
-    ('answers and scores, prompts', 'prompts', [{'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]}], [{'prompt': [user('q?')]}], {}),
-    ('LMSYS chats', 'sft', [{'conversation': TWO_TURNS, 'turn': 2, 'redacted': False}], [MULTI], {}),
-    ('MetaMath', 'sft', [{'query': 'q?', 'original_question': 'x', 'response': 'a'}], [SFT], {}),
-    ('NuminaMath', 'sft', [{'problem': 'q?', 'solution': 'a'}], [SFT], {}),
-    ('DeepMath', 'sft', [{'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'}], [SFT], {}),
-    ('RLHFlow, prompts', 'prompts', [{'context': 'q?', 'context_messages': TWO_TURNS[:3]}], [{'prompt': TWO_TURNS[:3]}], {}),
-    ('prompts of questions', 'prompts', [{'prompt': [user('q?')], 'solution': '4'}], [{'prompt': [user('q?')]}], {}),
-    ('UltraInteract', 'pairs', [{'trajectory': said('q?', '')[:1], **ANSWERS}], [PAIR], {}),
-    ('chats as JSON', 'pairs', [{k: json.dumps(v) for k, v in (PAIR | BRIEF).items()}], [PAIR | BRIEF], {}),
     ('answers in JSON', 'sft', [{'prompt': 'q?', 'response': x} for x in ('{"content": "a"}', '[{"value": 3}]', '{"role": ')], [{'prompt': 'q?', 'response': x} for x in ('{"content": "a"}', '[{"value": 3}]', '{"role": ')], {}),
-    ('chats as JSON with blanks', 'sft', [{'messages': '\n' + json.dumps(TWO_TURNS, indent=1)}], [MULTI], {}),
-    ('texts in turn as JSON', 'sft', [{'conversations': json.dumps(['a', 'b', 'q?', 'a'])}], [MULTI], {}),
     ('chats as pandas and numpy write them', 'sft', [{'messages': x} for x in (repr(TWO_TURNS), repr(TWO_TURNS).replace('}, {', '}\n {'))], [MULTI] * 2, {}),
-    ('chats in objects', 'pairs', [{'chosen': {'messages': [user('q?'), assistant('a')]}, 'rejected': {'messages': [user('q?'), assistant('b')]}}], [PAIR], {}),
     ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {formats.UNASKED: 1, 'conversations without a question and its answer': 1}),
     ('WebGPT', 'pairs', [{'question': {'id': '1', 'full_text': 'q?'}, 'answer_0': 'b', 'score_0': -n, 'answer_1': 'a', 'score_1': n} for n in (0.5, 0.0)], [PAIR], {'tie': 1}),
     ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
-    ('AlpacaFarm', 'pairs', [{'instruction': 'i', 'input': 'about this', 'output_1': 'b', 'output_2': 'a', 'preference': 2}], [{'prompt': messages.ask('i\n\nabout this'), 'chosen': ' a', 'rejected': ' b'}], {}),
-    ('ms-swift', 'pairs', [{'messages': [system('Be brief.'), user('q?'), assistant('a')], 'rejected_response': 'b'}], [PAIR | BRIEF], {}),
-    ('torchtune', 'pairs', [{'Q': 'q?', 'chosen_conversations': [user('q?'), assistant('a')], 'rejected_conversations': [user('q?'), assistant('b')]}], [PAIR], {}),
-    ('accepted and rejected', 'pairs', [{'input': 'q?', 'accepted': 'a', 'rejected': 'b'}], [PAIR], {}),
-    ('HH, processed', 'pairs', [{k: [{'role': 'human', 'text': 'q?'}] if k == 'context' else {'role': 'assistant', 'text': x} for k, x in (('context', ''), ('chosen', 'a'), ('rejected', 'b'))}], [PAIR], {}),
-    ('When2Call', 'pairs', [{'tools': ['{"name": "f"}'], 'messages': [user('q?')], 'chosen_response': assistant('a'), 'rejected_response': assistant('b')}], [PAIR | {'tools': [{'name': 'f'}]}], {}),
-    ('functions', 'sft', [{'messages': [user('q?'), assistant('a')], 'functions': [{'name': 'f'}]}], [SFT | {'tools': [{'name': 'f'}]}], {}),
-    ('LIMO', 'sft', [{'question': 'q?', 'solution': 'a', 'answer': '4'}], [SFT], {}),
     ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
-    ('OpenMathInstruct', 'sft', [{'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'}], [SFT], {}),
-    ('FLAN', 'sft', [{'inputs': 'q?', 'targets': 'a', 'language': 'English'}], [SFT], {}),
-    ('Firefly', 'sft', [{'kind': 'x', 'input': 'q?', 'target': 'a'}], [SFT], {}),
-    ('Natural Instructions', 'sft', [{'definition': 'i', 'inputs': 'about this', 'targets': 'a'}], [SFT | {'prompt': [user('i\n\nabout this')]}], {}),
-    ('Natural Instructions, other names', 'sft', [{'definition': 'i', 'input': 'about this', 'output': 'a'}], [SFT | {'prompt': [user('i\n\nabout this')]}], {}),
-    ('human and assistant as columns', 'sft', [{'human': 'q?', 'assistant': 'a'}], [SFT], {}),
-    ('user and assistant as columns', 'sft', [{'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'}], [SFT | BRIEF], {}),
-    ('human and assistant', 'sft', [{'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]}], [MULTI], {}),
     ('XTuner', 'sft', [{'conversation': [{'system': 'Be brief.', 'input': 'q?', 'output': 'a'}]}, {'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [SFT | BRIEF, MULTI], {}),
-    ('UltraChat', 'sft', [{'id': '0', 'data': ['a', 'b', 'q?', 'a']}], [MULTI], {}),
-    ('OpenChat', 'sft', [{'id': 'x', 'items': said('q?', 'a')}], [SFT], {}),
-    ('a dialogue of messages', 'sft', [{'system': 'Be brief.', 'dialogue': [user('q?'), assistant('a')]}], [SFT | BRIEF], {}),
-    ('items that are no chat', 'sft', [{'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]}], [SFT], {}),
-    ('data beside columns that are known', 'sft', [{'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]}], [SFT], {}),
-    ('a chat as query', 'prompts', [{'query': [user('q?')], 'idx': '4'}], [{'prompt': [user('q?')]}], {}),
-    ('names in capitals', 'sft', [{'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'}], [SFT | BRIEF], {}),
-    ('names in capitals, too', 'sft', [{'prompt': 'q?', 'Prompt': 'x', 'response': 'a'}], [{'prompt': 'q?', 'response': 'a'}], {}),
-    ('system_message', 'sft', [{'system_message': 'Be brief.', 'conversations': said('q?', 'a')}], [SFT | BRIEF], {}),
     ('SQuAD', 'sft', [{'question': 'i', 'context': 'c', 'answers': {'text': x, 'answer_start': [0] * len(x)}} for x in (['a', 'b'], [])], [{'prompt': [user('i\n\nc')], 'response': [assistant(x)]} for x in ('a', '')], {}),
-    ('options in the question', 'sft', [{'question': 'q? red or blue', 'options': ['red', 'blue'], 'answer': 'a'}], [SFT | {'prompt': [user('q? red or blue')]}], {}),
-    ('Infinity-Instruct', 'sft', [{'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}], [SFT], {}),
     ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
-    ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': TWO_TURNS[:3]}], {}),
+    ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': ASKS}], {}),
 ]
 
-BAD_ROWS = [  # a row, and what is said of it
-    ({'prompt': 'p', 'chosen': 'a'}, "'rejected' is missing or of the wrong type"),
-    ({'prompt': 'p', 'rejected': 'a'}, "'chosen' is missing or of the wrong type"),
-    ({'prompt': 'p', 'chosen': 'a', 'rejected': None}, "'rejected' is missing or of the wrong type"),
-    ({'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}, "'chosen' is text and 'rejected' is chat"),
-    ({'prompt': 3, **ANSWERS}, "'prompt' is missing or of the wrong type"),
-    ({'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}, "'content' is missing"),
-    ({'prompt': 'p', 'completion': 'a', 'label': 2}, "'label' is neither true"),
-    ({'prompt': 'p', 'completion': 'a', 'label': None}, "'label' is neither true"),
-    ({'prompt': 'p', 'response': 'a', 'label': 'fine'}, "'label' is neither true"),
-    ({'prompt': 'p', 'response': 'a', 'good': 'yes'}, "'good' is neither true"),
-    ({'response': 'a'}, "'prompt' is missing"),
-    ({'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}, "'prompt' is missing"),
-    ({'messages': 'hello'}, "'messages' is missing"),
-    ({'messages': [3]}, 'a message is no object'),
-    ({'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}, "a message has a part of the type 'image'"),
-    ({'text': None}, "'prompt' is missing"),
-    ({'ask': 'q'}, "'prompt' is missing"),
-    ({'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}, "'chosen' begins as a chat in JSON does"),
-    ({'prompt': 'q', 'completion_a': 'a', 'label': 'a'}, "'completion_a' may be an answer"),
-    ({'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}, "'completions' may be an answer"),
-    ({'input': 'q', 'target_text': 'a'}, "'target_text' may be an answer"),
-    ({'input': 'q', 'targets': {'choices': ['a', 'b'], 'labels': [1, 0]}}, "'targets' may be an answer"),
-    ({'question': 'q', 'answer': ['a', 'b']}, 'a message is no object'),
-    ({'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}, "'options' asks something, too"),
-    ({'question': 'q', 'article': 'c', 'answer': 'a'}, "'article' asks something, too"),
-    ({'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}, "'documents' asks something, too"),
-    ({'question': 'q', 'answer': 'a', 'image': 'a.png'}, "'image' would be lost"),
-    ({'messages': [user('q'), assistant('a')], 'images': ['a.png']}, "'images' would be lost"),
-    ({'Question': 'q', 'Answer': 'a', 'Image': 'a.png'}, "'Image' would be lost"),
-    ({'text': 'c', 'summary': 'a'}, "--columns='question=text, response=summary'"),
-    ({'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}, "'question' asks something, too"),
-    ({'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}, "'prompt' is missing"),
-    ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'label': 0}, "'0' is neither of response_1 and response_2"),
-    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}, "'score_b' is missing or of the wrong type"),
-    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}, "'llama-7b' is neither of response_a and response_b"),
-    ({'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': math.inf}, "'inf' is neither of"),
-    ({'prompt': None, **ANSWERS}, 'no column has the prompt'),
-    ({'chosen': 'grey', 'rejected': 'green'}, 'no column has the prompt'),
-    ({'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, 'no column has the prompt'),
-    ({'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'}, 'no column has the prompt'),
-    ({'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, 'no column has the prompt'),
-    ({'prompt': 'p', 'question': 'q', **ANSWERS}, "'question' asks something, too"),
-    ({'prompt': 'p', 'context': 'c', **ANSWERS}, "'context' asks something, too"),
-    ({'question': 'q', 'history': [['x']], **ANSWERS}, "'history' asks something, too"),
-    ({'prompt': 'p', 'text': 'a'}, "'prompt' asks something, too"),
-    ({'prompt': 'p', 'better_reply': 'a'}, "'better_reply' may be an answer"),
-    ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, 'only one of'),
-    ({'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'}, 'only one of'),
-    ({'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}, 'only one of'),
-    ({'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}, 'all or none must'),
-    ({'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'},
-     "written by a chat template already, without the message in 'system'"),
-    ({'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}, "the column 'system' and the system message of the chat are not the same"),
-    ({'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}, "a message is from 'it'"),
-    ({'prompt': 'q', 'response_0': 'a', 'response_1': 'b', 'better_response_id': 7}, "'7' is neither of response_0 and response_1, nor a tie"),
-    ({'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'}, "'preference_strength' is missing"),
-    ({'prompt': 'p', 'response': 'a', 'tools': '[1'}, "'tools' has a text that is no JSON"),
-    ({'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}, "'tool_calls' is missing or of the wrong type"),
-    ({'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}, "'A' asks something, too"),
-    ({'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}, "'option_a' asks something, too"),
-    ({'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}, "'opa' asks something, too"),
-    ({'question': 'q', 'starter_code': 'def f', 'input_output': None}, "'starter_code' asks something, too"),
-    ({'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}, "'body' asks something, too"),
-    ({'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}, "'ctxs' asks something, too"),
-    ({'context': 'q', 'text': 'a'}, "'context' asks something, too"),
-    ({'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS}, "'document' asks something, too"),
-    ({'prompts': 'how many is it', 'chosen': 'So\nAnswer: 4', 'rejected': 'So\nAnswer: 5'}, "'prompts' may ask: --columns='prompt=prompts"),
-    ({'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}, 'no column has the prompt'),
-    ({'text': 'q', 'completion_a': 'a', 'completion_b': 'b'}, "--columns='question=text, response=completion_a'"),
-    *(({'question': 'q', 'answer': 'a', name: 'a.png'}, f'{name!r} would be lost') for name in ('image_path', 'image_id', 'video_file')),
-    *(({'question': 'q', 'answer': x}, "'answer' is") for x in (True, math.nan)),
-    ({'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}, "'tools' has a text that is no JSON"),
-    ({'dialogue': ['q', 'a']}, 'a message is no object'),
-    ({'data': ['q', 'a']}, 'a message is no object'),
-    ({'prompt': 'p', 'response': 'a', 'history': [[1]], 'initial_reason_steps': 3}, 'asks something, too'),
-    ({'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}, 'its columns cannot be read'),
-    ({'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}, "'pm_score' is not a finite number"),
-    ({'prompt': 'q', **{k: [user('q'), user(k)] for k in ANSWERS}}, 'does not end with an answer'),
-    ({'prompt': 'q', 'response': 'a', 'helpfulness': 1}, 'a row of the layout HelpSteer among others'),
-    ({'prompt': '["q"', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}, 'Expecting'),
-    ({'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}, "'responses' and 'scores' are not as many texts and numbers"),
-    ({'info': {}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 2}, "'choice' is neither 0 nor 1"),
-    ({'prompt': 'p', 'chosen': '\ud800', 'rejected': 'b'}, "'chosen' has half a surrogate pair"),
-    ({'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}, "'chosen' has half"),
-    ({'prompt': [], 'chosen': [], 'rejected': []}, "'prompt' has no messages"),
-    ({'prompt': 'p', 'completion': [user('x')]}, "'completion' does not end with an answer"),
-    ({'chosen': [assistant('x')], 'rejected': [assistant('y')]}, 'not with the same question'),
-    ({'prompt': 'p', **ANSWERS, 'margin': True}, "'margin' is missing or of the wrong type"),
-    ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': True}, "'preference' is missing or of"),
-    ({'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}, "'preference' is not a finite"),
-    ({}, "'prompt' is missing"),
-    ([], 'not an object with named fields'),
-    ('text', 'not an object with named fields'),
-    (None, 'not an object with named fields'),
+OF_COLUMNS = {  # what is said of a column, and (its name, a row)
+    'is missing or of the wrong type': [
+        ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
+        ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
+        ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
+    'is missing': [
+        ('prompt', {'response': 'a'}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
+        ('prompt', {'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}), ('prompt', {}),
+        ('content', {'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}), ('messages', {'messages': 'hello'}),
+        ('preference_strength', {'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'})],
+    'asks something, too': [
+        ('question', {'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}), ('question', {'prompt': 'p', 'question': 'q', **ANSWERS}),
+        ('options', {'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}), ('article', {'question': 'q', 'article': 'c', 'answer': 'a'}),
+        ('documents', {'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}),
+        ('history', {'question': 'q', 'history': [['x']], **ANSWERS}), ('prompt', {'prompt': 'p', 'text': 'a'}),
+        ('A', {'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}), ('option_a', {'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}),
+        ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
+        ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
+        ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
+        ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
+    'is neither true': [
+        ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'yes'})],
+    'may be an answer': [
+        ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
+        ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
+    'would be lost': [
+        ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
+}
+BAD_ROWS = [  # what is said of a row, and rows
+    *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
+    ('a message is no object', [{'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'data': ['q', 'a']}]),
+    ('no column has the prompt', [
+        {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
+        {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
+    ('only one of', [
+        {'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'b'}, {'prompt': 'ask', 'chosen': 'a', 'rejected': ' ask b'},
+        {'prompt': 'ask', **CHAT_PAIR, 'rejected': [user('ask'), assistant('b')]}]),
+    ("'tools' has a text that is no JSON", [{'prompt': 'p', 'response': 'a', 'tools': '[1'}, {'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}]),
+    ('not an object with named fields', [[], None]),
+    ("'chosen' is text and 'rejected' is chat", [{'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}]),
+    ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
+    ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
+    ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
+    ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
+    ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
+    ("written by a chat template already, without the message in 'system'", [{'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'}]),
+    ("the column 'system' and the system message of the chat are not the same", [{'prompt': [system('s'), user('a')], 'system': 't', **CHAT_PAIR}]),
+    ("there is a 'system' message and no question", [{'text': 'a', 'system': 'b'}]),
+    ("does not end with an answer, but with a message of the role 'narrator'", [{'messages': [user('a'), {'role': 'narrator', 'content': 'b'}]}]),
+    ("the 'weight' of a message is 0.5", [{'messages': [user('a'), assistant('b', weight=0.5)]}]),
+    ("a message is from 'it'", [{'conversations': [{'from': 'human', 'value': 'a'}, {'from': 'it', 'value': 'b'}]}]),
+    ("'prompts' may ask: --columns='prompt=prompts", [{'prompts': 'how many is it', 'chosen': 'So\nAnswer: 4', 'rejected': 'So\nAnswer: 5'}]),
+    ("--columns='question=text, response=completion_a'", [{'text': 'q', 'completion_a': 'a', 'completion_b': 'b'}]),
+    ('asks something, too', [{'prompt': 'p', 'response': 'a', 'history': [[1]], 'initial_reason_steps': 3}]),
+    ('its columns cannot be read', [{'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}]),
+    ("'pm_score' is not a finite number", [{'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}]),
+    ('a row of the layout HelpSteer among others', [{'prompt': 'q', 'response': 'a', 'helpfulness': 1}]),
+    ("'responses' and 'scores' are not as many texts and numbers", [{'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}]),
+    ("'choice' is neither 0 nor 1", [{'info': {}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 2}]),
+    ("'chosen' has half", [{'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}]),
+    ("'prompt' has no messages", [{'prompt': [], 'chosen': [], 'rejected': []}]),
+    ("'completion' does not end with an answer", [{'prompt': 'p', 'completion': [user('x')]}]),
+    ('not with the same question', [{'chosen': [assistant('x')], 'rejected': [assistant('y')]}]),
+    ("'preference' is not a finite", [{'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}]),
+    *((f'{name!r} would be lost', [{'question': 'q', 'answer': 'a', name: 'a.png'}]) for name in ('image_path', 'image_id', 'video_file')),
+    ("'answer' is", [{'question': 'q', 'answer': True}, {'question': 'q', 'answer': math.nan}]),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize('ending', ['.json', '.jsonl.gz', '.parquet'])
-@pytest.mark.parametrize('name', FORMATS)
-def test_formats(tmp_path, name, ending):
-    row, example = FORMATS[name]
-    more = {'id': 7, 'score': 0.5}  # other fields do not matter
-    examples, left_out = read(tmp_path / f'data{ending}', [row, row | more])
-    assert examples == [example] * 2
+OTHERS = {'id': 7, 'score': 0.5}  # other fields do not matter
+ALIKE = [(name, task, row, example) for task, example, rows in SAME for name, row in rows.items()]
+ALIKE += [('as it is', None, row, row) for row in OWN]
+ALIKE += [(names, task, dict(zip(names.split(), values.split(), strict=True)), PAIR if task == 'pairs' else SFT)
+          for (task, values), several in COLUMNS.items() for names in several.split(', ')]  # fmt: skip
+
+
+@pytest.mark.parametrize('ending', ['.jsonl.gz', '.parquet'])
+@pytest.mark.parametrize('name, task, row, example', ALIKE, ids=lambda x: x if isinstance(x, str) else '')
+def test_rows_that_are_read_alike(tmp_path, name, task, row, example, ending):
+    rows = [row] if task else [row, row | OTHERS]
+    examples, left_out = read(tmp_path / f'data{ending}', rows, task=task)
+    assert examples == [example] * len(rows)
     assert left_out == ({sources.REPEATED: 2} if name.startswith('repeated') else {})
-    assert [x.where.rpartition(' ')[2] for x in examples] == ['1', '2']
+    assert [x.where.rpartition(' ')[2] for x in examples] == ['1', '2'][: len(rows)]
 
 
-@pytest.mark.parametrize('ending', ['.jsonl', '.parquet'])
+@pytest.mark.parametrize('ending', ['.json', '.parquet'])
 @pytest.mark.parametrize('name, task, rows, expected, out', DATA_SETS, ids=lambda x: x if isinstance(x, str) else '')
 def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, ending):
     """Whole, and with the nulls and the filled-up fields that a parquet file has; every example knows where it stands."""
@@ -602,43 +504,39 @@ def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, e
     assert examples == expected and +left_out == out and all(x.where for x in examples)
 
 
-@pytest.mark.parametrize('row, reason', BAD_ROWS)
+@pytest.mark.parametrize('reason, row', [(reason, row) for reason, rows in BAD_ROWS for row in rows])
 def test_bad_rows(tmp_path, row, reason):
-    good = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
-    rows, path = [good, row, good, row], tmp_path / 'data.jsonl'
-    with pytest.raises(UserError) as info:
-        read(path, rows)
-    message = str(info.value)
+    good = pair('p', 'a', 'b')
+    path = write(tmp_path / 'data.jsonl', [good, row, good, row])
+    message = refusal(path, undivided=True)
     assert message.startswith(f'{path}, line 2: ') and reason in message
     assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
     if 'all or none' not in message and isinstance(row, dict):
         assert all(repr(key) in message.partition('; found: ')[2] for key in row)
-    examples, left_out = load(str(path), skip_bad_rows=True)
+    examples, left_out = load(path, skip_bad_rows=True)
     assert examples == [good] * 2 and list(left_out.values()) == [2] and reason in next(iter(left_out))
 
 
 def test_columns_that_the_user_names(tmp_path):
-    path = tmp_path / 'data.jsonl'
-    row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2}
+    path, margin = tmp_path / 'data.jsonl', {'margin': 2.0}
+    row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2, 'ok': 0,
+           'talk': TWO_TURNS, 'text': 'A film.', 'summary': 'Good.'}  # fmt: skip
     mapped = 'question=ask, system=tone,chosen=good_answer, rejected=bad_answer, margin=sure'
-    expected = [PAIR | BRIEF | {'margin': 2.0}, PAIR | {'margin': 2.0}]
-    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == expected
-    assert read(path, [row], columns='prompt=ask, response=good_answer')[0] == [{'prompt': 'q?', 'response': 'a'}]
-    assert read(path, [row | {'talk': TWO_TURNS}], columns='messages=talk')[0] == [MULTI]
-    assert read(path, [row | {'ok': 0}], columns='prompt=ask, response=bad_answer, label=ok')[0][0]['good'] is False
-    film = {'text': 'A film.', 'summary': 'Good.'}
-    assert read(path, [film], columns='text=text')[0] == [{'prompt': '', 'response': 'A film.'}]
-    assert read(path, [film], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
-    with pytest.raises(UserError, match="'text' is an answer, and no column asks"):
-        read(path, [{'text': 'A film.'}], task='prompts')
+    assert read(path, [row, row | {'tone': None}], columns=mapped)[0] == [PAIR | BRIEF | margin, PAIR | margin]
+    for columns, example in (
+        ('prompt=ask, response=good_answer', {'prompt': 'q?', 'response': 'a'}), ('messages=talk', MULTI),
+        ('prompt=ask, response=bad_answer, label=ok', {'prompt': 'q?', 'response': 'b', 'good': False}),
+        ('text=text', {'prompt': '', 'response': 'A film.'}),
+    ):  # fmt: skip
+        assert read(path, [row], columns=columns)[0] == [example]
+    assert read(path, [row], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
+    assert "'text' is an answer, and no column asks" in refusal(write(path, [{'text': 'A film.'}]), task='prompts')
     for columns, words in (
         ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
-        ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"),
-        ('prompt', "cannot read 'prompt'"),
-        ('prompt=ask, prompt=tone', 'each once'),
-    ):
-        with pytest.raises(UserError, match=words):
-            read(path, [row], columns=columns)
+        ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"), ('prompt', "cannot read 'prompt'"),
+        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"rejected=NAME' \(no other is read then\)"),
+    ):  # fmt: skip
+        assert re.search(words, refusal(write(path, [row]), columns=columns))
 
 
 def test_rows_are_read_one_by_one(tmp_path, monkeypatch):
@@ -659,29 +557,24 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     """Leaving rows out would leave nothing: what was found is said, and what is known."""
     rows = [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(200)]
     path = write(tmp_path / 'data.jsonl', rows)
-    with pytest.raises(UserError) as info:
-        sources.load_rows(path, 'train')
-    message = str(info.value)
-    assert message.startswith(f'{path}, line 1: ') and 'none of the first 101 rows' in message and 'layout' in message
-    assert "'ask' (text), 'chosen' (text), 'rejected' (text)" in message and 'question, instruction' in message
-    assert '--skip_bad_rows' not in message and 'README' in message and len(message) < 600
-    assert "--columns='prompt=NAME, chosen=NAME, rejected=NAME'" in message
-    with pytest.raises(UserError, match='the nearest layout, comparison, has answer_a, answer_b, winner'):
-        read(tmp_path / 'other.jsonl', [{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}])
-    with pytest.raises(UserError, match='no other column is known; found'):
-        read(tmp_path / 'none.jsonl', [{'winer': 'a'}])
-    with pytest.raises(UserError, match="the reader 'imdb' is for another one; without 'imdb:' the columns decide"):
-        sources.load_rows(f'imdb:{path}', 'train')
-    write(tmp_path / 'data.jsonl', rows[:30] + [{'prompt': 'p', 'response': 'r'}])  # not all of them after all
-    with pytest.raises(UserError, match='--skip_bad_rows'):
-        sources.load_rows(path, 'train')
+    message = refusal(path)
+    assert message.startswith(f'{path}, line 1: ') and '--skip_bad_rows' not in message and len(message) < 600
+    for words in ('none of the first 101 rows', 'layout', "'ask' (text), 'chosen' (text), 'rejected' (text)",
+                  'question, instruction', 'README', "--columns='prompt=NAME, chosen=NAME, rejected=NAME'"):  # fmt: skip
+        assert words in message
+    assert "the reader 'imdb' is for another one; without 'imdb:' the columns decide" in refusal(f'imdb:{path}')
+    for content, words in (
+        ([{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}], 'the nearest layout, comparison, has answer_a, answer_b, winner'),
+        ([{'winer': 'a'}], 'no other column is known; found'),
+        (rows[:30] + [{'prompt': 'p', 'response': 'r'}], '--skip_bad_rows'),  # not all of them after all
+    ):  # fmt: skip
+        assert words in refusal(write(tmp_path / 'data.jsonl', content))
     (tmp_path / 'data.jsonl').write_text('nonsense\n' * 3)
-    with pytest.raises(UserError, match='line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object'):
-        sources.load_rows(path, 'train')
+    assert re.search('line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object', refusal(path))
 
 
 IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}, assistant('a')]
-UNFIT = [  # name, content, the words of the message
+UNFIT = [  # a row, or all of them: name, content, the words of the message
     ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
     ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
     ('a.csv', b'prompt,response\nq,a,b\n', 'and the table has 2 columns; .*cannot be read; mend the file'),
@@ -692,21 +585,25 @@ UNFIT = [  # name, content, the words of the message
       for row, words in (({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
                          ({**pair('q', 'a', 'b'), 'margin': 'big'}, "'margin' is missing or of the wrong type"),
                          ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
+    ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
+]  # fmt: skip
+UNREADABLE = [  # a file, which nothing but its end could help
+    ('a.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'line 3: not valid JSON'), ('a.json', b'[' * 100_000, 'cannot read'),
+    ('a.jsonl.gz', b'not gzip', 'cannot read'), ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
+    ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
+    ('a.parquet', b'PAR1 not really', 'cannot read'), ('a.parquet', b'', 'cannot read'),
+    ('a.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'), ('a', b'{"text": "a"}', 'data files end in .jsonl'),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(('name', 'content', 'words'), UNFIT)
+@pytest.mark.parametrize('name, content, words', UNFIT + UNREADABLE, ids=str)
 def test_where_it_is_not_the_columns(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as info:
-        sources.load_rows(str(tmp_path / name), 'train')
-    assert '--columns' not in str(info.value) and 'layout' not in str(info.value)
-
-
-def test_columns_say_that_no_other_is_read(tmp_path):
-    path = write(tmp_path / 'data.jsonl', [pair('q', 'a', 'b')])
-    with pytest.raises(UserError, match=r"rejected=NAME' \(no other is read then\)"):
-        sources.load_rows(path, 'train', columns='chosen=rejected, rejected=chosen')
+    path = tmp_path / name
+    path.write_bytes(content)
+    for skip in (False, True) if (name, content, words) in UNREADABLE else (False,):
+        message = refusal(str(path), skip_bad_rows=skip)
+        assert re.search(words, message) and str(path) in message and '\n' not in message
+        assert '--columns' not in message and 'layout' not in message
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
@@ -722,11 +619,10 @@ def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
 
 def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
-    rows = [{'prompt': f'p{i}:', 'chosen': ' a', 'rejected': ' b'} for i in range(99)]
-    path = write(tmp_path / 'data.jsonl', rows + [{'prompt': 'Hi', 'chosen': 'Hi there', 'rejected': 'Hi!'}])
+    rows = [pair(f'p{i}:', ' a', ' b') for i in range(99)]
+    path = write(tmp_path / 'data.jsonl', rows + [pair('Hi', 'Hi there', 'Hi!')])
     for split in ('train', 'test'):
-        with pytest.raises(UserError, match='line 100: answers that begin with their prompt among others that do not'):
-            sources.load_rows(path, split)
+        assert 'line 100: answers that begin with their prompt among others that do not' in refusal(path, split)
     parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
     assert sum(len(examples) for examples, _ in parts) == 99
     assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
@@ -753,20 +649,13 @@ def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
 
 def test_broken_and_blank_lines(tmp_path):
     good = b'{"prompt": "p", "response": "a"}'
-    broken = [
-        b'{"prompt": "p", ',
-        b'nonsense',
-        b'{"prompt": "\xff\xfe"}',
-        b'{"prompt": "\xed\xa0\x80"}',
-        b'[' * 100_000,
-    ]
-    lines = [b'\xef\xbb\xbf' + good, broken[0], b'', good + b'\r', b'  ', *broken[1:]]
+    broken = [b'nonsense', b'{"prompt": "\xff\xfe"}', b'{"prompt": "\xed\xa0\x80"}', b'[' * 100_000]
+    lines = [b'\xef\xbb\xbf' + good, b'{"prompt": "p", ', b'', good + b'\r', b'  ', *broken]
     for name, packed in (('data.jsonl', bytes), ('data.jsonl.gz', gzip.compress)):
         path = tmp_path / name
         path.write_bytes(packed(b'\n'.join(lines)))
-        with pytest.raises(UserError, match=r'line 2: not valid JSON \([^)]*\)') as info:
-            load(str(path))
-        assert str(info.value).startswith(f'{path}, line 2: ')
+        message = refusal(str(path), undivided=True)
+        assert re.match(re.escape(str(path)) + r', line 2: not valid JSON \([^)]*\)', message)
         examples, left_out = load(str(path), skip_bad_rows=True)
         assert len(examples) == 2 and left_out.total() == 5
 
@@ -778,35 +667,9 @@ def test_times_in_messages(tmp_path):
     assert json.loads(json.dumps(examples)) == [SFT | {'response': [answer | {'timestamp': '2024-01-01T00:00:00'}]}]
 
 
-# fmt: off
-@pytest.mark.parametrize('name, content, words', [
-    ('data.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'line 3: not valid JSON'),
-    ('data.json', b'{"text": "a"}\n{"text": \n', 'data.json, line 2: not valid JSON'),
-    ('data.json', b'[' * 100_000, 'cannot read'),
-    ('data.jsonl.gz', b'not gzip', 'cannot read'),
-    ('data.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
-    ('data.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
-    ('data.parquet', b'PAR1 not really', 'cannot read'),
-    ('data.parquet', b'', 'cannot read'),
-    ('data.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'),
-    ('data', b'{"text": "a"}', 'data files end in .jsonl'),
-], ids=str)
-# fmt: on
-def test_unreadable_files(tmp_path, name, content, words):
-    path = tmp_path / name
-    path.write_bytes(content)
-    # the line of a list that is broken is no matter of a row, but one of a file with a row a line is
-    for skip in {False, b'\n{"text"' not in content}:
-        with pytest.raises(UserError) as info:
-            sources.load_rows(str(path), 'train', skip_bad_rows=skip)
-        assert words in str(info.value) and str(path) in str(info.value) and '\n' not in str(info.value)
-
-
 @pytest.mark.parametrize('source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH'])
 def test_unknown_sources(source):
-    with pytest.raises(UserError) as info:
-        sources.load_rows(source, 'train')
-    message = str(info.value)
+    message = refusal(source)
     assert repr(source) in message and 'the known datasets' in message
     known = message.rpartition(': ')[2].split(', ')
     assert known == sorted(known) and {*RAWS, 'toy', 'hh_helpful'} <= set(known)
@@ -824,7 +687,7 @@ def test_missing_paths(source):
 
 
 def pairs(n, prompts):
-    return [{'prompt': f'p{i % prompts}', 'chosen': f'a{i}', 'rejected': 'b'} for i in range(n)]
+    return [pair(f'p{i % prompts}', f'a{i}', 'b') for i in range(n)]
 
 
 def answers(source, split, **options):
@@ -858,10 +721,10 @@ def test_one_file_is_divided_by_its_prompts(tmp_path):
     held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
     assert held_out[0] == held_out[1]
     # and a folder of one file is divided as the file is
-    for name in ('data.jsonl', 'train.jsonl'):
-        (tmp_path / name.partition('.')[0]).mkdir()
-        write(tmp_path / name.partition('.')[0] / name, rows)
-        assert_divided(str(tmp_path / name.partition('.')[0]), rows)
+    for name in ('data', 'train'):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f'{name}.jsonl', rows)
+        assert_divided(str(tmp_path / name), rows)
 
 
 @pytest.mark.parametrize('name', ['se', 'sharegpt'])

@@ -8,33 +8,33 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import metrics, run_script, tiny_model, write_jsonl
-from test_chat import BARE, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenizer_of
+from helpers import assistant, metrics, run_script, tiny_model, turn, write_jsonl
+from test_chat import BARE, CALL, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenizer_of
 
 import data
 import model as models
 from hf import attention
 from text import turns
+from text.messages import alternating
 from text.tokenise import load_examples, tokenise
 
-TALK = 'the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'
-CHAT = [{'role': ('user', 'assistant')[i % 2], 'content': content} for i, content in enumerate(TALK)]
-TOOL = {'role': 'tool', 'content': '5'}
-CALLS = [{'type': 'function', 'function': {'name': 'f', 'arguments': {}}}]
+CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'])
+SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
+CALLS, TOOL = assistant('', tool_calls=[CALL]), turn('tool', '5')
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 GENERATES = CHATML.replace(
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+    TURN,
     "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
     "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
-)  # fmt: skip
+)
+# as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
+ANSWER = '{% if m.role == "assistant" %}{% generation %}TURN{% endgeneration %}{% else %}TURN{% endif %}'
+MARKS_ALL = CHATML.replace(TURN, ANSWER.replace('TURN', TURN))
 
 
-def row_of(chat):
-    return {'prompt': chat[:-1], 'response': chat[-1:], 'turns': chat}
-
-
-def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, truncation='start', **how):
-    how = {'last_turn_only': False} | how
-    return tokenise(map(row_of, chats), tokenizer, 'sft', max_length, max_prompt_length, truncation, Counter(), **how)
+def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, **how):
+    rows = [{'prompt': chat[:-1], 'response': chat[-1:], 'turns': chat} for chat in chats]
+    return tokenise(rows, tokenizer, 'sft', max_length, max_prompt_length, 'start', Counter(), **how)
 
 
 def ids_and_mask(example):
@@ -47,16 +47,8 @@ def ids_and_mask(example):
 def shown(tokenizer, examples, i=0):
     """(all of an example as text, the texts of its parts that are trained on)."""
     ids, mask = ids_and_mask(examples[i])
-    parts = [
-        [token for token, _ in group] for used, group in groupby(zip(ids, mask, strict=True), itemgetter(1)) if used
-    ]
-    return tokenizer.decode(ids), [tokenizer.decode(part) for part in parts]
-
-
-def masked(tokenizer, chat):
-    """ids_and_mask of a conversation by transformers."""
-    own = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    return own['input_ids'], own['assistant_masks']
+    parts = [list(group) for used, group in groupby(zip(ids, mask, strict=True), itemgetter(1)) if used]
+    return tokenizer.decode(ids), [tokenizer.decode([token for token, _ in part]) for part in parts]
 
 
 @pytest.mark.parametrize('case', [name for name in CASES if name not in ('several', 'no system')])
@@ -79,57 +71,42 @@ def test_every_answer_is_trained_on(case):
     assert trained == expected and len(examples) == 1
 
 
-# as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
-MARKS_ALL = CHATML.replace(
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
-    "{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}",
-)
-
-
 @pytest.mark.parametrize('template', [GENERATES, MARKS_ALL])
 @pytest.mark.parametrize('length', [2, 4, 6])
 def test_a_template_that_marks_its_answers(template, length):
     """The same as the assistant_masks of transformers, of one answer and of several; only GENERATES loses its last line break."""
     tokenizer = tokenizer_of(template, '<|im_end|>')
     ids, mask = ids_and_mask(tokens(tokenizer, CHAT[:length])[0])
-    own_ids, own_mask = masked(tokenizer, CHAT[:length])
+    own = tokenizer.apply_chat_template(CHAT[:length], return_dict=True, return_assistant_tokens_mask=True)
+    own_ids, own_mask = own['input_ids'], own['assistant_masks']
     end = len(own_ids) - (template == GENERATES)
     assert ids == own_ids[:end] and mask == own_mask[:end] and sum(mask) == sum(own_mask)
 
 
-def test_an_answer_that_the_template_does_not_write():
-    """A call alone, where the template knows of none: its end of turn by itself is not trained on."""
+def weigh(unused):
+    return [said | ({'weight': 0} if i == unused else {}) for i, said in enumerate(CHAT)]
+
+
+@pytest.mark.parametrize('chats, last_only, trained, num_turns, reasons', [
+    # a call alone, where the template knows of none: its end of turn by itself is not trained on
+    ([[*CHAT[:3], CALLS, TOOL, CHAT[3]]], False, ['clean .', 'very fine .'], 6, {'empty answers': 1}),
+    ([[CHAT[0], CALLS, TOOL, CALLS, TOOL, CALLS], CHAT], False, ['clean .', 'very fine .', 'dusty and dull'], 6, {'empty answers': 3}),
+    # what is not trained on is seen, unless it is the end
+    ([weigh(1)], False, ['very fine .', 'dusty and dull'], 6, {}), ([weigh(5)], False, ['clean .', 'very fine .'], 4, {}),
+    ([CHAT], True, ['dusty and dull'], 6, {}),
+    ([SPECIAL], False, ['clean .', 'a <|im_end|> b', 'dusty and dull'], 6, {'special tokens in a text, kept as text': 2}),
+])  # fmt: skip
+def test_what_is_trained_on(chats, last_only, trained, num_turns, reasons):
     tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    call = {'role': 'assistant', 'content': '', 'tool_calls': CALLS}
-    examples = tokens(tokenizer, [*CHAT[:3], call, TOOL, CHAT[3]])
-    text, trained = shown(tokenizer, examples)
-    assert trained == ['clean .<|im_end|>', 'very fine .<|im_end|>'] and text.count('<|im_start|>') == 6
-    assert examples.left_out['empty answers'] == 1
-    nothing = tokens(tokenizer, [CHAT[0], call, TOOL, call, TOOL, call], CHAT)
-    assert len(nothing) == 1 and nothing.left_out['empty answers'] == 3
-
-
-def test_what_is_not_trained_on():
-    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    seen, later = ([turn | ({'weight': 0} if i == unused else {}) for i, turn in enumerate(CHAT)] for unused in (1, 5))
-    for chat, answers in ((seen, ['very fine .', 'dusty and dull']), (later, ['clean .', 'very fine .'])):
-        text, trained = shown(tokenizer, tokens(tokenizer, chat))
-        assert trained == [answer + '<|im_end|>' for answer in answers]
-        assert ('dusty' in text) == (chat is seen) and 'clean .' in text
-    # only the last one, if so wished
-    _, trained = shown(tokenizer, tokens(tokenizer, CHAT, last_turn_only=True))
-    assert trained == ['dusty and dull<|im_end|>']
-
-
-def test_special_tokens_in_a_conversation_stay_text():
-    tokenizer = tokenizer_of(CHATML, '<|im_end|>')
-    chat = [turn | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, turn in enumerate(CHAT)]
-    examples = tokens(tokenizer, chat)
+    examples = tokens(tokenizer, *chats, last_turn_only=last_only)
+    text, parts = shown(tokenizer, examples)
+    assert parts == [answer + '<|im_end|>' for answer in trained] and len(examples) == 1
+    assert (
+        text.count('<|im_start|>') == num_turns and 'clean .' in text and reasons.items() <= examples.left_out.items()
+    )
     ids, _ = ids_and_mask(examples[0])
-    stop = tokenizer.convert_tokens_to_ids('<|im_end|>')
-    assert ids.count(stop) == len(CHAT) and tokenizer.decode(ids).count('<|im_end|>') == len(CHAT) + 2
-    assert examples.left_out['special tokens in a text, kept as text'] == 2
+    assert ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == num_turns
+    assert text.count('<|im_end|>') == num_turns + sum(reasons.get(words, 0) for words in reasons if 'kept' in words)
 
 
 def test_a_template_that_cannot_write_it_as_one():
@@ -137,9 +114,9 @@ def test_a_template_that_cannot_write_it_as_one():
     tokenizer = tokenizer_of(OPENS, '<|im_end|>')
     examples = tokens(tokenizer, CHAT)
     assert len(examples) == 3 and examples.left_out[turns.APART] == 1
-    for i, turn in enumerate((1, 3, 5)):
+    for i, last in enumerate((1, 3, 5)):
         text, trained = shown(tokenizer, examples, i)
-        assert len(trained) == 1 and CHAT[turn]['content'] in trained[0] and text.count('<|im_start|>') == turn + 1
+        assert len(trained) == 1 and CHAT[last]['content'] in trained[0] and text.count('<|im_start|>') == last + 1
 
 
 @pytest.mark.parametrize('template', [CHATML, HEADERS, THINKS, BARE])
@@ -189,7 +166,7 @@ def test_the_gradient_is_that_of_a_masked_loss(tmp_path, pad):
 
 def test_sft_trains_on_conversations(tmp_path):
     """The loss counts every answer's tokens, cut anyhow into microbatches; --last_turn_only switches back."""
-    rows = [[turn | {'content': f'{turn["content"]} {i}'} for turn in CHAT[: 2 + 2 * (i % 3)]] for i in range(24)]
+    rows = [[said | {'content': f'{said["content"]} {i}'} for said in CHAT[: 2 + 2 * (i % 3)]] for i in range(24)]
     file = write_jsonl(tmp_path / 'd.jsonl', [{'messages': row} for row in rows])
     flags = f'--model={tiny_model(tmp_path / "model", "llama")} --data={file} --eval_data={file} --batch_size=8'.split()
     flags += ['--n_examples=16', '--lr=1e-3', '--warmup_steps=0']
@@ -208,11 +185,10 @@ def test_texts_become_chats_on_request(tmp_path):
     limits = {'max_length': 64, 'max_prompt_length': 32, 'undivided': True}
     found = load_examples(file, 'train', tokenizer, 'pairs', chat=True, system='s', **limits)
     prompt, answers = found[0]
-    turn = '<|im_start|>{}\n{}<|im_end|>\n'.format
-    asked = turn('system', 's') + turn('user', 'a') + turn('assistant', 'b') + turn('user', 'c')
-    assert tokenizer.decode(prompt) == asked + '<|im_start|>assistant\n'
+    told = '<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n'.format
+    assert tokenizer.decode(prompt) == told('a') + 'b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n'
     assert [tokenizer.decode(a) for a in answers] == ['good<|im_end|>', 'bad<|im_end|>']
-    assert tokenizer.decode(found[1][0]) == turn('system', 's') + turn('user', 'q') + '<|im_start|>assistant\n'
+    assert tokenizer.decode(found[1][0]) == told('q')
 
     # without, a text that shows no turn gets a note
     plain = load_examples(file, 'train', tokenizer, 'pairs', **limits)
