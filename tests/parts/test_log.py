@@ -286,13 +286,16 @@ def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
 
 
 @pytest.mark.parametrize('given, total, steps', [
-    ('default', 640, 1), ('default', 64_000, 100), ('default', 10**6, 150), ('a.py', 640, 150),
+    ('default', 640, 1), ('default', 64_000, 100), ('default', 10**6, 150), ('a.py', 151 * 64, 150), ('a.py', 150 * 64, 150),
 ])  # fmt: skip
 def test_the_default_warm_up_is_at_most_a_tenth_of_the_run(capsys, given, total, steps):
-    config = configurator.Config({'warmup_steps': 150, 'batch_size': 64})
+    config = configurator.Config({'warmup_steps': 150, 'batch_size': 64, 'lr': 0.1})
     config.origin = {'warmup_steps': given}
     assert log.warmup_steps(config, total // 64) == steps
-    assert ('a tenth of this short run' in capsys.readouterr().out) == (steps < 150)
+    said = capsys.readouterr().out
+    assert ('a tenth of this short run' in said) == (steps < 150)
+    # a warm-up of one's own that does not end is told; with 151 steps the last one has the whole rate, see test_schedule
+    assert ('the run has 150 steps: the learning rate never reaches 0.1' in said) == (total == 150 * 64)
 
 
 def test_warnings_of_libraries(monkeypatch):
