@@ -175,8 +175,7 @@ def unified(row, columns=None):
         row = {name: row.get(column) for name, column in columns.items()}
     # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
     lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
-    if len(lowered) == len(row):
-        row = lowered
+    row = lowered if len(lowered) == len(row) else row
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
@@ -804,11 +803,9 @@ def read_text(row, task=None):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
     for start, turn_pattern in messages.DIALOGUES.items():
-        if text.startswith(start):
-            turns = messages.dialogue(text, turn_pattern)
-            roles = {turn['role'] for turn in turns}
-            if roles == {'user', 'assistant'}:
-                return read_chat({'messages': turns}, task)
+        turns = messages.dialogue(text, turn_pattern) if text.startswith(start) else []
+        if {turn['role'] for turn in turns} == {'user', 'assistant'}:
+            return read_chat({'messages': turns}, task)
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
     return [{'prompt': '', 'response': text}]
