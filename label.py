@@ -93,7 +93,8 @@ if endpoint is not None:
     fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
     turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
-    left_out['system messages, which the judge is not shown'] = sum(turn['role'] == 'system' for turn in turns)
+    system = [turn for turn in turns if turn['role'] == 'system']
+    left_out['system messages, which the judge is not shown'] = len(system)
 
 # heavy modules are imported only if needed
 if gold is not None:
@@ -147,8 +148,10 @@ def ask_judge(todo):
 
 def items_of(pair):
     """Return the two answers of a pair as (prompt, answer), as dpo.py will read them from annotations.json."""
-    texts = [answer(output) if is_plain(pair) else output for output in pair['outputs']]
-    return [(pair['prompt'], text) for text in texts]
+    outputs = pair['outputs']
+    if is_plain(pair):
+        outputs = map(answer, outputs)
+    return [(pair['prompt'], output) for output in outputs]
 
 
 def reward_answers(items):
@@ -228,7 +231,8 @@ questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
 lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
 lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
+first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
+second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
 if first_name == second_name:
     first_name = 'the first answer'
     second_name = 'the second'

@@ -114,7 +114,10 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
         batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
         found.append(model.response_scores(batch))
         # without a group this rank scores a filler answer, to stay in step with the others; gather_columns drops slot -1
-        slots += [slot for index in indices for slot in groups[index].slots] or [-1]
+        for index in indices:
+            slots += groups[index].slots
+        if not indices:
+            slots.append(-1)
     columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():

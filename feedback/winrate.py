@@ -122,7 +122,9 @@ def _sigmoid(x):
 
 def _cluster_ids(clusters, n):
     """Return clusters (n,), labels of any type, as integers from 0. None: each of the n values is its own cluster."""
-    _, ids = np.unique(range(n) if clusters is None else clusters, return_inverse=True)
+    if clusters is None:
+        return np.arange(n)
+    _, ids = np.unique(clusters, return_inverse=True)
     return ids
 
 

@@ -45,7 +45,8 @@ def of_dpo(objective, columns, split):
     else:
         # a good answer is right if its reward is above the threshold (that of kto's z; other losses: 0), a bad one below
         answers, is_good = answers_of(objective, columns, ''), columns['good']
-        chosen, rejected = ({name: x[mask] for name, x in answers.items()} for mask in (is_good, ~is_good))
+        chosen = {name: values[is_good] for name, values in answers.items()}
+        rejected = {name: values[~is_good] for name, values in answers.items()}
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
     loss = _mean_loss(columns['loss'], columns['weight'], objective.options['beta_prime'])

@@ -132,10 +132,14 @@ def _completed(example, row):
         return {'drop': UNTRAINED}
     # chat templates must not see the weights
     if isinstance(example['prompt'], list):
-        example['prompt'] = [{k: v for k, v in turn.items() if k != 'weight'} for turn in example['prompt']]
+        example['prompt'] = [dict(turn) for turn in example['prompt']]
+        for turn in example['prompt']:
+            turn.pop('weight', None)
     if row.get('tools'):
         example['tools'] = field(row, 'tools', list)
-    return _with_system(example, field(row, 'system')) if row.get('system') else example
+    if row.get('system'):
+        return _with_system(example, field(row, 'system'))
+    return example
 
 
 def _with_system(example, system):
@@ -249,7 +253,8 @@ def _unpack(row):
         row['answer'] = next(iter(row.pop('answers')['text']), '')
     # ChatQA: the last answer of the chat is the only item of a list
     chat = row.get('messages')
-    if are_texts(answers, 1) and isinstance(chat, list) and chat and messages.checked(chat[-1])['role'] == 'user':
+    has_chat = isinstance(chat, list) and bool(chat)
+    if are_texts(answers, 1) and has_chat and messages.checked(chat[-1])['role'] == 'user':
         row['messages'] = chat + said(row.pop('answers')[0])
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
@@ -307,10 +312,11 @@ def _prompt_in(column, row, given_answer):
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    # a column 'a' alone is not an option
     options = [name for name in row if OPTION.fullmatch(name)]
-    names = (*QUESTIONS, *ABOUT, *options) if len(options) > 1 else (*QUESTIONS, *ABOUT)
-    check_nothing_lost(row, column, turns + earlier, names)
+    # a column 'a' alone is not an option
+    if len(options) == 1:
+        options = []
+    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
     if isinstance(prompt, list):
         return prompt
     if is_history(row.get('history')):
@@ -323,11 +329,15 @@ def check_nothing_lost(row, column, turns, names=()):
     """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include.
     column: the one that the messages are from."""
     text = '\n'.join(turn['content'] for turn in turns)
-    others = [(name, row[name]) for name in names if name != column and row.get(name) and not is_history(row[name])]
-    # a name or a number, which has fewer than four words, is no document
-    others += [(name, [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]) for name in DOCUMENTS]
-    for name, value in others:
-        parts = value if isinstance(value, list) else [value]
+    parts_of = {}  # column -> its texts
+    for name in names:
+        value = row.get(name)
+        if value and name != column and not is_history(value):
+            parts_of[name] = value if isinstance(value, list) else [value]
+    for name in DOCUMENTS:
+        # a name or a number, which has fewer than four words, is no document
+        parts_of[name] = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
+    for name, parts in parts_of.items():
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
 
@@ -390,7 +400,9 @@ def whole_chat(prompt, chat):
         raise LeftOut('answers to something else than the prompt')
     # the system message of the prompt, unless the chat has its own
     has_own = chat[0]['role'] == 'system'
-    return chat if has_own else [turn for turn in turns[:1] if turn['role'] == 'system'] + chat
+    if has_own:
+        return chat
+    return [turn for turn in turns[:1] if turn['role'] == 'system'] + chat
 
 
 def _example_of_texts(row, prompt, answers):
@@ -454,7 +466,8 @@ def read_pair(row, task=None):
         raise LeftOut('tie')
     # RewardBench 2 has lists of good and bad answers; ties among good ones are expected, so they are not counted
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
-        scored = [(score, said(text)) for score, key in ((1, 'chosen'), (0, 'rejected')) for text in row[key]]
+        scored = [(1, said(text)) for text in row['chosen']]
+        scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -586,8 +599,11 @@ def ranked(prompt, scored, task):
 
 def read_stack_exchange(row, task=None):
     """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
-    answers = [(field(found, 'pm_score', NUMBER), field(found, 'text')) for found in field(row, 'answers', list)]
-    scored = [(score, answer(messages.strip_html(markup))) for score, markup in answers]
+    scored = []
+    for found in field(row, 'answers', list):
+        score = field(found, 'pm_score', NUMBER)
+        text = messages.strip_html(field(found, 'text'))
+        scored.append((score, answer(text)))
     question = messages.strip_html(field(row, 'question'))
     return ranked(ask(question), scored, task)
 
@@ -595,7 +611,10 @@ def read_stack_exchange(row, task=None):
 def read_nectar(row, task=None):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
     answers = field(row, 'answers', list)
-    scored = [(-field(found, 'rank', NUMBER), answer(field(found, 'answer'))) for found in answers]
+    scored = []
+    for found in answers:
+        rank = field(found, 'rank', NUMBER)
+        scored.append((-rank, answer(field(found, 'answer'))))
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
@@ -619,7 +638,10 @@ def read_scored(row, task=None):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    scored = []
+    for score, found in zip(scores, answers, strict=True):
+        if score is not None:
+            scored.append((score, said(found)))
     return ranked(as_chat(asked(row)), scored, task)
 
 
@@ -643,14 +665,17 @@ def read_shp(rows, task=None):
     """Read stanfordnlp/SHP: pairs with a score ratio of at least 2. SFT gets the best answer of all pairs with one prompt."""
 
     def read(row):
-        scored = [(field(row, f'score_{x}', NUMBER), answer(field(row, f'human_ref_{x}'))) for x in 'AB']
-        low, high = sorted(score for score, _ in scored)
+        scores = [field(row, f'score_{side}', NUMBER) for side in 'AB']
+        answers = [answer(field(row, f'human_ref_{side}')) for side in 'AB']
+        low, high = sorted(scores)
         if high < 2 * low:
             raise LeftOut('score ratio below 2')
-        return ask(field(row, 'history')), scored
+        return ask(field(row, 'history')), list(zip(scores, answers, strict=True))
 
     # SFT compares the answers of all rows with one prompt, pairs only those of one row
-    return grouped(rows, task, read) if task == 'sft' else each(rows, lambda row: ranked(*read(row), task))
+    if task == 'sft':
+        return grouped(rows, task, read)
+    return each(rows, lambda row: ranked(*read(row), task))
 
 
 def read_rated(rows, task=None):
@@ -729,7 +754,8 @@ def read_answer(row, task=None):
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
     # a column of THOUGHTS may also be a flag ('reasoning': 'on'), or the reason for a label
-    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
+    texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
+    thoughts = [text for text in texts if len(text.split()) > 2]
     has_own_thought = not isinstance(row[column], str) or '</think>' in row[column]
     if thoughts and not label and not has_own_thought:
         # only messages have fields for thoughts
@@ -830,7 +856,8 @@ def unread_answers(rows):
     A category or an id has fewer than four words, or the same ones in many rows."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(rows)):
-        texts = {row[name] for row in rows if isinstance(row.get(name), str) and len(row[name].split()) >= 4}
+        texts = {row[name] for row in rows if isinstance(row.get(name), str)}
+        texts = {text for text in texts if len(text.split()) >= 4}
         # read_prompt refuses columns that are called like answers, or takes a solution for a reward function's
         is_known = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
         is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')

@@ -119,8 +119,10 @@ def checked(turn):
     if weight not in (0, 1):
         raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
     # true, false, 1 or 0
-    trains = [turn.pop(name) for name in TRAINS if turn.get(name) in (0, 1)]
-    if role == 'assistant' and not all([weight, *trains]):
+    for name in TRAINS:
+        if turn.get(name) in (0, 1):
+            weight = min(weight, turn.pop(name))
+    if role == 'assistant' and not weight:
         turn['weight'] = 0
     if isinstance(turn.get('function_call'), dict):
         turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
@@ -146,8 +148,9 @@ def _text_of(part):
 
 def are_texts(value, count=None):
     """Return whether a value is a non-empty list of strings, of length `count` if given."""
-    is_list = isinstance(value, list) and bool(value)
-    return is_list and all(isinstance(text, str) for text in value) and count in (None, len(value))
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
 # ---- forms of a chat ----
@@ -158,8 +161,9 @@ def as_messages(value, must_be_chat=False):
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
     must_be_chat: a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
     # in a chat column any list is parsed, elsewhere only one that begins with a message
-    if isinstance(value, str) and (SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('['))):
-        value = _parsed_chat(value)
+    if isinstance(value, str):
+        if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
+            value = _parsed_chat(value)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):

@@ -107,10 +107,15 @@ def show_runs(runs):
         # None if a script has no such option; the value None becomes 'null'
         values = [json.dumps(run.options[name]) if name in run.options else None for run in runs]
         options.append({'name': name, 'values': values})
-    cards = [sample_cards(number, run) for number, run in enumerate(runs)]
-    samples = [card for of_run in cards for card in of_run[:max_samples]]
-    page = {'names': labels(runs), 'charts': charts, 'numbers': list(map(last_numbers, runs)), 'options': options}
-    return page | {'samples': samples, 'samples_left_out': sum(map(len, cards)) - len(samples)}
+    samples = []
+    num_skipped = 0
+    for number, run in enumerate(runs):
+        cards = sample_cards(number, run)
+        samples += cards[:max_samples]
+        num_skipped += len(cards[max_samples:])
+    numbers = [last_numbers(run) for run in runs]
+    page = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
+    return page | {'samples': samples, 'samples_left_out': num_skipped}
 
 
 def show_verdicts(folder):
