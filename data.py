@@ -95,7 +95,7 @@ def plan_padded(lengths, world_size, max_tokens):
 def tokens_taken(widths, share_prefix=True, pad=False):
     """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers), tokens of prompt and answers.
 
-    share_prefix: the answers share one copy of the prompt. pad: each answer has a row of its own, all as wide as the widest."""
+    share_prefix: the answers share one copy of the prompt. pad: each answer has a row of its own, all as wide as the example's widest."""
     prompts, answers = widths[:, 0], widths[:, 1:]
     n_answers = answers.shape[1]
     if pad:

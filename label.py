@@ -147,8 +147,9 @@ def ask_judge(todo):
 
 
 def items_of(pair):
-    """Return the two answers of a pair as (prompt, answer), as dpo.py will read them from annotations.json."""
+    """Return (prompt, answer) of the two answers of a pair, as dpo.py will read them from annotations.json."""
     outputs = pair['outputs']
+    # behind a prompt that is a single question, '\n\nHuman: ...\n\nAssistant:', an answer is the text ' ...'
     if is_plain(pair):
         outputs = map(answer, outputs)
     return [(pair['prompt'], output) for output in outputs]

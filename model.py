@@ -124,7 +124,9 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of forward's arguments. grad: (1 or 3, N), the gradient of its result."""
+        """Return the gradients of forward's arguments.
+
+        grad (1 or 3, N), of its result: log-probs and, with a divergence, divergences; the third row is of the reference, not used."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
@@ -136,7 +138,7 @@ class Head(torch.autograd.Function):
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             # pieces are views of chunk_logits, which thereby become the gradient
             for piece_rows, logits, ref_logits in pieces:
-                mass = None
+                mass = None  # with a divergence its gradient's part, see _to_gradient; next(tails): what forward had to search for
                 if divergence:
                     mass, _ = divergence.mass(logits, ref_logits, next(tails))
                 _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, mass)

@@ -236,14 +236,15 @@ class Run:
     # ---- steps ----
 
     def make_step(self, examples, rows, first=0, max_tokens=None):
-        """Return the Step that takes these rows of examples. first: number of examples taken before it. max_tokens: None: the run's."""
+        """Return the Step of these rows of examples. first: examples that the run took before. max_tokens: None: the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
         # read it only once, because this runs in a thread, and within_memory() may halve it at any moment
         limit = max_tokens or self.max_tokens
-        made = data.make_batches(examples, rows, self.rank, self.world, limit, **self.layout)
-        return data.Step(first, rows, *made, labels=labels, examples=examples, max_tokens=limit)
+        # this rank's microbatches; tokens on all ranks, without and with padding
+        batches, tokens, allocated = data.make_batches(examples, rows, self.rank, self.world, limit, **self.layout)
+        return data.Step(first, rows, batches, tokens, allocated, labels=labels, examples=examples, max_tokens=limit)
 
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
@@ -372,7 +373,10 @@ class Run:
 
     @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
-        """Sample answers of models (name -> model) into samples.jsonl. Returns {name: measure(prompts, answers)}, {} without measure."""
+        """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
+
+        measure(prompts, answers): returns {column: (n,) tensor} for n answers. Returns {name: what measure returned}, or {} without
+        measure or after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)

@@ -111,7 +111,8 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
     # from_pretrained rejects a pad id without a row, so it is set after loading; the toy model has the row
     text_config.pad_token_id = pad_id if name == 'toy' else None
-    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, new_head=is_lm, **options)
+    # a language model gets a random head; that of a reward model's adapter takes its place in lora.adapt()
+    model = _make_model(transformers.AutoModelForSequenceClassification, base, config, is_lm=is_lm, **options)
     if needs_pad_row:
         embedding = model.resize_token_embeddings(old_rows + 1, mean_resizing=False)
         embedding.weight.data[old_rows:] = 0.0
@@ -165,10 +166,10 @@ def _read_generation_config(name):
         return transformers.GenerationConfig(**token_ids)
 
 
-def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
+def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    new_head: the file has an LM head, which is ignored, and no score head, which is initialised from seed
+    is_lm: the file has an LM head, which is ignored, and no score head, which is initialised from seed
     empty: no weights, on the meta device; device_map: passed to from_pretrained"""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
@@ -188,7 +189,7 @@ def _make_model(auto, name, config, *, new_head=False, empty=False, trust_remote
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
     # no problem with a new head: score.weight is missing, and lm_head.weight unused (a name without a layer number)
-    if new_head:
+    if is_lm:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
     if missing:

@@ -236,6 +236,7 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
 
 
 def _saved_config(saved):
+    """Return the peft.LoraConfig in the folder of a saved adapter."""
     import peft
 
     return peft.LoraConfig.from_pretrained(str(saved.folder))

@@ -235,7 +235,7 @@ def _limits():
 
 def write(chat, tools, tokenizer, **options):
     """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
-    template raises an error or a role is unknown, and UserError if it is invalid or exceeds its time or memory."""
+    template raises an error or does not know a role, and UserError if it is invalid or exceeds its time or memory."""
     text = _applied(chat, tools, tokenizer, **options)
     unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
     for role in sorted(unknown):
@@ -250,6 +250,7 @@ def write(chat, tools, tokenizer, **options):
 def _applied(chat, tools, tokenizer, **options):
     """Return what the chat template writes. Arguments and errors are those of write()."""
     template = template_of(tokenizer, tools)
+    # thoughts go into the fields that templates read
     chat = [with_thoughts(turn) for turn in chat]
     try:
         with _limits():

@@ -146,7 +146,7 @@ def _is_data_file(file):
 def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
 
-    config: a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
+    config: a config in the README; None: its default or only one. Raises UserError if this config is missing or ambiguous."""
     import huggingface_hub
 
     path = os.path.expanduser(path)
@@ -169,7 +169,8 @@ def folder_splits(path, config=None):
         return named_files
     # the files of this config are missing, and the files present may belong to other configs
     if 'data_files' in entry and len(configs) > 1:
-        raise UserError(f'{path} has none of the files that its README names for the config {config!r}: fetch them')
+        missing = f'none of the files that its README names for the config {candidates[0]!r}'
+        raise UserError(f'{path} has {missing}: fetch them')
     if 'data_dir' in entry:
         path = os.path.join(path, str(entry['data_dir']))
     return _splits_by_name(path)

@@ -100,7 +100,7 @@ def no_answer_error(key, last_role):
 def checked(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
-    'function_call' becomes a tool call. 'weight', or one of TRAINS, stays as 'weight': 0 if it says so of an answer."""
+    'function_call' becomes a tool call. An answer that 'weight' or a field of TRAINS says not to train on has 'weight': 0."""
     if not isinstance(turn, dict):
         raise BadValue('a message is no object with a role and content')
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -108,7 +108,7 @@ def checked(turn):
     if 'content' not in turn:
         names['value' if 'value' in turn else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
-    # None: a missing role is the message's fault, and not that of a column's name (field)
+    # with None for a missing role, field() blames the message, and not a column's name
     written_role = field({'role': None, **turn}, 'role')
     role = ROLES.get(written_role.strip().lower())
     # messages with 'role' may have roles of their own chat template
@@ -199,9 +199,11 @@ def parse_literal(text):
 
 
 def _parsed_chat(text):
-    """Return the chat that a text contains as JSON, or the text if it is something else. A chat: a list of messages or of
-    strings, or a single message."""
+    """Return the chat that a text contains as JSON or as a Python literal, or the text if it is something else. A chat: a
+    list of messages or of strings, a single message, or {'messages': list}."""
     value = parse_literal(text)
+    if isinstance(value, str):
+        return text
     turns = value if isinstance(value, list) else [value]
     keys_of_messages = ({'role', 'content'}, {'from', 'value'}, {'messages'})
     are_turns = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in keys_of_messages) for turn in turns)

@@ -257,6 +257,9 @@ def test_the_configs_of_a_readme(tmp_path):
     refused(f'{tmp_path}:soft', "no config 'soft'; there are easy, hard, both")
     assert sorted(answers(f'{tmp_path}:both', undivided=True)) == sorted(ALL + ALL[:2])
     refused(f'{tmp_path}:gone', "none of the files that its README names for the config 'gone': fetch them")
+    (tmp_path / 'README.md').write_text(README.replace('gone\n', 'default\n'))
+    refused(tmp_path, "none of the files that its README names for the config 'default': fetch them")
+    (tmp_path / 'README.md').write_text(README)
     # what the README says is of the fingerprint
     before = sources.fingerprint(f'{tmp_path}:easy')
     (tmp_path / 'README.md').write_text(README.replace('easy/held', 'easy/a'))
