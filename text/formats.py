@@ -329,15 +329,15 @@ def check_nothing_lost(row, column, turns, names=()):
     """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include.
     column: the one that the messages are from."""
     text = '\n'.join(turn['content'] for turn in turns)
-    parts_of = {}  # column -> its texts
+    found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
         value = row.get(name)
         if value and name != column and not is_history(value):
-            parts_of[name] = value if isinstance(value, list) else [value]
+            found.append((name, value if isinstance(value, list) else [value]))
     for name in DOCUMENTS:
         # a name or a number, which has fewer than four words, is no document
-        parts_of[name] = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
-    for name, parts in parts_of.items():
+        found.append((name, [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]))
+    for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
 
