@@ -391,9 +391,10 @@ def fingerprints(config):
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
     # several reward models in one sum, see rl/reward_functions.py: their files together
+    option = 'reward' if config.get('reward') else 'reward_model'
     for name in getattr(config, 'reward_models', ()):
         for file, digest in fingerprints({'reward_model': name}).get('reward_model', {}).items():
-            hashes_of.setdefault('reward', {})[f'{name}/{file}'] = digest
+            hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
     return hashes_of
 
 

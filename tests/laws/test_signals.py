@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -266,7 +267,7 @@ def hosts():
     """[(address, prefix of a command)] of two hosts: two namespaces, or, where they are not permitted, 127.0.0.1 twice."""
     names, found = namespaces()
     if isinstance(found, str):
-        print(f'no network namespaces: {found}')
+        warnings.warn(f'one host stands for two, without network namespaces: {found}', stacklevel=1)
         found = [('127.0.0.1', [])] * 2
     try:
         yield found

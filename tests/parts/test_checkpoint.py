@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import cut_short, metrics, read_jsonl, run_script, same_bits, shrink_toy, tensors
+from helpers import cut_short, metrics, parse, read_jsonl, run_script, same_bits, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import data
@@ -425,6 +425,7 @@ def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
 def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsys, script):
     """Every 0 seconds are every step, from the fourth on; less than 15 minutes save nothing. What a microbatch takes is measured once."""
+    assert parse('dpo.py', monkeypatch).save_every == 'auto'
     flags = ['--save_every=auto', '--n_examples=96', *(PPO if script == 'ppo.py' else [])]
     flags += ['--max_tokens=600'] * script.endswith('po.py')  # in the others auto asks for the measure, too
     calls, real = [], room.bytes_per_token
@@ -708,6 +709,12 @@ def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
 @pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024), (10**12, 16384)])
 def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     """Into seven tenths of what is free, beside two frozen models and the optimizer: the weights are there already."""
+
+    # the estimate is of the microbatch and the frozen models that are asked about
+    layer = torch.nn.Linear(2, 2)
+    layer.get_output_embeddings = lambda: None
+    needs = room._estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7)
+    assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
     def estimated(config, policy, per_token, frozen, tokens):
         return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}

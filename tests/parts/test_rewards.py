@@ -74,19 +74,20 @@ def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
     assert "write one sum, --reward='own.py:f + gold'" in sentence(reward_functions.parts_of_options, config, None)
 
 
-def test_files_of_two_reward_models_are_hashed(tmp_path, monkeypatch):
+@pytest.mark.parametrize('option, other', [('reward', 'reward_model'), ('reward_model', 'reward')])
+def test_files_of_two_reward_models_are_hashed(tmp_path, monkeypatch, option, other):
     monkeypatch.chdir(tmp_path)
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text('{}')
-    config = Config({'reward': 'a + b*0.5 + gold', 'reward_model': None, 'data': 'toy', 'offline': False})
+    config = Config({option: 'a + b*0.5 + gold', other: None, 'data': 'toy', 'offline': False})
     config.origin = dict.fromkeys([*config, 'reward_workers', 'reward_timeout'], 'default')
     reward_functions.parts_of_options(config, None)
     before = load.fingerprints(config)
-    assert before['reward'].keys() == {'a/config.json', 'b/config.json'} and config.reward_model is None
+    assert before[option].keys() == {'a/config.json', 'b/config.json'} and config[other] is None
     (tmp_path / 'b/config.json').write_text('{ }')
     run = {'script': '', 'options': config, 'contents': before}
-    words = "reward 'a . b.0.5 . gold' has changed since: b/config.json"
+    words = f"{option} 'a . b.0.5 . gold' has changed since: b/config.json"
     with pytest.raises(UserError, match=words):
         log.check_same('out holds', run, run | {'contents': load.fingerprints(config)})
 
