@@ -293,7 +293,8 @@ def adapters_off(model):
     # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
         has_copy = FROZEN_COPY in layer.lora_A  # name of an adapter -> its matrix A
-        layer._disable_adapters, layer._active_adapter = not has_copy, [FROZEN_COPY]
+        layer._disable_adapters = not has_copy
+        layer._active_adapter = [FROZEN_COPY]
     try:
         yield
     finally:

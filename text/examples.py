@@ -81,7 +81,8 @@ class Examples:
 
     def longest(self, mixed=False):
         """Return the maximum length of prompt plus answer: of the same example, or (mixed) of any two examples."""
-        prompts, answers = self.widths[:, 0], self.widths[:, 1:].max(1, initial=0)
+        prompts = self.widths[:, 0]
+        answers = self.widths[:, 1:].max(1, initial=0)
         if mixed:
             return int(prompts.max(initial=0) + answers.max(initial=0))
         return int((prompts + answers).max(initial=0))

@@ -127,7 +127,8 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
 
     Returns {uid: (prompt, raw row with all columns)}."""
-    wanted, found = set(examples.uid.tolist()), {}
+    wanted = set(examples.uid.tolist())
+    found = {}
     not_counted = Counter()  # what is left out was counted the first time
     for row in _read_sources(data.split('+'), split, task, read_args, not_counted):
         example = as_chats(row, system) if chat or system else row
