@@ -5,8 +5,9 @@ test_reward.py has score.scores itself: packed, padded, in microbatches, against
 import re
 import sys
 
+import numpy as np
 import pytest
-from helpers import read_jsonl, run_script, tiny_model, write_jsonl
+from helpers import ROOT, read_jsonl, run_script, tiny_model, write_jsonl
 
 from configurator import UserError
 from feedback import score
@@ -44,6 +45,13 @@ def command(monkeypatch, *flags):
     monkeypatch.setattr(sys, 'argv', ['score.py', *map(str, flags)])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     score.main()
+
+
+def test_the_code_of_the_docs(reward_model):
+    (code,) = re.findall(r'```python\n(from feedback.*?)```', (ROOT / 'docs/feedback.md').read_text(), re.S)
+    names = {}
+    exec(code.replace('out/reward_toy', str(reward_model)), names)
+    assert names['rewards'].shape == (2,) and np.isfinite(names['rewards']).all()
 
 
 def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, capsys):
