@@ -162,7 +162,7 @@ def reward_answers(items):
         return [toy.gold(prompt, text) for prompt, text in items], cuts
     lengths = (max_length, max_prompt_length, truncation)
     ids = [encode(*item, tokenizer, *lengths, cut) for item, cut in zip(items, cuts, strict=True)]
-    return score.scores(model, tokenizer, ids, max_tokens).tolist(), cuts
+    return score.scores(model, tokenizer, ids, max_tokens).tolist(), [+cut for cut in cuts]  # +: without zeros
 
 
 def compare_rewards(todo):

@@ -52,10 +52,10 @@ def mean_and_error(numbers):
 
 
 def used():
-    """Return (CPU seconds, peak memory of the largest in GB) of the commands that this process ran and that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Return (CPU seconds of the commands that this process ran and that have ended, GB of the largest process, this one included)."""
+    usage, own = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
     unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit
+    return usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss, own.ru_maxrss) / unit
 
 
 def run(*command, limit=None, **environment):

@@ -79,15 +79,7 @@ def _opened(source, split, num_turns=1, undivided=False):
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        # a HubDataset says how it names its splits; its test may be None
-        train, test = getattr(getter, 'train', 'train'), getattr(getter, 'test', 'test')
-        try:
-            has_same_files = path and test and files.local_files(path, train) == files.local_files(path, test)
-        except (
-            UserError
-        ):  # several splits: a function may read them all; a HubDataset refuses them when its rows are read
-            has_same_files = True
-        return rows, parse, test is None or bool(has_same_files)
+        return rows, parse, _lacks_test_part(getter, path)
     splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
@@ -96,6 +88,21 @@ def _opened(source, split, num_turns=1, undivided=False):
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
     return read_rows(hub_id, chosen, splits[chosen], name=config), None, test is None
+
+
+def _lacks_test_part(getter, path):
+    """Return whether a reader gives the rows of training for 'test', too. path: its local files, or None for the hub."""
+    train, test = 'train', 'test'
+    is_of_hub = isinstance(getter, HubDataset)
+    if is_of_hub:
+        path, train, test = getter.local_path(path), getter.train, getter.test
+    if not path or test is None:
+        return test is None
+    try:
+        return files.local_files(path, train) == files.local_files(path, test)
+    except UserError:
+        # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
+        return not is_of_hub
 
 
 def divides(source):
@@ -352,10 +359,13 @@ class HubDataset(NamedTuple):
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
-        # a clone of the hub's repository has the folder data_dir, too
+        options = {'all_splits': self.test is None, **self.options}
+        return read_rows(self.hub_id, part, self.local_path(path), **options), self.parse
+
+    def local_path(self, path):
+        """Return path, or the folder in it that is called data_dir if there is one: path is a clone of the hub's repository then."""
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
-        path = folder if path and os.path.isdir(folder) else path
-        return read_rows(self.hub_id, part, path, all_splits=self.test is None, **self.options), self.parse
+        return folder if path and os.path.isdir(folder) else path
 
 
 def parse_sharegpt(row, num_turns):

@@ -206,7 +206,13 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     halves = {'validation-0': ROWS[:9], 'validation-1': ROWS[9:]}
     for there in ({'test': ROWS}, halves, {'train_sft': ROWS, 'test_prefs': ROWS}):
         assert divided('hh:' + write(tmp_path / '+'.join(there), there)), there.keys()
-    # so does one that reads all splits, where it cannot be said which of them is for training
+    # and reads the test part as it is, where it cannot be said which split is for training; also in the folder of its own name
+    clear = {'train_a': ROWS, 'train_b': ROWS[:2], 'test': ROWS[:9]}
+    assert answers('hh:' + write(tmp_path / 'clear', clear), 'test') == ALL[:9]
+    write(tmp_path / 'clone/helpful-base', {'train': ROWS})
+    write(tmp_path / 'clone/harmless-base', {'train': ROWS[:2], 'test': ROWS[:3]})
+    assert divided(f'hh_helpful:{tmp_path}/clone')
+    # a function that reads all splits has the same rows for both, where it cannot be said which split is for training: divided
     splits = {'train_prefs': ROWS[:9], 'train_sft': ROWS[9:], 'test_prefs': ROWS[:1]}
     splits = {split: [{'instruction': row['response']} for row in rows] for split, rows in splits.items()}
     source = 'alpaca_eval:' + write(tmp_path / 'prompts', splits)

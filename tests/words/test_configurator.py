@@ -57,6 +57,7 @@ def script(tmp_path_factory):
     def run(*argv):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, 'argv', [str(path), *argv])
+            patch.setattr(sys, 'excepthook', sys.excepthook)
             return runpy.run_path(str(path), run_name='script')
 
     return run
@@ -333,7 +334,7 @@ TYPES = {
 @given(st.lists(st.one_of(FLAGS, TEXT, st.sampled_from(['good.py', 'bad.py', 'missing.py', '.'])), max_size=4))
 @example(['--rate=' + '9' * 400])
 @example(['x' * 5000])
-def test_any_command_line_is_read_or_sentence(script, argv):
+def test_any_command_line_is_read_or_refused(script, argv):
     file('steps = 3\n', 'good.py')
     file('steps = "3"\n', 'bad.py')
     try:
