@@ -634,6 +634,22 @@ def test_selective_checkpointing_copies_parts_of_activations_but_not_of_weights(
     assert pack(values).equal(values) and pack(values).untyped_storage().nbytes() == values.nbytes
 
 
+@pytest.mark.parametrize(('scale', 'max_norm'), [(0.5, 1e9), (2.0, 1.0)])
+def test_an_update_scales_and_clips(saved, device, scale, max_norm):
+    net = fsdp.shard(saved('llama'), device)
+    optimizer = fsdp.make_optimizer('SGD', net, 7.0, 0.0)
+    net.response_logps(pack(PAIRS))[0].sum().backward()
+    before, grads = [
+        [x.detach().double() for x in found] for found in (net.parameters(), [p.grad for p in net.parameters()])
+    ]
+    norm = scale * torch.cat([grad.flatten() for grad in grads]).norm()
+    assert fsdp.update(net, optimizer, 0.1, scale, max_norm) == pytest.approx(norm.item(), rel=1e-5)
+    factor = 0.1 * scale * min(1.0, max_norm / norm.item())
+    for p, old, grad in zip(net.parameters(), before, grads, strict=True):
+        torch.testing.assert_close(p.double(), old - factor * grad, rtol=1e-5, atol=1e-6)
+        assert p.grad is None
+
+
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])
 def test_export(name, tied, saved, device, tmp_path):
     build = saved(name, tie_word_embeddings=tied)
