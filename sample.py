@@ -254,12 +254,8 @@ def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
     def request(row):
-        sampling = {
-            'max_tokens': max_new_tokens,
-            'top_p': top_p,
-            'temperature': row['temperature'],
-            'seed': row['seed'],
-        }
+        sampling = {'temperature': row['temperature'], 'seed': row['seed']}
+        sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
         return {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
 
     # generators, since a request is built when it is sent; its row waits for response, finish and tokens

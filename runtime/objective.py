@@ -31,7 +31,11 @@ def _find(name, losses, statistics, options):
 
     losses, statistics: name -> function. Raises UserError if there is no such loss, or if it takes unknown options or columns."""
     if name not in losses:
-        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{did_you_mean(name, losses)}')
+        hint = did_you_mean(name, losses)
+        in_file = next(iter(losses.values())).__globals__  # names of losses.py
+        if inspect.isfunction(in_file.get(name)):
+            hint = f': the function {name} of losses.py has to be in LOSSES to be one'
+        raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]
     statistic = statistics.get(name)
     for p in inspect.signature(fn).parameters.values():

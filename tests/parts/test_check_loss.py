@@ -57,7 +57,8 @@ def test_any_column_says_what_a_loss_asks_for(fn, paired, has_divergence, monkey
     ('drdpo --beta=0.5', 0, r'^    margin         loss slope chosen  slope rejected\n(?s:.*)\n +0.0 +0.69315 +-0.25 +0.25\n'),
     ('dpo --gamma=3', 2, '--gamma has no effect: the loss dpo does not use it'),
     ('', 2, '^error: name a loss: python losses.py dpo --beta=0.2'),
-    ('ktoo', 2, '^error: loss must be one of dpo, '),
+    ('ktoo', 2, "^error: loss must be one of dpo, .* not 'ktoo'; did you mean kto"),
+    ('importance', 2, "kto_zero, not 'importance': the function importance of losses.py has to be in LOSSES to be one"),
 ])  # fmt: skip
 def test_as_a_script(words, status, printed):
     done = forks.python('losses.py', *words.split())
