@@ -336,9 +336,8 @@ def warmup_steps(config, n_steps):
     tenth = n_steps // 10
     is_default = config.origin['warmup_steps'] == 'default'
     if not is_default and wanted >= max(1, n_steps):
-        say(
-            f'note: warmup_steps={wanted}, and the run has {n_steps} steps: the learning rate never reaches {config.lr}'
-        )
+        never = f'the learning rate never reaches {config.lr}'
+        say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: {never}')
     if not is_default or wanted <= tenth:
         return wanted
     say(f'note: {tenth or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={wanted} for more')
