@@ -207,7 +207,7 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     for there in ({'test': ROWS}, halves, {'train_sft': ROWS, 'test_prefs': ROWS}):
         assert divided('hh:' + write(tmp_path / '+'.join(there), there)), there.keys()
     # and reads the test part as it is, where it cannot be said which split is for training; also in the folder of its own name
-    clear = {'train_a': ROWS, 'train_b': ROWS[:2], 'test': ROWS[:9]}
+    clear = {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test': ROWS[:9]}
     assert answers('hh:' + write(tmp_path / 'clear', clear), 'test') == ALL[:9]
     write(tmp_path / 'clone/helpful-base', {'train': ROWS})
     write(tmp_path / 'clone/harmless-base', {'train': ROWS[:2], 'test': ROWS[:3]})
