@@ -96,8 +96,10 @@ def _lacks_test_part(getter, path):
     is_of_hub = isinstance(getter, HubDataset)
     if is_of_hub:
         path, train, test = getter.local_path(path), getter.train, getter.test
-    if not path or test is None:
-        return test is None
+    if test is None:
+        return True
+    if not path:
+        return False
     try:
         return files.local_files(path, train) == files.local_files(path, test)
     except UserError:
