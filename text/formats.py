@@ -26,14 +26,10 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # fmt: off
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
-# columns that are appended to a question or an instruction
-ADDED = 'input context'.split()
 # columns with more context for a question
 ABOUT = 'context history options choices article passage starter_code'.split()
 # columns with texts that a question is about, or with names of files, or numbers
 DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage'.split()
-# columns that are each one of a question's options, if there are several: A and B, option_a, opb, choice1
-OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
 # columns with the thought behind the answer
@@ -44,8 +40,6 @@ CHATS = 'messages conversations conversation context_messages trajectory'.split(
 LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
 # the names that --columns accepts
 COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
-# columns that cannot be read: rows that use them are refused
-MEDIA = re.compile(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', re.IGNORECASE)
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
 SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject')]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
@@ -67,11 +61,7 @@ STEMS = 'response_ response answer_ completion_ conversation_ output_ candidate_
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
-BY_SIGN = 'preference_strength overall_preference'.split()
-# a verdict that names a side ('model_a', 'B', '1', '1.0', 'A>>B'), and one that means a tie; both in lower case
-SIDE = re.compile(r'(model|response|answer|completion|conversation|assistant|output|option)?[ _-]?(?P<side>[ab012])(\.0|>+.)?')
-TIE = re.compile(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*')
-VERDICTS = [*BY_NAME, *BY_SIGN]
+VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
@@ -114,50 +104,43 @@ def each(rows, read):
 
 
 def parse_any(row, task=None, columns=None):
-    """Return the examples of a row in any known layout. columns: {our name: column}, or None to detect them."""
+    """Return the examples of a row in any known layout, with the row's tools, and as chats with its system message if there
+    is one. An example with an answer of weight 0 is {'drop': UNTRAINED}. columns: {our name: column}, or None to detect them."""
     row = unified(row, columns)
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    return [_completed(example, row) for example in layout.read(row, task)]
-
-
-def _completed(example, row):
-    """Return an example with its row's tools and system message, or {'drop': UNTRAINED} if an answer has weight 0."""
-    if 'drop' in example:
-        return example
-    answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
-    # checked() keeps no other weight than 0
-    if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
-        return {'drop': UNTRAINED}
-    # chat templates must not see the weights
-    if isinstance(example['prompt'], list):
-        example['prompt'] = [dict(turn) for turn in example['prompt']]
-        for turn in example['prompt']:
-            turn.pop('weight', None)
-    if row.get('tools'):
-        example['tools'] = field(row, 'tools', list)
-    if row.get('system'):
-        return _with_system(example, field(row, 'system'))
-    return example
-
-
-def _with_system(example, system):
-    """Return an example with this system message, which makes it chats. Raises ValueError if it cannot or has another."""
-    prompt = example['prompt']
-    # a prompt that a chat template has already formatted may contain the system message
-    is_formatted = isinstance(prompt, str) and prompt.endswith(TURN_MARKERS)
-    if is_formatted and system.strip() in prompt:
-        return example
-    if isinstance(prompt, str) and prompt.endswith(TEMPLATE_MARKERS):
-        raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
-    if not prompt:
-        raise ValueError("there is a 'system' message and no question behind it")
-    # as_chats keeps a system message that the chat already has
-    example = messages.as_chats(example, system)
-    if example['prompt'][0]['content'].strip() != system.strip():
-        raise ValueError("the column 'system' and the system message of the chat are not the same")
-    return example
+    examples = layout.read(row, task)
+    for i, example in enumerate(examples):
+        if 'drop' in example:
+            continue
+        answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
+        # messages keep no other weight than 0
+        if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
+            examples[i] = {'drop': UNTRAINED}
+            continue
+        # chat templates must not see the weights
+        prompt = example['prompt']
+        if isinstance(prompt, list):
+            example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
+        if row.get('tools'):
+            example['tools'] = field(row, 'tools', list)
+        if not row.get('system'):
+            continue
+        # a prompt that a chat template has already formatted may contain the system message
+        system = field(row, 'system')
+        text = prompt if isinstance(prompt, str) else ''
+        if text.endswith(TURN_MARKERS) and system.strip() in text:
+            continue
+        if text.endswith(TEMPLATE_MARKERS):
+            raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
+        if not prompt:
+            raise ValueError("there is a 'system' message and no question behind it")
+        # as_chats keeps a system message that the chat already has
+        examples[i] = messages.as_chats(example, system)
+        if examples[i]['prompt'][0]['content'].strip() != system.strip():
+            raise ValueError("the column 'system' and the system message of the chat are not the same")
+    return examples
 
 
 def layout_of(row):
@@ -165,10 +148,11 @@ def layout_of(row):
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-    shares = {layout: len(layout.columns & row.keys()) / len(layout.columns) for layout in LAYOUTS}
-    nearest = max(shares, key=shares.get)
+    # the layout of whose columns the row has the largest share
+    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & row.keys()) / len(layout.columns))
     hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
-    raise ValueError(f"'prompt' is missing, and no other column is known{hint if shares[nearest] else ''}")
+    has_a_column = not nearest.columns.isdisjoint(row)
+    raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
 
 
 def unified(row, columns=None):
@@ -179,22 +163,43 @@ def unified(row, columns=None):
         row = {name: row.get(column) for name, column in columns.items()}
     # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
     lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
-    row = lowered if len(lowered) == len(row) else row
+    if len(lowered) == len(row):
+        row = lowered
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
+    # columns that cannot be read: image_path, videos, audio_bytes, ...
     for name in row:
-        if MEDIA.fullmatch(name) and row[name]:
+        is_media = re.fullmatch(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', name, re.IGNORECASE)
+        if is_media and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(renamed(tuple(row)), row.values(), strict=True))
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
-    _rename_chats(row)
+    # a column with another meaning may hold the chat; an unknown column only if no other column is known
+    has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
+    for name, our_name in RENAMED_CHATS.items():
+        may_rename = name in KNOWN or not has_known_column
+        holds_list = isinstance(row.get(name), list) and row[name]
+        if may_rename and holds_list and our_name not in row:
+            row[our_name] = row.pop(name)
+    # a text 'context' is the question if nothing else asks
+    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
+        row['question'] = row.pop('context')
     _unpack(row)
-    tools = _parsed_tools(row.pop('tools', None) or [])
-    return row | {'tools': tools} if tools else row
+    # tools may be JSON, as a whole or one by one
+    tools = row.pop('tools', None) or []
+    if isinstance(tools, str):
+        tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
+    if are_texts(tools):
+        tools = [messages.parse_literal(text) for text in tools]
+    if tools is None or None in tools:
+        raise ValueError("'tools' has a text that is no JSON")
+    if tools:
+        row['tools'] = tools
+    return row
 
 
 @lru_cache(1000)
@@ -206,31 +211,6 @@ def renamed(columns):
         if names.keys() <= set(columns) and new_names.isdisjoint(columns):
             columns = tuple(names.get(name, name) for name in columns)
     return columns
-
-
-def _parsed_tools(tools):
-    """Return a row's tools as a list: they may be JSON, as a whole or one by one. Raises ValueError."""
-    if isinstance(tools, str):
-        tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
-    if are_texts(tools):
-        tools = [messages.parse_literal(text) for text in tools]
-    if tools is None or None in tools:
-        raise ValueError("'tools' has a text that is no JSON")
-    return tools
-
-
-def _rename_chats(row):
-    """Rename the column that holds the chat, or the text that asks, if its own name means something else, in place."""
-    # an unknown column may hold the chat if no other column is known
-    has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
-    for name, our_name in RENAMED_CHATS.items():
-        may_rename = name in KNOWN or not has_known_column
-        holds_list = isinstance(row.get(name), list) and row[name]
-        if may_rename and holds_list and our_name not in row:
-            row[our_name] = row.pop(name)
-    # a text 'context' is the question if nothing else asks
-    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
-        row['question'] = row.pop('context')
 
 
 def _unpack(row):
@@ -258,8 +238,8 @@ def _unpack(row):
         row['messages'] = chat + said(row.pop('answers')[0])
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
-        row['chosen'] = row.pop('messages')
-        row['rejected'] = [*row['chosen'][:-1], *said(row.pop('rejected_response'))]
+        chat = row['chosen'] = row.pop('messages')
+        row['rejected'] = chat[:-1] + said(row.pop('rejected_response'))
     # SmolTalk 2: arguments for the chat template
     template_args = row.get('chat_template_kwargs')
     if isinstance(template_args, dict):
@@ -282,23 +262,18 @@ def asked(row, given_answer=None):
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
     in place of a ValueError."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
+    # a conversation that ends with a question is the prompt
     if chat_column and column != 'prompt':
         # under the key 'prompt', text_or_chat accepts any last role
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
-        # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
             check_nothing_lost(row, chat_column, turns)
             return turns
         column = None
-    if column is not None:
-        return _prompt_in(column, row, given_answer)
-    if given_answer is None:
+    if column is None and given_answer is None:
         raise ValueError("'prompt' is missing")
-    return None
-
-
-def _prompt_in(column, row, given_answer):
-    """Return the prompt of asked() from a question column, with what the columns ADDED and the history add to it."""
+    if column is None:
+        return None
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     # if another column asks, a 'prompt' such as 'Q: ... A: the answer' is no question but the whole text
     if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
@@ -307,13 +282,14 @@ def _prompt_in(column, row, given_answer):
         if before.rstrip().endswith(':') and not after.strip():
             return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
-        parts = [prompt, *(field(row, added) for added in ADDED if row.get(added))]
+        parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    options = [name for name in row if OPTION.fullmatch(name)]
-    # a column 'a' alone is not an option
+    # columns that are each one of a question's options: A and B, option_a, opb, choice1; 'a' alone is none
+    option = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
+    options = [name for name in row if option.fullmatch(name)]
     if len(options) == 1:
         options = []
     check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
@@ -357,8 +333,9 @@ def is_history(value):
 
 def example_of(row, columns):
     """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats.
-    columns: {'chosen', 'rejected' or 'response': the column with this answer}. An answer may repeat the prompt, which is
-    then removed. Raises ValueError, and LeftOut for chats without an answer or with different prompts."""
+    columns: {'chosen', 'rejected' or 'response': the column with this answer}. Text answers to a question also give
+    'repeats': whether all began with it, and it was removed. Raises ValueError, and LeftOut for chats without an answer
+    or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt
@@ -367,47 +344,8 @@ def example_of(row, columns):
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     if isinstance(first_answer, list):
         return _example_of_chats(prompt, answers)
-    return _split_texts(row, answers) if prompt is None else _example_of_texts(row, prompt, answers)
-
-
-def _example_of_chats(prompt, answers):
-    """Return the example of answers that are chats, {'chosen', 'rejected' or 'response': chat}. See example_of()."""
-    if not all(answers.values()):
-        raise LeftOut('empty answers')
-    if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
-        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
-    # all turns before the last answer are the prompt, which both answers must share
-    chats = {key: whole_chat(prompt, chat) for key, chat in answers.items()}
-    prompt, *other_prompts = [chat[:-1] for chat in chats.values()]
-    if not prompt or any(other[:1] != prompt[:1] for other in other_prompts):
-        raise ValueError("'prompt' is missing: the answers do not begin with a question, or not with the same question")
-    if any(other != prompt for other in other_prompts):
-        raise LeftOut(DIFFERENT)
-    return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
-
-
-def whole_chat(prompt, chat):
-    """Return all turns of a prompt (text, chat or None) and an answer: a chat that continues the prompt or repeats it."""
-    turns = [] if prompt is None else as_chat(prompt)
-    if chat[0]['role'] == 'assistant':
-        return turns + chat
-    # the chat begins with a question: the prompt (but for its system message) must be in it, or all its questions in the prompt
-    prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
-    chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
-    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
-    prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
-    if prompt_text not in chat_text and not prompt_has_questions:
-        raise LeftOut('answers to something else than the prompt')
-    # the system message of the prompt, unless the chat has its own
-    has_own = chat[0]['role'] == 'system'
-    if has_own:
-        return chat
-    return [turn for turn in turns[:1] if turn['role'] == 'system'] + chat
-
-
-def _example_of_texts(row, prompt, answers):
-    """Return the example of a prompt, text or chat, and answers that are texts, {'chosen', 'rejected' or 'response': text}.
-    If there is a question, the example also has 'repeats': whether all answers began with it, and it was removed."""
+    if prompt is None:
+        return _split_texts(row, answers)
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     # every text begins with an empty question
     repeats = [text.lstrip().startswith(question) for text in answers.values()]
@@ -430,6 +368,41 @@ def _example_of_texts(row, prompt, answers):
         answers = {key: said(text) for key, text in answers.items()}
     example = {'prompt': prompt, **answers}
     return example | {'repeats': repeats[0]} if question else example
+
+
+def _example_of_chats(prompt, answers):
+    """Return the example of answers that are chats, {'chosen', 'rejected' or 'response': chat}: each continues the prompt
+    (text, chat or None) or repeats it. See example_of()."""
+    if not all(answers.values()):
+        raise LeftOut('empty answers')
+    if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
+        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    turns = [] if prompt is None else as_chat(prompt)
+    # the system message is not compared
+    prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
+    chats = {}
+    for key, chat in answers.items():
+        # an answer that continues the prompt
+        if chat[0]['role'] == 'assistant':
+            chats[key] = turns + chat
+            continue
+        # a chat that begins with a question: the prompt must be in it, or all its questions in the prompt
+        chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
+        questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
+        prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
+        if prompt_text not in chat_text and not prompt_has_questions:
+            raise LeftOut('answers to something else than the prompt')
+        # the system message of the prompt, unless the chat has its own
+        system = [turn for turn in turns[:1] if turn['role'] == 'system']
+        chats[key] = chat if chat[0]['role'] == 'system' else system + chat
+    # all turns before the last answer are the prompt, which both answers must share
+    prompts = [chat[:-1] for chat in chats.values()]
+    prompt, other_prompt = prompts[0], prompts[-1]
+    if not prompt or other_prompt[:1] != prompt[:1]:
+        raise ValueError("'prompt' is missing: the answers do not begin with a question, or not with the same question")
+    if other_prompt != prompt:
+        raise LeftOut(DIFFERENT)
+    return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
 
 
 def _split_texts(row, answers):
@@ -459,7 +432,7 @@ def _split_texts(row, answers):
 # ---- pairs ----
 
 
-def read_pair(row, task=None):
+def read_pair(row, task):
     """Read two answers, 'chosen' and 'rejected', to one prompt: a column, or the common beginning of both."""
     # distilabel's verdict
     if row.get('status') == 'tie':
@@ -475,13 +448,33 @@ def read_pair(row, task=None):
     return [example]
 
 
-def read_compared(row, task=None):
-    """Read two answers or conversations, and a column that tells the better one."""
+def read_compared(row, task):
+    """Read two answers or conversations, such as 'response_a' and 'response_b', and a column that tells the better one."""
     columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
-    better = _better(row, columns)
-    if better is None and task != 'prompts':
+    sides = [column[-1] for column in columns]
+    # lead: how much better the second answer is, 0 for a tie
+    verdict_column = first_of(VERDICTS, row)
+    if verdict_column in BY_NAME:
+        verdict = str(row[verdict_column]).strip().lower()
+        # model_a, b, 1, 1.0, a>>b
+        kinds = 'model|response|answer|completion|conversation|assistant|output|option'
+        named = re.fullmatch(rf'({kinds})?[ _-]?([ab012])(\.0|>+.)?', verdict)
+        side = named[2] if named else None
+        if side in sides:
+            lead = 1 if side == sides[1] else -1
+        elif re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*', verdict):
+            lead = 0
+        else:
+            raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+    elif verdict_column:
+        # null is a tie
+        lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
+    else:
+        first_score, second_score = (field(row, f'score_{side}', NUMBER) for side in sides)
+        lead = second_score - first_score
+    if not lead and task != 'prompts':
         raise LeftOut('tie')
-    chosen, rejected = columns[::-1] if better == columns[1] else columns
+    chosen, rejected = columns[::-1] if lead > 0 else columns
     # SFT takes the better conversation even if the other one has different questions
     wanted = {'response': chosen} if task == 'sft' else {'chosen': chosen, 'rejected': rejected}
     chats = {}
@@ -494,29 +487,7 @@ def read_compared(row, task=None):
     return [example_of(row | chats, wanted)]
 
 
-def _better(row, columns):
-    """Return the column with the better answer by the row's verdict or scores, or None for a tie. Raises ValueError.
-    columns: two names such as ('response_a', 'response_b')."""
-    verdict_column = first_of(VERDICTS, row)
-    if verdict_column in BY_NAME:
-        verdict = str(row[verdict_column]).strip().lower()
-        named = SIDE.fullmatch(verdict)
-        better = next((column for column in columns if named and column.endswith(named['side'])), None)
-        if not better and not TIE.fullmatch(verdict):
-            raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
-        return better
-    # lead: how much better the second answer is; null is a tie
-    if verdict_column:
-        lead = row[verdict_column] and field(row, verdict_column, NUMBER)
-    else:
-        first_score, second_score = (field(row, f'score_{column[-1]}', NUMBER) for column in columns)
-        lead = second_score - first_score
-    if not lead:
-        return None
-    return columns[1] if lead > 0 else columns[0]
-
-
-def read_votes(row, task=None):
+def read_votes(row, task):
     """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
@@ -532,7 +503,7 @@ def read_votes(row, task=None):
     return read_compared(comparison, task)
 
 
-def read_sides(row, task=None):
+def read_sides(row, task):
     """Read Arena's newer votes: each turn has a user's message, an answer of model A and one of model B."""
     comparison = {'winner': row['winner']}
     for side in 'ab':
@@ -541,7 +512,7 @@ def read_sides(row, task=None):
     return read_compared(comparison, task)
 
 
-def read_summaries(row, task=None):
+def read_summaries(row, task):
     """Read openai/summarize_from_feedback's pairs of summaries; the prompt has TRL's format."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
     first, second = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
@@ -557,7 +528,7 @@ def read_summaries(row, task=None):
     return [{'prompt': f'{prompt}{text}\n\nTL;DR:', 'chosen': chosen, 'rejected': rejected}]
 
 
-def read_annotation(row, task=None):
+def read_annotation(row, task):
     """Read AlpacaEval's annotations: preference < 1.5 means output_1, > 1.5 output_2; 0 and 1.5 are ties."""
     first, second = field(row, 'output_1'), field(row, 'output_2')
     # label.py writes 'prompt' if it is not '\n\nHuman: instruction\n\nAssistant:'; its outputs stay as they are
@@ -597,7 +568,7 @@ def ranked(prompt, scored, task):
     return examples or [{'drop': 'fewer than two answers'}]
 
 
-def read_stack_exchange(row, task=None):
+def read_stack_exchange(row, task):
     """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
     scored = []
     for found in field(row, 'answers', list):
@@ -608,7 +579,7 @@ def read_stack_exchange(row, task=None):
     return ranked(ask(question), scored, task)
 
 
-def read_nectar(row, task=None):
+def read_nectar(row, task):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
     answers = field(row, 'answers', list)
     scored = []
@@ -618,7 +589,7 @@ def read_nectar(row, task=None):
     return ranked(field(row, 'prompt').rstrip(), scored, task)
 
 
-def read_completions(row, task=None):
+def read_completions(row, task):
     """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
     for found in field(row, 'completions', list):
@@ -627,9 +598,9 @@ def read_completions(row, task=None):
     return ranked(as_chat(asked(row)), scored, task)
 
 
-def read_scored(row, task=None):
+def read_scored(row, task):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
-    column, score_column = next((one, two) for one in MANY for two in SCORES if {one, two} <= row.keys())
+    column, score_column = first_of(MANY, row), first_of(SCORES, row)
     answers, scores = field(row, column, list), field(row, score_column, list)
     # raises an error that names the column
     answers = [text_or_chat({column: found}, column) for found in answers]
@@ -661,7 +632,7 @@ def grouped(rows, task, read):
         yield row, ranked(prompt, all_scored, task)
 
 
-def read_shp(rows, task=None):
+def read_shp(rows, task):
     """Read stanfordnlp/SHP: pairs with a score ratio of at least 2. SFT gets the best answer of all pairs with one prompt."""
 
     def read(row):
@@ -678,17 +649,19 @@ def read_shp(rows, task=None):
     return each(rows, lambda row: ranked(*read(row), task))
 
 
-def read_rated(rows, task=None):
+def read_rated(rows, task):
     """Read HelpSteer and HelpSteer 2: one rated answer per row; the answers to a prompt are compared by helpfulness."""
 
     def read(row):
         row = unified(row)
-        return as_chat(asked(row)), [(field(row, 'helpfulness', NUMBER), said(field(row, 'response')))]
+        prompt = as_chat(asked(row))
+        score = field(row, 'helpfulness', NUMBER)
+        return prompt, [(score, said(field(row, 'response')))]
 
     return grouped(rows, task, read)
 
 
-def read_trees(rows, task=None, language=None):
+def read_trees(rows, task, language=None):
     """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
     The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
     only messages in this language; None: all."""
@@ -742,7 +715,7 @@ def _branch(message_id, by_id):
 # ---- single answers, conversations, texts, prompts ----
 
 
-def read_answer(row, task=None):
+def read_answer(row, task):
     """Read a prompt and one answer, with its label as 'good' if there is one."""
     column = first_of(ANSWERS, row)
     # older LLaMA-Factory pairs: 'output' is [chosen, rejected]
@@ -780,7 +753,7 @@ def label_of(row):
     return {'good': value in ('true', '1', '1.0')}
 
 
-def read_chat(row, task=None):
+def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
@@ -819,7 +792,7 @@ def read_chat(row, task=None):
     return [example] if kept == turns else [example, {'drop': UNASKED}]
 
 
-def read_text(row, task=None):
+def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
@@ -837,7 +810,7 @@ def read_text(row, task=None):
     return [{'prompt': '', 'response': text}]
 
 
-def read_prompt(row, task=None):
+def read_prompt(row, task):
     """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
     # without a task, a solution may be for a reward function
     like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
