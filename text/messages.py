@@ -13,8 +13,6 @@ ASSISTANT = '\n\nAssistant:'
 # the beginning of a chat that was written as JSON or as a Python literal, and a message anywhere in it
 SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
 SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
-# objects that hold a question and its answer: (user's field, assistant's field)
-EXCHANGES = (('input', 'output'), ('human', 'assistant'))
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner)
@@ -35,9 +33,6 @@ DIALOGUES = {
     '### Instruction:': r'### (Instruction|Response):',
     'Below is an instruction': r'### (Instruction|Response):',
 }
-# an HTML tag, with groups for its slash and name; quoted attributes may contain >
-TAG = re.compile(r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>""")
-BLOCKS = set('p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split())
 
 
 class BadValue(ValueError):
@@ -131,19 +126,17 @@ def checked(turn):
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
+    # content in parts: strings, or {'type': 'text', 'text': string}
     if isinstance(turn.get('content'), list):
-        turn['content'] = ''.join(map(_text_of, turn['content']))
+        texts = []
+        for part in turn['content']:
+            # what is neither a dict nor a string is rejected by field()
+            part = part if isinstance(part, dict) else {'text': part}
+            if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
+                raise BadValue(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
+            texts.append(field(part, 'text'))
+        turn['content'] = ''.join(texts)
     return turn | message(role, field({'content': None, **turn}, 'content'))
-
-
-def _text_of(part):
-    """Return the text of a content part: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
-    # what is neither a dict nor a string is rejected by field()
-    if not isinstance(part, dict):
-        part = {'text': part}
-    if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
-        raise BadValue(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
-    return field(part, 'text')
 
 
 def are_texts(value, count=None):
@@ -159,11 +152,17 @@ def are_texts(value, count=None):
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for checked(); other values unchanged.
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
-    must_be_chat: a list of strings, or of EXCHANGES such as {'input', 'output'}, becomes turns of the user and the assistant."""
+    must_be_chat: a list of strings becomes turns of the user and the assistant, and so does one of objects with a question
+    and its answer, {'input', 'output'} or {'human', 'assistant'}, which may say if they are trained on."""
     # in a chat column any list is parsed, elsewhere only one that begins with a message
-    if isinstance(value, str):
-        if SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('[')):
-            value = _parsed_chat(value)
+    if isinstance(value, str) and (SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('['))):
+        parsed = parse_literal(value)
+        turns = parsed if isinstance(parsed, list) else [parsed]
+        fields = ({'role', 'content'}, {'from', 'value'}, {'messages'})
+        are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in fields) for turn in turns)
+        # a text that is something else stays text
+        if isinstance(parsed, list | dict) and turns and (are_messages or are_texts(turns)):
+            value = parsed
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
@@ -172,20 +171,19 @@ def as_messages(value, must_be_chat=False):
         return [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
-    for fields in EXCHANGES:
-        if all(isinstance(exchange, dict) and set(fields) <= exchange.keys() for exchange in value):
-            return _turns_of_exchanges(value, fields)
-    return alternating(value) if are_texts(value) else value
-
-
-def _turns_of_exchanges(exchanges, fields):
-    """Return objects that hold a question and its answer in two fields as messages; each may say if it is trained on."""
-    turns = alternating([exchange[name] for exchange in exchanges for name in fields])
-    for exchange, reply in zip(exchanges, turns[1::2], strict=True):
-        reply |= {name: exchange[name] for name in TRAINS if name in exchange}
-    # XTuner has the system message in the first exchange
-    first = exchanges[0].get('system')
-    return [message('system', first), *turns] if first else turns
+    if are_texts(value):
+        return alternating(value)
+    for asks, replies in (('input', 'output'), ('human', 'assistant')):
+        if not all(isinstance(exchange, dict) and {asks, replies} <= exchange.keys() for exchange in value):
+            continue
+        # XTuner has the system message in the first exchange
+        system = value[0].get('system')
+        turns = [message('system', system)] if system else []
+        for exchange in value:
+            trains = {name: exchange[name] for name in TRAINS if name in exchange}
+            turns += [message('user', exchange[asks]), message('assistant', exchange[replies]) | trains]
+        return turns
+    return value
 
 
 def parse_literal(text):
@@ -196,19 +194,6 @@ def parse_literal(text):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(source.strip())
     return None
-
-
-def _parsed_chat(text):
-    """Return the chat that a text contains as JSON or as a Python literal, or the text if it is something else. A chat: a
-    list of messages or of strings, a single message, or {'messages': list}."""
-    value = parse_literal(text)
-    if isinstance(value, str):
-        return text
-    turns = value if isinstance(value, list) else [value]
-    keys_of_messages = ({'role', 'content'}, {'from', 'value'}, {'messages'})
-    are_turns = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in keys_of_messages) for turn in turns)
-    is_chat = bool(turns) and (are_turns or are_texts(turns))
-    return value if is_chat else text
 
 
 # ---- texts, messages and chats ----
@@ -303,14 +288,17 @@ def instruction(prompt):
 def strip_html(markup):
     """Return the text of HTML. Paragraphs, list items, line breaks and <code> tags stay, other tags are removed."""
     text, in_pre = '', False
+    blocks = 'p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split()
+    # a tag, with groups for its slash and name; quoted attributes may contain >
+    tag_pattern = r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>"""
     # [text before the first tag, slash, name, text after this tag, slash, name, ...]
-    pieces = ['', '', *TAG.split(re.sub('(?s)<!--.*?-->', '', markup))]
+    pieces = ['', '', *re.split(tag_pattern, re.sub('(?s)<!--.*?-->', '', markup))]
     for slash, tag, data in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
         if tag == 'pre':
             in_pre = not slash
         # a paragraph at the start of a list item stays on its line
         starts_item = not slash and text.endswith('\n- ')
-        if tag in BLOCKS and not starts_item:
+        if tag in blocks and not starts_item:
             text = text.rstrip() + '\n\n'
         elif tag == 'li' and not slash:
             text = text.rstrip() + '\n- '

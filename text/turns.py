@@ -22,7 +22,8 @@ def segments(turns, tools, tokenizer, left_out):
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
-    if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
+    template = chat.template_of(tokenizer, tools)
+    if template == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
     answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     trained = {i for i in answers if is_trained(turns[i])}
@@ -30,15 +31,25 @@ def segments(turns, tools, tokenizer, left_out):
     turns, tools = chat.marked(turns, special, left_out), special.mark(tools)
     write = partial(chat.write, tokenizer=tokenizer)
     full_text = write(turns, tools)
+    # do not train on an answer without content if the template writes none of its other fields, such as tool calls
     for i in answers:
-        if _is_empty(turns, i, tools, full_text, write):
+        content_only = message('assistant', turns[i]['content'])
+        if content_only['content'].strip() or turns[i] == content_only:
+            continue
+        if write([*turns[:i], content_only, *turns[i + 1 :]], tools) == full_text:
             left_out['empty answers'] += 1
             trained.discard(i)
     if not trained:
         return []
 
+    # (start, end) of every answer in full_text
     if marks_answers(tokenizer, tools):
-        spans = _marked_spans(turns, tools, tokenizer)
+        # apply_chat_template uses it, and returns the marks of tokens only
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
+        with_thoughts = [chat.with_thoughts(turn) for turn in turns]
+        _, (spans,) = render_jinja_template([with_thoughts], **options, **tokenizer.special_tokens_map)
     else:
         spans = [_span(turns, i, tools, full_text, write, special.stop) for i in answers]
     if None in spans or len(spans) != len(answers):
@@ -51,28 +62,6 @@ def segments(turns, tools, tokenizer, left_out):
             position = end
     left_out[chat.KEPT] += sum(chat.MARK in text for text in texts)
     return texts
-
-
-def _is_empty(turns, i, tools, full_text, write):
-    """Return whether the answer turns[i] has no content, but other fields, such as tool calls, of which the template
-    writes none: only its end of turn would be trained on. write(turns, tools) returns a conversation's text."""
-    content = turns[i]['content']
-    content_only = message('assistant', content)
-    if content.strip() or turns[i] == content_only:
-        return False
-    return write([*turns[:i], content_only, *turns[i + 1 :]], tools) == full_text
-
-
-def _marked_spans(turns, tools, tokenizer):
-    """Return (start, end) of every answer in the conversation's text, from the template's {% generation %} marks."""
-    # apply_chat_template uses it, and returns the marks of tokens only
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = chat.template_of(tokenizer, tools)
-    options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
-    turns = [chat.with_thoughts(turn) for turn in turns]
-    _, (spans,) = render_jinja_template([turns], **options, **tokenizer.special_tokens_map)
-    return spans
 
 
 def _span(turns, i, tools, full_text, write, stop):
