@@ -174,7 +174,7 @@ def unified(row, columns=None):
         is_media = re.fullmatch(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', name, re.IGNORECASE)
         if is_media and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
-    row = dict(zip(renamed(tuple(row)), row.values(), strict=True))
+    row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
@@ -203,7 +203,7 @@ def unified(row, columns=None):
 
 
 @lru_cache(1000)
-def renamed(columns):
+def rename_columns(columns):
     """Return a tuple of column names, renamed by all entries {their name: our name} of RENAMED that apply to them: their
     names are all there, and none of ours, so that no two columns get one name."""
     for names in RENAMED:
@@ -234,7 +234,7 @@ def _unpack(row):
     # ChatQA: the last answer of the chat is the only item of a list
     chat = row.get('messages')
     has_chat = isinstance(chat, list) and bool(chat)
-    if are_texts(answers, 1) and has_chat and messages.checked(chat[-1])['role'] == 'user':
+    if are_texts(answers, 1) and has_chat and messages.read_message(chat[-1])['role'] == 'user':
         row['messages'] = chat + said(row.pop('answers')[0])
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
@@ -256,7 +256,7 @@ def first_of(names, row):
     return next((name for name in names if name in row), None)
 
 
-def asked(row, given_answer=None):
+def prompt_of(row, given_answer=None):
     """Return the prompt of a row: text for the answer to continue, or a list of messages.
     The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
@@ -280,7 +280,7 @@ def asked(row, given_answer=None):
         # rpartition needs a separator: a line break in place of an empty answer
         before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
         if before.rstrip().endswith(':') and not after.strip():
-            return asked({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
+            return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
@@ -339,13 +339,13 @@ def example_of(row, columns):
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt
-    prompt = asked(row, first_answer)
+    prompt = prompt_of(row, first_answer)
     if len(set(map(type, answers.values()))) > 1:
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
     if isinstance(first_answer, list):
         return _example_of_chats(prompt, answers)
     if prompt is None:
-        return _split_texts(row, answers)
+        return _split_off_prompt(row, answers)
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     # every text begins with an empty question
     repeats = [text.lstrip().startswith(question) for text in answers.values()]
@@ -405,7 +405,7 @@ def _example_of_chats(prompt, answers):
     return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
 
 
-def _split_texts(row, answers):
+def _split_off_prompt(row, answers):
     """Return the example of two texts, {'chosen', 'rejected'}, that begin with the prompt: each is split at its last turn
     marker. Raises ValueError if there is none, or if a column such as 'prompts' may be the prompt."""
     if len(answers) == 1:
@@ -441,7 +441,7 @@ def read_pair(row, task):
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
-        return [example for example in ranked(as_chat(asked(row)), scored, task) if 'drop' not in example]
+        return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
@@ -535,7 +535,7 @@ def read_annotation(row, task):
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
-        prompt = ask(messages.instruction(asked(row)))
+        prompt = ask(messages.instruction(prompt_of(row)))
         first, second = answer(first), answer(second)
     preference = row['preference']
     # null, or NaN, which is not equal to itself
@@ -552,7 +552,7 @@ def read_annotation(row, task):
 # ---- answers with scores ----
 
 
-def ranked(prompt, scored, task):
+def rank_answers(prompt, scored, task):
     """Return the examples of a prompt and its scored answers, a list of (score, answer). For 'prompts', the prompt; for
     'sft', the answer with the highest score; else every pair, with a 'drop' for each tie."""
     if task == 'prompts':
@@ -576,17 +576,16 @@ def read_stack_exchange(row, task):
         text = messages.strip_html(field(found, 'text'))
         scored.append((score, answer(text)))
     question = messages.strip_html(field(row, 'question'))
-    return ranked(ask(question), scored, task)
+    return rank_answers(ask(question), scored, task)
 
 
 def read_nectar(row, task):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    answers = field(row, 'answers', list)
     scored = []
-    for found in answers:
+    for found in field(row, 'answers', list):
         rank = field(found, 'rank', NUMBER)
         scored.append((-rank, answer(field(found, 'answer'))))
-    return ranked(field(row, 'prompt').rstrip(), scored, task)
+    return rank_answers(field(row, 'prompt').rstrip(), scored, task)
 
 
 def read_completions(row, task):
@@ -595,7 +594,7 @@ def read_completions(row, task):
     for found in field(row, 'completions', list):
         score_name = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
         scored.append((field(found, score_name, NUMBER), said(field(found, 'response'))))
-    return ranked(as_chat(asked(row)), scored, task)
+    return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
 def read_scored(row, task):
@@ -609,14 +608,11 @@ def read_scored(row, task):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = []
-    for score, found in zip(scores, answers, strict=True):
-        if score is not None:
-            scored.append((score, said(found)))
-    return ranked(as_chat(asked(row)), scored, task)
+    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
-def grouped(rows, task, read):
+def rank_groups(rows, task, read):
     """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
     read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
@@ -629,7 +625,7 @@ def grouped(rows, task, read):
         _, _, all_scored = groups.setdefault(json.dumps(prompt), (row, prompt, []))
         all_scored += [pair for pair in scored if pair not in all_scored]
     for row, prompt, all_scored in groups.values():
-        yield row, ranked(prompt, all_scored, task)
+        yield row, rank_answers(prompt, all_scored, task)
 
 
 def read_shp(rows, task):
@@ -645,8 +641,8 @@ def read_shp(rows, task):
 
     # SFT compares the answers of all rows with one prompt, pairs only those of one row
     if task == 'sft':
-        return grouped(rows, task, read)
-    return each(rows, lambda row: ranked(*read(row), task))
+        return rank_groups(rows, task, read)
+    return each(rows, lambda row: rank_answers(*read(row), task))
 
 
 def read_rated(rows, task):
@@ -654,11 +650,11 @@ def read_rated(rows, task):
 
     def read(row):
         row = unified(row)
-        prompt = as_chat(asked(row))
+        prompt = as_chat(prompt_of(row))
         score = field(row, 'helpfulness', NUMBER)
         return prompt, [(score, said(field(row, 'response')))]
 
-    return grouped(rows, task, read)
+    return rank_groups(rows, task, read)
 
 
 def read_trees(rows, task, language=None):
@@ -720,9 +716,8 @@ def read_answer(row, task):
     column = first_of(ANSWERS, row)
     # older LLaMA-Factory pairs: 'output' is [chosen, rejected]
     if column == 'output' and are_texts(row['output'], 2):
-        pair = row | dict(zip(('chosen', 'rejected'), row['output'], strict=True))
-        del pair['output']
-        return read_pair(pair, task)
+        row['chosen'], row['rejected'] = row.pop('output')
+        return read_pair(row, task)
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     example = example_of(row, {'response': column})
@@ -758,7 +753,7 @@ def read_chat(row, task):
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
-    turns = [messages.checked(turn) for turn in field(row, column, list)]
+    turns = [messages.read_message(turn) for turn in field(row, column, list)]
     check_nothing_lost(row, column, turns)
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
@@ -802,7 +797,7 @@ def read_text(row, task):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
     for start, turn_pattern in messages.DIALOGUES.items():
-        turns = messages.dialogue(text, turn_pattern) if text.startswith(start) else []
+        turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
         if {turn['role'] for turn in turns} == {'user', 'assistant'}:
             return read_chat({'messages': turns}, task)
     if task == 'prompts':
@@ -821,7 +816,7 @@ def read_prompt(row, task):
     # CarperAI's answers are texts in the column 'label'
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)
-    return [{'prompt': asked(row)}]
+    return [{'prompt': prompt_of(row)}]
 
 
 def unread_answers(rows):
@@ -863,10 +858,8 @@ READERS = (
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),
 )
+LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')]
 # fmt: on
-LAYOUTS = [
-    Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')
-]
 # every column name that has a meaning somewhere above
 KNOWN = frozenset(chain(COLUMNS, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 # readers that get all rows at once

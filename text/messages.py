@@ -79,7 +79,7 @@ def text_or_chat(row, key):
         if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
             raise BadValue(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
-    turns = [checked(turn) for turn in value]
+    turns = [read_message(turn) for turn in value]
     if key == 'prompt' and not turns:
         raise BadValue("'prompt' has no messages")
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
@@ -92,7 +92,7 @@ def no_answer_error(key, last_role):
     return BadValue(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
 
 
-def checked(turn):
+def read_message(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
     'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
     'function_call' becomes a tool call. An answer that 'weight' or a field of TRAINS says not to train on has 'weight': 0."""
@@ -150,7 +150,7 @@ def are_texts(value, count=None):
 
 
 def as_messages(value, must_be_chat=False):
-    """Return a chat in any form as a list of messages for checked(); other values unchanged.
+    """Return a chat in any form as a list of messages for read_message(); other values unchanged.
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
     must_be_chat: a list of strings becomes turns of the user and the assistant, and so does one of objects with a question
     and its answer, {'input', 'output'} or {'human', 'assistant'}, which may say if they are trained on."""
@@ -233,7 +233,7 @@ def alternating(texts):
     return [message('assistant' if i % 2 else 'user', text) for i, text in enumerate(texts)]
 
 
-def dialogue(text, turn_pattern):
+def split_dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text; what precedes the first marker is ignored. turn_pattern: regular
     expression of the markers that begin a turn; its only group is the speaker."""
     # [text before, speaker, text, speaker, text, ...]
@@ -248,11 +248,11 @@ def as_chat(prompt):
         return prompt
     # HelpSteer's dialogues have no marker before the first question
     if '<extra_id_1>' in prompt:
-        return dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
+        return split_dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
     turn_pattern = DIALOGUES['\n\nHuman:']
     if not re.match(rf'\s*?{turn_pattern}', prompt):
         return [message('user', prompt)]
-    turns = dialogue(prompt, turn_pattern)
+    turns = split_dialogue(prompt, turn_pattern)
     # a prompt ends with the marker of the answer to come
     if turns[-1] == message('assistant', ''):
         turns.pop()
