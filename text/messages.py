@@ -45,9 +45,8 @@ class BadValue(ValueError):
 def field(row, key, kind=str):
     """Return row[key]. Raises ValueError unless its type is kind, its length is within LONGEST, and UTF-8 can encode it."""
     value = row.get(key, ...) if isinstance(row, dict) else ...
-    # bool is a subclass of int
-    is_unwanted_bool = isinstance(value, bool) and kind is not bool
-    if not isinstance(value, kind) or is_unwanted_bool:
+    # bool is a subclass of int, and no number
+    if not isinstance(value, kind) or isinstance(value, bool):
         # a missing column may have another name
         error = ValueError if value is ... else BadValue
         raise error(f'{key!r} is missing or of the wrong type')
@@ -68,7 +67,7 @@ def field(row, key, kind=str):
 
 
 def text_or_chat(row, key):
-    """Return row[key]: a string, or a list of checked messages. Raises ValueError. An empty list is allowed for an
+    """Return row[key]: a string, or a list of messages (read_message). Raises ValueError. An empty list is allowed for an
     answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
     # the answer to a sum may be a number
     if key == 'answer' and isinstance(row.get(key), int | float):
@@ -214,7 +213,7 @@ def message(role, text):
 
 
 def said(answer):
-    """Return an answer as a list of messages: a text becomes one message, a list stays."""
+    """Return an answer as a list of messages: a text becomes one message of the assistant, a list stays."""
     return [message('assistant', answer.strip())] if isinstance(answer, str) else answer
 
 

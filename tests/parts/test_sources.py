@@ -232,6 +232,7 @@ BRIEF = {'prompt': [system('Be brief.'), user('q?')]}
 TWO_TURNS = [user('a'), assistant('b'), user('q?'), assistant('a')]
 ASKS, SAYS, QA = TWO_TURNS[:3], TWO_TURNS[3:], TWO_TURNS[2:]
 SKY, COLOURS, F = 'The sky is', [user('What colour?')], {'name': 'f'}
+PARTED = messages.alternating(['a', 'x', 'y', 'z'])  # from TWO_TURNS
 MULTI = {'prompt': ASKS, 'response': SAYS, 'turns': TWO_TURNS}
 ANSWERS = {'chosen': 'a', 'rejected': 'b'}
 MARKUP = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
@@ -407,6 +408,12 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
     ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': ASKS}], {}),
+    # what follows where they part would be trained on with its questions and role markers
+    ('chats that part before their last answer', 'pairs', [{'prompt': x, 'chosen': y, 'rejected': z} for x, y, z in ([ASKS[:1], *CHAT_PAIR.values()], (None, TWO_TURNS, PARTED), (None, TWO_TURNS, PARTED[:2]), (ASKS[:1], TWO_TURNS[1:], PARTED[1:]), (ASKS[:1], TWO_TURNS, PARTED))],
+     [{'prompt': ASKS[:1], **CHAT_PAIR}], {DIFFERENT: 4}),
+    ('chats that part, a text before them', 'pairs', [pair('a', TWO_TURNS, PARTED)], [], {DIFFERENT: 1}),
+    ('texts that part', 'pairs', [{'chosen': x, 'rejected': y} for x, y in (('\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d', '\n\nHuman: a\n\nAssistant: x'), ('Q: a\nA: b\nQ: c\nA: d', 'Q: a\nA: x\nQ: y\nA: z'))], [], {DIFFERENT: 2}),
+    *(('another prompt', 'pairs', [{'prompt': x, **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}], [], {'answers to something else than the prompt': 1}) for x in ('another', [user('another')])),
 ]
 
 OF_COLUMNS = {  # what is said of a column, and (its name, a row)
@@ -627,21 +634,6 @@ def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     assert sum(len(examples) for examples, _ in parts) == 99
     assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
     assert all(left_out == {f'bad rows: {sources.MIXED}': 1} for _, left_out in parts)
-
-
-def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
-    """What follows would be trained on with its questions and role markers."""
-    one, two = ([user('a'), assistant(x), user(y), assistant(z)] for x, y, z in ('bcd', 'xyz'))
-    text = ['\n\nHuman: a\n\nAssistant:' + x for x in (' b\n\nHuman: c\n\nAssistant: d', ' x')]
-    plain = ['Q: a\nA:' + x for x in (' b\nQ: c\nA: d', ' x\nQ: y\nA: z')]
-    rows = [{'chosen': chosen, 'rejected': rejected} for chosen, rejected in ((one, two), (one, two[:2]), text, plain)]
-    rows += [pair('a', one, two), pair([user('a')], one[1:], two[1:]), pair([user('a')], one, two)]
-    good = {'prompt': [user('a')], **CHAT_PAIR}
-    examples, left_out = read(tmp_path / 'data.jsonl', [good, *rows])
-    assert examples == [good] and left_out == {DIFFERENT: len(rows)}
-    for prompt in ('another', [user('another')]):
-        other = {'prompt': prompt, **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}
-        assert read(tmp_path / 'other.jsonl', [other]) == ([], {'answers to something else than the prompt': 1})
 
 
 # ---- files ----

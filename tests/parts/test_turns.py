@@ -22,13 +22,10 @@ CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and th
 SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
 CALLS, TOOL = assistant('', tool_calls=[CALL]), turn('tool', '5')
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-GENERATES = CHATML.replace(
-    TURN,
-    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
-    "{% endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
-)
-# as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
+BEGIN, SAYS = "{{ '<|im_start|>' + m.role + '\n' }}", "{{ m.content + '<|im_end|>' }}"
 ANSWER = '{% if m.role == "assistant" %}{% generation %}TURN{% endgeneration %}{% else %}TURN{% endif %}'
+GENERATES = CHATML.replace(TURN, BEGIN + ANSWER.replace('TURN', SAYS) + "{{ '\n' }}")
+# as TRL's for Qwen 3: the header of an answer, and the line break behind its end, are of the answer, too
 MARKS_ALL = CHATML.replace(TURN, ANSWER.replace('TURN', TURN))
 
 
@@ -101,9 +98,8 @@ def test_what_is_trained_on(chats, last_only, trained, num_turns, reasons):
     examples = tokens(tokenizer, *chats, last_turn_only=last_only)
     text, parts = shown(tokenizer, examples)
     assert parts == [answer + '<|im_end|>' for answer in trained] and len(examples) == 1
-    assert (
-        text.count('<|im_start|>') == num_turns and 'clean .' in text and reasons.items() <= examples.left_out.items()
-    )
+    assert text.count('<|im_start|>') == num_turns and 'clean .' in text
+    assert reasons.items() <= examples.left_out.items()
     ids, _ = ids_and_mask(examples[0])
     assert ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == num_turns
     assert text.count('<|im_end|>') == num_turns + sum(reasons.get(words, 0) for words in reasons if 'kept' in words)
