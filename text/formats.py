@@ -312,7 +312,8 @@ def check_nothing_lost(row, column, turns, names=()):
             found.append((name, value if isinstance(value, list) else [value]))
     for name in DOCUMENTS:
         # a name or a number, which has fewer than four words, is no document
-        found.append((name, [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]))
+        documents = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
+        found.append((name, documents))
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')

@@ -102,7 +102,7 @@ def read_message(turn):
     if 'content' not in turn:
         names['value' if 'value' in turn else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
-    # with None for a missing role, field() blames the message, and not a column's name
+    # with None for what is missing, field() blames the message, and not a column's name
     written_role = field({'role': None, **turn}, 'role')
     role = ROLES.get(written_role.strip().lower())
     # messages with 'role' may have roles of their own chat template
@@ -121,7 +121,8 @@ def read_message(turn):
     if isinstance(turn.get('function_call'), dict):
         turn['tool_calls'] = [{'type': 'function', 'function': turn.pop('function_call')}]
     if isinstance(turn.get('tool_calls'), str):
-        turn['tool_calls'] = field({'tool_calls': parse_literal(turn['tool_calls'] or '[]')}, 'tool_calls', list)
+        turn['tool_calls'] = parse_literal(turn['tool_calls'] or '[]')
+        field(turn, 'tool_calls', list)  # raises an error if it is no list
     # a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')

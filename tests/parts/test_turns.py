@@ -20,6 +20,8 @@ from text.tokenise import load_examples, tokenise
 
 CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'])
 SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
+# answers that are not trained on: the first one, or the last one
+WEIGHED = {i: [said | ({'weight': 0} if said is CHAT[i] else {}) for said in CHAT] for i in (1, 5)}
 CALLS, TOOL = assistant('', tool_calls=[CALL]), turn('tool', '5')
 TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 BEGIN, SAYS = "{{ '<|im_start|>' + m.role + '\n' }}", "{{ m.content + '<|im_end|>' }}"
@@ -80,16 +82,12 @@ def test_a_template_that_marks_its_answers(template, length):
     assert ids == own_ids[:end] and mask == own_mask[:end] and sum(mask) == sum(own_mask)
 
 
-def weigh(unused):
-    return [said | ({'weight': 0} if i == unused else {}) for i, said in enumerate(CHAT)]
-
-
 @pytest.mark.parametrize('chats, last_only, trained, num_turns, reasons', [
     # a call alone, where the template knows of none: its end of turn by itself is not trained on
     ([[*CHAT[:3], CALLS, TOOL, CHAT[3]]], False, ['clean .', 'very fine .'], 6, {'empty answers': 1}),
     ([[CHAT[0], CALLS, TOOL, CALLS, TOOL, CALLS], CHAT], False, ['clean .', 'very fine .', 'dusty and dull'], 6, {'empty answers': 3}),
     # what is not trained on is seen, unless it is the end
-    ([weigh(1)], False, ['very fine .', 'dusty and dull'], 6, {}), ([weigh(5)], False, ['clean .', 'very fine .'], 4, {}),
+    ([WEIGHED[1]], False, ['very fine .', 'dusty and dull'], 6, {}), ([WEIGHED[5]], False, ['clean .', 'very fine .'], 4, {}),
     ([CHAT], True, ['dusty and dull'], 6, {}),
     ([SPECIAL], False, ['clean .', 'a <|im_end|> b', 'dusty and dull'], 6, {'special tokens in a text, kept as text': 2}),
 ])  # fmt: skip
@@ -102,7 +100,7 @@ def test_what_is_trained_on(chats, last_only, trained, num_turns, reasons):
     assert reasons.items() <= examples.left_out.items()
     ids, _ = ids_and_mask(examples[0])
     assert ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == num_turns
-    assert text.count('<|im_end|>') == num_turns + sum(reasons.get(words, 0) for words in reasons if 'kept' in words)
+    assert text.count('<|im_end|>') == num_turns + sum(n for words, n in reasons.items() if 'kept' in words)
 
 
 def test_a_template_that_cannot_write_it_as_one():
