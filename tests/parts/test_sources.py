@@ -621,12 +621,13 @@ def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
     rows = [pair(f'p{i}:', ' a', ' b') for i in range(99)]
     path = write(tmp_path / 'data.jsonl', rows + [pair('Hi', 'Hi there', 'Hi!')])
+    mixed = 'answers that begin with their prompt among others that do not: all or none must'
     for split in ('train', 'test'):
-        assert 'line 100: answers that begin with their prompt among others that do not' in refusal(path, split)
+        assert f'line 100: {mixed}' in refusal(path, split)
     parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
     assert sum(len(examples) for examples, _ in parts) == 99
     assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
-    assert all(left_out == {f'bad rows: {sources.MIXED}': 1} for _, left_out in parts)
+    assert all(left_out == {f'bad rows: {mixed}': 1} for _, left_out in parts)
 
 
 def test_pairs_that_part_before_their_last_answer_are_left_out(tmp_path):
