@@ -113,7 +113,7 @@ def _open_text(file):
 
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
-    # 'surrogateescape' has decoded them to these characters
+    # 'surrogateescape' has decoded such bytes to these characters
     return NOT_UTF8 if re.search('[\udc80-\udcff]', text) else ''
 
 
@@ -200,7 +200,9 @@ def _read_table(file, delimiter=','):
     names, text_columns = set(), set()
     for _, cells, _ in _cells(file, delimiter):
         names.update(cells)
-        text_columns.update(name for name, cell in cells.items() if cell is not None and not NUMBER.fullmatch(cell))
+        for name, cell in cells.items():
+            if cell is not None and not NUMBER.fullmatch(cell):
+                text_columns.add(name)
     for name in names:
         # without the suffix of one of two answers: response_a, answer1, human_ref_B
         stem = re.sub(r'_?[\da-z]$', '', name.lower())

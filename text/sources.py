@@ -51,9 +51,21 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
     task: 'pairs', 'singles', 'sft' or 'prompts'; if a prompt has several answers, 'sft' takes the best.
     columns: 'prompt=question, ...' reads only these columns. skip_bad_rows: count bad rows instead of raising."""
     rows, parse, has_no_test_part = _opened(source, split, num_turns, undivided)
-    parsed_rows = _parsed(rows, parse, task, columns_of(columns))
-    valid_examples = _valid(parsed_rows, source, left_out, skip_bad_rows)
-    for example in _without_repeats(valid_examples, left_out, skip_bad_rows):
+    examples = _valid(_parsed(rows, parse, task, columns), source, left_out, skip_bad_rows)
+    # answers that begin with their prompt repeat it only if all of the first do so: 'Hi there' to 'Hi' is no repetition
+    head = list(islice(examples, LOOK_AHEAD))
+    must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
+    for example in chain(head, examples):
+        # True: formats.py has taken the prompt off the answers; None: unknown
+        repeats = example.pop('repeats', None)
+        if repeats is not None and repeats != must_repeat:
+            mixed = 'answers that begin with their prompt among others that do not: all or none must'
+            if not skip_bad_rows:
+                raise UserError(f'{example.where}: {mixed}; mend it, or leave it out with --skip_bad_rows ({HELP})')
+            left_out[f'bad rows: {mixed}'] += 1
+            continue
+        if repeats:
+            left_out[REPEATED] += 1
         if has_no_test_part and not undivided:
             # hold out one in twenty prompts, by their hash; of messages, only role and content count
             prompt = example['prompt']
@@ -91,36 +103,25 @@ def _opened(source, split, num_turns=1, undivided=False):
                 # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
                 has_no_test_part = not is_of_hub
         return rows, parse, has_no_test_part
-    # {split: its files}; on the hub {split: None}
-    splits = files.folder_splits(path, config) if path else dict.fromkeys(files.hub_splits(hub_id, config))
+    # {split: its files, or None on the hub}
+    if path:
+        splits = files.folder_splits(path, config)
+    else:
+        splits = dict.fromkeys(files.hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split
     train, test = files.choose_splits(splits, named_split, source)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    return read_rows(hub_id, chosen, splits[chosen], name=config), None, test is None
+    rows = read_rows(hub_id, chosen, splits[chosen], name=config)
+    return rows, None, test is None
 
 
 def divides(source):
     """Return whether a source has no test split, so that a part of its rows is held out."""
     _, _, has_no_test_part = _opened(source, 'train')
     return has_no_test_part
-
-
-def columns_of(text):
-    """Parse --columns, 'prompt=question, chosen=good', into {our name: column}. None and '' give None. Raises UserError."""
-    if not text:
-        return None
-    columns = {}
-    for assignment in text.split(','):
-        name, _, column = assignment.partition('=')
-        name, column = name.strip(), column.strip()
-        if name not in formats.COLUMNS or not column or name in columns:
-            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
-            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
-        columns[name] = column
-    return columns
 
 
 def locate(source):
@@ -185,33 +186,43 @@ def vanished(source, split, left_out):
 
 
 def _parsed(rows, parse, task, columns):
-    """Return an iterator of (row, its examples or a ValueError) for all rows.
-    parse: a function of one row, a Layout, or None to detect the layout. columns: {our name: column}, which replaces
-    parse, or None. Raises UserError if the first rows have no such column."""
+    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
+    parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
+    # the option 'prompt=question, chosen=good' -> {our name: column}
+    column_of = {}
+    for assignment in columns.split(',') if columns else []:
+        name, _, column = assignment.partition('=')
+        name, column = name.strip(), column.strip()
+        if name not in formats.COLUMNS or not column or name in column_of:
+            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
+        column_of[name] = column
     if parse is None or columns:
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
         found_columns = dict.fromkeys(chain(*head))
-        for column in (columns or {}).values():
+        for column in column_of.values():
             if found_columns and column not in found_columns:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
-        # prompts alone are most likely meant if no other column looks like an answer
+        # prompts alone may be all that is meant, or the answers have other names
         if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
             advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
             say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
         # a few layouts need all rows; otherwise each row is read by a layout of its own
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
-        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=columns)
+        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
-    # a row without a layout gives an error instead
-    found = (layout for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))))
-    return next((layout for layout in found if isinstance(layout, Layout)), None)
+    # each() gives an error for a row without a layout
+    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+        if isinstance(layout, Layout):
+            return layout
+    return None
 
 
 def describe(source):
@@ -222,10 +233,10 @@ def describe(source):
         return f'nothing, there are no rows in {source}'
     if parse:
         return f'the reader {source.partition(":")[0]!r}'
-    names = ', '.join(dict.fromkeys(name for row in head for name in row)) or 'none'
     layout = _first_layout(head)
     known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
-    return f'{known} (columns: {names})'
+    found_columns = ', '.join(dict.fromkeys(chain(*head))) or 'none'
+    return f'{known} (columns: {found_columns})'
 
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
@@ -293,29 +304,12 @@ def _refusal(row, error, any_valid, following, source):
 def _columns(row):
     """Return a row's columns and their types as text, at most nine."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
-    named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    more = f' and {len(named) - 9} more' if len(named) > 9 else ''
-    return ', '.join(named[:9]) + more or 'no columns'
-
-
-def _without_repeats(examples, left_out, skip_bad_rows):
-    """Yield the examples without 'repeats'. Raises UserError if some text answers began with their prompt and others did not.
-    example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
-    'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
-    head = list(islice(examples, LOOK_AHEAD))
-    # repetitions are taken for such only if all of the first answers have them
-    must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
-    for example in chain(head, examples):
-        repeats = example.pop('repeats', None)
-        if repeats is not None and repeats != must_repeat:
-            mixed = 'answers that begin with their prompt among others that do not: all or none must'
-            if not skip_bad_rows:
-                raise UserError(f'{example.where}: {mixed}; mend it, or leave it out with --skip_bad_rows ({HELP})')
-            left_out[f'bad rows: {mixed}'] += 1
-            continue
-        if repeats:
-            left_out[REPEATED] += 1
-        yield example
+    named = []
+    for key, value in islice(row.items(), 9):
+        kind = kinds.get(type(value), 'null')
+        named.append(f'{str(key)[:24]!r} ({kind})')
+    more = f' and {len(row) - 9} more' if len(row) > 9 else ''
+    return ', '.join(named) + more or 'no columns'
 
 
 # ---- datasets ----
@@ -333,7 +327,8 @@ class HubDataset(NamedTuple):
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
         options = {'all_splits': self.test is None, **self.options}
-        return read_rows(self.hub_id, part, self.local_path(path), **options), self.parse
+        rows = read_rows(self.hub_id, part, self.local_path(path), **options)
+        return rows, self.parse
 
     def local_path(self, path):
         """Return path, or the folder in it that is called data_dir if there is one: path is a clone of the hub's repository then."""
@@ -344,7 +339,7 @@ class HubDataset(NamedTuple):
 def parse_sharegpt(row, num_turns):
     """Return an example for each of the first num_turns answers; its prompt is everything before the answer."""
     turns = [(field(turn, 'from'), field(turn, 'value')) for turn in field(row, 'conversations', list)]
-    if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):
+    if any(re.search(r'</?s>|<\|endoftext\|>', text) for _, text in turns):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
     for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
@@ -367,7 +362,8 @@ def parse_imdb(row):
 
 def parse_ultrachat(row):
     """Return the first question and answer of a conversation."""
-    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in field(row, 'messages', list)[:2]]
+    first_two = field(row, 'messages', list)[:2]
+    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in first_two]
     if [turn['role'] for turn in turns] != ['user', 'assistant']:
         return [{'drop': 'does not begin with user, assistant'}]
     return [{'prompt': turns[:1], 'response': turns[1:]}]
