@@ -64,11 +64,16 @@ def test_what_is_shown(show, rows, flags, count, words):
     assert out.count('label: good') == out.count('label: bad') == ('label: good' in words)
 
 
-@pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
-def test_nothing_is_left(show, rows, capsys):
-    with pytest.raises(UserError, match='no examples are left in .*data.jsonl'):
-        show(rows)
-    assert ('read as: nothing, there are no rows in ' in capsys.readouterr().out) == (not rows)
+@pytest.mark.parametrize('rows, flag, says, shown', [
+    ([], '', 'no examples are left in .*data.jsonl', 'read as: nothing, there are no rows in '),
+    (PAIRS[5:], '', 'no examples are left in .*data.jsonl', 'read as: pair, told by chosen'),
+    (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns", ''),
+    (PAIRS, '--MEASURED=3', 'unknown option', ''),  # names in capitals are no options
+])  # fmt: skip
+def test_what_is_refused(show, capsys, rows, flag, says, shown):
+    with pytest.raises(UserError, match=says):
+        show(rows, *flag.split())
+    assert shown in capsys.readouterr().out
 
 
 def test_columns_that_nobody_reads(show):
@@ -83,12 +88,10 @@ def test_columns_that_nobody_reads(show):
     assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
 
 
-def test_half_of_the_length_is_the_prompts(show):
+def test_lengths(show, monkeypatch):
+    """Half of the length is the prompt's; only the first examples are measured."""
     out, err = show(PAIRS, '--max_length=30', '--json')
     assert 'max_prompt_length is 15' in err and all(map(json.loads, out.splitlines()))
-
-
-def test_lengths_are_of_the_first(show, monkeypatch):
     monkeypatch.setattr(text.show, 'MEASURED', 3)
     assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
 
@@ -157,14 +160,3 @@ def test_as_a_command(tmp_path):
     done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr
-
-
-@pytest.mark.parametrize('rows, flags, words', [
-    (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns"),
-    (PAIRS, '--MEASURED=3', 'unknown option'),  # names in capitals are no options
-    (PAIRS, '--columns=prompt=ask', "there is no column 'ask'; there are prompt, chosen, rejected, margin"),
-    ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=NAME, chosen=NAME"),
-])  # fmt: skip
-def test_mistakes(show, rows, flags, words):
-    with pytest.raises(UserError, match=words):
-        show(rows, *flags.split())

@@ -573,39 +573,6 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert re.search('line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object', refusal(path))
 
 
-IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}, assistant('a')]
-UNFIT = [  # a row, or all of them: name, content, the words of the message
-    ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
-    ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
-    ('a.csv', b'prompt,response\nq,a,b\n', 'and the table has 2 columns; .*cannot be read; mend the file'),
-    ('a.tsv', b'prompt\tresponse\nq\t\xe9\n', 'not valid UTF-8: save the file as UTF-8; .*cannot be read; mend the file'),
-    ('a.jsonl', '{"prompt": "é", "response": "a"}'.encode('latin-1'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
-    ('a.jsonl', '{"prompt": "q", "response": "a"}'.encode('utf-16'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
-    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend that value, the columns are known')
-      for row, words in (({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
-                         ({**pair('q', 'a', 'b'), 'margin': 'big'}, "'margin' is missing or of the wrong type"),
-                         ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
-    ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
-]  # fmt: skip
-UNREADABLE = [  # a file, which nothing but its end could help
-    ('a.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'line 3: not valid JSON'), ('a.json', b'[' * 100_000, 'cannot read'),
-    ('a.jsonl.gz', b'not gzip', 'cannot read'), ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
-    ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
-    ('a.parquet', b'PAR1 not really', 'cannot read'), ('a.parquet', b'', 'cannot read'),
-    ('a.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'), ('a', b'{"text": "a"}', 'data files end in .jsonl'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('name, content, words', UNFIT + UNREADABLE, ids=str)
-def test_where_it_is_not_the_columns(tmp_path, name, content, words):
-    path = tmp_path / name
-    path.write_bytes(content)
-    for skip in (False, True) if (name, content, words) in UNREADABLE else (False,):
-        message = refusal(str(path), skip_bad_rows=skip)
-        assert re.search(words, message) and str(path) in message and '\n' not in message
-        assert '--columns' not in message and 'layout' not in message
-
-
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
 @pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback', 'hh'])
 def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
@@ -742,29 +709,14 @@ def test_a_dataset_without_a_test_split_is_divided(hub, tmp_path, name):
         assert len(load(source, 'test')[0]) == 500
 
 
-def test_a_folder_with_train_and_test_files(tmp_path):
-    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
-    folder.mkdir()
-    write(folder / 'latest_train.jsonl', [{'text': 'c'}])
-    write(folder / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
-    write(folder / 'test.json', [{'text': 'd'}])
-    (folder / 'README.md').write_text('about train and test')
-    assert sorted(answers(str(folder), 'train')) == ['a', 'b', 'c'] and answers(str(folder), 'test') == ['d']
-    assert sorted(answers(str(folder), 'train', undivided=True)) == ['a', 'b', 'c']
-    (folder / 'test.json').unlink()
-    assert sorted(answers(str(folder), 'train') + answers(str(folder), 'test')) == ['a', 'b', 'c']  # divided
-
-
-def test_a_folder_has_the_split_that_is_meant(tmp_path):
+def test_a_reader_takes_the_split_of_its_name(tmp_path):
     """As the repositories of UltraFeedback and UltraChat are laid out."""
     for split in ('train', 'test'):
         for kind in ('prefs', 'sft', 'gen'):
             write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
-    for split in ('train_prefs', 'test_sft', 'train_gen'):
-        (file,) = sources.files.local_files(str(tmp_path), split)
-        assert Path(file).name.startswith(split)
+    for split in ('train', 'test'):
+        assert answers(f'ultrafeedback:{tmp_path}', split) == [f'{split} prefs']
     assert len(sources.files.local_files(str(tmp_path), None)) == 6
-    assert answers(f'ultrafeedback:{tmp_path}', 'test') == ['test prefs']
 
 
 def test_clones_of_datasets(tmp_path):
