@@ -59,9 +59,9 @@ def named_part(source):
 
 
 def choose_splits(names, wanted, source):
-    """Choose (train split, test split or None) from the names of a source's splits.
+    """Choose (train split, test split or None) from the names of a source's splits. Raises UserError if it cannot.
 
-    wanted: the train split named by the user, or None. Raises UserError if it is missing or the choice is ambiguous."""
+    wanted: the train split named by the user, or None. source: its name for messages, without [split]."""
     train = wanted or 'train'
     if train not in names:
         # fall back to the only split that begins with train, or to the only split
@@ -69,9 +69,8 @@ def choose_splits(names, wanted, source):
         if wanted or len(likely) != 1:
             problem = f'no split {wanted!r}' if wanted else 'several splits'
             example = likely[0] if likely else 'SPLIT'
-            name, _, _ = named_part(source)
-            say_which = f"say which: --data='{name}[{example}]' ({HELP})"
-            raise UserError(f'{name} has {problem}; there are {", ".join(names)}: {say_which}')
+            say_which = f"say which: --data='{source}[{example}]' ({HELP})"
+            raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
     # train_prefs is tested on test_prefs; with a single train split, test, validation and so on are candidates, too
     held_out_names = ['test', 'validation', 'valid', 'dev', 'val']

@@ -70,6 +70,7 @@ def read_file(file):
     """Yield the Rows of a file. Bad rows of text formats have row.error; an unreadable file raises UserError."""
     if not file.endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
+    # the reader of data.jsonl.gz is that of .jsonl
     suffix = Path(file).suffix
     unpacked_name = file.removesuffix(suffix) if suffix in PACKED else file
     read = READERS['.' + unpacked_name.rpartition('.')[2]]

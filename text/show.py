@@ -184,6 +184,7 @@ def _as_written(example, item):
     # SFT ('trained') trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
+    # the prompt, and every answer under its name
     texts = [_format_lines(item['prompt'], lambda turn: False)]
     label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
     for name in ANSWERS:
@@ -197,7 +198,8 @@ def _format_lines(text_or_chat, is_marked):
     lines = []
     for turn in _messages(text_or_chat):
         content = turn['content']
-        others = {key: turn[key] for key in BESIDE if turn.get(key)}  # calls of tools, thoughts
+        # calls of tools, and thoughts
+        others = {key: turn[key] for key in BESIDE if turn.get(key)}
         if others:
             content += ' ' * bool(content) + dumps(others, ensure_ascii=False)
         content = mark(content) if is_marked(turn) else content

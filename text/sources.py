@@ -111,7 +111,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split
-    train, test = files.choose_splits(splits, named_split, source)
+    train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
     rows = read_rows(hub_id, chosen, splits[chosen], name=config)
@@ -134,8 +134,8 @@ def locate(source):
     # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
     path = os.path.expanduser(path)
-    # raises UserError if the path has no files
     if path:
+        # raises UserError if it has no files
         files.data_files(path)
     if getter and path:
         return getter, path, None
@@ -144,6 +144,7 @@ def locate(source):
             # once, although a source is opened for training and again for evaluation
             say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
         return getter, None, getattr(getter, 'hub_id', None)
+    # no reader: a file, a folder or a pattern of files
     local_path = os.path.expanduser(source)
     if os.path.exists(local_path) or glob(local_path, recursive=True):
         return None, local_path, None
@@ -271,7 +272,7 @@ def _refusal(row, error, any_valid, following, source):
     with suppress(UserError):
         seen.extend(islice(following, LOOK_AHEAD))
     bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
-    # bad rows among good ones are the user's to fix
+    # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
@@ -287,7 +288,7 @@ def _refusal(row, error, any_valid, following, source):
         advice = 'a row is a JSON object with named fields, on a line of its own or in one list'
     elif row.error:
         advice = 'mend the file'
-    # only a HubDataset has a .parse
+    # the reader of a HubDataset has a .parse if it expects one layout
     elif getattr(globals().get(f'get_{reader}'), 'parse', None):
         advice = f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
     elif isinstance(error, BadValue):
@@ -326,6 +327,7 @@ class HubDataset(NamedTuple):
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
+        # without a test split, 'train' and 'test' are both read from all files
         options = {'all_splits': self.test is None, **self.options}
         rows = read_rows(self.hub_id, part, self.local_path(path), **options)
         return rows, self.parse
@@ -342,6 +344,7 @@ def parse_sharegpt(row, num_turns):
     if any(re.search(r'</?s>|<\|endoftext\|>', text) for _, text in turns):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
+    # turns alternate; a last question without an answer is not used
     for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
         # long chats are split into pieces, which may begin with an answer
         if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:

@@ -73,12 +73,6 @@ def test_lines_of_text_and_the_kinds_of_the_columns_of_a_table(tmp_path, name, c
     assert [bool(row.error) for row in found] == [row == {'prompt': '7'} for row in rows]
 
 
-def test_a_text_beside_other_data_is_a_licence(tmp_path):
-    (tmp_path / 'data.txt').write_text('one')
-    assert answers(str(tmp_path), undivided=True) == ['one']
-    assert answers(write(tmp_path, {'train': ROWS}), undivided=True) == ALL
-
-
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
     """So is a file with a row a line."""
     path, lines = tmp_path / 'data.json', ''.join(json.dumps(row) + '\n' for row in ROWS)
@@ -208,7 +202,10 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
 
 
-def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
+def test_files_that_are_not_read(tmp_path, capsys):
+    """A text beside other data is a licence; a file that no split has is named."""
+    (tmp_path / 'data.txt').write_text('one')
+    assert answers(str(tmp_path), undivided=True) == ['one']
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
