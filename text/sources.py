@@ -25,7 +25,7 @@ from runtime.files import file_hash, say_once
 from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
-from text.files import ENDINGS, HELP, content_hash
+from text.files import ENDINGS, HELP, content_hash, hub_splits
 from text.formats import Layout, each
 from text.messages import BadValue, answer, ask, field, message
 from text.readers import Row, read_rows
@@ -107,7 +107,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     if path:
         splits = files.folder_splits(path, config)
     else:
-        splits = dict.fromkeys(files.hub_splits(hub_id, config))
+        splits = dict.fromkeys(hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split

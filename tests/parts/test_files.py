@@ -50,7 +50,7 @@ def test_every_format_and_compression(tmp_path, ending):
 
 
 @pytest.mark.parametrize('name, content, rows, lines', [
-    ('data.txt', 'one\n\ntwo\r\n', [{'text': 'one'}, {'text': 'two'}], [1, 3]),
+    ('data.txt', 'one\n\ntwo\r\nthree\rfour', [{'text': x} for x in ('one', 'two', 'three', 'four')], [1, 3, 4, 5]),
     # what is text, and what a number
     ('data.csv', '\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n',
      [{'Prompt': '1', 'response_a': '7', 'Answer2': '8', 'label': True, 'score_A': 0.5, 'note': None, 'zip': '007'},
