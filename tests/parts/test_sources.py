@@ -200,29 +200,6 @@ def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
     assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True]
 
 
-@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
-def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
-    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
-    import datasets
-
-    from text import tokenise, toy
-
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
-    rows = [pair(f'p{i}', ' a', ' b') for i in range(200)]
-    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name, **_: splits)
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
-    tokenizer = toy.tokenizer()
-
-    def sizes():
-        limits = {'max_length': 32, 'max_prompt_length': 16}
-        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
-
-    train, test = sizes()
-    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise_splits', None)
-    assert sizes() == [train, test]
-
-
 # ---- the layouts of any file ----
 
 CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
@@ -688,23 +665,19 @@ def test_one_file_is_divided_by_its_prompts(tmp_path):
     path, other = (write(tmp_path / name, x) for name, x in (('a.jsonl', rows), ('b.json', rows[::-1] + pairs(9, 9))))
     held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
     assert held_out[0] == held_out[1]
-    # and a folder of one file is divided as the file is
-    for name in ('data', 'train'):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / f'{name}.jsonl', rows)
-        assert_divided(str(tmp_path / name), rows)
 
 
-@pytest.mark.parametrize('name', ['se', 'sharegpt'])
+@pytest.mark.parametrize('name', ['se', 'sharegpt', 'owner/name'])
 def test_a_dataset_without_a_test_split_is_divided(hub, tmp_path, name):
-    """On the hub, and as a folder, whatever its files are called."""
+    """On the hub, and as a reader's folder, whatever its files are called."""
+    hub.splits = ['train']
     replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
     hub.rows = [{'question': f'q{i}', 'answers': replies, 'conversations': said(f'a{i}', 'b')} for i in range(500)]
     for site, part in (('a', hub.rows[:250]), ('test', hub.rows[250:])):
         (tmp_path / site).mkdir()
         write(tmp_path / site / 'part.jsonl', part)
-    for source in (name, f'{name}:{tmp_path}'):
-        train, test = ({x['prompt'] for x in sources.load_rows(source, split)[0]} for split in ('train', 'test'))
+    for source in [name] if '/' in name else [name, f'{name}:{tmp_path}']:
+        train, test = ({str(x['prompt']) for x in sources.load_rows(source, split)[0]} for split in ('train', 'test'))
         assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
         assert len(load(source, 'test')[0]) == 500
 
