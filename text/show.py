@@ -126,7 +126,7 @@ def _print_text(left_out):
         shown = items if n is None else items[: max(0, n - counts.total())]
         texts = [_as_written(example, item) for item in shown]
         if tokenizer and shown:
-            # as the model sees it, in one text for all items; or the reasons why it sees nothing
+            # as the model sees it, in one text for all items; or the reasons why it sees nothing (+ drops zero counts)
             reasons = Counter()
             limits = max_length, max_prompt_length, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)

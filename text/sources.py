@@ -180,7 +180,8 @@ def fingerprint(source):
 
 def vanished(source, split, left_out):
     """Return the UserError for a source without any examples left."""
-    return UserError(f'no {split} examples are left in data {source!r}; left out: {in_words(left_out)[0]} ({HELP})')
+    reasons, _ = in_words(left_out)
+    return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
 
 
 # ---- from rows to examples ----
@@ -207,11 +208,11 @@ def _parsed(rows, parse, task, columns):
             if found_columns and column not in found_columns:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
-        # prompts alone may be all that is meant, or the answers have other names
+        # if only prompts are found, the answers may have names that are not known
         if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
             advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
             say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
-        # a few layouts need all rows; otherwise each row is read by a layout of its own
+        # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
@@ -344,7 +345,7 @@ def parse_sharegpt(row, num_turns):
     if any(re.search(r'</?s>|<\|endoftext\|>', text) for _, text in turns):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
-    # turns alternate; a last question without an answer is not used
+    # ask() and answer() write Anthropic's format; a last question without an answer is not used
     for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
         # long chats are split into pieces, which may begin with an answer
         if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:

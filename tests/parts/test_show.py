@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,11 @@ def test_the_first_example_of_a_run():
     # what a single answer is; and an answer that is in the data and not trained on
     assert text.show.first(examples, tokenizer, 'singles').endswith('[[fine .]]\nlabel: good')
     assert text.show.first(examples, tokenizer, 'prompts') == 'the first prompt:\na '
+    # a run that should evaluate, and has nothing for it, says so
+    run = SimpleNamespace(train=examples, held_out=[], config=SimpleNamespace(n_examples=None), total=1)
+    run.tokenizer, run.task = tokenizer, 'sft'
+    for n, notes in ((8, 1), (0, 0)):
+        assert '\n'.join(text.show.summary(run, n)).count('note: there is nothing to evaluate on') == notes
 
 
 @pytest.mark.parametrize('config, flags, said', [
