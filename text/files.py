@@ -228,9 +228,7 @@ def _split_of(name):
 
 
 def local_files(path, split):
-    """Return a path's data files for a split, or all files if split is None. Without a test split, 'test' gives those of training."""
-    if split is None:
-        return data_files(path)
+    """Return a path's data files for a split. Without a test split, 'test' gives those of training."""
     splits = folder_splits(path)
     if split in splits:
         return splits[split]

@@ -42,14 +42,12 @@ class Row(dict):
         return row
 
 
-def read_rows(hub_id, split, path, all_splits=False, **options):
+def read_rows(hub_id, split, path, **options):
     """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a list of files to read; or a file or folder, of which the split is read, or everything if all_splits. options:
-    arguments of load_dataset, for the hub."""
+    path: a list of files to read, or a file or folder, of which the split is read. options: of load_dataset, for the hub."""
     if path is not None:
-        wanted = None if all_splits else split
-        for file in path if isinstance(path, list) else files.local_files(path, wanted):
+        for file in path if isinstance(path, list) else files.local_files(path, split):
             yield from read_file(file)
         return
     import datasets

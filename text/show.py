@@ -246,13 +246,9 @@ def summary(run, n_eval_examples):
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
-    return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
-
-
-def first(examples, tokenizer, task, longest=1200):
-    """Return a heading and the decoded first example, shortened in the middle to about `longest` characters."""
-    text = _decode_example(examples, 0, tokenizer, task)
-    if len(text) > longest:
-        text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
-    heading = 'prompt' if task == 'prompts' else f'example, where {mark("this")} is trained on'
-    return f'the first {heading}:\n{text}'
+    # a long example is shortened in the middle
+    text = _decode_example(train, 0, run.tokenizer, run.task)
+    if len(text) > 1200:
+        text = f'{text[:600]} ... {text[-600:]}'
+    heading = 'prompt' if run.task == 'prompts' else f'example, where {mark("this")} is trained on'
+    return [f'data: {sizes}; left out or changed: {changed}', *notes, f'the first {heading}:\n{text}']

@@ -328,10 +328,11 @@ class HubDataset(NamedTuple):
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
+        path = self.local_path(path)
         # without a test split, 'train' and 'test' are both read from all files
-        options = {'all_splits': self.test is None, **self.options}
-        rows = read_rows(self.hub_id, part, self.local_path(path), **options)
-        return rows, self.parse
+        if path and self.test is None:
+            path = files.data_files(path)
+        return read_rows(self.hub_id, part, path, **self.options), self.parse
 
     def local_path(self, path):
         """Return path, or the folder in it that is called data_dir if there is one: path is a clone of the hub's repository then."""
@@ -403,7 +404,7 @@ def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', path, all_splits=True, data_files=file)
+    rows = read_rows('json', 'train', files.data_files(path) if path else None, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

@@ -98,25 +98,25 @@ def test_lengths(show, monkeypatch):
 
 
 def test_the_first_example_of_a_run():
-    """Of a conversation every answer is marked; a long text loses its middle."""
-    tokenizer = toy.tokenizer()
-    ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .')}
+    """Of a conversation every answer is marked; a long text loses its middle; what is missing for an evaluation is noted."""
+    tokenizer, beds = toy.tokenizer(), ' bed' * 400
+    ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .', beds)}
     answer = np.concatenate((ids['clean .'], ~ids['the bed ?'], ids['fine .']))
-    examples = Examples.of([(ids['a '], [answer])])
-    shown = text.show.first(examples, tokenizer, 'sft')
+
+    def first(answers, task, n_eval=0, n_notes=0):
+        run = SimpleNamespace(train=Examples.of([(ids['a '], answers)]), held_out=[], total=1)
+        run.tokenizer, run.task, run.config = tokenizer, task, SimpleNamespace(n_examples=None)
+        _, *notes, shown = text.show.summary(run, n_eval)
+        assert str(notes).count('note: there is nothing to evaluate on') == len(notes) == n_notes
+        return shown
+
+    shown = first([answer], 'sft', n_eval=8, n_notes=1)
     assert shown.endswith('\na [[clean .]]the bed ?[[fine .]]') and 'the first example' in shown
-    short = text.show.first(examples, tokenizer, 'sft', longest=16).partition('\n')[2]
-    assert short == 'a [[clea ... fine .]]'
-    pair = Examples.of([(ids['a '], [ids['clean .'], ids['fine .']])])
-    assert text.show.first(pair, tokenizer, 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
+    assert first([ids[beds]], 'sft').partition('\n')[2] == f'a [[{beds[:596]} ... {beds[-598:]}]]'
+    assert first([ids['clean .'], ids['fine .']], 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
     # what a single answer is; and an answer that is in the data and not trained on
-    assert text.show.first(examples, tokenizer, 'singles').endswith('[[fine .]]\nlabel: good')
-    assert text.show.first(examples, tokenizer, 'prompts') == 'the first prompt:\na '
-    # a run that should evaluate, and has nothing for it, says so
-    run = SimpleNamespace(train=examples, held_out=[], config=SimpleNamespace(n_examples=None), total=1)
-    run.tokenizer, run.task = tokenizer, 'sft'
-    for n, notes in ((8, 1), (0, 0)):
-        assert '\n'.join(text.show.summary(run, n)).count('note: there is nothing to evaluate on') == notes
+    assert first([answer], 'singles').endswith('[[fine .]]\nlabel: good')
+    assert first([answer], 'prompts') == 'the first prompt:\na '
 
 
 @pytest.mark.parametrize('config, flags, said', [

@@ -689,7 +689,7 @@ def test_a_reader_takes_the_split_of_its_name(tmp_path):
             write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
     for split in ('train', 'test'):
         assert answers(f'ultrafeedback:{tmp_path}', split) == [f'{split} prefs']
-    assert len(sources.files.local_files(str(tmp_path), None)) == 6
+    assert len(sources.files.data_files(str(tmp_path))) == 6
 
 
 def test_clones_of_datasets(tmp_path):
