@@ -1,8 +1,11 @@
-"""Find the files or the hub dataset to read rows from. sources.py calls this; readers.py reads each file."""
+"""Find the files, or the split of a hub dataset, that a source of rows means. readers.py reads them."""
 
+import bz2
 import glob
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 from contextlib import suppress
@@ -12,34 +15,22 @@ from textwrap import shorten
 
 from configurator import UserError
 from runtime import hub
-from runtime.files import file_hash, say_once
+from runtime.files import say_once
 from runtime.values import looked_in
-from text.readers import ENDINGS, FORMATS, HELP
 
-# metadata files, which have the endings of data files
-NOT_DATA = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json'}
-# names of test splits, best first
-HELD_OUT_NAMES = ('test', 'validation', 'valid', 'dev', 'val')
-# a shard of a split as `datasets` names it: train-00000-of-00002.parquet
-SHARD = re.compile(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$')
+FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
+# suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
+PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
+# all endings of data files; .parquet and .arrow files have compression of their own
+ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
+# the end of messages to users
+HELP = 'see README, "Data of your own"'
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
 SPLIT_WORD = re.compile(
     r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
 )
-SPLIT_OF_WORD = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test',
-                 'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
-
-
-def file_hashes(path):
-    """Return [(relative name, content hash)] of a path's data files and README. Raises UserError."""
-    files = data_files(path)
-    readme = os.path.join(path, 'README.md')
-    if os.path.exists(readme):
-        files.append(readme)
-    try:
-        return [(os.path.relpath(file, path), file_hash(file)) for file in files]
-    except OSError as error:
-        raise UserError(f'cannot read {error.filename or path}: {error.strerror}') from None
+SAME_SPLIT = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluation': 'test',
+              'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
 
 
 def content_hash(*parts) -> int:
@@ -68,9 +59,9 @@ def named_part(source):
 
 
 def choose_splits(names, wanted, source):
-    """Choose (train split, test split or None) from the names of a source's splits.
+    """Choose (train split, test split or None) from the names of a source's splits. Raises UserError if it cannot.
 
-    wanted: the train split named by the user, or None. Raises UserError if it is missing or the choice is ambiguous."""
+    wanted: the train split named by the user, or None. source: its name for messages, without [split]."""
     train = wanted or 'train'
     if train not in names:
         # fall back to the only split that begins with train, or to the only split
@@ -78,14 +69,14 @@ def choose_splits(names, wanted, source):
         if wanted or len(likely) != 1:
             problem = f'no split {wanted!r}' if wanted else 'several splits'
             example = likely[0] if likely else 'SPLIT'
-            name, _, _ = named_part(source)
-            say_which = f"say which: --data='{name}[{example}]' ({HELP})"
-            raise UserError(f'{name} has {problem}; there are {", ".join(names)}: {say_which}')
+            say_which = f"say which: --data='{source}[{example}]' ({HELP})"
+            raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
     # train_prefs is tested on test_prefs; with a single train split, test, validation and so on are candidates, too
-    test_names = [train.replace('train', name, 1) for name in HELD_OUT_NAMES]
+    held_out_names = ['test', 'validation', 'valid', 'dev', 'val']
+    test_names = [train.replace('train', name, 1) for name in held_out_names]
     if sum(name.startswith('train') for name in names) == 1:
-        test_names += HELD_OUT_NAMES
+        test_names += held_out_names
     # name != train: a split must not be its own test split
     test = next((name for name in test_names if name in names and name != train), None)
     return train, test
@@ -139,8 +130,9 @@ def data_files(path):
 
 def _is_data_file(file):
     """Whether a Path is a data file, and not metadata or a cache file that `datasets.map` left in a folder."""
+    is_metadata = file.name in ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json')
     is_cache = file.name.startswith('cache-') and file.suffix == '.arrow'
-    return file.name.endswith(ENDINGS) and file.name not in NOT_DATA and not is_cache and file.is_file()
+    return file.name.endswith(ENDINGS) and not is_metadata and not is_cache and file.is_file()
 
 
 def folder_splits(path, config=None):
@@ -221,9 +213,10 @@ def _split_of(name):
     'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
     'latest.json' -> ''."""
     word = SPLIT_WORD.search(name.lower())
-    shard = SHARD.search(name)
+    # a shard, train-00000-of-00002.parquet, tells its split before the number
+    shard = re.search(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$', name)
     if shard:
-        # the text before the number, for train_x-00000-of-00002 anywhere and any x-00000-of-00002 in a folder `data`
+        # that is any name in a folder `data`, and elsewhere one with such a word, such as train_x
         is_in_data_folder = not word and '/data/' in f'/{name}'
         if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits
@@ -231,13 +224,11 @@ def _split_of(name):
     if not word:
         return ''
     split, suffix = word.groups(default='')  # such as 'eval' and '_sft'
-    return SPLIT_OF_WORD.get(split, split) + suffix
+    return SAME_SPLIT.get(split, split) + suffix
 
 
 def local_files(path, split):
-    """Return a path's data files for a split, or all files if split is None. Without a test split, 'test' gives those of training."""
-    if split is None:
-        return data_files(path)
+    """Return a path's data files for a split. Without a test split, 'test' gives those of training."""
     splits = folder_splits(path)
     if split in splits:
         return splits[split]

@@ -1,26 +1,18 @@
-"""Read the rows of one data file of any supported format and compression. files.py chooses the files."""
+"""Read the rows of data files of any supported format and compression, or of a hub dataset. files.py chooses which."""
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from configurator import UserError
+from runtime import hub
+from text import files
+from text.files import ENDINGS, FORMATS, HELP, PACKED
 
-FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
-# suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
-PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
-# .parquet and .arrow files have compression of their own
-COMPRESSIBLE = [ending for ending in FORMATS if ending not in ('.parquet', '.arrow')]
-ENDINGS = (*FORMATS, *(ending + suffix for ending in COMPRESSIBLE for suffix in PACKED))
-# endings of messages to users
-HELP = 'see README, "Data of your own"'
 CUT_SHORT = 'perhaps a download that was cut short'
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
@@ -29,10 +21,6 @@ NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRU
 TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
               'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
               'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
-# suffix of a column that belongs to one of two answers: response_a, answer1, human_ref_B
-ANSWER_SUFFIX = re.compile(r'_?(\d|[a-z]|[A-Z])$')
-# errors='surrogateescape' decodes bytes that are not UTF-8 to these characters
-INVALID_BYTES = re.compile('[\udc80-\udcff]')
 
 
 class Row(dict):
@@ -54,10 +42,33 @@ class Row(dict):
         return row
 
 
+def read_rows(hub_id, split, path, **options):
+    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
+
+    path: a list of files to read, or a file or folder, of which the split is read. options: of load_dataset, for the hub."""
+    if path is not None:
+        for file in path if isinstance(path, list) else files.local_files(path, split):
+            yield from read_file(file)
+        return
+    import datasets
+
+    # 'json' is the loader of a single file, whose address says more
+    name = options['data_files'] if hub_id == 'json' else hub_id
+    options['revision'] = files.hub_commit(hub_id)
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        rows = datasets.load_dataset(hub_id, split=split, **given)
+    except Exception as error:  # no network, no such dataset, no such split, ...
+        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
+    for number, raw in enumerate(rows, 1):
+        yield Row.of(_without_inner_nulls(raw), f'{name} [{split}], row {number}')
+
+
 def read_file(file):
     """Yield the Rows of a file. Bad rows of text formats have row.error; an unreadable file raises UserError."""
     if not file.endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
+    # the reader of data.jsonl.gz is that of .jsonl
     suffix = Path(file).suffix
     unpacked_name = file.removesuffix(suffix) if suffix in PACKED else file
     read = READERS['.' + unpacked_name.rpartition('.')[2]]
@@ -94,14 +105,15 @@ def _open(file):
     return open_file(file, 'rb')
 
 
-def _open_text(file, newline=None):
-    """Return a decompressed text stream; _utf8_error detects invalid bytes in its lines. newline: as in open()."""
-    return io.TextIOWrapper(_open(file), 'utf-8-sig', 'surrogateescape', newline=newline)
+def _open_text(file):
+    """Return a decompressed text stream, whose line ends stay as they are; _utf8_error finds invalid bytes in its lines."""
+    return io.TextIOWrapper(_open(file), 'utf-8-sig', 'surrogateescape', newline='')
 
 
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
-    return NOT_UTF8 if INVALID_BYTES.search(text) else ''
+    # 'surrogateescape' has decoded such bytes to these characters
+    return NOT_UTF8 if re.search('[\udc80-\udcff]', text) else ''
 
 
 def _read_columns(file):
@@ -123,10 +135,10 @@ def _read_columns(file):
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())
         for number, raw in enumerate(rows, 1):
-            yield Row.of(without_inner_nulls(raw), f'{file}, row {number}')
+            yield Row.of(_without_inner_nulls(raw), f'{file}, row {number}')
 
 
-def without_inner_nulls(raw):
+def _without_inner_nulls(raw):
     """Return a row of a columnar file without the None fields inside its columns; columns that are None stay."""
 
     # columnar files give all messages the same fields: a message without tool calls has 'tool_calls': None
@@ -187,9 +199,13 @@ def _read_table(file, delimiter=','):
     names, text_columns = set(), set()
     for _, cells, _ in _cells(file, delimiter):
         names.update(cells)
-        text_columns.update(name for name, cell in cells.items() if cell is not None and not NUMBER.fullmatch(cell))
+        for name, cell in cells.items():
+            if cell is not None and not NUMBER.fullmatch(cell):
+                text_columns.add(name)
     for name in names:
-        if name.lower() in TEXT_NAMES or ANSWER_SUFFIX.sub('', name.lower()) in TEXT_NAMES:
+        # without the suffix of one of two answers: response_a, answer1, human_ref_B
+        stem = re.sub(r'_?[\da-z]$', '', name.lower())
+        if name.lower() in TEXT_NAMES or stem in TEXT_NAMES:
             text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
         raw = {}
@@ -205,7 +221,7 @@ def _cells(file, delimiter):
     cells: {column: text, or None if empty}, without columns that have no name (row numbers written by pandas)."""
     # the default limit of a cell is 128 KiB
     csv.field_size_limit(2**30)
-    with _open_text(file, newline='') as stream:
+    with _open_text(file) as stream:
         table = csv.reader(stream, delimiter=delimiter, strict=True)
         names = next(table, [])
         if len(set(names)) < len(names) or _utf8_error(''.join(names)):

@@ -39,8 +39,6 @@ json = False  # one JSON object a line, and nothing else
 
 # measure only the first examples: a large data set would take long
 MEASURED = 2000
-# a max_length that truncates nothing, for measuring full lengths
-NO_LIMIT = 2**30
 # what an item may have beside its prompt
 ANSWERS = ('chosen', 'rejected', 'response')
 
@@ -49,10 +47,11 @@ def main():
     """Print the examples that the options select. Raises UserError if they cannot be read."""
     # set the options above from the command line and config files
     configure(globals(), early=True)
-    left_out, out = Counter(), sys.stdout
+    out = sys.stdout
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
         configure(globals())
+        left_out = Counter()  # reason -> how many rows
         try:
             if json:
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)
@@ -77,7 +76,7 @@ def _read_items(left_out):
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
                 example = as_chats(example, system)
-            yield source_task, example, items_of(example, source_task, left_out)
+            yield source_task, example, _items_of(example, source_task, left_out)
 
 
 def task_of(example):
@@ -89,7 +88,7 @@ def task_of(example):
     return 'sft' if 'response' in example else 'prompts'
 
 
-def items_of(example, task, left_out):
+def _items_of(example, task, left_out):
     """Return an example's training items as JSON-serializable dicts; [] if it is unusable (counted in left_out)."""
     items = []
     for part in as_parts(example, task, left_out):
@@ -104,7 +103,9 @@ def items_of(example, task, left_out):
             # SFT also trains on the earlier answers of a conversation
             turns = _messages(example.get('turns', part.answers[0]))
             item['trained'] = [turn['content'] for turn in turns if is_trained(turn)]
-        item.update((key, example[key]) for key in ('margin', 'tools') if key in example)
+        for key in ('margin', 'tools'):
+            if key in example:
+                item[key] = example[key]
         items.append(item)
     return items
 
@@ -124,20 +125,29 @@ def _print_text(left_out):
             continue
         shown = items if n is None else items[: max(0, n - counts.total())]
         texts = [_as_written(example, item) for item in shown]
-        # the tokenised text has all items of the example at once
         if tokenizer and shown:
-            texts = [_tokenised_text(example, task, tokenizer)]
+            # as the model sees it, in one text for all items; or the reasons why it sees nothing (+ drops zero counts)
+            reasons = Counter()
+            limits = max_length, max_prompt_length, truncation
+            tokenised = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
+            decoded = [_decode_example(tokenised, i, tokenizer, task) for i in range(len(tokenised))]
+            texts = ['\n\n'.join(decoded) if decoded else 'left out: ' + ', '.join(+reasons)]
         for number, text in enumerate(texts, counts.total() + 1):
             print(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n')
         counts[task] += len(items)
         if len(lengths) >= MEASURED:
             continue
         if tokenizer:
-            limits = NO_LIMIT, NO_LIMIT // 2, truncation
+            # in tokens, with limits that truncate nothing
+            limits = 2**30, 2**29, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
-        else:
-            lengths += map(_num_characters, items)
+            continue
+        for item in items:
+            # in characters of the prompt and the longest answer; of chats only their contents count
+            texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
+            of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
+            lengths.append(of_prompt + max(of_answers, default=0))
     _print_summary(counts, lengths, left_out)
 
 
@@ -174,6 +184,7 @@ def _as_written(example, item):
     # SFT ('trained') trains on every assistant turn of a conversation
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
+    # the prompt, and every answer under its name
     texts = [_format_lines(item['prompt'], lambda turn: False)]
     label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
     for name in ANSWERS:
@@ -187,7 +198,8 @@ def _format_lines(text_or_chat, is_marked):
     lines = []
     for turn in _messages(text_or_chat):
         content = turn['content']
-        others = {key: turn[key] for key in BESIDE if turn.get(key)}  # calls of tools, thoughts
+        # calls of tools, and thoughts
+        others = {key: turn[key] for key in BESIDE if turn.get(key)}
         if others:
             content += ' ' * bool(content) + dumps(others, ensure_ascii=False)
         content = mark(content) if is_marked(turn) else content
@@ -200,23 +212,6 @@ def _messages(text_or_chat):
     return [{'role': 'assistant', 'content': text_or_chat}] if isinstance(text_or_chat, str) else text_or_chat
 
 
-def _num_characters(item):
-    """Return the number of characters of an item's prompt and longest answer; of chats only their contents."""
-    texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
-    of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
-    return of_prompt + max(of_answers, default=0)
-
-
-def _tokenised_text(example, task, tokenizer):
-    """Tokenise and truncate an example, and return it decoded; or return the reasons why it is left out."""
-    reasons = Counter()
-    lengths = max_length, max_prompt_length, truncation
-    examples = tokenise([example], tokenizer, task, *lengths, reasons, skip_bad_rows=True)
-    if not len(examples):
-        return 'left out: ' + ', '.join(+reasons)
-    return '\n\n'.join(_decode_example(examples, i, tokenizer, task) for i in range(len(examples)))
-
-
 def _decode_example(examples, i, tokenizer, task):
     """Return the tokenised example i as text with special tokens and marks; for 'prompts', the prompt alone."""
     prompt_ids, answers = examples[i]
@@ -226,9 +221,12 @@ def _decode_example(examples, i, tokenizer, task):
     texts = []
     for answer in answers:
         # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
-        segments = np.split(answer, np.flatnonzero(np.diff(answer < 0)) + 1)
-        decoded = [mark(tokenizer.decode(ids)) if ids[0] >= 0 else tokenizer.decode(~ids) for ids in segments]
-        texts.append(''.join(decoded))
+        changes = np.flatnonzero(np.diff(answer < 0)) + 1
+        text = ''
+        for ids in np.split(answer, changes):
+            is_untrained = ids[0] < 0
+            text += tokenizer.decode(~ids) if is_untrained else mark(tokenizer.decode(ids))
+        texts.append(text)
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'
     text = prompt + texts[0]
@@ -248,13 +246,9 @@ def summary(run, n_eval_examples):
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
-    return [f'data: {sizes}; left out or changed: {changed}', *notes, first(train, run.tokenizer, run.task)]
-
-
-def first(examples, tokenizer, task, longest=1200):
-    """Return a heading and the decoded first example, shortened in the middle to about `longest` characters."""
-    text = _decode_example(examples, 0, tokenizer, task)
-    if len(text) > longest:
-        text = f'{text[: longest // 2]} ... {text[-longest // 2 :]}'
-    heading = 'prompt' if task == 'prompts' else f'example, where {mark("this")} is trained on'
-    return f'the first {heading}:\n{text}'
+    # a long example is shortened in the middle
+    text = _decode_example(train, 0, run.tokenizer, run.task)
+    if len(text) > 1200:
+        text = f'{text[:600]} ... {text[-600:]}'
+    heading = 'prompt' if run.task == 'prompts' else f'example, where {mark("this")} is trained on'
+    return [f'data: {sizes}; left out or changed: {changed}', *notes, f'the first {heading}:\n{text}']

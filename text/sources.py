@@ -21,25 +21,17 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError
-from runtime import hub
-from runtime.files import say_once
+from runtime.files import file_hash, say_once
 from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
-from text.files import content_hash, data_files, hub_splits
+from text.files import ENDINGS, HELP, content_hash, hub_splits
 from text.formats import Layout, each
 from text.messages import BadValue, answer, ask, field, message
-from text.readers import ENDINGS, HELP, Row, read_file, without_inner_nulls
+from text.readers import Row, read_rows
 
-# without a test split, 1 in so many prompts (by hash) is held out
-HELD_OUT = 20
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
 LOOK_AHEAD = 100
-KNOWN_COLUMNS = (
-    'known are prompt (or question, instruction, query) with chosen and rejected, or with response (completion, output) '
-    "and perhaps good (label); messages; text: say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME' (no other is read then)"
-)
-MIXED = 'answers that begin with their prompt among others that do not: all or none must'
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 
 
@@ -59,18 +51,37 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
     task: 'pairs', 'singles', 'sft' or 'prompts'; if a prompt has several answers, 'sft' takes the best.
     columns: 'prompt=question, ...' reads only these columns. skip_bad_rows: count bad rows instead of raising."""
     rows, parse, has_no_test_part = _opened(source, split, num_turns, undivided)
-    parsed_rows = _parsed(rows, parse, task, columns_of(columns))
-    valid_examples = _valid(parsed_rows, source, left_out, skip_bad_rows)
-    is_divided = has_no_test_part and not undivided
-    for example in _without_repeats(valid_examples, left_out, skip_bad_rows):
-        example.held_out = _is_held_out(example) if is_divided else None
-        is_in_split = not is_divided or example.held_out == (split == 'test')
-        if both or is_in_split:
-            yield example
+    examples = _valid(_parsed(rows, parse, task, columns), source, left_out, skip_bad_rows)
+    # answers that begin with their prompt repeat it only if all of the first do so: 'Hi there' to 'Hi' is no repetition
+    head = list(islice(examples, LOOK_AHEAD))
+    must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
+    for example in chain(head, examples):
+        # True: formats.py has taken the prompt off the answers; None: unknown
+        repeats = example.pop('repeats', None)
+        if repeats is not None and repeats != must_repeat:
+            mixed = 'answers that begin with their prompt among others that do not: all or none must'
+            if not skip_bad_rows:
+                raise UserError(f'{example.where}: {mixed}; mend it, or leave it out with --skip_bad_rows ({HELP})')
+            left_out[f'bad rows: {mixed}'] += 1
+            continue
+        if repeats:
+            left_out[REPEATED] += 1
+        if has_no_test_part and not undivided:
+            # hold out one in twenty prompts, by their hash; of messages, only role and content count
+            prompt = example['prompt']
+            if not isinstance(prompt, str):
+                prompt = [{key: turn[key] for key in ('role', 'content')} for turn in prompt]
+            example.held_out = content_hash(prompt) % 20 == 0
+            is_in_split = example.held_out == (split == 'test')
+            if not both and not is_in_split:
+                continue
+        yield example
 
 
 def _opened(source, split, num_turns=1, undivided=False):
-    """Return (rows, parse, has_no_test_part) of a source. has_no_test_part: rows are those of training also if split is 'test'."""
+    """Return (rows, parse, has_no_test_part) of a source, for split 'train' or 'test'.
+
+    parse: as the functions get_foo return it. has_no_test_part: 'test' gives the rows of training, too."""
     getter, path, hub_id = locate(source)
     name, config, named_split = files.named_part(source)
     if getter:
@@ -79,53 +90,38 @@ def _opened(source, split, num_turns=1, undivided=False):
         rows, parse = getter(split, path)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        return rows, parse, _lacks_test_part(getter, path)
-    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
+        train, test = 'train', 'test'
+        is_of_hub = isinstance(getter, HubDataset)
+        if is_of_hub:
+            path, train, test = getter.local_path(path), getter.train, getter.test
+        has_no_test_part = test is None
+        # local files may have no test part, although those of the hub have one
+        if path and test:
+            try:
+                has_no_test_part = files.local_files(path, train) == files.local_files(path, test)
+            except UserError:
+                # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
+                has_no_test_part = not is_of_hub
+        return rows, parse, has_no_test_part
+    # {split: its files, or None on the hub}
+    if path:
+        splits = files.folder_splits(path, config)
+    else:
+        splits = dict.fromkeys(hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split
-    train, test = files.choose_splits(splits, named_split, source)
+    train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    return read_rows(hub_id, chosen, splits[chosen], name=config), None, test is None
-
-
-def _lacks_test_part(getter, path):
-    """Return whether a reader gives the rows of training for 'test', too. path: its local files, or None for the hub."""
-    train, test = 'train', 'test'
-    is_of_hub = isinstance(getter, HubDataset)
-    if is_of_hub:
-        path, train, test = getter.local_path(path), getter.train, getter.test
-    if test is None:
-        return True
-    if not path:
-        return False
-    try:
-        return files.local_files(path, train) == files.local_files(path, test)
-    except UserError:
-        # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
-        return not is_of_hub
+    rows = read_rows(hub_id, chosen, splits[chosen], name=config)
+    return rows, None, test is None
 
 
 def divides(source):
     """Return whether a source has no test split, so that a part of its rows is held out."""
     _, _, has_no_test_part = _opened(source, 'train')
     return has_no_test_part
-
-
-def columns_of(text):
-    """Parse --columns, 'prompt=question, chosen=good', into {our name: column}. None and '' give None. Raises UserError."""
-    if not text:
-        return None
-    columns = {}
-    for assignment in text.split(','):
-        name, _, column = assignment.partition('=')
-        name, column = name.strip(), column.strip()
-        if name not in formats.COLUMNS or not column or name in columns:
-            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
-            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
-        columns[name] = column
-    return columns
 
 
 def locate(source):
@@ -138,9 +134,9 @@ def locate(source):
     # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
     path = os.path.expanduser(path)
-    # raises UserError if the path has no files
     if path:
-        data_files(path)
+        # raises UserError if it has no files
+        files.data_files(path)
     if getter and path:
         return getter, path, None
     if getter:
@@ -148,6 +144,7 @@ def locate(source):
             # once, although a source is opened for training and again for evaluation
             say_once(f'note: {name!r} is the dataset of that name, not what lies in ./{name}: for that write ./{name}')
         return getter, None, getattr(getter, 'hub_id', None)
+    # no reader: a file, a folder or a pattern of files
     local_path = os.path.expanduser(source)
     if os.path.exists(local_path) or glob(local_path, recursive=True):
         return None, local_path, None
@@ -161,81 +158,73 @@ def locate(source):
 
 
 def fingerprint(source):
-    """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit."""
+    """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit.
+    Raises UserError if a file cannot be read."""
     _, path, hub_id = locate(source)
     # toy.py always generates the same rows
     content = 'generated' if source == 'toy' else None
-    if path or hub_id:
-        content = files.file_hashes(path) if path else files.hub_commit(hub_id)
+    if hub_id:
+        content = files.hub_commit(hub_id)
+    if path:
+        # the README says which files belong to which split
+        readme = os.path.join(path, 'README.md')
+        found = files.data_files(path)
+        if os.path.exists(readme):
+            found.append(readme)
+        try:
+            content = [(os.path.relpath(file, path), file_hash(file)) for file in found]
+        except OSError as error:
+            raise UserError(f'cannot read {error.filename or path}: {error.strerror}') from None
     return content_hash(source, content) if content else None
 
 
 def vanished(source, split, left_out):
     """Return the UserError for a source without any examples left."""
-    return UserError(f'no {split} examples are left in data {source!r}; left out: {in_words(left_out)[0]} ({HELP})')
+    reasons, _ = in_words(left_out)
+    return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
 
 
 # ---- from rows to examples ----
 
 
-def read_rows(hub_id, split, path, all_splits=False, **options):
-    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
-
-    path: a list of files to read; or a file or folder, of which the split is read, or everything if all_splits. options:
-    arguments of load_dataset, for the hub."""
-    if path is not None:
-        wanted = None if all_splits else split
-        for file in path if isinstance(path, list) else files.local_files(path, wanted):
-            yield from read_file(file)
-        return
-    import datasets
-
-    # 'json' is the loader of a single file, whose address says more
-    name = options['data_files'] if hub_id == 'json' else hub_id
-    options['revision'] = files.hub_commit(hub_id)
-    given = {key: value for key, value in options.items() if value is not None}
-    try:
-        rows = datasets.load_dataset(hub_id, split=split, **given)
-    except Exception as error:  # no network, no such dataset, no such split, ...
-        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
-    for number, raw in enumerate(rows, 1):
-        yield Row.of(without_inner_nulls(raw), f'{name} [{split}], row {number}')
-
-
 def _parsed(rows, parse, task, columns):
-    """Yield (row, its examples or a ValueError) for all rows.
-    parse: a function of one row, a Layout, or None to detect the layout. columns: {our name: column}, which replaces
-    parse, or None. Raises UserError if the first rows have no such column."""
+    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
+    parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
+    # the option 'prompt=question, chosen=good' -> {our name: column}
+    column_of = {}
+    for assignment in columns.split(',') if columns else []:
+        name, _, column = assignment.partition('=')
+        name, column = name.strip(), column.strip()
+        if name not in formats.COLUMNS or not column or name in column_of:
+            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
+        column_of[name] = column
     if parse is None or columns:
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        parse = _parser_for(head, task, columns)
+        found_columns = dict.fromkeys(chain(*head))
+        for column in column_of.values():
+            if found_columns and column not in found_columns:
+                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+        layout = None if columns else _first_layout(head)
+        # if only prompts are found, the answers may have names that are not known
+        if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
+            advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
+            say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+        # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
+        needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
+        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
-
-
-def _parser_for(head, task, columns):
-    """Return how to parse rows of which `head` are the first: a Layout that needs all rows, or a function of one row."""
-    found_columns = dict.fromkeys(name for row in head for name in row)
-    for column in (columns or {}).values():
-        if found_columns and column not in found_columns:
-            raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-    layout = None if columns else _first_layout(head)
-    if layout and layout.read in formats.OF_ALL_ROWS:
-        return layout
-    has_prompts_alone = layout and layout.read is formats.read_prompt
-    if has_prompts_alone and (unread := formats.unread_answers(head)):
-        advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
-        say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
-    # each row by a layout of its own
-    return partial(formats.parse_any, task=task, columns=columns)
 
 
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
-    # a row without a layout gives an error instead
-    found = (layout for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))))
-    return next((layout for layout in found if isinstance(layout, Layout)), None)
+    # each() gives an error for a row without a layout
+    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+        if isinstance(layout, Layout):
+            return layout
+    return None
 
 
 def describe(source):
@@ -246,10 +235,10 @@ def describe(source):
         return f'nothing, there are no rows in {source}'
     if parse:
         return f'the reader {source.partition(":")[0]!r}'
-    names = ', '.join(dict.fromkeys(name for row in head for name in row)) or 'none'
     layout = _first_layout(head)
     known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
-    return f'{known} (columns: {names})'
+    found_columns = ', '.join(dict.fromkeys(chain(*head))) or 'none'
+    return f'{known} (columns: {found_columns})'
 
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
@@ -276,75 +265,53 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
 def _refusal(row, error, any_valid, following, source):
     """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid:
     whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
+    text = f'{row.where}: {error}'
+    if row:
+        text += f'; found: {_columns(row)}'
     seen = [(row, error)]
     # a file that is broken further down must not hide this message
     with suppress(UserError):
         seen.extend(islice(following, LOOK_AHEAD))
     bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
-    text = f'{row.where}: {error}'
-    if row:
-        text += f'; found: {_columns(row)}'
-    # bad rows among good ones are the user's to fix; if all are bad, the layout is wrong
+    # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    rows = f'none of the first {len(seen)} rows can be read' if len(seen) > 1 else 'the only row cannot be read'
-    return f'{text}; {rows}; {_hint(row, error, source)} ({HELP})'
-
-
-def _hint(row, error, source):
-    """Return what is to be done about a source whose rows are all bad; row, error: the first one."""
+    # if all are bad, say what is probably wrong with the file
+    text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
     only_column = next(iter(row)) if len(row) == 1 else ''
+    reader, _, _ = source.partition(':')
     if separator := re.search(r'[;\t|,]', only_column):
-        return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
-    if re.search('JSON|object', row.error):
-        return 'a row is a JSON object with named fields, on a line of its own or in one list'
-    if row.error:
-        return 'mend the file'
-    name, _, _ = source.partition(':')
-    # only a HubDataset has a .parse
-    if getattr(globals().get(f'get_{name}'), 'parse', None):
-        return f'so it is the layout: the reader {name!r} is for another one; without {name + ":"!r} the columns decide'
-    if isinstance(error, BadValue):
-        return 'mend that value, the columns are known'
-    return f'so it is the layout: {KNOWN_COLUMNS}'
+        advice = f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
+    elif re.search('JSON|object', row.error):
+        advice = 'a row is a JSON object with named fields, on a line of its own or in one list'
+    elif row.error:
+        advice = 'mend the file'
+    # the reader of a HubDataset has a .parse if it expects one layout
+    elif getattr(globals().get(f'get_{reader}'), 'parse', None):
+        advice = f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
+    elif isinstance(error, BadValue):
+        advice = 'mend that value, the columns are known'
+    else:
+        advice = (
+            'so it is the layout: known are prompt (or question, instruction, query) with chosen and rejected, or with response '
+            '(completion, output) and perhaps good (label); messages; text: say which is which: '
+            "--columns='prompt=NAME, chosen=NAME, rejected=NAME' (no other is read then)"
+        )
+    return f'{text}; {advice} ({HELP})'
 
 
 def _columns(row):
     """Return a row's columns and their types as text, at most nine."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
-    named = [f'{str(key)[:24]!r} ({kinds.get(type(value), "null")})' for key, value in row.items()]
-    more = f' and {len(named) - 9} more' if len(named) > 9 else ''
-    return ', '.join(named[:9]) + more or 'no columns'
-
-
-def _without_repeats(examples, left_out, skip_bad_rows):
-    """Yield the examples without 'repeats'. Raises UserError if some text answers began with their prompt and others did not.
-    example['repeats']: whether the answers did, absent if unknown. The first rows decide for all, since an answer such as
-    'Hi there' to 'Hi' is no repetition. left_out counts prompts that were removed from answers."""
-    head = list(islice(examples, LOOK_AHEAD))
-    # repetitions are taken for such only if all of the first answers have them
-    must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
-    for example in chain(head, examples):
-        repeats = example.pop('repeats', None)
-        if repeats is not None and repeats != must_repeat:
-            if not skip_bad_rows:
-                raise UserError(f'{example.where}: {MIXED}; mend it, or leave it out with --skip_bad_rows ({HELP})')
-            left_out[f'bad rows: {MIXED}'] += 1
-            continue
-        if repeats:
-            left_out[REPEATED] += 1
-        yield example
-
-
-def _is_held_out(example):
-    """Return whether a hash of the prompt puts an example in the test part; of messages, only role and content count."""
-    prompt = example['prompt']
-    if not isinstance(prompt, str):
-        prompt = [message(turn['role'], turn['content']) for turn in prompt]
-    return content_hash(prompt) % HELD_OUT == 0
+    named = []
+    for key, value in islice(row.items(), 9):
+        kind = kinds.get(type(value), 'null')
+        named.append(f'{str(key)[:24]!r} ({kind})')
+    more = f' and {len(row) - 9} more' if len(row) > 9 else ''
+    return ', '.join(named) + more or 'no columns'
 
 
 # ---- datasets ----
@@ -361,8 +328,11 @@ class HubDataset(NamedTuple):
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
-        options = {'all_splits': self.test is None, **self.options}
-        return read_rows(self.hub_id, part, self.local_path(path), **options), self.parse
+        path = self.local_path(path)
+        # without a test split, 'train' and 'test' are both read from all files
+        if path and self.test is None:
+            path = files.data_files(path)
+        return read_rows(self.hub_id, part, path, **self.options), self.parse
 
     def local_path(self, path):
         """Return path, or the folder in it that is called data_dir if there is one: path is a clone of the hub's repository then."""
@@ -373,9 +343,10 @@ class HubDataset(NamedTuple):
 def parse_sharegpt(row, num_turns):
     """Return an example for each of the first num_turns answers; its prompt is everything before the answer."""
     turns = [(field(turn, 'from'), field(turn, 'value')) for turn in field(row, 'conversations', list)]
-    if any(token in text for _, text in turns for token in ('<s>', '</s>', '<|endoftext|>')):
+    if any(re.search(r'</?s>|<\|endoftext\|>', text) for _, text in turns):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
+    # ask() and answer() write Anthropic's format; a last question without an answer is not used
     for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
         # long chats are split into pieces, which may begin with an answer
         if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:
@@ -396,7 +367,8 @@ def parse_imdb(row):
 
 def parse_ultrachat(row):
     """Return the first question and answer of a conversation."""
-    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in field(row, 'messages', list)[:2]]
+    first_two = field(row, 'messages', list)[:2]
+    turns = [message(field(turn, 'role'), field(turn, 'content')) for turn in first_two]
     if [turn['role'] for turn in turns] != ['user', 'assistant']:
         return [{'drop': 'does not begin with user, assistant'}]
     return [{'prompt': turns[:1], 'response': turns[1:]}]
@@ -432,7 +404,7 @@ def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', path, all_splits=True, data_files=file)
+    rows = read_rows('json', 'train', files.data_files(path) if path else None, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

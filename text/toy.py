@@ -88,17 +88,17 @@ def demonstration(prompt: str, rng: random.Random) -> str:
     return ' ' + ' and '.join(clauses) + ' .'
 
 
-def pairs(split: str, n: int = 6000, sharpness: float = 3.0):
+def pairs(split: str, n: int = 6000):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
 
-    Bradley-Terry: P(first is chosen) = sigmoid(sharpness * (gold reward of first - gold reward of second))."""
+    Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
         first = demonstration(prompt, rng)
         second = demonstration(prompt, rng)
-        odds = math.exp(sharpness * (gold(prompt, first) - gold(prompt, second)))
+        odds = math.exp(3 * (gold(prompt, first) - gold(prompt, second)))
         first_is_chosen = rng.random() < odds / (1 + odds)
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
         yield {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}

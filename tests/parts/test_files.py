@@ -1,5 +1,6 @@
 """Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
 
+import gzip
 import json
 import os
 import tracemalloc
@@ -9,12 +10,10 @@ import pytest
 
 from configurator import UserError
 from runtime import cache
-from tests.helpers import write_data, write_jsonl
+from tests.helpers import assistant, user, write_data, write_jsonl
 from text import files, sources
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
-
-
 ALL = [row['response'] for row in ROWS]
 
 
@@ -31,10 +30,10 @@ def answers(source, split='train', **options):
     return [row['response'] for row in sources.load_rows(source, split, **options)[0]]
 
 
-def refused(source, says):
+def refused(source, says, **options):
     """The one sentence, which says this, with which a source is refused."""
     with pytest.raises(UserError, match=says) as info:
-        sources.load_rows(str(source), 'train')
+        sources.load_rows(str(source), 'train', **options)
     assert '\n' not in str(info.value)
     return str(info.value)
 
@@ -51,7 +50,7 @@ def test_every_format_and_compression(tmp_path, ending):
 
 
 @pytest.mark.parametrize('name, content, rows, lines', [
-    ('data.txt', 'one\n\ntwo\r\n', [{'text': 'one'}, {'text': 'two'}], [1, 3]),
+    ('data.txt', 'one\n\ntwo\r\nthree\rfour', [{'text': x} for x in ('one', 'two', 'three', 'four')], [1, 3, 4, 5]),
     # what is text, and what a number
     ('data.csv', '\ufeffPrompt,response_a,Answer2,label,score_A,note,zip\n1,7,8,True,0.5,,007\n2,9,9,false,-3,x,1\n',
      [{'Prompt': '1', 'response_a': '7', 'Answer2': '8', 'label': True, 'score_A': 0.5, 'note': None, 'zip': '007'},
@@ -74,12 +73,6 @@ def test_lines_of_text_and_the_kinds_of_the_columns_of_a_table(tmp_path, name, c
     assert [bool(row.error) for row in found] == [row == {'prompt': '7'} for row in rows]
 
 
-def test_a_text_beside_other_data_is_a_licence(tmp_path):
-    (tmp_path / 'data.txt').write_text('one')
-    assert answers(str(tmp_path), undivided=True) == ['one']
-    assert answers(write(tmp_path, {'train': ROWS}), undivided=True) == ALL
-
-
 def test_a_list_in_json_is_read_one_by_one(tmp_path):
     """So is a file with a row a line."""
     path, lines = tmp_path / 'data.json', ''.join(json.dumps(row) + '\n' for row in ROWS)
@@ -93,24 +86,44 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize('name, content, says', [
-    ('a.json', '[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
-    ('a.json', '{"data": []}', "a.json, line 1: .*found: 'data' .list."),
-    ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'),
-    ('a.csv', 'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns'),
-    ('a.csv', 'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
-    ('a.csv', 'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
-    ('a.csv', 'text,b,b\nx,y,z\n', "line 1: two columns have one name"),
+IMAGE = [user([{'type': 'image_url', 'image_url': {'url': 'x'}}]), assistant('a')]
+OF_ROWS = [  # what is wrong with a row, or all of them
+    ('a.csv', b'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns; .*; the only row cannot be read; mend the file'),
+    ('a.csv', b'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
-    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
+    ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
+    ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
+    ('a.tsv', b'prompt\tresponse\nq\t\xe9\n', 'not valid UTF-8: save the file as UTF-8; .*cannot be read; mend the file'),
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
-    ('a.txt', '<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
-    ('a.arrow', '', 'cannot read .*a.arrow: .*cut short'),
-    ('a.zip', 'PK', 'a.zip: data files end in .jsonl, .*: convert it to one of them'),
-])  # fmt: skip
+    *(('a.jsonl', '{"prompt": "é", "response": "a"}'.encode(code), 'line 1: not valid UTF-8: save the file as UTF-8; ')
+      for code in ('latin-1', 'utf-16')),
+    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend that value, the columns are known') for row, words in (
+        ({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
+        ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'margin': 'big'}, "'margin' is missing or of the wrong type"),
+        ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
+    ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
+]  # fmt: skip
+OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
+    ('a.json', b'[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
+    ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'), ('a.json', b'[' * 100_000, 'cannot read'),
+    ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'), ('a.jsonl.gz', b'not gzip', 'cannot read'),
+    ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
+    ('a.csv', b'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
+    ('a.csv', b'text,b,b\nx,y,z\n', 'line 1: two columns have one name'),
+    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
+    ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
+    ('a.arrow', b'', 'cannot read .*a.arrow: .*cut short'), ('a.parquet', b'', 'cannot read'), ('a.parquet', b'PAR1 not really', 'cannot read'),
+    *((name, b'{"text": "a"}', f'/{name}: data files end in .jsonl, .*: convert it to one of them') for name in ('a.zip', 'a')),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)
 def test_files_that_are_no_data(tmp_path, name, content, says):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert refused(tmp_path / name, says).count(str(tmp_path)) == 1
+    """One sentence, which names the file once, and does not blame the columns."""
+    (tmp_path / name).write_bytes(content)
+    for skip in (False, True) if (name, content, says) in OF_FILES else (False,):
+        message = refused(tmp_path / name, says, skip_bad_rows=skip)
+        assert message.count(str(tmp_path)) == 1 and '--columns' not in message and 'layout' not in message
 
 
 def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
@@ -118,6 +131,8 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
     says = r"line {}: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"
     for line in (2, 1):
         refused(write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :]), says.format(line))
+    (tmp_path / 'a.json').write_text('{"data": []}')
+    refused(tmp_path / 'a.json', "a.json, line 1: .*found: 'data' .list.")
 
 
 @pytest.mark.parametrize('ending', '.jsonl .json .jsonl.gz .jsonl.bz2 .jsonl.xz .jsonl.zst .parquet .arrow'.split())
@@ -175,19 +190,22 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
     'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
     'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
     'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
-    'x-train-1 x-valid-1', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
+    'x-train-1 x-valid-1', 'latest_train train-00000 test', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
 ])  # fmt: skip
 def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     data_files = pytest.importorskip('datasets.data_files')
     # datasets looks at the names of the folders above, too
-    folder = write(tmp_path_factory.mktemp('folder'), dict.fromkeys(names.split(), ROWS[:1]))
+    folder = write(tmp_path_factory.mktemp('latest test of training'), dict.fromkeys(names.split(), ROWS[:1]))
     monkeypatch.chdir(folder)
     theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
-    ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits('.').items()}
+    ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits(folder).items()}
     assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
 
 
-def test_a_note_names_the_files_that_no_split_has(tmp_path, capsys):
+def test_files_that_are_not_read(tmp_path, capsys):
+    """A text beside other data is a licence; a file that no split has is named."""
+    (tmp_path / 'data.txt').write_text('one')
+    assert answers(str(tmp_path), undivided=True) == ['one']
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'

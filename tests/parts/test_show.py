@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,11 +65,16 @@ def test_what_is_shown(show, rows, flags, count, words):
     assert out.count('label: good') == out.count('label: bad') == ('label: good' in words)
 
 
-@pytest.mark.parametrize('rows', [[], PAIRS[5:]], ids=['no rows', 'no answers'])
-def test_nothing_is_left(show, rows, capsys):
-    with pytest.raises(UserError, match='no examples are left in .*data.jsonl'):
-        show(rows)
-    assert ('read as: nothing, there are no rows in ' in capsys.readouterr().out) == (not rows)
+@pytest.mark.parametrize('rows, flag, says, shown', [
+    ([], '', 'no examples are left in .*data.jsonl', 'read as: nothing, there are no rows in '),
+    (PAIRS[5:], '', 'no examples are left in .*data.jsonl', 'read as: pair, told by chosen'),
+    (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns", ''),
+    (PAIRS, '--MEASURED=3', 'unknown option', ''),  # names in capitals are no options
+])  # fmt: skip
+def test_what_is_refused(show, capsys, rows, flag, says, shown):
+    with pytest.raises(UserError, match=says):
+        show(rows, *flag.split())
+    assert shown in capsys.readouterr().out
 
 
 def test_columns_that_nobody_reads(show):
@@ -83,31 +89,34 @@ def test_columns_that_nobody_reads(show):
     assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
 
 
-def test_half_of_the_length_is_the_prompts(show):
+def test_lengths(show, monkeypatch):
+    """Half of the length is the prompt's; only the first examples are measured."""
     out, err = show(PAIRS, '--max_length=30', '--json')
     assert 'max_prompt_length is 15' in err and all(map(json.loads, out.splitlines()))
-
-
-def test_lengths_are_of_the_first(show, monkeypatch):
     monkeypatch.setattr(text.show, 'MEASURED', 3)
     assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
 
 
 def test_the_first_example_of_a_run():
-    """Of a conversation every answer is marked; a long text loses its middle."""
-    tokenizer = toy.tokenizer()
-    ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .')}
+    """Of a conversation every answer is marked; a long text loses its middle; what is missing for an evaluation is noted."""
+    tokenizer, beds = toy.tokenizer(), ' bed' * 400
+    ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .', beds)}
     answer = np.concatenate((ids['clean .'], ~ids['the bed ?'], ids['fine .']))
-    examples = Examples.of([(ids['a '], [answer])])
-    shown = text.show.first(examples, tokenizer, 'sft')
+
+    def first(answers, task, n_eval=0, n_notes=0):
+        run = SimpleNamespace(train=Examples.of([(ids['a '], answers)]), held_out=[], total=1)
+        run.tokenizer, run.task, run.config = tokenizer, task, SimpleNamespace(n_examples=None)
+        _, *notes, shown = text.show.summary(run, n_eval)
+        assert str(notes).count('note: there is nothing to evaluate on') == len(notes) == n_notes
+        return shown
+
+    shown = first([answer], 'sft', n_eval=8, n_notes=1)
     assert shown.endswith('\na [[clean .]]the bed ?[[fine .]]') and 'the first example' in shown
-    short = text.show.first(examples, tokenizer, 'sft', longest=16).partition('\n')[2]
-    assert short == 'a [[clea ... fine .]]'
-    pair = Examples.of([(ids['a '], [ids['clean .'], ids['fine .']])])
-    assert text.show.first(pair, tokenizer, 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
+    assert first([ids[beds]], 'sft').partition('\n')[2] == f'a [[{beds[:596]} ... {beds[-598:]}]]'
+    assert first([ids['clean .'], ids['fine .']], 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
     # what a single answer is; and an answer that is in the data and not trained on
-    assert text.show.first(examples, tokenizer, 'singles').endswith('[[fine .]]\nlabel: good')
-    assert text.show.first(examples, tokenizer, 'prompts') == 'the first prompt:\na '
+    assert first([answer], 'singles').endswith('[[fine .]]\nlabel: good')
+    assert first([answer], 'prompts') == 'the first prompt:\na '
 
 
 @pytest.mark.parametrize('config, flags, said', [
@@ -157,14 +166,3 @@ def test_as_a_command(tmp_path):
     done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr
-
-
-@pytest.mark.parametrize('rows, flags, words', [
-    (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns"),
-    (PAIRS, '--MEASURED=3', 'unknown option'),  # names in capitals are no options
-    (PAIRS, '--columns=prompt=ask', "there is no column 'ask'; there are prompt, chosen, rejected, margin"),
-    ([{'riddle': 'q', 'ending': 'a'}], '', r"'riddle' \(text\), 'ending' .*--columns='prompt=NAME, chosen=NAME"),
-])  # fmt: skip
-def test_mistakes(show, rows, flags, words):
-    with pytest.raises(UserError, match=words):
-        show(rows, *flags.split())

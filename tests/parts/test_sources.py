@@ -200,29 +200,6 @@ def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
     assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True]
 
 
-@pytest.mark.parametrize('splits', [['train', 'test'], ['train']])
-def test_a_hub_dataset_and_the_cache_of_its_tokens(splits, tmp_path, monkeypatch):
-    """Its own test split, or a part of the training one held out; tokenised once, then read from the cache."""
-    import datasets
-
-    from text import tokenise, toy
-
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
-    rows = [pair(f'p{i}', ' a', ' b') for i in range(200)]
-    monkeypatch.setattr(datasets, 'get_dataset_split_names', lambda name, **_: splits)
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: rows if split == 'train' else rows[:3])
-    tokenizer = toy.tokenizer()
-
-    def sizes():
-        limits = {'max_length': 32, 'max_prompt_length': 16}
-        return [len(tokenise.load_examples('me/mine', s, tokenizer, 'pairs', **limits)) for s in ('train', 'test')]
-
-    train, test = sizes()
-    assert (train, test) == (200, 3) if 'test' in splits else train + test == 200 and 0 < test < 40
-    monkeypatch.setattr(tokenise, 'tokenise_splits', None)
-    assert sizes() == [train, test]
-
-
 # ---- the layouts of any file ----
 
 CHAT_PAIR = {'chosen': [assistant('blue')], 'rejected': [assistant('green')]}
@@ -580,39 +557,6 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     assert re.search('line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object', refusal(path))
 
 
-IMAGE = [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'x'}}]}, assistant('a')]
-UNFIT = [  # a row, or all of them: name, content, the words of the message
-    ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
-    ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
-    ('a.csv', b'prompt,response\nq,a,b\n', 'and the table has 2 columns; .*cannot be read; mend the file'),
-    ('a.tsv', b'prompt\tresponse\nq\t\xe9\n', 'not valid UTF-8: save the file as UTF-8; .*cannot be read; mend the file'),
-    ('a.jsonl', '{"prompt": "é", "response": "a"}'.encode('latin-1'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
-    ('a.jsonl', '{"prompt": "q", "response": "a"}'.encode('utf-16'), 'line 1: not valid UTF-8: save the file as UTF-8; '),
-    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend that value, the columns are known')
-      for row, words in (({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
-                         ({**pair('q', 'a', 'b'), 'margin': 'big'}, "'margin' is missing or of the wrong type"),
-                         ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
-    ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
-]  # fmt: skip
-UNREADABLE = [  # a file, which nothing but its end could help
-    ('a.json', b'[\n{"prompt": "p"},\n{"prompt": }\n]', 'line 3: not valid JSON'), ('a.json', b'[' * 100_000, 'cannot read'),
-    ('a.jsonl.gz', b'not gzip', 'cannot read'), ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'),
-    ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
-    ('a.parquet', b'PAR1 not really', 'cannot read'), ('a.parquet', b'', 'cannot read'),
-    ('a.xlsx', b'prompt,response\np,a\n', 'data files end in .jsonl'), ('a', b'{"text": "a"}', 'data files end in .jsonl'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('name, content, words', UNFIT + UNREADABLE, ids=str)
-def test_where_it_is_not_the_columns(tmp_path, name, content, words):
-    path = tmp_path / name
-    path.write_bytes(content)
-    for skip in (False, True) if (name, content, words) in UNREADABLE else (False,):
-        message = refusal(str(path), skip_bad_rows=skip)
-        assert re.search(words, message) and str(path) in message and '\n' not in message
-        assert '--columns' not in message and 'layout' not in message
-
-
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
 @pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback', 'hh'])
 def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
@@ -628,12 +572,13 @@ def test_answers_that_begin_with_the_prompt_by_chance(tmp_path):
     """Where other rows do not repeat it, nobody knows: such rows are refused, or left out and counted, in both parts."""
     rows = [pair(f'p{i}:', ' a', ' b') for i in range(99)]
     path = write(tmp_path / 'data.jsonl', rows + [pair('Hi', 'Hi there', 'Hi!')])
+    mixed = 'answers that begin with their prompt among others that do not: all or none must'
     for split in ('train', 'test'):
-        assert 'line 100: answers that begin with their prompt among others that do not' in refusal(path, split)
+        assert f'line 100: {mixed}' in refusal(path, split)
     parts = [sources.load_rows(path, split, skip_bad_rows=True) for split in ('train', 'test')]
     assert sum(len(examples) for examples, _ in parts) == 99
     assert all('Hi' not in {x['prompt'] for x in examples} for examples, _ in parts)
-    assert all(left_out == {f'bad rows: {sources.MIXED}': 1} for _, left_out in parts)
+    assert all(left_out == {f'bad rows: {mixed}': 1} for _, left_out in parts)
 
 
 # ---- files ----
@@ -712,50 +657,31 @@ def test_one_file_is_divided_by_its_prompts(tmp_path):
     path, other = (write(tmp_path / name, x) for name, x in (('a.jsonl', rows), ('b.json', rows[::-1] + pairs(9, 9))))
     held_out = [{x['prompt'] for x in sources.load_rows(source, 'test')[0]} for source in (path, other)]
     assert held_out[0] == held_out[1]
-    # and a folder of one file is divided as the file is
-    for name in ('data', 'train'):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / f'{name}.jsonl', rows)
-        assert_divided(str(tmp_path / name), rows)
 
 
-@pytest.mark.parametrize('name', ['se', 'sharegpt'])
+@pytest.mark.parametrize('name', ['se', 'sharegpt', 'owner/name'])
 def test_a_dataset_without_a_test_split_is_divided(hub, tmp_path, name):
-    """On the hub, and as a folder, whatever its files are called."""
+    """On the hub, and as a reader's folder, whatever its files are called."""
+    hub.splits = ['train']
     replies = [{'pm_score': 1, 'text': 'x'}, {'pm_score': 2, 'text': 'y'}]
     hub.rows = [{'question': f'q{i}', 'answers': replies, 'conversations': said(f'a{i}', 'b')} for i in range(500)]
     for site, part in (('a', hub.rows[:250]), ('test', hub.rows[250:])):
         (tmp_path / site).mkdir()
         write(tmp_path / site / 'part.jsonl', part)
-    for source in (name, f'{name}:{tmp_path}'):
-        train, test = ({x['prompt'] for x in sources.load_rows(source, split)[0]} for split in ('train', 'test'))
+    for source in [name] if '/' in name else [name, f'{name}:{tmp_path}']:
+        train, test = ({str(x['prompt']) for x in sources.load_rows(source, split)[0]} for split in ('train', 'test'))
         assert len(train) + len(test) == 500 and not train & test and 10 < len(test) < 45
         assert len(load(source, 'test')[0]) == 500
 
 
-def test_a_folder_with_train_and_test_files(tmp_path):
-    folder = tmp_path / 'latest test of training'  # the name of the folder itself says nothing
-    folder.mkdir()
-    write(folder / 'latest_train.jsonl', [{'text': 'c'}])
-    write(folder / 'train-00000.parquet', [{'text': 'a'}, {'text': 'b'}])
-    write(folder / 'test.json', [{'text': 'd'}])
-    (folder / 'README.md').write_text('about train and test')
-    assert sorted(answers(str(folder), 'train')) == ['a', 'b', 'c'] and answers(str(folder), 'test') == ['d']
-    assert sorted(answers(str(folder), 'train', undivided=True)) == ['a', 'b', 'c']
-    (folder / 'test.json').unlink()
-    assert sorted(answers(str(folder), 'train') + answers(str(folder), 'test')) == ['a', 'b', 'c']  # divided
-
-
-def test_a_folder_has_the_split_that_is_meant(tmp_path):
+def test_a_reader_takes_the_split_of_its_name(tmp_path):
     """As the repositories of UltraFeedback and UltraChat are laid out."""
     for split in ('train', 'test'):
         for kind in ('prefs', 'sft', 'gen'):
             write(tmp_path / f'{split}_{kind}-00000.parquet', [{'text': f'{split} {kind}'}])
-    for split in ('train_prefs', 'test_sft', 'train_gen'):
-        (file,) = sources.files.local_files(str(tmp_path), split)
-        assert Path(file).name.startswith(split)
-    assert len(sources.files.local_files(str(tmp_path), None)) == 6
-    assert answers(f'ultrafeedback:{tmp_path}', 'test') == ['test prefs']
+    for split in ('train', 'test'):
+        assert answers(f'ultrafeedback:{tmp_path}', split) == [f'{split} prefs']
+    assert len(sources.files.data_files(str(tmp_path))) == 6
 
 
 def test_clones_of_datasets(tmp_path):
