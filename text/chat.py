@@ -138,7 +138,8 @@ def _special_in(tokenizer, *_):
     with contextlib.suppress(Refused, UserError):
         text = write(chat, None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-        tokens |= {token.content for token_id, token in added.items() if token_id in written and token.content.strip()}
+        written_tokens = {added[token_id].content for token_id in added.keys() & written}
+        tokens |= {content for content in written_tokens if content.strip()}
         after_answer = text.rpartition('zebra')[2].lstrip()
         end_of_turn = _any_of(tokens).match(after_answer)
         if end_of_turn:
@@ -316,7 +317,9 @@ def count_unwritten(turns, tools, text, write_again, left_out):
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
-        fewer = [{k: v for k, v in turn.items() if k != name or i not in indices} for i, turn in enumerate(turns)]
+        fewer = list(map(dict, turns))
+        for i in indices:
+            del fewer[i][name]
         try:
             return write_again(fewer, tools) == text
         # the template needs the field

@@ -258,8 +258,8 @@ def as_parts(row, task, left_out, last_turn_only=False):
         left_out['pairs with equal answers'] += 1
         return []
     if task == 'pairs':
-        return [Part(prompt, answers, True, uid, margin=row.get('margin'))]
-    return [Part(prompt, [chosen], True, uid), Part(prompt, [rejected], False, uid)]
+        return [Part(prompt, answers, good=True, uid=uid, margin=row.get('margin'))]
+    return [Part(prompt, [chosen], good=True, uid=uid), Part(prompt, [rejected], good=False, uid=uid)]
 
 
 def _render_part(part, tools, tokenizer, left_out):
@@ -302,9 +302,9 @@ def _encode_in_chunks(items, tokenizer):
 
     with ThreadPoolExecutor(1) as pool:
         in_thread, chunk, characters = None, [], 0
-        for item in items:
-            chunk.append(item)
-            characters += sum(map(len, item[1]))
+        for builder, texts, part in items:
+            chunk.append((builder, texts, part))
+            characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
                 full = pool.submit(encode_chunk, chunk)
                 if in_thread:

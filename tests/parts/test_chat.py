@@ -199,13 +199,6 @@ def test_the_system_column(tmp_path, column):
     assert found == [told] * 3 + [(ASKED, told[1]), ('hi', [' yes<|im_end|>', ' no<|im_end|>'])]
 
 
-def test_what_stands_beside_a_question_does_not_divide(tmp_path):
-    rows = [{'prompt': [user(f'q{i // 2}', id=i)], 'response': [assistant('a')]} for i in range(120)]
-    file = write_jsonl(tmp_path / 'rows.jsonl', rows)
-    train, test = ({x['prompt'][0]['content'] for x in sources.load_rows(file, s)[0]} for s in ('train', 'test'))
-    assert train and test and not train & test
-
-
 # ---- begun answers ----
 
 
