@@ -222,7 +222,8 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
-    row: {'prompt', and 'chosen' and 'rejected', or perhaps 'response'; perhaps 'good', 'margin', 'tools', 'turns'}, see formats.py."""
+    row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
+    all messages of a conversation (formats.py)."""
     prompt = row['prompt']
     answer = row.get('chosen', row.get('response'))
     # SFT takes any good answer (of a pair: the chosen one), KTO an answer with a label
@@ -442,7 +443,7 @@ def truncate_prompt(prompt, limits, left_out):
     return prompt[:num_bos] + prompt[num_bos + excess :]
 
 
-# ---- texts to continue or to score, in a model's own words ----
+# ---- the same for sample.py and label.py ----
 
 
 def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):

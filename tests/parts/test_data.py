@@ -22,10 +22,7 @@ from text import sources, tokenise, toy
 from text.examples import Examples, uniform_hash
 
 MANY = settings(max_examples=60, deadline=None, database=None)
-CHATML = (
-    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|endoftext|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
+BARE = '{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}'
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +165,7 @@ def test_equal_answers():
     assert tokens(tok, [pair([user('p')], *[[assistant('a')]] * 2)]).left_out[reason] == 1
 
 
-@pytest.mark.parametrize('template', [None, CHATML])
+@pytest.mark.parametrize('template', [None, BARE])
 @pytest.mark.parametrize('empty', ['', ' ', '\n', '<|endoftext|>', [], [assistant('')], [assistant(' ')]])
 def test_empty_answers_are_dropped_and_counted(empty, template):
     tokenizer, chat = make_tokenizer(template=template), not isinstance(empty, str)
@@ -292,7 +289,7 @@ def test_what_makes_another_cache_file(write, count, cache):
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
                {'split': 'test'}, {'undivided': False, 'split': 'test'}, {'skip_bad_rows': True}, {'num_turns': 2},
                {'margins': True}, {'last_turn_only': True}, {'chat': True}, {'system': 's'},
-               {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=CHATML)},
+               {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=BARE)},
                {'source': f'{source}+{source}'}, {'source': write(10, 'e')}]  # fmt: skip
     for number, changed in enumerate(changes, 2):
         load(**({'source': source, 'tokenizer': tokenizer} | changed))
