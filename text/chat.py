@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import threading
+from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,38 +41,37 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
     If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
     line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
-    left_out: Counter of reasons, updated. blank: allow empty answers."""
+    prompt, answers: each a text or a list of messages. left_out: Counter of reasons, updated. blank: allow empty answers."""
     special = special_of(tokenizer)
-    if isinstance(prompt, str) and all(isinstance(text, str) for text in answers):
+    if all(isinstance(text, str) for text in (prompt, *answers)):
         left_out['tools beside texts, which only chats can have'] += bool(tools)
-        texts = _plain(prompt, answers, special, left_out)
-    else:
-        # if only some are chats, texts become messages
-        if isinstance(prompt, str):
-            prompt = [message('user', prompt)]
-        answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
-        texts = _render_chats(prompt, answers, tools, tokenizer, left_out, blank)
-    if texts is not None:
+        texts = _mark_texts(prompt, answers, special, left_out)
         left_out[KEPT] += sum(MARK in text for text in texts)
-    return texts
+        return texts
 
-
-def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
-    """Return what render() does of a prompt and answers that are all chats."""
-    special = special_of(tokenizer)
+    # if only some are chats, texts become messages; what looks like a special token in the data is marked
+    prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
+    answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
+    if not prompt:
+        raise Refused('there is no message before the answer')
     prompt = marked(prompt, special, left_out)
     tools = special.mark(tools)
     answers = [marked(answer, special, left_out) for answer in answers]
     if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1  # a flag, not a count
-    prompt_text = _write_prompt(prompt, tools, tokenizer)
+    # up to where an answer begins, or goes on if the prompt ends with the assistant
+    has_begun = prompt[-1]['role'] == 'assistant'
+    options = {'add_generation_prompt': not has_begun, 'continue_final_message': has_begun}
+    write_prompt = partial(write, tokenizer=tokenizer, **options)
+    prompt_text = write_prompt(prompt, tools)
     texts = [_write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out) for answer in answers]
 
-    # without left_out, since the thoughts of the answers are counted already
+    # count what the template did not write, by writing the chat again without it
     def write_again(answer, _=None):
-        return _write_answer(prompt, answer, prompt_text, tools, tokenizer)
+        # Counter(): the thoughts of the answers are counted already
+        return _write_answer(prompt, answer, prompt_text, tools, tokenizer, Counter())
 
-    count_unwritten(prompt, tools, prompt_text, partial(_write_prompt, tokenizer=tokenizer), left_out)
+    count_unwritten(prompt, tools, prompt_text, write_prompt, left_out)
     for answer, text in zip(answers, texts, strict=True):
         count_unwritten(answer, None, text, write_again, left_out)
         has_content = any(turn['content'].strip() for turn in answer)
@@ -81,7 +81,9 @@ def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
         content_only = [message(turn['role'], turn['content']) for turn in answer]
         if write_again(content_only) == text:
             return None
-    return [prompt_text, *texts]
+    texts = [prompt_text, *texts]
+    left_out[KEPT] += sum(MARK in text for text in texts)
+    return texts
 
 
 # ---- special tokens in the data ----
@@ -92,7 +94,6 @@ class Special(NamedTuple):
 
     any: re.Pattern
     stop: re.Pattern  # EOS or the end of a turn
-    tail: re.Pattern  # one or more stops at the end of a text
     bos: str  # '' if the tokenizer has none
 
     def mark(self, value):
@@ -106,8 +107,8 @@ class Special(NamedTuple):
         return value
 
     def split(self, text):
-        """Return (text without the stop tokens at its end, these tokens)."""
-        tail = self.tail.search(text)
+        """Return (text without the stop tokens at its end, these tokens and the white space between them)."""
+        tail = re.search(rf'(?:(?:{self.stop.pattern})\s*)+\Z', text)
         return (text[: tail.start()], tail[0]) if tail else (text, '')
 
 
@@ -137,17 +138,16 @@ def _special_in(tokenizer, *_):
     with contextlib.suppress(Refused, UserError):
         text = write(chat, None, tokenizer)
         written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-        tokens |= {token.content for token_id, token in added.items() if token_id in written and token.content.strip()}
+        written_tokens = {added[token_id].content for token_id in added.keys() & written}
+        tokens |= {content for content in written_tokens if content.strip()}
         after_answer = text.rpartition('zebra')[2].lstrip()
         end_of_turn = _any_of(tokens).match(after_answer)
         if end_of_turn:
             stops.add(end_of_turn[0])
-    stop = _any_of(stops)
-    tail = re.compile(rf'(?:(?:{stop.pattern})\s*)+\Z')
-    return Special(_any_of(tokens), stop, tail, tokenizer.bos_token or '')
+    return Special(_any_of(tokens), _any_of(stops), tokenizer.bos_token or '')
 
 
-def _plain(prompt, answers, special, left_out):
+def _mark_texts(prompt, answers, special, left_out):
     """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
     Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
     then written by a chat template, and its special tokens are meant as tokens."""
@@ -236,25 +236,21 @@ def _limits():
 def write(chat, tools, tokenizer, **options):
     """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
     template raises an error or does not know a role, and UserError if it is invalid or exceeds its time or memory."""
-    text = _applied(chat, tools, tokenizer, **options)
-    unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
-    for role in sorted(unknown):
-        # a template knows a role if it asks for it, or writes it outside of the contents
-        is_named = re.search(f"""["']{re.escape(role)}["']""", template_of(tokenizer, tools))
-        without_contents = [turn | {'content': '-'} for turn in chat]
-        if not is_named and role not in _applied(without_contents, tools, tokenizer):
-            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
-    return text
-
-
-def _applied(chat, tools, tokenizer, **options):
-    """Return what the chat template writes. Arguments and errors are those of write()."""
     template = template_of(tokenizer, tools)
-    # thoughts go into the fields that templates read
-    chat = [with_thoughts(turn) for turn in chat]
+    unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
+    # a template knows a role if it asks for it, or (below) writes it outside of the contents
+    unknown = [role for role in sorted(unknown) if not re.search(f"""["']{re.escape(role)}["']""", template)]
+    chats = [chat]
+    if unknown:
+        chats.append([turn | {'content': '-'} for turn in chat])
+    options |= {'tools': tools, 'chat_template': template, 'tokenize': False}
+    texts = []
     try:
-        with _limits():
-            return tokenizer.apply_chat_template(chat, tools=tools, chat_template=template, tokenize=False, **options)
+        for turns in chats:
+            # thoughts go into the fields that templates read
+            turns = [with_thoughts(turn) for turn in turns]
+            with _limits():
+                texts.append(tokenizer.apply_chat_template(turns, **options))
     except TimeoutError:
         raise UserError(f'the chat template does not end: it was stopped after {TEMPLATE_SECONDS} seconds') from None
     except MemoryError:
@@ -263,6 +259,11 @@ def _applied(chat, tools, tokenizer, **options):
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         raise Refused(f'the chat template refuses an example: {reason}') from None
+    for role in unknown:
+        # texts[1]: the chat without contents
+        if role not in texts[1]:
+            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
+    return texts[0]
 
 
 def with_thoughts(turn):
@@ -273,14 +274,10 @@ def with_thoughts(turn):
     return {'thinking': thoughts, **turn, 'reasoning_content': thoughts}
 
 
-def _write_prompt(prompt, tools, tokenizer):
-    """Return the text of a prompt up to where an answer begins, or goes on if the prompt ends with the assistant."""
-    has_begun = prompt[-1]['role'] == 'assistant'
-    return write(prompt, tools, tokenizer, add_generation_prompt=not has_begun, continue_final_message=has_begun)
-
-
-def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out=None):
-    """Return the text of an answer behind prompt_text, without line breaks at its end. Raises Refused."""
+def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
+    """Return the text of an answer behind prompt_text, without line breaks at its end. Raises Refused if the text of the
+    whole chat does not begin with prompt_text. Only an opened thought (<think>) at its end may differ: the answer is then
+    the thought, which may be empty (counted in left_out), its end tag, and the rest."""
     *earlier, last = prompt
     chat = prompt + answer
     # the answer that the prompt has begun becomes one message
@@ -290,12 +287,7 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out=None):
     full_text = write(chat, tools, tokenizer)
     if full_text.startswith(prompt_text):
         return full_text.removeprefix(prompt_text).rstrip('\n')
-    return _after_opened_thought(prompt_text, full_text, answer, left_out).rstrip('\n')
 
-
-def _after_opened_thought(prompt_text, full_text, answer, left_out=None):
-    """Return the text of an answer if the prompt's text ends with <think> and the full chat's text differs from there on.
-    The text is the thought, which may be empty (counted), its end tag, and the answer. Raises Refused if they differ earlier."""
     tag = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', prompt_text)
     if not tag or not full_text.startswith(prompt_text[: tag.start()]):
         num_equal = len(os.path.commonprefix([prompt_text, full_text]))
@@ -305,15 +297,14 @@ def _after_opened_thought(prompt_text, full_text, answer, left_out=None):
     rest = full_text[tag.start() :]
     # the template writes the thought, only with other white space after the tag
     if rest.startswith(start):
-        return rest.removeprefix(start).lstrip()
+        return rest.removeprefix(start).lstrip().rstrip('\n')
     # the template drops thoughts, but in sampling the model writes one first, so add it back: from a field or the content
     first = answer[0]
     inline_thought, _, _ = first['content'].rpartition(end)
     thought = next((first[key] for key in REASONING if first.get(key)), inline_thought)
     thought = str(thought).strip().removeprefix(start).strip()
-    if left_out is not None:
-        left_out[THOUGHTLESS] += not thought
-    return f'{thought}\n{end}\n\n{rest.lstrip()}'
+    left_out[THOUGHTLESS] += not thought
+    return f'{thought}\n{end}\n\n{rest.lstrip()}'.rstrip('\n')
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
@@ -326,7 +317,9 @@ def count_unwritten(turns, tools, text, write_again, left_out):
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
-        fewer = [{k: v for k, v in turn.items() if k != name or i not in indices} for i, turn in enumerate(turns)]
+        fewer = list(map(dict, turns))
+        for i in indices:
+            del fewer[i][name]
         try:
             return write_again(fewer, tools) == text
         # the template needs the field
@@ -353,47 +346,42 @@ def encode_texts(texts, tokenizer):
         ids_of_unmarked = [encoding.ids for encoding in encodings]
     elif unmarked:
         ids_of_unmarked = tokenizer(unmarked, add_special_tokens=False)['input_ids']
-    # back into the order of the texts
     next_ids = iter(ids_of_unmarked)
-    return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
+    all_ids = []
+    for text in texts:
+        if MARK not in text:
+            all_ids.append(next(next_ids))
+            continue
+        # re.split puts the marked pieces at odd positions
+        pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+        ids = []
+        for i, piece in enumerate(pieces):
+            # remove unpaired marks, whose counterpart the chat template has cut off
+            piece = piece.replace(MARK, '').replace(UNMARK, '')
+            as_text = i % 2 == 1
+            piece_ids = _encode_piece(piece, tokenizer, as_text, at_start=i == 0)
+            # Unigram may have the special token in its vocabulary, too: split it after the first letter
+            if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
+                piece_ids = _encode_piece(piece[:1], tokenizer, as_text) + _encode_piece(piece[1:], tokenizer, as_text)
+            ids += piece_ids
+        all_ids.append(ids)
+    return all_ids
 
 
-def _encode_marked(text, tokenizer):
-    """Return the token ids of a text; special tokens between marks are encoded as ordinary text."""
-    # re.split puts the marked pieces at odd positions
-    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
-    ids = []
-    for i, piece in enumerate(pieces):
-        # remove unpaired marks, whose counterpart the chat template has cut off
-        piece = piece.replace(MARK, '').replace(UNMARK, '')
-        was_marked = i % 2 == 1
-        encode = _encode_as_text if was_marked else _encode_with_specials
-        piece_ids = _encode_inside(encode, piece, tokenizer) if i else encode(piece, tokenizer)
-        # Unigram may have the special token in its vocabulary, too: split it after the first letter
-        if was_marked and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
-            piece_ids = _encode_inside(encode, piece[:1], tokenizer) + _encode_inside(encode, piece[1:], tokenizer)
-        ids += piece_ids
-    return ids
-
-
-def _encode_inside(encode, text, tokenizer):
-    """Return encode(text, tokenizer) without the space that some tokenizers add at the start of a text."""
-    # encode the text after a newline, then remove the newline's ids
-    newline = encode('\n', tokenizer)
-    ids = encode('\n' + text, tokenizer)
-    if ids[: len(newline)] == newline:
-        return ids[len(newline) :]
-    # fallback: the tokenizer merged the newline with the text
-    return encode(text, tokenizer)
-
-
-def _encode_with_specials(text, tokenizer):
-    """Return the ids of a text in which special tokens are recognized."""
-    return tokenizer(text, add_special_tokens=False)['input_ids'] if text else []
-
-
-def _encode_as_text(text, tokenizer):
-    """Return the ids of a text in which special and other added tokens are encoded as ordinary text."""
+def _encode_piece(text, tokenizer, as_text, at_start=False):
+    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text.
+    at_start: allow the space that some tokenizers add at the start of a text."""
+    if not at_start:
+        # encode the piece after a newline, then remove the newline's ids
+        newline = _encode_piece('\n', tokenizer, as_text, at_start=True)
+        ids = _encode_piece('\n' + text, tokenizer, as_text, at_start=True)
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :]
+        # fallback: the tokenizer merged the newline with the text
+    if not text:
+        return []
+    if not as_text:
+        return tokenizer(text, add_special_tokens=False)['input_ids']
     if not tokenizer.is_fast:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     # the steps of the Rust tokenizer, without its search for added tokens

@@ -1,18 +1,14 @@
 """Tokenised examples as flat arrays. tokenise.py creates them, data.py packs them into batches."""
 
 import hashlib
-import math
 import re
-from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from configurator import UserError
-from text.chat import THOUGHTLESS
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
 NOUNS = 'answer|conversation|folder|label|margin|message|pair|panel|prompt|row|run|tie|time|tool|verdict'
@@ -149,7 +145,6 @@ class Examples:
 
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
-
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
@@ -215,147 +210,7 @@ def splitmix64(x):
     return x ^ (x >> np.uint64(31))
 
 
-class Limits(NamedTuple):
-    """The BOS and EOS of a tokenizer, and how to truncate."""
-
-    bos: int | None  # None if the tokenizer adds none
-    eos: int
-    max_length: int  # tokens of prompt plus answer
-    max_prompt_length: int  # tokens of the prompt if the example exceeds max_length
-    truncation: str  # which end of the prompt to cut: 'start' or 'end'
-
-    @classmethod
-    def of(cls, tokenizer, *lengths):
-        """Make the Limits of a tokenizer. lengths: max_length, max_prompt_length, truncation."""
-        return cls(bos_of(tokenizer), tokenizer.eos_token_id, *lengths)
-
-
 def bos_of(tokenizer):
     """Return the BOS id if the tokenizer adds it to texts, else None."""
     bos = tokenizer.bos_token_id
     return bos if tokenizer('a')['input_ids'][:1] == [bos] else None
-
-
-def add_bos(prompt, limits):
-    """Return a prompt's ids with BOS in front, added unless it is there. For a tokenizer without BOS: unchanged, or [EOS] if empty."""
-    if limits.bos is None:
-        # an empty prompt becomes EOS: the first answer token needs a token to be predicted from
-        return prompt or [limits.eos]
-    # the chat template may have written BOS already
-    return prompt if prompt[:1] == [limits.bos] else [limits.bos, *prompt]
-
-
-def truncate_prompt(prompt, limits, left_out):
-    """Return a prompt's ids truncated to max_prompt_length, keeping BOS; left_out counts truncated prompts."""
-    excess = len(prompt) - limits.max_prompt_length
-    if excess <= 0:
-        return prompt
-    left_out['prompts cut'] += 1
-    if limits.truncation == 'end':
-        return prompt[:-excess]
-    num_bos = 0 if limits.bos is None else 1
-    return prompt[:num_bos] + prompt[num_bos + excess :]
-
-
-def fit(prompt, answers, limits, left_out):
-    """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the limits (counted in left_out)."""
-    eos = limits.eos
-    prompt = add_bos(prompt, limits)
-    # the chat template may have written EOS already
-    answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
-    longest_answer = max(len(answer) for answer in answers)
-    if len(prompt) + longest_answer <= limits.max_length:
-        return prompt, answers
-    prompt = truncate_prompt(prompt, limits, left_out)
-    room = limits.max_length - len(prompt)
-    for i, answer in enumerate(answers):
-        if len(answer) > room:
-            left_out['answers cut'] += 1
-            answers[i] = [*answer[: room - 1], eos]
-    return prompt, answers
-
-
-def fit_conversation(prompt, segments, limits, left_out):
-    """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
-
-    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
-    segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
-    eos = limits.eos
-    prompt = add_bos(prompt, limits)
-    answer = []
-    for i, segment in enumerate(segments):
-        is_trained = i % 2 == 0
-        answer += segment if is_trained else [~token for token in segment]
-    # close with EOS, unless it is there: some templates write a newline after it, so look at the last two tokens
-    if eos not in answer[-2:]:
-        answer.append(eos)
-    if len(prompt) + len(answer) > limits.max_length:
-        prompt = truncate_prompt(prompt, limits, left_out)
-    room = limits.max_length - len(prompt)
-    if len(answer) <= room:
-        return prompt, [answer]
-    left_out['conversations cut'] += 1
-    # drop everything after the last trained token that fits (~id is negative)
-    trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
-    if not trained:
-        left_out['conversations without an answer within max_length'] += 1
-        return prompt, []
-    answer = answer[: trained[-1] + 1]
-    # EOS replaces the last token if there is no room for one more
-    if eos not in answer[-2:]:
-        answer = [*answer[: room - 1], eos]
-    return prompt, [answer]
-
-
-class Builder:
-    """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
-
-    def __init__(self, limits):
-        self.limits = limits
-        self.left_out = Counter()
-        self.ids = array('i')
-        self.widths = array('q')  # tokens of each prompt and each answer
-        self.good = array('b')
-        self.uid = array('Q')
-        self.margins = array('f')  # NaN: no margin
-
-    def add(self, part, ids):
-        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, answer or segment ids, ...]."""
-        prompt, *answers = ids
-        if part.conversation:
-            prompt, answers = fit_conversation(prompt, answers, self.limits, self.left_out)
-            # no answer fits (already counted)
-            if not answers:
-                return
-        else:
-            if any(answer in ([], [self.limits.eos]) for answer in answers):
-                self.left_out['empty answers'] += 1
-                return
-            prompt, answers = fit(prompt, answers, self.limits, self.left_out)
-        # truncation can make two answers equal
-        if len(answers) == 2 and answers[0] == answers[1]:
-            self.left_out['pairs with equal answers'] += 1
-            return
-        for piece in (prompt, *answers):
-            self.ids.extend(piece)
-            self.widths.append(len(piece))
-        self.good.append(part.good)
-        self.uid.append(part.uid)
-        self.margins.append(math.nan if part.margin is None else part.margin)
-
-    def examples(self, task, keep_margins):
-        """Return everything added as Examples. keep_margins: keep margins if there are any; missing ones become 0."""
-        margin = np.asarray(self.margins)
-        is_missing = np.isnan(margin)
-        if keep_margins and not is_missing.all():
-            self.left_out['pairs without a margin, taken as 0'] += int(is_missing.sum())
-            margin = np.nan_to_num(margin)
-        else:
-            self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
-            margin = None
-        # about answers, which prompts do not use; a Counter ignores del of a missing key
-        if task == 'prompts':
-            del self.left_out[THOUGHTLESS]
-        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        arrays = np.asarray(self.ids), spans, np.array(self.good, bool), np.asarray(self.uid)
-        return Examples(*arrays, +self.left_out, margin=margin)

@@ -1,11 +1,12 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
-A raw row becomes an example (a Row), then Parts, then an item of Examples:
-sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> examples.Builder.add.
+A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
+sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> fit -> Builder.
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
 import math
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from runtime import cache
 from runtime.log import progress, say
 from runtime.values import no_room
 from text import sources, turns
-from text.chat import NO_TEMPLATE, PLAIN_CHAT, Refused, encode_texts, render
-from text.examples import Builder, Examples, Limits, add_bos, fit, truncate_prompt, uniform_hash
+from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, encode_texts, render
+from text.examples import Examples, bos_of, spans_of, uniform_hash
 from text.files import content_hash
 from text.formats import TURN_MARKERS
 from text.messages import as_chats, is_empty, is_trained, said
@@ -47,11 +48,25 @@ class Part(NamedTuple):
     conversation: list | None = None  # all messages, if SFT trains on every answer of a conversation
 
 
+class Limits(NamedTuple):
+    """The BOS and EOS of a tokenizer, and how to truncate."""
+
+    bos: int | None  # None if the tokenizer adds none
+    eos: int
+    max_length: int  # tokens of prompt plus answer
+    max_prompt_length: int  # tokens of the prompt if the example exceeds max_length
+    truncation: str  # which end of the prompt to cut: 'start' or 'end'
+
+    @classmethod
+    def of(cls, tokenizer, *lengths):
+        """Make the Limits of a tokenizer. lengths: max_length, max_prompt_length, truncation."""
+        return cls(bos_of(tokenizer), tokenizer.eos_token_id, *lengths)
+
+
 def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length, truncation='start', undivided=False,
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
-
     task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
@@ -70,17 +85,18 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter())]
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    # PLAIN_CHAT is set below where there was no template: same tokens, so same key
+    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
     # 12: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = content_hash(12, hashes, names, task, read_args, limits, render_args, margins, _tokenizer_key(tokenizer))
-    # {}: the file with all examples, which serves any `enough`
-    counts = [{}, enough] if enough else [{}]
-    examples = _read_cache([_cache_file(key, split, count) for count in counts] if cache else [])
+    key = content_hash(12, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
+    examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
         can_cache_both = cache and is_fingerprinted and split == 'train' and not undivided
         both = can_cache_both and all(map(sources.divides, names))
         splits = ['train', 'test'] if both else [split]
-        left_out = Counter()  # by the reading, which counts when it ends: here
+        left_out = Counter()
         rows = _read_sources(names, split, task, read_args, left_out, both=both)
         tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args)
         rows.close()
@@ -103,29 +119,24 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
-
-    read_args: arguments of read_examples. both: yield train and test rows. left_out: updated when a source ends."""
+    read_args: arguments of read_examples. both: yield train and test rows. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
-            reasons, unusable = Counter(), Counter()
+            left_out_before, unusable = left_out.copy(), Counter()
             is_usable = False
-            try:
-                for row in sources.read_examples(source, split, reasons, task=task, both=both, **read_args):
-                    # look for one usable training row
-                    if not is_usable and not row.held_out:
-                        is_usable = bool(as_parts(row, task, unusable))
-                    bar.update()
-                    yield row
-            finally:
-                left_out.update(reasons)
+            for row in sources.read_examples(source, split, left_out, task=task, both=both, **read_args):
+                # look for one usable training row
+                if not is_usable and not row.held_out:
+                    is_usable = bool(as_parts(row, task, unusable))
+                bar.update()
+                yield row
             # a test split may have no usable rows
             if not is_usable and (split == 'train' or read_args['undivided']):
-                raise sources.vanished(source, split, reasons + unusable)
+                raise sources.vanished(source, split, left_out - left_out_before + unusable)
 
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
-
     Returns {uid: (prompt, raw row with all columns)}."""
     wanted = set(examples.uid.tolist())
     found = {}
@@ -142,9 +153,11 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     return found
 
 
+# ---- from a row to an item of Examples ----
+
+
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
-
     margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
@@ -155,7 +168,6 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins=False, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
-
     enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
     builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
@@ -173,7 +185,6 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins=False
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-
     builder: the Builder of the row's split. texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens
     written by users are marked. builder.left_out counts skipped rows. Raises UserError for rows that the template rejects, unless
     skip_bad_rows."""
@@ -209,6 +220,49 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         yield from ((builder, texts, part) for texts, part in rendered if texts is not None)
 
 
+def as_parts(row, task, left_out, last_turn_only=False):
+    """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
+    row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
+    all messages of a conversation (formats.py)."""
+    prompt = row['prompt']
+    answer = row.get('chosen', row.get('response'))
+    # SFT takes any good answer (of a pair: the chosen one), KTO an answer with a label
+    takes_answer = task == 'sft' or (task == 'singles' and 'good' in row)
+    if task == 'prompts':
+        # placeholder, since some chat templates cannot render a prompt without an answer
+        if answer is None or is_empty(answer):
+            answer = '.' if isinstance(prompt, str) else said('.')
+        answers = [answer]
+    elif 'chosen' in row and task != 'sft':
+        answers = [row['chosen'], row['rejected']]
+    elif task == 'sft' and not row.get('good', True):
+        left_out['bad answers, which are no demonstrations'] += 1
+        return []
+    elif takes_answer and answer is not None:
+        answers = [answer]
+    else:
+        have = 'a prompt and a response' if 'response' in row else 'a prompt'
+        left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
+        return []
+
+    # hash tools only if present: rows without them keep the hash they had before tools were supported
+    tools = [row['tools']] if row.get('tools') else []
+    uid = content_hash(prompt, answers, *tools)
+    if any(map(is_empty, answers)):
+        left_out['empty answers'] += 1
+        return []
+    if len(answers) == 1:
+        conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
+        return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
+    chosen, rejected = answers
+    if chosen == rejected:
+        left_out['pairs with equal answers'] += 1
+        return []
+    if task == 'pairs':
+        return [Part(prompt, answers, good=True, uid=uid, margin=row.get('margin'))]
+    return [Part(prompt, [chosen], good=True, uid=uid), Part(prompt, [rejected], good=False, uid=uid)]
+
+
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example, chats through the template; texts is None if the answer is empty. Raises Refused."""
     conversation = part.conversation or []
@@ -228,9 +282,19 @@ def _render_part(part, tools, tokenizer, left_out):
     return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), plain) for i in trained]
 
 
+def _skip_or_raise(error, row, skip_bad_rows, left_out):
+    """Count a row that the chat template rejected (skip_bad_rows), or raise UserError. Called while the error is handled."""
+    if skip_bad_rows:
+        left_out[f'bad rows: {error}'] += 1
+        return
+    # a plain dict has no place in a file
+    where = getattr(row, 'where', '')
+    advice = f'mend it, or leave such rows out with --skip_bad_rows ({HELP})'
+    raise UserError(f'{where}: {error}; {advice}' if where else str(error)) from None
+
+
 def _encode_in_chunks(items, tokenizer):
     """Encode (builder, texts, Part) items; yield lists of (builder, ids of each text, Part), in order.
-
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
@@ -252,15 +316,134 @@ def _encode_in_chunks(items, tokenizer):
         yield encode_chunk(chunk)
 
 
-def _skip_or_raise(error, row, skip_bad_rows, left_out):
-    """Count a row that the chat template rejected (skip_bad_rows), or raise UserError. Called while the error is handled."""
-    if skip_bad_rows:
-        left_out[f'bad rows: {error}'] += 1
-        return
-    # a plain dict has no place in a file
-    where = getattr(row, 'where', '')
-    advice = f'mend it, or leave such rows out with --skip_bad_rows ({HELP})'
-    raise UserError(f'{where}: {error}; {advice}' if where else str(error)) from None
+class Builder:
+    """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
+
+    def __init__(self, limits):
+        self.limits = limits
+        self.left_out = Counter()
+        self.ids = array('i')
+        self.widths = array('q')  # tokens of each prompt and each answer
+        self.good = array('b')
+        self.uid = array('Q')
+        self.margins = array('f')  # NaN: no margin
+
+    def add(self, part, ids):
+        """Truncate and add an example, or count why it is unusable. ids: [prompt ids, answer or segment ids, ...]."""
+        prompt, *answers = ids
+        if part.conversation:
+            prompt, answers = fit_conversation(prompt, answers, self.limits, self.left_out)
+            # no answer fits (already counted)
+            if not answers:
+                return
+        else:
+            if any(answer in ([], [self.limits.eos]) for answer in answers):
+                self.left_out['empty answers'] += 1
+                return
+            prompt, answers = fit(prompt, answers, self.limits, self.left_out)
+        # truncation can make two answers equal
+        if len(answers) == 2 and answers[0] == answers[1]:
+            self.left_out['pairs with equal answers'] += 1
+            return
+        for piece in (prompt, *answers):
+            self.ids.extend(piece)
+            self.widths.append(len(piece))
+        self.good.append(part.good)
+        self.uid.append(part.uid)
+        self.margins.append(math.nan if part.margin is None else part.margin)
+
+    def examples(self, task, keep_margins):
+        """Return everything added as Examples. keep_margins: keep margins if there are any; missing ones become 0."""
+        margin = np.asarray(self.margins)
+        is_missing = np.isnan(margin)
+        if keep_margins and not is_missing.all():
+            self.left_out['pairs without a margin, taken as 0'] += int(is_missing.sum())
+            margin = np.nan_to_num(margin)
+        else:
+            self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
+            margin = None
+        # about answers, which prompts do not use; a Counter ignores del of a missing key
+        if task == 'prompts':
+            del self.left_out[THOUGHTLESS]
+        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
+        arrays = np.asarray(self.ids), spans, np.array(self.good, bool), np.asarray(self.uid)
+        return Examples(*arrays, +self.left_out, margin=margin)
+
+
+# ---- BOS, EOS and lengths ----
+
+
+def fit(prompt, answers, limits, left_out):
+    """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the limits (counted in left_out)."""
+    eos = limits.eos
+    prompt = add_bos(prompt, limits)
+    # the chat template may have written EOS already
+    answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
+    longest_answer = max(len(answer) for answer in answers)
+    if len(prompt) + longest_answer <= limits.max_length:
+        return prompt, answers
+    prompt = truncate_prompt(prompt, limits, left_out)
+    room = limits.max_length - len(prompt)
+    for i, answer in enumerate(answers):
+        if len(answer) > room:
+            left_out['answers cut'] += 1
+            answers[i] = [*answer[: room - 1], eos]
+    return prompt, answers
+
+
+def fit_conversation(prompt, segments, limits, left_out):
+    """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
+    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
+    segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
+    eos = limits.eos
+    prompt = add_bos(prompt, limits)
+    answer = []
+    for i, segment in enumerate(segments):
+        is_trained = i % 2 == 0
+        answer += segment if is_trained else [~token for token in segment]
+    # close with EOS, unless it is there: some templates write a newline after it, so look at the last two tokens
+    if eos not in answer[-2:]:
+        answer.append(eos)
+    if len(prompt) + len(answer) > limits.max_length:
+        prompt = truncate_prompt(prompt, limits, left_out)
+    room = limits.max_length - len(prompt)
+    if len(answer) <= room:
+        return prompt, [answer]
+    left_out['conversations cut'] += 1
+    # drop everything after the last trained token that fits (~id is negative)
+    trained = [i for i, token in enumerate(answer[:room]) if token >= 0]
+    if not trained:
+        left_out['conversations without an answer within max_length'] += 1
+        return prompt, []
+    answer = answer[: trained[-1] + 1]
+    # EOS replaces the last token if there is no room for one more
+    if eos not in answer[-2:]:
+        answer = [*answer[: room - 1], eos]
+    return prompt, [answer]
+
+
+def add_bos(prompt, limits):
+    """Return a prompt's ids with BOS in front, added unless it is there. For a tokenizer without BOS: unchanged, or [EOS] if empty."""
+    if limits.bos is None:
+        # an empty prompt becomes EOS: the first answer token needs a token to be predicted from
+        return prompt or [limits.eos]
+    # the chat template may have written BOS already
+    return prompt if prompt[:1] == [limits.bos] else [limits.bos, *prompt]
+
+
+def truncate_prompt(prompt, limits, left_out):
+    """Return a prompt's ids truncated to max_prompt_length, keeping BOS; left_out counts truncated prompts."""
+    excess = len(prompt) - limits.max_prompt_length
+    if excess <= 0:
+        return prompt
+    left_out['prompts cut'] += 1
+    if limits.truncation == 'end':
+        return prompt[:-excess]
+    num_bos = 0 if limits.bos is None else 1
+    return prompt[:num_bos] + prompt[num_bos + excess :]
+
+
+# ---- the same for sample.py and label.py ----
 
 
 def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
@@ -278,7 +461,6 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
-
     prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
     limits = Limits.of(tokenizer, longest, longest, truncation)
     texts = []  # None for a rejected prompt
@@ -294,58 +476,7 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
     return [None if text is None else next(truncated) for text in texts]
 
 
-def as_parts(row, task, left_out, last_turn_only=False):
-    """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted)."""
-    prompt = row['prompt']
-    answers = _answers(row, task, left_out)
-    if answers is None:
-        return []
-    # hash tools only if present: rows without them keep the hash they had before tools were supported
-    tools = [row['tools']] if row.get('tools') else []
-    uid = content_hash(prompt, answers, *tools)
-    if any(map(is_empty, answers)):
-        left_out['empty answers'] += 1
-        return []
-    if len(answers) == 1:
-        conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
-        return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
-    chosen, rejected = answers
-    if chosen == rejected:
-        left_out['pairs with equal answers'] += 1
-        return []
-    if task == 'pairs':
-        return [Part(prompt, answers, good=True, uid=uid, margin=row.get('margin'))]
-    return [Part(prompt, [chosen], good=True, uid=uid), Part(prompt, [rejected], good=False, uid=uid)]
-
-
-def _answers(row, task, left_out):
-    """Return the one or two answers of a row that a task uses; None, with the reason counted, if it has none."""
-    answer = row.get('chosen', row.get('response'))
-    if task == 'prompts':
-        # placeholder, since some chat templates cannot render a prompt without an answer
-        if answer is None or is_empty(answer):
-            answer = '.' if isinstance(row['prompt'], str) else said('.')
-        return [answer]
-    if 'chosen' in row and task != 'sft':
-        return [row['chosen'], row['rejected']]
-    if task == 'sft' and not row.get('good', True):
-        left_out['bad answers, which are no demonstrations'] += 1
-        return None
-    # SFT takes any answer (of a pair: the chosen one), KTO one with a label
-    is_enough = task == 'sft' or (task == 'singles' and 'good' in row)
-    if is_enough and answer is not None:
-        return [answer]
-    have = 'a prompt and a response' if 'response' in row else 'a prompt'
-    left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
-    return None
-
-
-def _tokenizer_key(tokenizer):
-    """Return (vocabulary and rules, chat template) of a tokenizer for the cache key."""
-    model = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    # load_examples sets PLAIN_CHAT where there was no template: same tokens, so same key
-    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    return model, template
+# ---- the cache on the disk ----
 
 
 def _cache_file(key, split, enough):
@@ -353,9 +484,11 @@ def _cache_file(key, split, enough):
     return cache.path_of('tokens', f'{content_hash(key, split, enough):016x}')
 
 
-def _read_cache(files):
+def _read_cache(key, split, enough):
     """Return the Examples of the first intact cache file, or None. Prints a note about damaged files."""
-    for file in files:
+    # the file with all examples serves any `enough`
+    for count in [{}, enough] if enough else [{}]:
+        file = _cache_file(key, split, count)
         if found := cache.read(file):
             arrays, left_out = found
             return Examples(**arrays, left_out=Counter(left_out))

@@ -14,7 +14,7 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.chat import MARK, PLAIN_CHAT, THOUGHTLESS, UNMARK, encode_texts
+from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, encode_texts
 from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
 # fmt: off
@@ -115,30 +115,39 @@ def test_trained_ids_are_the_templates(case, messages):
             assert [*prompt, *answer] == joint[:length] and t.decode(joint[length:]).strip('\n') == ''
 
 
-# ---- thoughts, and all fields of all messages ----
+# ---- what a template writes: thoughts, and all fields of all messages ----
 
 CHANGED = 'messages whose content the chat template changes or leaves out'
 THOUGHTS = [user('a'), assistant('b', thinking='x'), user('c'), assistant('d', thinking='y')]
+HUMAN = '\n\nbe nice\n\nHuman: the room ?\n\nAssistant: clean .\n\nHuman: the bed ?\n\nAssistant:'
+THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
 
 
-@pytest.mark.parametrize('template, row, task, answers, counted', [
+@pytest.mark.parametrize('template, row, task, texts, counted', [
     # an answer's own thought goes on from the opened one, in whichever field or text it is
     (OPENS, pair(chosen=[assistant('yes', reasoning_content='well')], rejected='<think>\nhm\n</think>\n\nno'), 'pairs',
-     ['well\n</think>\n\nyes<|im_end|>', 'hm\n</think>\n\nno<|im_end|>'], {CHANGED: 1}),
-    (OPENS, pair(), 'pairs', ['\n</think>\n\nyes<|im_end|>', '\n</think>\n\nno<|im_end|>'], {THOUGHTLESS: 2}),
+     [THINKING, f'well{CLOSED}yes<|im_end|>', f'hm{CLOSED}no<|im_end|>'], {CHANGED: 1}),
+    (OPENS, pair(), 'pairs', [THINKING, f'{CLOSED}yes<|im_end|>', f'{CLOSED}no<|im_end|>'], {THOUGHTLESS: 2}),
     # the stand-in for the answer of a prompt is not counted
-    (OPENS, {'prompt': [user('hi')]}, 'prompts', ['\n</think>\n\n.<|im_end|>'], {}),
+    (OPENS, {'prompt': [user('hi')]}, 'prompts', [THINKING, f'{CLOSED}.<|im_end|>'], {}),
     # a field that is written of one message only, and one that the template cannot do without
-    (LAST_FIELDS, {'prompt': THOUGHTS[:3], 'response': THOUGHTS[3:]}, 'sft', ['<think>y</think>d<|im_end|>'],
+    (LAST_FIELDS, {'prompt': THOUGHTS[:3], 'response': THOUGHTS[3:]}, 'sft',
+     ['<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n' + ASKED.replace('hi', 'c'), '<think>y</think>d<|im_end|>'],
      {"messages with 'thinking', which the chat template does not write": 1}),
-    (NAMED, {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}, 'sft', ['yes<|im_end|>'], {}),
-    (SYSTEMLESS, pair([SYSTEM, user('hi')]), 'pairs', ['yes<|im_end|>', 'no<|im_end|>'], {CHANGED: 1}),
+    (NAMED, {'prompt': [user('hi', name='joe')], 'response': [assistant('yes')]}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
+    (SYSTEMLESS, pair([SYSTEM, user('hi')]), 'pairs', [ASKED, 'yes<|im_end|>', 'no<|im_end|>'], {CHANGED: 1}),
+    # a text beside a chat is a message; two texts are no chat
+    (CHATML, {'prompt': 'hi', 'response': [assistant('yes')]}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
+    (CHATML, {'prompt': [user('hi')], 'response': 'yes'}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
+    (CHATML, {'prompt': 'hi', 'response': ' yes'}, 'sft', ['hi', ' yes<|im_end|>'], {NO_CHAT: 1}),
+    # without a template; one note, however many chats
+    (None, pair([SYSTEM, *PROMPT]), 'pairs', [HUMAN, ' yes<|im_end|>', ' no<|im_end|>'], {NO_TEMPLATE: 1}),
 ])  # fmt: skip
-def test_what_a_template_writes_of_a_row(template, row, task, answers, counted):
-    ((prompt, found),), left_out = written(tokenizer_of(template, '<|im_end|>'), row, task=task)
-    assert (
-        found == answers and left_out == counted and prompt.endswith('assistant\n' + '<think>\n' * (template == OPENS))
-    )
+def test_what_a_template_writes_of_a_row(template, row, task, texts, counted):
+    t = tokenizer_of(template, '<|im_end|>')
+    ((prompt, answers),), left_out = written(t, row, task=task)
+    assert [prompt, *answers] == texts and left_out == counted and t.chat_template == template
+    assert template or written(t, row, row)[1] == counted
 
 
 @pytest.mark.parametrize('field', ['reasoning_content', 'thinking', 'reasoning'])
@@ -188,13 +197,6 @@ def test_the_system_column(tmp_path, column):
     found, _ = written(tokenizer_of(CHATML, '<|im_end|>'), *read(tmp_path, *rows))
     told = ('<|im_start|>system\nBe brief.<|im_end|>\n' + ASKED, ['yes<|im_end|>', 'no<|im_end|>'])
     assert found == [told] * 3 + [(ASKED, told[1]), ('hi', [' yes<|im_end|>', ' no<|im_end|>'])]
-
-
-def test_what_stands_beside_a_question_does_not_divide(tmp_path):
-    rows = [{'prompt': [user(f'q{i // 2}', id=i)], 'response': [assistant('a')]} for i in range(120)]
-    file = write_jsonl(tmp_path / 'rows.jsonl', rows)
-    train, test = ({x['prompt'][0]['content'] for x in sources.load_rows(file, s)[0]} for s in ('train', 'test'))
-    assert train and test and not train & test
 
 
 # ---- begun answers ----
@@ -347,12 +349,14 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     ("{{ 'x' * 3000000000 }}", pair(), 'takes more than 1 GiB'),
     # these are of the row, and left out if asked for
     ('{{ nonsense', pair(), 'the chat template refuses an example: unexpected end of template'),
+    ("{{ raise_exception('no such role\nhere') }}", pair(), 'refuses an example: no such role here'),
+    (CHATML, pair([]), 'there is no message before the answer'),
     (OPENS_ANSWER, pair(), "differently from the prompt it asks to continue: where that has '<answer>"),
     (CHATML, pair([{'role': 'user<|im_end|>', 'content': 'a'}]), 'special token in the role'),
 ])  # fmt: skip
 def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, words):
     monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
-    of_row = any(x in words for x in ('refuses', 'differently', 'role'))
+    of_row = any(x in words for x in ('refuses', 'differently', 'role', 'before'))
     with pytest.raises(UserError, match=words) as info:
         written(tokenizer_of(template, '<|im_end|>'), row, skip_bad_rows=not of_row)
     assert '\n' not in str(info.value) and len(str(info.value)) < 300

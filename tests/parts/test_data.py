@@ -22,10 +22,7 @@ from text import sources, tokenise, toy
 from text.examples import Examples, uniform_hash
 
 MANY = settings(max_examples=60, deadline=None, database=None)
-CHATML = (
-    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|endoftext|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
+BARE = '{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}'
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +165,7 @@ def test_equal_answers():
     assert tokens(tok, [pair([user('p')], *[[assistant('a')]] * 2)]).left_out[reason] == 1
 
 
-@pytest.mark.parametrize('template', [None, CHATML])
+@pytest.mark.parametrize('template', [None, BARE])
 @pytest.mark.parametrize('empty', ['', ' ', '\n', '<|endoftext|>', [], [assistant('')], [assistant(' ')]])
 def test_empty_answers_are_dropped_and_counted(empty, template):
     tokenizer, chat = make_tokenizer(template=template), not isinstance(empty, str)
@@ -223,9 +220,8 @@ def test_prompts_and_demonstrations_are_taken_once():
     examples = tokens(tok, [{'prompt': 'p', 'response': ' '}, {'prompt': 'p'}, {'prompt': 'q'}], 'prompts')
     assert [tok.decode(p) for p, _ in items(examples)] == ['p', 'q'] and examples.left_out == {'same prompt again': 1}
     asked = {'prompt': [user('one two')]}
-    (alone, _), (answered, _) = items(
-        tokens(make_tokenizer(), [asked, asked | {'response': [assistant('x')]}], 'prompts')
-    )
+    answered = asked | {'response': [assistant('x')]}
+    (alone, _), (answered, _) = items(tokens(make_tokenizer(), [asked, answered], 'prompts'))
     assert alone == answered and len(alone) > 1
     rows = [pair('p', ' a', ' b'), pair('p', ' a', ' c'), pair('q', ' a', ' b'), pair('p', ' d', ' b')]
     examples = tokenise.tokenise(rows, tok, 'sft', 64, 32, 'start', counts := Counter({'tie': 1}))
@@ -241,46 +237,9 @@ def test_uid_is_of_the_text():
     assert tokens(tok, rows, 'singles').uid.tolist() == np.repeat(uid, 2).tolist()
 
 
-# ---- chats ----
+# ---- the cache of tokens ----
 
 CHAT = pair([user('hi'), assistant('hello'), user('bye')], [assistant('good bye')], [assistant('no')])
-END = '<|endoftext|>'
-HUMAN = '\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:'
-CHATS = [  # template, task, row, texts of the prompt and the answers
-    (CHATML, 'pairs', CHAT, [f'<user>hi{END}\n<assistant>hello{END}\n<user>bye{END}\n<assistant>', f'good bye{END}', f'no{END}']),
-    (CHATML, 'sft', {'prompt': 'bye', 'response': [assistant('no')]}, [f'<user>bye{END}\n<assistant>', f'no{END}']),
-    (CHATML, 'sft', {'prompt': [user('a')], 'response': 'b'}, [f'<user>a{END}\n<assistant>', f'b{END}']),
-    (CHATML, 'sft', {'prompt': 'bye', 'response': ' no'}, ['bye', f' no{END}']),  # two strings are no chat
-    (None, 'pairs', CHAT, [HUMAN, f' good bye{END}', f' no{END}']),
-    (None, 'pairs', CHAT | {'prompt': [{'role': 'system', 'content': 'Be kind.'}, user('hi')]},
-     ['\n\nBe kind.\n\nHuman: hi\n\nAssistant:', f' good bye{END}', f' no{END}']),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('template, task, row, texts', CHATS)
-def test_chats(template, task, row, texts):
-    """With a template, which stays as it is, or without: then there is one note, however many chats."""
-    tokenizer = make_tokenizer(template=template)
-    examples = tokens(tokenizer, [row] if template else [row, row | {'rejected': [assistant('maybe')]}], task)
-    prompt, answers = items(examples)[0]
-    assert [tokenizer.decode(ids) for ids in (prompt, *answers)] == texts and tokenizer.chat_template == template
-    is_text = row['prompt'] == texts[0]  # two strings are no chat
-    note = 'note: texts beside a c' if is_text else 'note: no chat template'
-    expected = [] if template and not is_text else [(note, 1)]
-    assert [(reason.partition(' (')[0][:22], count) for reason, count in examples.left_out.items()] == expected
-
-
-@pytest.mark.parametrize('template, words', [
-    ("{{ raise_exception('no such role\nhere') }}", 'refuses'), ('{{ nonsense', 'refuses'),
-    ('{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}', 'differently'),
-])  # fmt: skip
-def test_templates_that_refuse(template, words):
-    with pytest.raises(UserError, match=words) as info:
-        tokens(make_tokenizer(template=template), [CHAT])
-    assert '\n' not in str(info.value)
-
-
-# ---- the cache of tokens ----
 
 
 @pytest.fixture
@@ -330,7 +289,7 @@ def test_what_makes_another_cache_file(write, count, cache):
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
                {'split': 'test'}, {'undivided': False, 'split': 'test'}, {'skip_bad_rows': True}, {'num_turns': 2},
                {'margins': True}, {'last_turn_only': True}, {'chat': True}, {'system': 's'},
-               {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=CHATML)},
+               {'tokenizer': make_tokenizer(bos=True)}, {'tokenizer': make_tokenizer(template=BARE)},
                {'source': f'{source}+{source}'}, {'source': write(10, 'e')}]  # fmt: skip
     for number, changed in enumerate(changes, 2):
         load(**({'source': source, 'tokenizer': tokenizer} | changed))
@@ -342,20 +301,16 @@ def test_what_makes_another_cache_file(write, count, cache):
     assert len(load(source, tokenizer)) == 10
 
 
-DAMAGES = {
-    'half': lambda b: b[: len(b) // 2],
-    'nothing': lambda b: b'',
-    'one bit': lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:],
-}
+DAMAGES = [lambda b: b[: len(b) // 2], lambda b: b'', lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]]
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize('damage', DAMAGES, ids=['half', 'nothing', 'one bit'])
 def test_a_damaged_cache_file_is_rebuilt(write, count, cache, damage, capsys):
     source = write(20)
     first = copy.deepcopy(load(source))
     (file,) = cache.iterdir()
     content = file.read_bytes()
-    file.write_bytes(DAMAGES[damage](content))
+    file.write_bytes(damage(content))
     assert same(load(source), first) and len(count) == 2
     assert 'is damaged: tokenising anew' in capsys.readouterr().out
     assert [file.read_bytes() for file in cache.iterdir()] == [content]
@@ -548,14 +503,6 @@ def test_keep():
     assert good != bad  # the two answers of a pair are drawn apart
 
 
-def test_examples_of_items():
-    made = [([1, 2], [[3], [4, 5]]), ([6], [[7, 8, 9], [1]])]
-    examples = Examples.of(made)
-    assert items(examples) == made and examples.lengths.tolist() == [5, 5] and len(set(examples.uid.tolist())) == 2
-    for answer, some in ((0, examples), (1, examples.flip(1.0, 0))):
-        assert items(some.first_answers()) == [(prompt, [answers[answer]]) for prompt, answers in made]
-
-
 # two answers each to the prompts p, q, p, r: examples 0 to 7. `few` has one prompt, q, with the answers x and y
 FEW, SET = (Examples.of([([ord(p)], [[ord(a)]]) for p, a in zip(prompts, answers, strict=True)])
             for prompts, answers in (('qq', 'xy'), ('ppqqpprr', 'abcdefgh')))  # fmt: skip
@@ -584,6 +531,7 @@ def test_mismatched(examples, rows, more, answers):
 
 def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     examples = Examples.of([(list(range(10)), [[20, 21]]), ([1], [list(range(30, 41))]), (list(range(50, 62)), [[7]])])
+    assert examples.uid.tolist() == [0, 1, 2]
     assert examples.longest() == 13 and examples.longest(mixed=True) == 12 + 11 and examples.longest_prompt() == 12
     mixed = items(examples.mismatched(np.arange(3), 12, examples))
     assert mixed == [(list(range(10)), [[30, 31]]), ([1], [[7]]), (list(range(50, 62)), [[20]])]  # one token at least
