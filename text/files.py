@@ -132,7 +132,7 @@ def _is_data_file(file):
     """Whether a Path is a data file, and not metadata or a cache file that `datasets.map` left in a folder."""
     is_metadata = file.name in ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json')
     is_cache = file.name.startswith('cache-') and file.suffix == '.arrow'
-    return file.name.endswith(ENDINGS) and not is_metadata and not is_cache and file.is_file()
+    return file.name.lower().endswith(ENDINGS) and not is_metadata and not is_cache and file.is_file()
 
 
 def folder_splits(path, config=None):
@@ -144,9 +144,12 @@ def folder_splits(path, config=None):
     path = os.path.expanduser(path)
     configs = {}  # config name -> its entry in the README
     entry = {}  # that of `config`
-    with suppress(Exception):  # no README, no YAML header, or an unexpected structure
-        listed = huggingface_hub.metadata_load(os.path.join(path, 'README.md'))['configs']
+    readme = os.path.join(path, 'README.md')
+    try:
+        listed = (huggingface_hub.metadata_load(readme) or {}).get('configs', []) if os.path.exists(readme) else []
         configs = {str(item.get('config_name', 'default')): item for item in listed}
+    except Exception as error:  # no YAML, or not as it should be
+        say_once(f'note: the header of {readme} cannot be read ({hub.first_line(error)}): files count by their names')
     if configs or config:
         # fall back to the default config, or to the only one
         defaults = [name for name, item in configs.items() if name == 'default' or item.get('default')]
@@ -159,10 +162,12 @@ def folder_splits(path, config=None):
     named_files = _named_files(path, entry)
     if named_files:
         return named_files
-    # the files of this config are missing, and the files present may belong to other configs
-    if 'data_files' in entry and len(configs) > 1:
-        missing = f'none of the files that its README names for the config {candidates[0]!r}'
-        raise UserError(f'{path} has {missing}: fetch them')
+    if 'data_files' in entry:
+        missing = f'{path} has none of the files that its README names for the config {candidates[0]!r}'
+        # the files present may belong to other configs
+        if len(configs) > 1:
+            raise UserError(f'{missing}: fetch them')
+        say_once(f'note: {missing}: files count by their names')
     if 'data_dir' in entry:
         path = os.path.join(path, str(entry['data_dir']))
     return _splits_by_name(path)
@@ -204,6 +209,12 @@ def _splits_by_name(path):
         say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
         splits = {'train': unnamed, **splits}
+    # the same rows may lie there twice
+    for split, split_files in splits.items():
+        formats = {next(ending for ending in FORMATS if ending in Path(file).name.lower()) for file in split_files}
+        if len(formats) > 1:
+            twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
+            say_once(f'note: {twice}: if they hold the same rows, name those of one format')
     return splits
 
 

@@ -39,31 +39,34 @@ LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
 LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
 # the names that --columns accepts
-COLUMNS = 'prompt question system chosen rejected response label messages text margin tools'.split()
+COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
+           'response_a response_b response_0 response_1 response_2 winner').split()
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
-SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject')]
+SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject'),
+         ('preferred', 'dispreferred'), ('winning', 'losing'), ('better', 'worse')]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
 RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
-    'response_j=chosen response_k=rejected', 'response=chosen rejected_response=rejected',
+    'response_j=chosen response_k=rejected', 'pos_resp=chosen neg_resp=rejected', 'response=chosen rejected_response=rejected',
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response',
+    'generated_solution=response', 'output_text=response', 'demonstration=response',
 )]
-# their name -> our name, if the column holds a list of messages
-RENAMED_CHATS = {'input': 'messages', 'items': 'messages', 'dialogue': 'messages', 'data': 'messages',
-                 'context': 'prompt', 'query': 'prompt'}
+# known columns that may hold a chat in place of a text -> our name for it
+RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
-STEMS = 'response_ response answer_ completion_ conversation_ output_ candidate_'.split()
+STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
+# columns with their scores, which tell the better one, too
+SCORED = [(*pair, *scores) for pair in COMPARED for scores in ([f'score_{name[-1]}' for name in pair], [f'{name}_rating' for name in pair])]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
-# columns where null has a meaning: not labelled, or no winner
-NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
+# columns where null has a meaning: not labelled, no winner, or no score, which is an error
+NULL_SAYS = {*LABELS, *VERDICTS, 'output_1', *(name for _, _, *scores in SCORED for name in scores)}
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
@@ -178,13 +181,16 @@ def unified(row, columns=None):
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
-    # a column with another meaning may hold the chat; an unknown column only if no other column is known
-    has_known_column = not KNOWN.isdisjoint(row.keys() - {'system', 'tools'})
     for name, our_name in RENAMED_CHATS.items():
-        may_rename = name in KNOWN or not has_known_column
-        holds_list = isinstance(row.get(name), list) and row[name]
-        if may_rename and holds_list and our_name not in row:
+        if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
+    # if no column is known, the only one with messages is the chat: dialogue, items, data, turns, ...
+    if KNOWN.isdisjoint(row.keys() - {'system', 'tools'}):
+        has_role = {'role', 'from'}.intersection
+        lists = [name for name, value in row.items() if isinstance(value, list) and value]
+        chats = [name for name in lists if all(isinstance(turn, dict) and has_role(turn) for turn in row[name])]
+        if len(chats) == 1:
+            row['messages'] = row.pop(chats[0])
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
@@ -361,6 +367,12 @@ def example_of(row, columns):
     is_summary_pair = len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values())
     if isinstance(prompt, str) and is_summary_pair:
         prompt = prompt.rstrip() + '\n\n'
+    # and DeepSpeed's pairs that of a dialogue: 'Human: ...', then 'Assistant: ...'
+    marker = ASSISTANT.strip()
+    is_dialogue = isinstance(prompt, str) and prompt.lstrip().startswith('Human:') and not prompt.endswith(TURN_MARKERS)
+    if is_dialogue and all(text.lstrip().startswith(marker) for text in answers.values()):
+        prompt = prompt.rstrip() + ASSISTANT
+        answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
     # Math-Step-DPO has the first steps of both answers in a column of their own
     first_steps = row.get('initial_reason_steps', '')
     answers = {key: first_steps + text for key, text in answers.items()}
@@ -457,10 +469,12 @@ def read_compared(row, task):
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
         verdict = str(row[verdict_column]).strip().lower()
-        # model_a, b, 1, 1.0, a>>b
+        # model_a, b, 1, 1.0, a>>b; but -1 is no 1
         kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-        named = re.fullmatch(rf'({kinds})?[ _-]?([ab012])(\.0|>+.)?', verdict)
-        side = named[2] if named else None
+        named = re.fullmatch(rf'(({kinds})[ _-]?)?([ab012])(\.0|>+.)?', verdict)
+        side = named[3] if named else ''
+        # a and b are the first and the second answer, also of response_1 and response_2
+        side = {'a': sides[0], 'b': sides[1]}.get(side, side)
         if side in sides:
             lead = 1 if side == sides[1] else -1
         elif re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*', verdict):
@@ -471,7 +485,8 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        first_score, second_score = (field(row, f'score_{side}', NUMBER) for side in sides)
+        scores = next(scores for one, two, *scores in SCORED if (one, two) == columns and set(scores) <= row.keys())
+        first_score, second_score = (field(row, name, NUMBER) for name in scores)
         lead = second_score - first_score
     if not lead and task != 'prompts':
         raise LeftOut('tie')
@@ -744,9 +759,11 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    if value not in ('true', 'false', '1', '0', '1.0', '0.0'):
+    good = 'true 1 1.0 yes good desirable chosen'.split()
+    bad = 'false 0 0.0 no bad undesirable rejected'.split()
+    if value not in good + bad:
         raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in ('true', '1', '1.0')}
+    return {'good': value in good}
 
 
 def read_chat(row, task):
@@ -846,7 +863,7 @@ READERS = (
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     ('comparison', ','.join(f'{one} {two} {verdict}' for verdict in VERDICTS for one, two in COMPARED), read_compared),
-    ('comparison', ','.join(f'{one} {two} score_{one[-1]} score_{two[-1]}' for one, two in COMPARED), read_compared),
+    ('comparison', ','.join(map(' '.join, SCORED)), read_compared),
     ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),

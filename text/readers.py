@@ -66,12 +66,11 @@ def read_rows(hub_id, split, path, **options):
 
 def read_file(file):
     """Yield the Rows of a file. Bad rows of text formats have row.error; an unreadable file raises UserError."""
-    if not file.endswith(ENDINGS):
+    if not file.lower().endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     # the reader of data.jsonl.gz is that of .jsonl
-    suffix = Path(file).suffix
-    unpacked_name = file.removesuffix(suffix) if suffix in PACKED else file
-    read = READERS['.' + unpacked_name.rpartition('.')[2]]
+    path = Path(file.lower())
+    read = READERS[Path(path.stem).suffix if path.suffix in PACKED else path.suffix]
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
@@ -96,7 +95,7 @@ def read_file(file):
 
 def _open(file):
     """Return a binary stream of a file's decompressed contents."""
-    suffix = Path(file).suffix
+    suffix = Path(file).suffix.lower()
     if suffix == '.zst':
         import pyarrow
 
@@ -120,7 +119,7 @@ def _read_columns(file):
     """Yield the Rows of a .parquet file, or of an .arrow file in stream format (save_to_disk) or file format."""
     import pyarrow.parquet
 
-    is_parquet = file.endswith('.parquet')
+    is_parquet = file.lower().endswith('.parquet')
     # map .arrow files, whose batches are not compressed and may be large
     open_source = pyarrow.OSFile if is_parquet else pyarrow.memory_map
     with open_source(file) as source:

@@ -17,12 +17,12 @@ import numpy as np
 from configurator import UserError, configure
 from text.examples import in_words
 from text.messages import BESIDE, as_chats, is_trained
-from text.sources import describe, read_examples
+from text.sources import LOOK_AHEAD, describe, read_examples
 from text.tokenise import as_parts, tokenise
 
 # which rows, and how they are read
 data = 'toy'  # hh, hh:PATH, hh+shp, a hub id, a file, a folder, toy (README has the list)
-task: str | None = None  # pairs, singles, sft or prompts; None: what the first example is for
+task: str | None = None  # pairs, singles, sft or prompts; None: what most of the first examples are for
 columns: str | None = None  # which column is what: 'prompt=question, system=system, chosen=good, rejected=bad'
 num_turns = 1  # sharegpt: answers taken from a conversation
 chat = False  # texts become chats, so that the model's chat template applies
@@ -39,6 +39,9 @@ json = False  # one JSON object a line, and nothing else
 
 # measure only the first examples: a large data set would take long
 MEASURED = 2000
+NOTHING = 'no examples are left in {!r}: nothing can be trained on it'
+# line ends beside \n that JSON does not escape: a reader may split a row there
+LINE_ENDS = {ord(end): dumps(end)[1:-1] for end in '\x85\u2028\u2029'}
 # what an item may have beside its prompt
 ANSWERS = ('chosen', 'rejected', 'response')
 
@@ -55,10 +58,14 @@ def main():
         try:
             if json:
                 all_items = (item for _, _, items in _read_items(left_out) for item in items)
+                lines = 0
                 for item in islice(all_items, n):
-                    out.write(dumps(item, ensure_ascii=False) + '\n')
+                    out.write(dumps(item, ensure_ascii=False).translate(LINE_ENDS) + '\n')
+                    lines += 1
                 changed, notes = in_words(left_out)
                 print(f'left out or changed: {changed}', *notes, sep='\n')
+                if not lines:
+                    raise UserError(NOTHING.format(data))
             else:
                 _print_text(left_out)
             out.flush()
@@ -71,8 +78,10 @@ def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # by default the task that fits the first example, which is read, and counted, again below
-        source_task = task or task_of(next(read_examples(source, 'train', Counter(), **options), {}))
+        # by default the task of most of the first examples, which are read, and counted, again below; None if there is none
+        head = [] if task else islice(read_examples(source, 'train', Counter(), **options), LOOK_AHEAD)
+        tasks = Counter(map(task_of, head)).most_common(1)
+        source_task = tasks[0][0] if tasks else task
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
                 example = as_chats(example, system)
@@ -159,7 +168,7 @@ def _print_summary(counts, lengths, left_out):
     changed, notes = in_words(left_out)
     print(f'left out or changed: {changed}', *notes, sep='\n')
     if not counts:
-        raise UserError(f'no examples are left in {data!r}: nothing can be trained on it')
+        raise UserError(NOTHING.format(data))
     # items are measured in tokens if the model option names a tokenizer
     unit = 'tokens' if model else 'characters'
     if len(lengths) >= MEASURED:

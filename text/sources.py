@@ -33,6 +33,11 @@ from text.readers import Row, read_rows
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
+# how to name columns: of pairs, of single answers, and of two answers beside a column that says which is better
+SAY_WHICH = (
+    "--columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', or where a column has the verdict "
+    "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME'"
+)
 
 
 def load_rows(source, split, **options):
@@ -210,8 +215,9 @@ def _parsed(rows, parse, task, columns):
         layout = None if columns else _first_layout(head)
         # if only prompts are found, the answers may have names that are not known
         if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
-            advice = "if they are answers, say which is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME'"
-            say_once(f'note: columns not read: {", ".join(unread)}; {advice}')
+            say_once(
+                f'note: columns not read: {", ".join(unread)}; if they are answers, say which is which: {SAY_WHICH}'
+            )
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
@@ -273,12 +279,14 @@ def _refusal(row, error, any_valid, following, source):
     with suppress(UserError):
         seen.extend(islice(following, LOOK_AHEAD))
     bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
+    # a file about the data may lie among the data
+    help_text = f'or name the file that is meant: --data={source}/FILE; {HELP}' if os.path.isdir(source) else HELP
     # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
-        return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({HELP})'
+        return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     # if all are bad, say what is probably wrong with the file
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
     only_column = next(iter(row)) if len(row) == 1 else ''
@@ -297,10 +305,9 @@ def _refusal(row, error, any_valid, following, source):
     else:
         advice = (
             'so it is the layout: known are prompt (or question, instruction, query) with chosen and rejected, or with response '
-            '(completion, output) and perhaps good (label); messages; text: say which is which: '
-            "--columns='prompt=NAME, chosen=NAME, rejected=NAME' (no other is read then)"
+            f'(completion, output) and perhaps good (label); messages; text: say which is which: {SAY_WHICH} (no other is read then)'
         )
-    return f'{text}; {advice} ({HELP})'
+    return f'{text}; {advice} ({help_text})'
 
 
 def _columns(row):
