@@ -82,7 +82,7 @@ def choose_splits(names, wanted, source):
     return train, test
 
 
-def hub_splits(hub_id, config=None):
+def hub_splits(hub_id, config):
     """Return the split names of a hub dataset. config None: its default or only config. Raises UserError."""
     import datasets
 

@@ -109,10 +109,7 @@ def _opened(source, split, num_turns=1, undivided=False):
                 has_no_test_part = not is_of_hub
         return rows, parse, has_no_test_part
     # {split: its files, or None on the hub}
-    if path:
-        splits = files.folder_splits(path, config)
-    else:
-        splits = dict.fromkeys(hub_splits(hub_id, config))
+    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split

@@ -89,7 +89,7 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
 IMAGE = [user([{'type': 'image_url', 'image_url': {'url': 'x'}}]), assistant('a')]
 OF_ROWS = [  # what is wrong with a row, or all of them
     ('a.csv', b'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns; .*; the only row cannot be read; mend the file'),
-    ('a.csv', b'text,b\nx,y\nz\n', 'line 3: 1 cells, and the table has 2 columns'),
+    ('a.csv', b'text,b\nx,y\nz\n', "line 3: 1 cells, and the table has 2 columns; found: 'text' .text.; mend it, or leave"),
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
     ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
@@ -295,6 +295,9 @@ def test_the_configs_of_a_readme(tmp_path):
     for broken in ('configs: [1, 2]', 'configs: {a: b}', 'configs: [{data_files: 3}]', ': : ['):
         (tmp_path / 'README.md').write_text(f'---\n{broken}\n---\n')
         assert ALL[5] in answers(str(tmp_path), undivided=True)
+    two = 'configs: [{config_name: a, data_files: gone/*}, {config_name: b, data_files: hard/*}]'
+    (tmp_path / 'README.md').write_text(f'---\n{two}\n---\n')
+    refused(f'{tmp_path}:a', "none of the files that its README names for the config 'a': fetch them")
 
 
 # ---- the hub ----
