@@ -211,7 +211,7 @@ def _splits_by_name(path):
         splits = {'train': unnamed, **splits}
     # the same rows may lie there twice
     for split, split_files in splits.items():
-        formats = {next(ending for ending in FORMATS if ending in Path(file).name.lower()) for file in split_files}
+        formats = {next((end for end in FORMATS if end in Path(file).name.lower()), '') for file in split_files}
         if len(formats) > 1:
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
             say_once(f'note: {twice}: if they hold the same rows, name those of one format')

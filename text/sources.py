@@ -33,10 +33,10 @@ from text.readers import Row, read_rows
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
-# how to name columns: of pairs, of single answers, and of two answers beside a column that says which is better
+# winner: a column that says which of two answers is better
 SAY_WHICH = (
-    "--columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', or where a column has the verdict "
-    "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME'"
+    "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
+    "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME' or 'messages=NAME'"
 )
 
 
@@ -212,9 +212,7 @@ def _parsed(rows, parse, task, columns):
         layout = None if columns else _first_layout(head)
         # if only prompts are found, the answers may have names that are not known
         if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
-            say_once(
-                f'note: columns not read: {", ".join(unread)}; if they are answers, say which is which: {SAY_WHICH}'
-            )
+            say_once(f'note: columns not read: {", ".join(unread)}; if they are answers, {SAY_WHICH}')
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
@@ -300,10 +298,7 @@ def _refusal(row, error, any_valid, following, source):
     elif isinstance(error, BadValue):
         advice = 'mend that value, the columns are known'
     else:
-        advice = (
-            'so it is the layout: known are prompt (or question, instruction, query) with chosen and rejected, or with response '
-            f'(completion, output) and perhaps good (label); messages; text: say which is which: {SAY_WHICH} (no other is read then)'
-        )
+        advice = f'so it is the layout: {SAY_WHICH} (no other is read then)'
     return f'{text}; {advice} ({help_text})'
 
 

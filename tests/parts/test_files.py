@@ -47,6 +47,9 @@ def test_every_format_and_compression(tmp_path, ending):
     assert found == ROWS
     # a quoted line break makes two lines of one row
     assert int(found[1].where.rpartition(' ')[2]) == (4 if ending.startswith(('.csv', '.tsv')) else 2)
+    in_capitals = (tmp_path / f'data{ending}').rename(tmp_path / f'DATA{ending.upper()}')
+    for source in (in_capitals, tmp_path):
+        assert answers(str(source), undivided=True) == ALL
 
 
 @pytest.mark.parametrize('name, content, rows, lines', [
@@ -209,6 +212,14 @@ def test_files_that_are_not_read(tmp_path, capsys):
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
+    # the same rows twice, or a file about the data
+    answers(write(folder, {'train': ROWS[:3]}, '.parquet'))
+    assert (
+        f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
+        in capsys.readouterr().out
+    )
+    Path(write(tmp_path / 'more', {'rows': ROWS}), 'about.json').write_text('{"license": "mit"}')
+    refused(tmp_path / 'more', f'about.json.*or name the file that is meant: --data={tmp_path}/more/FILE; see README')
 
 
 def test_splits_of_one_folder_are_not_mixed(tmp_path):
@@ -272,7 +283,7 @@ configs:
 """
 
 
-def test_the_configs_of_a_readme(tmp_path):
+def test_the_configs_of_a_readme(tmp_path, capsys):
     write(tmp_path, {'easy/a': ROWS[:20], 'easy/b1': ROWS[20:], 'easy/held': ROWS[:2], 'hard/x': ROWS})
     (tmp_path / 'README.md').write_text(README)
     refused(tmp_path, 'has several configs; there are easy, hard, both, gone: say which: --data=.*:CONFIG')
@@ -292,9 +303,14 @@ def test_the_configs_of_a_readme(tmp_path):
     (tmp_path / 'README.md').write_text(README.replace('hard/*', '"hard/**"\n  default: true'))
     (tmp_path / 'hard/LICENSE').write_text('free')
     assert divided(str(tmp_path))
-    for broken in ('configs: [1, 2]', 'configs: {a: b}', 'configs: [{data_files: 3}]', ': : ['):
-        (tmp_path / 'README.md').write_text(f'---\n{broken}\n---\n')
-        assert ALL[5] in answers(str(tmp_path), undivided=True)
+    unread = f'note: the header of {tmp_path}/README.md cannot be read'
+    missing = f"note: {tmp_path} has none of the files that its README names for the config 'default'"
+    for header, said in (
+        ('configs: [1, 2]', unread), ('configs: {a: b}', unread), (': : [', unread), ('configs: [{data_files: 3}]', missing), ('a: b', ''),
+    ):  # fmt: skip
+        (tmp_path / 'README.md').write_text(f'---\n{header}\n---\n')
+        files.say_once.cache_clear()
+        assert ALL[5] in answers(str(tmp_path), undivided=True) and said in capsys.readouterr().out
     two = 'configs: [{config_name: a, data_files: gone/*}, {config_name: b, data_files: hard/*}]'
     (tmp_path / 'README.md').write_text(f'---\n{two}\n---\n')
     refused(f'{tmp_path}:a', "none of the files that its README names for the config 'a': fetch them")

@@ -22,6 +22,7 @@ PAIRS = [{'prompt': f'Q: {i}?\nA:', 'chosen': ' yes', 'rejected': ' no', 'margin
 PAIRS.append(PAIRS[0] | {'chosen': ' '})
 MARGIN = {'margin': 2.0}
 CALL = {'type': 'function', 'function': {'name': 'rain', 'arguments': {'city': 'Rome'}}}
+TIE = {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}
 LENGTH_8 = 'lengths in characters: median 8, 95% up to 8, longest 8\n'
 
 
@@ -56,6 +57,8 @@ def show(tmp_path, monkeypatch, capsys):
     ([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)], [], 2, ['response, good:\n[[r]]', 'response, bad:\n[[r]]']),
     ([{'messages': TALK}, {'messages': TALK[:1]}], [], 1,
      ['user: a?\nassistant: [[b]]\nuser: c?\nassistant: [[d]]\n', '1 sft', 'left out or changed: 1 conversation without a question and its answer\n']),
+    # a first row of another layout does not decide
+    ([{'prompt': 'p'}, *PAIRS[:3]], ['--n=1'], 1, ['3 pairs\n', 'left out or changed: 1 row with a prompt only']),
     ([{'prompt': 'Say a.', 'response': 'Say a. a'}], [], 1,
      ['changed: nothing\nnote: answers that repeated their prompt, which was taken off (1 times)\n']),
 ])  # fmt: skip
@@ -67,7 +70,8 @@ def test_what_is_shown(show, rows, flags, count, words):
 
 @pytest.mark.parametrize('rows, flag, says, shown', [
     ([], '', 'no examples are left in .*data.jsonl', 'read as: nothing, there are no rows in '),
-    (PAIRS[5:], '', 'no examples are left in .*data.jsonl', 'read as: pair, told by chosen'),
+    *((PAIRS[5:], flag, 'no examples are left in .*data.jsonl', shown) for flag, shown in (('', 'read as: pair, told by chosen'), ('--json', ''))),
+    ([TIE], '', 'no examples are left in .*data.jsonl', 'left out or changed: 1 tie'),
     (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns", ''),
     (PAIRS, '--MEASURED=3', 'unknown option', ''),  # names in capitals are no options
 ])  # fmt: skip

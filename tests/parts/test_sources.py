@@ -243,8 +243,10 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': [system('s'), user('a')], **CHAT_PAIR}, {'chat prompt beside whole chats': {'prompt': [system('s'), user('a')], **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}}),
     (None, {'prompt': [user('a'), assistant('b'), user('c')], **CHAT_PAIR}, {'answers of several turns that differ in the last': {'prompt': [user('a')], **{k: [assistant('b'), user('c'), *v] for k, v in CHAT_PAIR.items()}}}),
     (None, {'prompt': SKY, 'response': ' blue.'}, {'no history': {'prompt': SKY, 'response': ' blue.', 'history': []}}),
+    (None, {'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}, {'DeepSpeed-Chat': {'prompt': '\n\nHuman: q?\n\n', 'chosen': 'Assistant: a', 'rejected': 'Assistant: b'}}),
     (None, {'prompt': '', 'response': 'The sky is blue.'}, {'text': {'text': 'The sky is blue.'}}),
     ('pairs', PAIR, {
+        'CValues': {'question': 'q?', 'pos_resp': 'a', 'neg_resp': 'b'}, 'dispreferred': {'question': 'q?', 'preferred': 'a', 'dispreferred': 'b'},
         'PKU-SafeRLHF, safety': {'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1},
         'Arena, texts as in csv': {'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'},
         'Arena, content in parts': {'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}},
@@ -303,7 +305,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
         'user and assistant as columns': {'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'},
-        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
+        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': QA, 'tags': ['x']}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
     ('sft', SFT | {'prompt': ASKS}, {
         'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
@@ -346,6 +348,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
     ('Arena, table without an answer', 'pairs', [{'prompt': '["q?"]', 'response_a': '[null]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}], [], {'empty answers': 1}),
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': QA} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
+    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in (two, -1, -1.0)], [PAIR], {'tie': 2}) for one, two in ((0, 1), (1, 2))),
+    ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
+    ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
+    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
@@ -397,10 +403,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
 OF_COLUMNS = {  # what is said of a column, and (its name, a row)
     'is missing or of the wrong type': [
         ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
-        ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
+        *(('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': x}) for x in ('x', None)),
         ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
     'is missing': [
-        ('prompt', {'response': 'a'}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
+        ('prompt', {'response': 'a'}), ('prompt', {'data': ['q', 'a']}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
         ('prompt', {'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}), ('prompt', {}),
         ('content', {'prompt': 'p', 'chosen': [{'role': 'assistant'}], 'rejected': []}), ('messages', {'messages': 'hello'}),
         ('preference_strength', {'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference_strength': 'x'})],
@@ -415,7 +421,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
-        ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'yes'})],
+        ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
     'may be an answer': [
         ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
         ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
@@ -424,7 +430,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
 }
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
-    ('a message is no object', [{'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'data': ['q', 'a']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}]),
+    ('a message is no object', [{'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
@@ -437,6 +443,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
+    ("'-2' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': -2}]),
+    ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
     ("written by a chat template already, without the message in 'system'", [{'prompt': '<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n', 'chosen': 'b', 'rejected': 'c', 'system': 'Be X.'}]),
@@ -512,6 +520,7 @@ def test_columns_that_the_user_names(tmp_path):
         ('prompt=ask, response=good_answer', {'prompt': 'q?', 'response': 'a'}), ('messages=talk', MULTI),
         ('prompt=ask, response=bad_answer, label=ok', {'prompt': 'q?', 'response': 'b', 'good': False}),
         ('text=text', {'prompt': '', 'response': 'A film.'}),
+        ('question=ask, response_1=bad_answer, response_2=good_answer, winner=sure', PAIR),
     ):  # fmt: skip
         assert read(path, [row], columns=columns)[0] == [example]
     assert read(path, [row], columns='question=text', task='prompts')[0] == [{'prompt': [user('A film.')]}]
@@ -519,7 +528,7 @@ def test_columns_that_the_user_names(tmp_path):
     for columns, words in (
         ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
         ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"), ('prompt', "cannot read 'prompt'"),
-        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"rejected=NAME' \(no other is read then\)"),
+        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"messages=NAME' \(no other is read then\)"),
     ):  # fmt: skip
         assert re.search(words, refusal(write(path, [row]), columns=columns))
 
@@ -545,7 +554,7 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     message = refusal(path)
     assert message.startswith(f'{path}, line 1: ') and '--skip_bad_rows' not in message and len(message) < 600
     for words in ('none of the first 101 rows', 'layout', "'ask' (text), 'chosen' (text), 'rejected' (text)",
-                  'question, instruction', 'README', "--columns='prompt=NAME, chosen=NAME, rejected=NAME'"):  # fmt: skip
+                  'README', "--columns='prompt=NAME, chosen=NAME, rejected=NAME'", 'winner=NAME'):  # fmt: skip
         assert words in message
     assert "the reader 'imdb' is for another one; without 'imdb:' the columns decide" in refusal(f'imdb:{path}')
     for content, words in (
