@@ -112,7 +112,6 @@ def make_files():
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
     for file, split, n in ((PAIRS, 'train', 400), (HELD_OUT, 'test', 64)):
         write_rows(file, toy.pairs(split, n))
 
@@ -220,22 +219,23 @@ HALF = [*BASE, '--dtype=bfloat16']
 STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
 
 
-def short_run(name, script, *flags):
-    """Run a script for a few steps, and check that every number of its rows is finite and that it leaves a model."""
-    code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
-    if code:
-        return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
-    rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
-    finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
-    moved = all(row['grad_norm'] > 0 for row in rows)
-    shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
-    say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
-
-
 def short_runs(runs):
-    """Do short runs at the same time. runs: name -> (script, *flags)."""
+    """Run scripts at the same time, and check that every number of their rows is finite and that they leave a model.
+
+    runs: name -> (script, *flags)."""
+
+    def go(name):
+        code, text, seconds = run(*runs[name], f'--out_dir={OUT / name}')
+        if code:
+            return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
+        rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
+        finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
+        moved = all(row['grad_norm'] > 0 for row in rows)
+        shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
+        say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
+
     with ThreadPoolExecutor(at_once if gpu else 1) as pool:
-        list(pool.map(lambda name: short_run(name, *runs[name]), runs))
+        list(pool.map(go, runs))
 
 
 def every_loss():
@@ -264,13 +264,12 @@ def scripts():
 
 def resume():
     """Check torchrun, step 0, the same run again, and a run that goes on from its middle; with and without --deterministic."""
-    options = ('', '--deterministic') if gpu else ('',)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(one_resume, options))
+        list(pool.map(resume_with, ('', '--deterministic') if gpu else ('',)))
 
 
-def one_resume(option):
-    """Do the check above with one more option."""
+def resume_with(option):
+    """Check resuming with one more option of dpo.py; '': with none."""
     from safetensors.torch import load_file
 
     flags = f"""-m torch.distributed.run --nproc_per_node=1 --standalone dpo.py --loss=drdpo --n_examples=64 --batch_size=16
@@ -325,8 +324,7 @@ def memory():
         return run('-c', code, *DATA, *flags, f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}')
 
     with ThreadPoolExecutor() as pool:
-        number, auto = pool.map(go, (65536, 'auto'))
-    status, text, _ = number
+        (status, text, _), auto = pool.map(go, (65536, 'auto'))
     passed = status == 2 and 'out of memory' in text and 'Traceback' not in text
     say(passed, 'no memory left', f'exit code {status}: {text.strip()[-250:]}')
     status, text, _ = auto
@@ -338,22 +336,12 @@ def memory():
 # ---- speed ----
 
 
-def step():
-    """Measure a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
-    # Pythia-160M and 2.8B: width, inner width, layers, heads
-    say_steps([('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True)
-
-
-def checkpointing():
-    """Measure what activation checkpointing costs and saves, beside a step that keeps all activations."""
-    # Pythia-410M, and a Llama of a billion weights
-    say_steps([('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True])
-
-
 def say_steps(shapes, ways, profiled=False):
-    """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run."""
-    for (kind, *sizes), way in itertools.product(shapes, ways):
-        width, inner, layers, heads = sizes if gpu else (64, 128, 2, 4)
+    """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run.
+
+    shapes: (kind, width, inner width, layers, heads). profiled: say also where the host waits, and which kernels take the time."""
+    for (kind, *shape), way in itertools.product(shapes, ways):
+        width, inner, layers, heads = shape if gpu else (64, 128, 2, 4)
         name = f'{kind}, width {width}, checkpointing {way}'
         take, tokens = make_step(kind, way, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
                                  num_attention_heads=heads)  # fmt: skip
@@ -361,15 +349,20 @@ def say_steps(shapes, ways, profiled=False):
             say('SKIP', name, 'it runs; times, memory, waits and kernels are of a GPU')
             continue
         before = torch.cuda.memory_allocated()
-        seconds, peak = measure(take)
-        beside, held = peak - before, torch.cuda.max_memory_reserved()
-        memory = (
-            f'{peak / 1e9:.1f} GB at the peak, {beside / 1e9:.1f} beside weights and optimizer, {held / 1e9:.1f} held'
-        )
-        say('INFO', name, f'{seconds:.3f} s, {tokens} tokens, {memory}')
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(5):
+            start = time.time()
+            take()
+            torch.cuda.synchronize()
+            seconds.append(time.time() - start)
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        bytes_of = {'at the peak': peak, 'beside weights and optimizer': peak - before, 'held': held}
+        memory = ', '.join(f'{n / 1e9:.1f} GB {what}' for what, n in bytes_of.items())
+        say('INFO', name, f'{statistics.median(seconds):.3f} s, {tokens} tokens, {memory}')
         if profiled:
-            say_waits(name, take)
-            say_kernels(name, take)
+            say_waits_and_kernels(name, take)
         del take
         release()
 
@@ -403,28 +396,16 @@ def make_step(kind, checkpointing, **sizes):
     return take, batch.ids.numel()
 
 
-def measure(take):
-    """Return (seconds of a step, bytes at its peak), on a GPU."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(5):
-        start = time.time()
-        take()
-        torch.cuda.synchronize()
-        seconds.append(time.time() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated()
-
-
 def release():
     """Give back memory that no tensor holds any more."""
     gc.collect()
-    if gpu:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def say_waits(name, take):
-    """Say where the host waits for the device in a step."""
+def say_waits_and_kernels(name, take):
+    """Say where the host waits for the device in a step, and which kernels and operations take the most time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
@@ -434,11 +415,6 @@ def say_waits(name, take):
     # the gradient's norm, which decides whether the weights change
     n = where.total()
     say(n <= 2, f'host waits, {name}', f'{n}: {dict(where.most_common(6))}')
-
-
-def say_kernels(name, take):
-    """Say which kernels and operations take the most time on the device."""
-    from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         take()
@@ -463,8 +439,15 @@ def speed():
         say(code == 0, f'speed, {size}', f'{seconds:.0f} s\n{text.strip()}')
 
 
-CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss, 'scripts': scripts,
-          'memory': memory, 'step': step, 'checkpointing': checkpointing, 'speed': speed}  # fmt: skip
+CHECKS = {
+    'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss, 'scripts': scripts,
+    'memory': memory,
+    # Pythia-160M and 2.8B
+    'step': partial(say_steps, [('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True),
+    # Pythia-410M, and a Llama of a billion weights
+    'checkpointing': partial(say_steps, [('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True]),
+    'speed': speed,
+}  # fmt: skip
 
 
 def main():
