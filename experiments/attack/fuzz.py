@@ -172,19 +172,6 @@ def check_example(example, written, name):
             raise Failure(f'an answer by {messages[-1]["role"]!r}')
 
 
-def read_json(content, in_lines):
-    """Return (rows that are json, number of rows) of a file's bytes."""
-    lines = content.split(b'\n') if in_lines else [content]
-    parsed = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            parsed.append(json.loads(line.decode('utf-8-sig')))
-    if in_lines:
-        return parsed, sum(bool(line.strip()) for line in lines)
-    rows = parsed[0] if parsed and isinstance(parsed[0], list) else parsed
-    return rows, len(rows)
-
-
 def load(source, path, in_lines, options):
     """Load a file without and with skip_bad_rows. Returns (examples, left_out) of the second, or None if it is refused."""
     refused = None
@@ -214,7 +201,16 @@ def attack_file(name, content, path, index):
     in_lines = not path.endswith('.json')
     with (gzip.open if path.endswith('.gz') else open)(path, 'wb') as stream:
         stream.write(content)
-    parsed, total = read_json(content, in_lines)
+
+    # the rows that are json, and the number of all rows
+    lines, parsed = content.split(b'\n') if in_lines else [content], []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed.append(json.loads(line.decode('utf-8-sig')))
+    total = sum(bool(line.strip()) for line in lines)
+    if not in_lines:
+        parsed = parsed[0] if parsed and isinstance(parsed[0], list) else parsed
+        total = len(parsed)
     options = {'undivided': True, 'num_turns': 3 if name == 'sharegpt' else 1}
     loaded = load(f'{name}:{path}' if name else path, path, in_lines, options)
     if loaded is None:
@@ -245,28 +241,27 @@ def attack_file(name, content, path, index):
     counts[f'tokenised for {task}'] += len(found)
 
 
-def random_file(name, pool):
-    """Return (ending, content) of a file with rows of a format, most of them mutated."""
-    ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
-    changed = []
-    for _ in range(FILE_ROWS):
-        row, is_changed = random.choice(pool), random.random() < 0.8
-        changed.append(mutate(row, pool) if is_changed else row)
-        counts['mutated rows'] += is_changed
-    if ending != '.json':
-        return ending, b'\n'.join(map(write_line, changed))
-    content = json.dumps(changed).encode()
-    return ending, content if random.random() < 0.9 else content[: random.randrange(len(content))]
-
-
 began = time.process_time()
 signal.signal(signal.SIGALRM, ring)
 formats = seeds()
 folder = tempfile.mkdtemp(prefix='fuzz-')  # a case that fails stays there
 index = 0
 while counts['mutated rows'] < rows:
+    # a file with rows of a format, most of them mutated
     name = random.choice([*formats, '', ''])
-    ending, content = random_file(name, formats[name])
+    ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
+    changed = []
+    for _ in range(FILE_ROWS):
+        row, is_changed = random.choice(formats[name]), random.random() < 0.8
+        changed.append(mutate(row, formats[name]) if is_changed else row)
+        counts['mutated rows'] += is_changed
+    if ending == '.json':
+        content = json.dumps(changed).encode()
+        if random.random() >= 0.9:
+            content = content[: random.randrange(len(content))]
+    else:
+        content = b'\n'.join(map(write_line, changed))
+
     path = f'{folder}/data{index % 4}{ending}'
     case = f'format {name or "any"}, file {path}, after {dict(counts)}'
     signal.alarm(SECONDS)

@@ -66,15 +66,6 @@ def start(loss, world, out, cache):
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def kill(process):
-    """Kill a process and those below it: torchrun puts its workers into sessions of their own."""
-    parent = psutil.Process(process.pid)
-    for one in (parent, *parent.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
-            one.kill()
-    process.wait()
-
-
 def metrics(out):
     """Return the whole rows of a run's metrics.jsonl, without speeds, which differ."""
     text = (out / 'metrics.jsonl').read_text() if size(out / 'metrics.jsonl') else ''
@@ -136,7 +127,12 @@ def train_killed(loss, world, work, rng, duration):
         moment = wait_for_moment(process, work, rng, duration)
         if process.poll() is not None:
             break  # it has finished before the moment came
-        kill(process)
+        # with all processes below it, for torchrun puts its workers into sessions of their own
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                one.kill()
+        process.wait()
         done = max((row['counters/examples'] for row in metrics(out)), default=0)
         hits.append(f'{done} examples ({moment or "any moment"})')
     # it may have finished just now: another start would rightly be refused

@@ -160,15 +160,12 @@ class Grid(SimpleNamespace):
         fixed = METHODS[method] if kind == 'clean' else SEARCHES[name][2]
         return make(seed, fixed | self.setting(name, metric), self.cut, 'mixed' if kind == 'mixed' else 'all')
 
-    def tuned_names(self):
-        """Return (name, metric) of all that was tuned."""
-        noisy = [name for name in SEARCHES if not name.startswith('clean')]
-        found = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
-        return found + [(f'clean {method}', 'score') for method in self.others]
-
     def trials(self, seeds):
         """Return all trials, each once, seed by seed: a run that is stopped early has whole seeds."""
         every = {}
+        noisy = [name for name in SEARCHES if not name.startswith('clean')]
+        tuned = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
+        tuned += [(f'clean {method}', 'score') for method in self.others]
         for seed in seeds:
             trials = [make(seed, None)]
             for method in self.like:
@@ -180,7 +177,7 @@ class Grid(SimpleNamespace):
                 trials += [self.mixed(method, beta, seed) for beta in self.mixed_betas]
             for method in (*self.frontier, *self.online):
                 trials += [self.pull(method, strength, seed) for strength in self.pulls(method)]
-            trials += [self.tuned(name, metric, seed) for name, metric in self.tuned_names()]
+            trials += [self.tuned(name, metric, seed) for name, metric in tuned]
             every |= {key(trial): trial for trial in trials}
         return list(every.values())
 
