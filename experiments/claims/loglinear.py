@@ -130,24 +130,25 @@ def run(seed, flips, beta, beta_prime, lr):
     margin, h = test @ theta, beta * x @ theta
     sizes = size(h, beta_prime)
     gold, kl = exact(theta)
-    # a margin of exactly 0 is half right
-    accuracy = (margin > 0).mean() + (margin == 0).mean() / 2
-    last_share = sizes[flipped].sum() / sizes.sum()
-    found = {'accuracy': accuracy, 'gold': gold, 'kl': kl, 'h_std': h.std(), 'margin': margin.mean() / margin.std()}
-    return found | {'share': share, 'last_share': last_share}
+    return {
+        'accuracy': (margin > 0).mean() + (margin == 0).mean() / 2,  # a margin of exactly 0 is half right
+        'gold': gold, 'kl': kl, 'h_std': h.std(), 'margin': margin.mean() / margin.std(),
+        'share': share, 'last_share': sizes[flipped].sum() / sizes.sum(),
+    }  # fmt: skip
+
+
+def runs(seeds, *setting):
+    """Do a run for every seed. Returns {metric: array by seed}."""
+    found = [run(seed, *setting) for seed in seeds]
+    return {metric: np.array([numbers[metric] for numbers in found]) for metric in found[0]}
 
 
 def equal_settings(seeds):
     """Return {(method, flips, step size): {metric: array by seed}} for methods at equal beta and step size."""
     found = {}
     for (name, (beta_prime, factor)), flips, lr in itertools.product(METHODS.items(), FLIPS, STEPS):
-        runs = [run(seed, flips, BETA * factor, beta_prime, lr) for seed in seeds]
-        found[name, flips, lr] = {metric: np.array([r[metric] for r in runs]) for metric in runs[0]}
+        found[name, flips, lr] = runs(seeds, flips, BETA * factor, beta_prime, lr)
     return found
-
-
-def accuracies(seeds, *setting):
-    return np.array([run(seed, *setting)['accuracy'] for seed in seeds])
 
 
 def tuned(seeds):
@@ -157,9 +158,9 @@ def tuned(seeds):
         row, best = [f'{flips:.0%}'], []
         for name, settings in TUNED.items():
             grid = [(beta, beta_prime, lr) for (beta_prime, beta), lr in itertools.product(settings, STEPS)]
-            score = np.array([accuracies(TUNING_SEEDS, flips, *setting).mean() for setting in grid])
+            score = np.array([runs(TUNING_SEEDS, flips, *setting)['accuracy'].mean() for setting in grid])
             beta, beta_prime, lr = grid[score.argmax()]
-            best.append(accuracies(seeds, flips, beta, beta_prime, lr))
+            best.append(runs(seeds, flips, beta, beta_prime, lr)['accuracy'])
             words = f'beta {beta:g}, step {lr:g}'
             if name != 'DPO':
                 words += f", beta' {beta_prime:g}"
