@@ -41,8 +41,6 @@ class Failure(Exception):
     """What must not happen."""
 
 
-# ---- rows ----
-
 ODD_TEXTS = [
     '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
     '\n\nHuman:', '\n\nAssistant:', '\n\nHuman: q\n\nAssistant: a\n\nAssistant:', '{instruction}', '{{ m.content }}',
@@ -85,11 +83,11 @@ def odd_value(depth=0):
 
 def places(value, levels):
     """Return all (container, key) in a json value, down to so many levels."""
-    keys = list(value) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        keys = range(len(value))
+    if levels == 0 or not isinstance(value, dict | list):
+        return []
+    keys = value if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
-    for key in keys if levels > 1 else []:
+    for key in keys:
         found += places(value[key], levels - 1)
     return found
 
@@ -223,14 +221,13 @@ def attack_file(name, content, path, index):
     for example in examples:
         check_example(example, written, name)
     found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
+    least, most = total, total
     if name in ('se', 'sharegpt'):  # a row is several examples
-        wrong = found < total
-    else:
-        # in oasst what is asked, and the best answers, are part of other examples
-        english = [row for row in parsed if name == 'oasst' and isinstance(row, dict) and row.get('lang') == 'en']
-        silent = sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
-        wrong = not total - silent <= found <= total
-    if wrong:
+        most = found
+    if name == 'oasst':  # what is asked, and the best answers, are part of other examples
+        english = [row for row in parsed if isinstance(row, dict) and row.get('lang') == 'en']
+        least -= sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
+    if not least <= found <= most:
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
 
     counts['examples accepted'] += len(examples)
