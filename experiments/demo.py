@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 
-from experiments import ROOT, arguments, evaluations, read_rows
+from configurator import configure
+from experiments import ROOT, evaluations, read_rows
 from text import toy
 
 SFT, DPO = ROOT / 'out' / 'demo_sft', ROOT / 'out' / 'demo_drdpo'
@@ -20,16 +21,6 @@ def launch(*command):
     environment = os.environ | {'OMP_NUM_THREADS': '1'}  # torchrun would set it too, with a warning
     if subprocess.run(torchrun, cwd=ROOT, env=environment).returncode:
         sys.exit('the demo stopped: the lines above say why')
-
-
-def gold(answers):
-    values = [row['gold'] for row in answers]
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f'{statistics.mean(values):+.3f} (standard error {error:.3f})'
-
-
-def well_formed(answers):
-    return f'{statistics.mean(toy.well_formed(row["response"]) for row in answers):.1%}'
 
 
 def main():
@@ -49,6 +40,12 @@ def main():
             row['gold'] = toy.gold(row['prompt'], row['response'])
             answers[row['generator']].append(row)
     reference, policy = answers.values()
+    gold, well_formed = [], []
+    for rows in answers.values():
+        values = [row['gold'] for row in rows]
+        error = statistics.stdev(values) / len(values) ** 0.5
+        gold.append(f'{statistics.mean(values):+.3f} (standard error {error:.3f})')
+        well_formed.append(statistics.mean(toy.well_formed(row['response']) for row in rows))
     first = abs(check['rewards_train/chosen']), abs(check['rewards_train/rejected']), check['loss/train']
     accuracy, margin = ([row[f'rewards_eval/{name}'] for row in (before, after)] for name in ('accuracies', 'margins'))
 
@@ -58,9 +55,9 @@ def main():
         ('held-out pairs: accuracy', '{:.3f} -> {:.3f}'.format(*accuracy),
          'pairs whose chosen answer has the higher implicit reward (before: all are equal)'),
         ('held-out pairs: margin', '{:.3f} -> {:.3f}'.format(*margin), 'chosen minus rejected implicit reward'),
-        ('gold reward, reference', gold(reference), f'mean over {len(reference)} sampled answers'),
-        ('gold reward, aligned', gold(policy), f'mean over {len(policy)} sampled answers'),
-        ('well-formed answers', f'{well_formed(reference)} -> {well_formed(policy)}', 'the text must not break'),
+        ('gold reward, reference', gold[0], f'mean over {len(reference)} sampled answers'),
+        ('gold reward, aligned', gold[1], f'mean over {len(policy)} sampled answers'),
+        ('well-formed answers', '{:.1%} -> {:.1%}'.format(*well_formed), 'the text must not break'),
         ('KL(aligned || reference)', f'{after["kl_eval/samples"]:.2f} nats an answer', 'on its own samples: the price'),
     ]  # fmt: skip
     for name, value, meaning in lines:
@@ -78,5 +75,5 @@ def main():
     print(f'\nThe aligned model is a Hugging Face folder: {(DPO / "model").relative_to(ROOT)}')
 
 
-arguments(__doc__)
+configure(globals())
 main()

@@ -9,9 +9,11 @@ right, the others are too large by ten. A model of them answers as carelessly, a
 answers are right."""
 
 import random
+import sys
 from pathlib import Path
 
-from experiments import arguments, write_rows
+from configurator import configure
+from experiments import write_rows
 
 RIGHT, SLIP = 0.25, 10
 
@@ -42,4 +44,5 @@ def write(folder, seed=0):
 
 
 if __name__ == '__main__':
-    write(*arguments(__doc__) or ['out/sums'])
+    configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
+    write(*[word for word in sys.argv[1:] if not word.startswith('-')] or ['out/sums'])
