@@ -14,10 +14,11 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+
+import numpy as np
 
 from configurator import UserError, configure
 from experiments import ROOT, read_rows, run, write_rows
@@ -96,37 +97,26 @@ def toy_pairs(margins=False):
 
 # ---- what is compared ----
 
-
-class Kind(NamedTuple):
-    """A script of ours, and the trainer of TRL that does the same."""
-
-    script: str
-    trainer: str  # TRL has a NAMETrainer, and a NAMEConfig for its options
-    auto: str  # class of transformers that loads the model
-    own_options: dict  # options of this trainer alone, and what we call them
-    model: Callable  # (architecture, folder) -> the tokenizer of a model that it writes there
-    pairs: Callable  # () -> toy pairs
-    options: dict  # of both sides, in all runs
-    runs: dict  # name -> more options, and the model's architecture
-    columns: dict  # TRL's names of what is compared, and ours
-    numbers: Path  # the file of what TRL says
-
-
-KINDS = {  # max_tokens: several microbatches a step
-    'dpo': Kind(
-        script='dpo.py', trainer='DPO', auto='AutoModelForCausalLM', own_options={'beta': 'beta'}, model=toy_model, pairs=toy_pairs,
-        options={'loss': 'dpo', 'beta': 0.1} | COMMON | {'max_grad_norm': 2.5},
-        runs={
+KINDS = {
+    'dpo': SimpleNamespace(
+        script='dpo.py',
+        trainer='DPO',  # TRL has a DPOTrainer, and a DPOConfig for its options
+        auto='AutoModelForCausalLM',  # class of transformers that loads the model
+        own_options={'beta': 'beta'},  # options of this trainer alone, and what we call them
+        model=toy_model,  # (architecture, folder) -> the tokenizer of a model that it writes there
+        pairs=toy_pairs,
+        options={'loss': 'dpo', 'beta': 0.1} | COMMON | {'max_grad_norm': 2.5},  # of both sides, in all runs
+        runs={  # more options, and the model's architecture; max_tokens: several microbatches a step
             'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.02, 'max_tokens': 500},
             'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 5e-4},
         },
-        columns={
+        columns={  # TRL's names of what is compared, and ours
             'loss': 'loss/train', 'rewards/chosen': 'rewards_train/chosen', 'rewards/rejected': 'rewards_train/rejected',
             'logps/chosen': 'logps_train/chosen', 'logps/rejected': 'logps_train/rejected', 'grad_norm': 'grad_norm',
         },
-        numbers=ROOT / 'tests/parts/trl_numbers.json',
+        numbers=ROOT / 'tests/parts/trl_numbers.json',  # what TRL says
     ),
-    'reward': Kind(
+    'reward': SimpleNamespace(
         script='reward.py', trainer='Reward', auto='AutoModelForSequenceClassification',
         own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=partial(toy_pairs, margins=True), options=COMMON,
         runs={
@@ -202,22 +192,6 @@ def order(n, options):
 # ---- the comparison ----
 
 
-def agree(name, options, columns, ours, theirs, same_ids):
-    """Print the numbers of both sides, step by step. Returns whether they agree."""
-    print(f'\n{name}: {json.dumps(options)}\n')
-    print('step          ' + ''.join(f'{column:>18s}' for column in columns))
-    both = list(zip(ours, theirs, strict=False))
-    for step, (our, their) in enumerate(both, 1):
-        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
-            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
-    worst = [max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns]
-    print('largest       ' + ''.join(f'{off:18.1e}' for off in worst))
-    found = same_ids and len(ours) == len(theirs) and max(worst) <= TOLERANCE
-    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
-    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
-    return found
-
-
 def compare(kind, name, pairs, work):
     """Run both sides of one run, print their numbers. Returns (whether they agree, what the file of numbers keeps of the run)."""
     from text.tokenise import load_examples
@@ -235,7 +209,20 @@ def compare(kind, name, pairs, work):
     examples = load_examples(str(file), 'train', tok, 'pairs', undivided=True, cache=False, **lengths)
     rows = [examples[i] for i in order(len(examples), options)]
     our_ids = [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
-    agreed = agree(f'{kind.script}, {name}', options, kind.columns, ours, theirs, our_ids == their_ids)
+
+    # the numbers of both sides, step by step
+    print(f'\n{kind.script}, {name}: {json.dumps(options)}\n')
+    print('step          ' + ''.join(f'{column:>18s}' for column in kind.columns))
+    for step, (our, their) in enumerate(zip(ours, theirs, strict=False), 1):
+        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
+            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in kind.columns))
+    off = [[our[column] - their[column] for column in kind.columns] for our, their in zip(ours, theirs, strict=False)]
+    worst = np.abs(np.reshape(off, (-1, len(kind.columns)))).max(0, initial=0.0)  # NaN if one is NaN
+    print('largest       ' + ''.join(f'{x:18.1e}' for x in worst))
+    same_ids = our_ids == their_ids
+    agreed = same_ids and len(ours) == len(theirs) > 0 and worst.max() <= TOLERANCE
+    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if agreed else 'DISAGREES'
+    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
     return agreed, {'model': architecture, 'options': options, 'steps': theirs}
 
 
