@@ -48,46 +48,42 @@ def bench(*flags):
         return {row['variant']: row for row in json.loads(Path(folder, 'rows.json').read_text())['rows']}
 
 
-def ratios(rows):
-    """Return the ratios of speed that COMPARED lists, in its order."""
-    return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
-
-
 def cell(row):
     gb = row.get('peak_memory_gb_alone')
     return f'{row["pairs_per_second"]:.2f}' + (f', {gb:.1f} GB' if gb else '')
 
 
-def readme_text():
-    """Return the README's text: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
-    first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
-    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
-    text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
-    for variant, words in WORDS.items():
-        text += f'| {words} | {" | ".join(cell(rows[variant]) for rows in first.values())} |\n'
+def write_report():
+    """Print all numbers, and write the README's: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
+    rows, every_ratio = [], []
+    for name, found in sorted(numbers.items()):
+        speed = {variant: row['pairs_per_second'] for variant, row in found.items()}
+        ratios = [speed[ours] / speed[theirs] for ours, theirs in COMPARED]
+        every_ratio.append(ratios)
+        rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios)])
+    print(table(['', *WORDS, *map(' / '.join, COMPARED)], rows).rstrip())
 
+    first = {name.partition(',')[0]: found for name, found in numbers.items() if name.endswith(', batch 8, 1 threads')}
+    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
+    shown = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
+    for variant, words in WORDS.items():
+        shown += f'| {words} | {" | ".join(cell(found[variant]) for found in first.values())} |\n'
     # a name is SHAPE, batch N, M threads
     sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in numbers}, key=int))
     threads = ' and '.join(sorted({name.split()[3] for name in numbers}, key=int))
-    measured = zip(*map(ratios, numbers.values()), strict=True)
-    span = [f'{min(column):.1f} to {max(column):.1f}' for column in measured]
-    return f"""{text}
+    span = [f'{min(column):.1f} to {max(column):.1f}' for column in zip(*every_ratio, strict=True)]
+    shown += f"""
 Over all {len(numbers)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
 TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached
 reference, {span[2]} times TRL's fastest setting with a precomputed one.
 """
+    text = Path(readme).read_text()
+    start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
+    Path(readme).write_text(text[:start] + shown + text[end:])
 
 
 if report:
-    # all numbers on the screen, and the README's between its markers
-    head, rows = ['', *WORDS, *map(' / '.join, COMPARED)], []
-    for name, found in sorted(numbers.items()):
-        speeds = [cell(found[variant]) for variant in WORDS]
-        rows.append([name, *speeds, *(f'{ratio:.1f}' for ratio in ratios(found))])
-    print(table(head, rows).rstrip())
-    text = Path(readme).read_text()
-    start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
-    Path(readme).write_text(text[:start] + readme_text() + text[end:])
+    write_report()
     sys.exit()
 if not hh or not tokenizer:
     raise UserError('give --hh=FILE and --tokenizer=FOLDER')
