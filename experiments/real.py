@@ -75,12 +75,12 @@ class Clock:
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take, in order."""
         self.began, self.spoke = time.time(), 0.0
-        self.left, self.over = dict(stages), 0.0  # seconds expected of each stage to come, and of those that are over
+        self.left, self.total = dict(stages), sum(stages.values())  # without the stages that are over; of all
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
         """Begin a stage; the one before it is over."""
-        self.over += self.left.pop(self.stage, 0.0)
+        self.left.pop(self.stage, None)
         self.stage, self.share = stage, 0.0
 
     def say(self, text):
@@ -89,12 +89,11 @@ class Clock:
             self.share = int(found[1]) / int(found[2])
         self.spoke = time.time()
         passed = self.spoke - self.began
-        of_stage = self.left.get(self.stage, 0) * self.share
-        over = self.over + of_stage
+        left = sum(self.left.values()) - self.left.get(self.stage, 0) * self.share
+        over = self.total - left
         # the first minute says too little about the pace
         pace = passed / over if over > 60 else 1.0
-        left = pace * (sum(self.left.values()) - of_stage)
-        print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
+        print(f'[{minutes(passed)}, about {minutes(pace * left)} left] {text}', flush=True)
 
     def tick(self):
         """Print a line every half minute if nothing else is said."""
@@ -258,12 +257,14 @@ def load_results(out, settings):
     if not file.exists():
         return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
     results = json.loads(file.read_text())
-    there = results['settings']
-    differ = [f'{name} {there.get(name)!r} there and {value!r} here' for name, value in settings.items()
-              if there.get(name) != value]  # fmt: skip
+    differ = []
+    for name, value in settings.items():
+        if (there := results['settings'].get(name)) != value:
+            differ.append(f'{name} {there!r} there and {value!r} here')
     if differ:
-        what = f'results of other options ({", ".join(differ)})'
-        raise UserError(f'{out} holds {what}: choose another --out_dir, or delete it')
+        raise UserError(
+            f'{out} holds results of other options ({", ".join(differ)}): choose another --out_dir, or delete it'
+        )
     return results
 
 

@@ -53,17 +53,6 @@ KINDS = 'text text nested messages list object value value'.split()  # of odd va
 ACTS = 'delete rename copy insert wrap repeat replace replace'.split()  # of a mutation
 
 
-def seeds():
-    """Return format -> its rows; '' -> rows of the documented formats, which need no name."""
-    found = {}
-    for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
-        found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
-    found[''] = found.pop('any')
-    found['hh_helpful'] = found['hh_harmless'] = found['hh']
-    found['ultrafeedback_hybrid'] = found['ultrafeedback']
-    return found
-
-
 def odd_value(depth=0):
     """Return a json value that hardly any reader expects: a text, something nested, a message, or one of ODD_VALUES."""
     kind = random.choice(KINDS)
@@ -240,7 +229,14 @@ def attack_file(name, content, path, index):
 
 began = time.process_time()
 signal.signal(signal.SIGALRM, ring)
-formats = seeds()
+# format -> rows to mutate; '' -> rows of the documented formats, which need no name
+formats = {}
+for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
+    formats[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
+formats[''] = formats.pop('any')
+formats['hh_helpful'] = formats['hh_harmless'] = formats['hh']
+formats['ultrafeedback_hybrid'] = formats['ultrafeedback']
+
 folder = tempfile.mkdtemp(prefix='fuzz-')  # a case that fails stays there
 index = 0
 while counts['mutated rows'] < rows:

@@ -58,9 +58,6 @@ def judged(grid, seeds, results):
     return [(*row, word) for row, word in zip(rows, words, strict=True)]
 
 
-# ---- what is measured ----
-
-
 def above(ours, theirs):
     """Return the mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if none is."""
     x, ours = np.array(sorted(ours)).T
@@ -74,13 +71,13 @@ def above(ours, theirs):
     return float(np.mean(np.interp(at, x, ours) - np.interp(at, u, theirs)))
 
 
-class Measured:
-    """What the claims compare, ours minus theirs, for one seed at a time. results: key of a trial -> result.
+class Measured(NamedTuple):
+    """What the claims compare, ours minus theirs, for one seed at a time.
 
     A method raises KeyError where a run that it needs is missing or has failed."""
 
-    def __init__(self, grid: Grid, results):
-        self.grid, self.results = grid, results
+    grid: Grid
+    results: dict  # key of a trial -> result
 
     def value(self, trial, metric):
         """Return one metric of one trial."""

@@ -149,8 +149,6 @@ def commit():
     return head + '+' * bool(changed)
 
 
-# ---- measuring ----
-
 KNOWN = {}  # log-probs under references, of this process
 
 
@@ -213,10 +211,10 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
     prompts = [f'Review of the {places[i % len(places)]}:' for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
     answers = []
+    seeds = range((seed + 1) * 10**9, (seed + 1) * 10**9 + n_samples)
     for i in range(0, n_samples, 256):
-        some = ids[i : i + 256]
-        seeds = [(seed + 1) * 10**9 + j for j in range(i, i + len(some))]
-        answers += generate.generate(policy, tokenizer, some, seeds, max_new_tokens=40, keep_end=True)
+        batch = slice(i, i + 256)
+        answers += generate.generate(policy, tokenizer, ids[batch], seeds[batch], max_new_tokens=40, keep_end=True)
     stop = generate.stop_tokens(policy, tokenizer)
     texts = [tokenizer.decode(generate.without_end(answer, stop)) for answer in answers]
     gold = [toy.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
