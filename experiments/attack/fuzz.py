@@ -2,10 +2,9 @@
 
     python -m experiments.attack.fuzz --rows=100000 --seed=0
 
-A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and
-line. Anything else ends the run with the case that shows it, and exit code 1: another exception, ten seconds without an end, a text
-that nobody wrote, a row that nobody counted. Command lines and config files: tests/words/test_configurator.py.
-"""
+A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and line.
+Anything else ends the run with exit code 1 and the case that shows it: another exception, ten seconds without an end, a text that nobody
+wrote, a row that nobody counted."""
 
 import contextlib
 import copy

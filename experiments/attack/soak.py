@@ -2,11 +2,10 @@
 
     python -m experiments.attack.soak --kills=20 --seed=0
 
-Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
-a random time after its first step (now and then after its start) or, half of the time, at a random point of a save, sampling,
-the writing of a file or of the reference cache; and so again, until it has been killed `per_run` times; then it may finish.
-A kill is survived if the run it hit ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for
-byte but for speeds. Exit code 0 if all are."""
+Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all, a random
+time after its first step (now and then after its start) or, half of the time, at a random point of a save, of sampling, of the writing
+of a file or of the reference cache; after `per_run` kills it may finish. A kill is survived if the run ends with the metrics.jsonl,
+samples.jsonl and model of the uninterrupted one, byte for byte but for speeds. Exit code 0 if all are."""
 
 import contextlib
 import functools

@@ -8,8 +8,6 @@
 
 experiments/claims/record has what --out_dir=experiments/claims/record left there; with that docs/evidence.md is written, too. Resumable:
 every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or else in the record.
-results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py by which rule; loglinear.py is a
-command of its own.
 """
 
 import json

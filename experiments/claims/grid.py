@@ -1,8 +1,8 @@
 """Which trials experiments/claims makes. A trial is described in trial.py.
 
-Two kinds of comparison. Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the
-paper changes. Both tuned: each side has the best of twelve settings for the very metric of the claim, on a seed that is not reported; what
-is the method's own (beta', a) is in its search. The score is the gold reward minus PRICE times the KL to the SFT model.
+Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the paper changes. Both tuned:
+each side has the best of twelve settings, its own options (beta', a) included, for the very metric of the claim, on a seed that is not
+reported. The score is the gold reward minus PRICE times the KL to the SFT model.
 """
 
 import itertools

@@ -1,12 +1,11 @@
-"""The speed table: bench.py over shapes, batch sizes and threads, beside TRL and the original code's layout.
+"""The speed table: tools/bench.py over shapes, batch sizes and threads, beside TRL and the original code's layout.
 
     pip install trl==1.16.0     # beside requirements.txt, in an environment of its own
-    python -m experiments.speed.table --hh=PATH/hh_harmless.jsonl.gz --tokenizer=FOLDER [--shapes='14m 70m 70m-4k'] [--out=experiments/speed/table.json]
+    python -m experiments.speed.table --hh=PATH/hh_harmless.jsonl.gz --tokenizer=FOLDER [--shapes='14m 70m 70m-4k']
     python -m experiments.speed.table --report     # the tables of what --out holds, without measuring; writes the README's
 
-Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one
-thread, wall-clock seconds on more. Peak memory of each variant comes from a process of its own. Resumable: what stands in --out is not
-measured again.
+Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one thread,
+wall-clock seconds on more. Each peak of memory comes from a process of its own. What stands in --out is not measured again.
 """
 
 import itertools

@@ -4,10 +4,9 @@
     python -m experiments.trl.steps                         # on toy pairs, half a minute
     python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
 
-Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
-or a gradient norm by more than 1e-4. Warm-up, weight decay and truncation are switched off, and the tokenizer has a pad token:
-the two mean different things by them (experiments/LOG.md, agreement with TRL). The pairs are short enough for both.
-"""
+Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, reward, log-prob or gradient norm by more
+than 1e-4. Warm-up, weight decay and truncation are off, and the tokenizer has a pad token: the two mean different things by them
+(experiments/LOG.md, agreement with TRL)."""
 
 import importlib.metadata
 import json
@@ -33,9 +32,6 @@ COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the la
     'batch_size': 8, 'n_epochs': 2, 'n_examples': 44, 'max_length': 512, 'lr_schedule': 'constant', 'warmup_steps': 0,
     'weight_decay': 0.0, 'max_grad_norm': 1.0, 'seed': 0, 'do_first_eval': False, 'n_eval_examples': 0,
 }  # fmt: skip
-
-
-# ---- models and pairs ----
 
 
 def toy_model(architecture, folder):
@@ -95,8 +91,6 @@ def toy_pairs(margins=False):
     return pairs[:N_PAIRS]
 
 
-# ---- what is compared ----
-
 KINDS = {
     'dpo': SimpleNamespace(
         script='dpo.py',
@@ -130,9 +124,6 @@ KINDS = {
         numbers=ROOT / 'tests/parts/trl_reward_numbers.json',
     ),
 }  # fmt: skip
-
-
-# ---- the two sides ----
 
 
 def with_nanopref(kind, folder, file, out_dir, options):
@@ -187,9 +178,6 @@ def order(n, options):
 
     total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
     return [int(i) for _, index in steps(n, options['batch_size'], total, options['seed']) for i in index]
-
-
-# ---- the comparison ----
 
 
 def compare(kind, name, pairs, work):
