@@ -7,6 +7,7 @@
 It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no network. Exit code 1 where a check has failed.
 """
 
+import copy
 import gc
 import importlib.util
 import itertools
@@ -76,7 +77,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def say(word, name, text=''):
+def say(word, name, text):
     """Print a line. word: PASS, FAIL, SKIP, INFO, or whether the check has passed."""
     if not isinstance(word, str):
         word = 'PASS' if word else 'FAIL'
@@ -97,13 +98,13 @@ def random_examples(rng, words, shapes):
     return [(draw(prompt), [draw(n) for n in answers]) for prompt, *answers in shapes]
 
 
-def run(*command, limit=300):
+def run(*command):
     """Run a command of this Python from the repository's root. Returns (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
     # beside a GPU several run at the same time, and share the cores
     threads = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // at_once))} if gpu else {}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=limit)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr, time.time() - start
 
 
@@ -178,16 +179,14 @@ def attention_and_gradients(inputs, slope, examples, scaling, window, where, kin
 
 def logps_and_gradient(model, examples, where, kind, packed):
     """Return the log-probs of the examples' answers, and one gradient of all weights."""
-    copy = transformers.AutoModelForCausalLM.from_config(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    copy = copy.to(where)
-    for p in copy.parameters():  # not the rotary frequencies
+    model = copy.deepcopy(model).to(where)
+    for p in model.parameters():  # not the rotary frequencies
         p.data = p.data.to(kind)
-    attention.set_attention(copy, packed)
+    attention.set_attention(model, packed)
     batch = pack(examples, range(len(examples)), pad=not packed, device=where)
-    logps = models.response_logps(copy, batch)[0]
+    logps = models.response_logps(model, batch)[0]
     logps.backward(torch.linspace(-1, 1, len(logps)).to(where))
-    return logps, torch.cat([p.grad.flatten().float().cpu() for p in copy.parameters()])
+    return logps, torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
 
 
 def architectures():
@@ -348,7 +347,7 @@ def say_steps(shapes, ways, profiled=False):
         if not gpu:
             say('SKIP', name, 'it runs; times, memory, waits and kernels are of a GPU')
             continue
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated() / 1e9
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         seconds = []
@@ -357,9 +356,8 @@ def say_steps(shapes, ways, profiled=False):
             take()
             torch.cuda.synchronize()
             seconds.append(time.time() - start)
-        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        bytes_of = {'at the peak': peak, 'beside weights and optimizer': peak - before, 'held': held}
-        memory = ', '.join(f'{n / 1e9:.1f} GB {what}' for what, n in bytes_of.items())
+        peak, held = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
+        memory = f'{peak:.1f} GB at the peak, {peak - before:.1f} beside weights and optimizer, {held:.1f} held'
         say('INFO', name, f'{statistics.median(seconds):.3f} s, {tokens} tokens, {memory}')
         if profiled:
             say_waits_and_kernels(name, take)

@@ -28,9 +28,9 @@ def row(a, b, column, slip=0):
     return {'prompt': f'{a}+{b}=', column: str(a + b + slip)[::-1]}
 
 
-def write(folder, seed=0):
+def write(folder):
     """Write demonstrations.jsonl, prompts.jsonl and held_out.jsonl: no held-out sum is among the others."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(sums)
     held_out, known = sums[:256], sums[256:]

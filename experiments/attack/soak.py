@@ -33,9 +33,8 @@ processes = '1 2 1 2 4'  # likewise
 folder: str | None = None  # where to work; None: a temporary folder, removed if all survive
 config = configure(globals())
 
-COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
-          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
-          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+COMMON = """--batch_size=16 --n_examples=640 --save_every=48 --eval_every=144 --n_eval_examples=16 --lr=1e-3 --warmup_steps=2
+            --sample_during_eval --n_eval_model_samples=4 --max_new_tokens=8 --data_fraction=0.1 --max_length=64 --max_prompt_length=32"""
 # a moment has come when such a file, below the folder of the run, was changed just now
 MOMENTS = {'save': 'out/checkpoints/*.tmp', 'sampling': 'out/samples.jsonl', 'temporary file': 'out/*.tmp',
            'new checkpoint': 'out/checkpoints/*', 'reference': 'cache/reference-*'}  # fmt: skip
@@ -57,7 +56,7 @@ def start(loss, world, out, cache):
     command = [sys.executable]
     if world > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
-    command += ['dpo.py', *COMMON, f'--loss={loss}', f'--out_dir={out}']
+    command += ['dpo.py', *COMMON.split(), f'--loss={loss}', f'--out_dir={out}']
     if loss != 'kto':
         command.append('--cache_ref')
     environment = os.environ | {'NANOPREF_CACHE': str(cache), 'OMP_NUM_THREADS': '1'}

@@ -209,9 +209,10 @@ def plot(found, path):
     axes = figure.subplots(1, len(METHODS) - 1, sharey=True)
     for axis, name in zip(axes, list(METHODS)[1:], strict=True):
         for flips in FLIPS:
-            values = [found[name, flips, lr]['accuracy'] - found['DPO', flips, lr]['accuracy'] for lr in STEPS]
-            errors = [1.96 * v.std(ddof=1) / len(v) ** 0.5 for v in values]
-            axis.errorbar(STEPS, [v.mean() for v in values], errors, marker='.', capsize=2, label=f'{flips:.0%} flips')
+            ours, dpo = ([found[method, flips, lr]['accuracy'] for lr in STEPS] for method in (name, 'DPO'))
+            gain = np.subtract(ours, dpo)  # (step sizes, seeds)
+            errors = 1.96 * gain.std(1, ddof=1) / gain.shape[1] ** 0.5
+            axis.errorbar(STEPS, gain.mean(1), errors, marker='.', capsize=2, label=f'{flips:.0%} flips')
         axis.axhline(0, color='k', linewidth=0.6)
         axis.set(xscale='log', title=f'{name}, minus DPO', xlabel='step size')
     axes[0].set_ylabel('accuracy')

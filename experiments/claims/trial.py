@@ -190,7 +190,7 @@ def measure(trial, folder, work, n_samples):
     examples_of = partial(tokenise.load_examples, tokenizer=tokenizer, task='pairs', undivided=True, **LENGTHS)
     pairs = examples_of(str(test_file(work)), 'test')
     if options['loss'] is None:
-        tokens = np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+        tokens = torch.from_numpy(np.diff(pairs.spans[:, 1:], axis=2).reshape(-1))
         gain = columns(policy, None, pairs, None)[0] / tokens
     else:
         gain = ratios(policy, reference, pairs)

@@ -22,8 +22,7 @@ def main(out, seeds, flips):
     for rate in flips.split():
         accuracies = {}
         for method in ('dpo', 'drdpo', 'quarter'):
-            files = [results / f'{method}-{rate}-{seed}.jsonl' for seed in seeds.split()]
-            accuracies[method] = [accuracy(file) for file in files]
+            accuracies[method] = [accuracy(results / f'{method}-{rate}-{seed}.jsonl') for seed in seeds.split()]
         for ours, theirs in COMPARED:
             pairs = zip(accuracies[ours], accuracies[theirs], strict=True)
             found.append([None if None in (a, b) else a - b for a, b in pairs])

@@ -68,8 +68,8 @@ def write_report():
     for variant, words in WORDS.items():
         shown += f'| {words} | {" | ".join(cell(found[variant]) for found in first.values())} |\n'
     # a name is SHAPE, batch N, M threads
-    sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in numbers}, key=int))
-    threads = ' and '.join(sorted({name.split()[3] for name in numbers}, key=int))
+    _, _, sizes, threads, _ = zip(*(name.replace(',', '').split() for name in numbers), strict=True)
+    sizes, threads = (' and '.join(sorted(set(words), key=int)) for words in (sizes, threads))
     span = [f'{min(column):.1f} to {max(column):.1f}' for column in zip(*every_ratio, strict=True)]
     shown += f"""
 Over all {len(numbers)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from configurator import UserError, configure
-from experiments import ROOT, read_rows, run, write_rows
+from experiments import ROOT, read_rows, run, table, write_rows
 from text import toy
 
 kinds = 'dpo reward'  # what to compare
@@ -199,14 +199,14 @@ def compare(kind, name, pairs, work):
     our_ids = [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
 
     # the numbers of both sides, step by step
-    print(f'\n{kind.script}, {name}: {json.dumps(options)}\n')
-    print('step          ' + ''.join(f'{column:>18s}' for column in kind.columns))
+    rows = []
     for step, (our, their) in enumerate(zip(ours, theirs, strict=False), 1):
-        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
-            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in kind.columns))
+        for side, row in (('nanopref', our), ('TRL', their)):
+            rows.append([step, side, *(f'{row[column]:.8f}' for column in kind.columns)])
     off = [[our[column] - their[column] for column in kind.columns] for our, their in zip(ours, theirs, strict=False)]
     worst = np.abs(np.reshape(off, (-1, len(kind.columns)))).max(0, initial=0.0)  # NaN if one is NaN
-    print('largest       ' + ''.join(f'{x:18.1e}' for x in worst))
+    rows.append(['largest', 'difference', *(f'{x:.1e}' for x in worst)])
+    print(f'\n{kind.script}, {name}: {json.dumps(options)}\n\n{table(["step", "", *kind.columns], rows)}', end='')
     same_ids = our_ids == their_ids
     agreed = same_ids and len(ours) == len(theirs) > 0 and worst.max() <= TOLERANCE
     ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if agreed else 'DISAGREES'
