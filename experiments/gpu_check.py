@@ -149,7 +149,8 @@ def kernel():
     """Compare packed_attention in bfloat16 on the device with float32 on the CPU: output and gradients."""
     rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
     cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
-    cases += [(8, kv, 64, None) for kv in (4, 1)] + [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
+    cases += [(8, kv, 64, None) for kv in (4, 1)]
+    cases += [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
     for (heads, kv, width, window), name in itertools.product(cases, SHAPES):
         if name == 'long' and not (gpu and width in (64, 80)):
             continue
@@ -228,7 +229,8 @@ def short_runs(runs):
         if code:
             return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
         rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
-        finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
+        numbers = [value for row in rows for value in row.values() if not isinstance(value, str)]
+        finite = all(map(math.isfinite, numbers))
         moved = all(row['grad_norm'] > 0 for row in rows)
         shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
         say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
@@ -409,10 +411,10 @@ def say_waits_and_kernels(name, take):
         torch.cuda.set_sync_debug_mode('warn')
         take()
         torch.cuda.set_sync_debug_mode('default')
-    where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
+    waits = [warning for warning in seen if 'synchron' in str(warning.message)]
+    where = Counter(f'{Path(wait.filename).name}:{wait.lineno}' for wait in waits)
     # the gradient's norm, which decides whether the weights change
-    n = where.total()
-    say(n <= 2, f'host waits, {name}', f'{n}: {dict(where.most_common(6))}')
+    say(len(waits) <= 2, f'host waits, {name}', f'{len(waits)}: {dict(where.most_common(6))}')
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         take()

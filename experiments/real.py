@@ -227,7 +227,9 @@ def report(results):
     text += table(['', *METHODS.values()], rows)
     if 'bench' in results:
         cells = '{pairs_per_second:.2f}', '{ratio:.1f}', '{peak_memory_gb:.1f} GB'
-        rows = [[VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)] for row in results['bench']]
+        rows = []
+        for row in results['bench']:
+            rows.append([VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)])
         text += table(['a step of DPO, batch 2', 'pairs/s', 'times plain transformers', 'peak memory'], rows)
     answers = [results['answers'][name] for name in ('before', *METHODS)]
     rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
@@ -261,7 +263,8 @@ def train(run, out, method, folder, pairs, held_out):
     if not (out / method / 'model' / 'config.json').exists():
         run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = evaluations(out / method)[-1]
-    return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
+    numbers = {name: row[name] for name in MEASURED if name in row}
+    return numbers | {'cpu_seconds': used()[0] - before}
 
 
 def measure_speed(run, out, folder, pairs):

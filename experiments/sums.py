@@ -25,7 +25,8 @@ def right(prompts, responses, rows):
 
 def row(a, b, column, slip=0):
     """Return a row with the prompt a+b= and in `column` the sum plus slip, its digits reversed."""
-    return {'prompt': f'{a}+{b}=', column: str(a + b + slip)[::-1]}
+    total = str(a + b + slip)
+    return {'prompt': f'{a}+{b}=', column: total[::-1]}
 
 
 def write(folder):

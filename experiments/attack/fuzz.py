@@ -105,7 +105,8 @@ def mutate(row, pool):
         elif act == 'insert' and isinstance(container[key], str):
             text = container[key]
             at = random.randrange(len(text) + 1)
-            container[key] = text[:at] + random.choice(ODD_TEXTS) + text[at + random.randrange(3) :]
+            odd = random.choice(ODD_TEXTS)
+            container[key] = text[:at] + odd + text[at + random.randrange(3) :]
         elif act == 'wrap':
             container[key] = [container[key]]
         elif act == 'repeat' and isinstance(container, list):

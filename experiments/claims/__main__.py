@@ -59,7 +59,8 @@ def run(trials, file, work):
         for i, future in enumerate(as_completed(waiting), 1):
             result = future.result()
             append(file, json.dumps(result) + '\n')
-            what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
+            options = result['options'] or {}
+            what = ' '.join(f'{name}={value}' for name, value in options.items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
             done = f'{i:4d}/{len(left)}  seed {result["seed"]}'

@@ -57,11 +57,12 @@ def features(prompt, answers):
     """Return f of the answers to one prompt: (answers, features)."""
     words, aspects, places = list(toy.VALUES), toy.ASPECTS, list(toy.PLACES)
     place = places.index(prompt.removeprefix('Review of the ').removesuffix(':'))
+    of_place = 2 * len(words) + place * len(aspects)  # where the counts of this place's aspects begin
     out = np.zeros((len(answers), 2 * len(words) + len(places) * len(aspects)))
     for row, answer in zip(out, answers, strict=True):
         for aspect, very, word in toy._clauses(answer):
             row[words.index(word) + very * len(words)] += 1
-            row[2 * len(words) + place * len(aspects) + aspects.index(aspect)] += 1
+            row[of_place + aspects.index(aspect)] += 1
     return out
 
 
@@ -71,7 +72,8 @@ def answer_sets():
     rng, sets = random.Random('log-linear answers'), []
     for prompt in (f'Review of the {place}:' for place in toy.PLACES):
         answers = [toy.demonstration(prompt, rng) for _ in range(N_ANSWERS)]
-        sets.append((features(prompt, answers), np.array([toy.gold(prompt, y) for y in answers])))
+        gold = np.array([toy.gold(prompt, answer) for answer in answers])
+        sets.append((features(prompt, answers), gold))
     return sets
 
 
@@ -105,7 +107,8 @@ def train(x, flipped, beta, beta_prime, lr, order):
         second = 0.999 * second + 0.001 * gradient**2
         sizes = size(h, beta_prime)
         shares.append(sizes[flipped[rows]].sum() / sizes.sum())
-        theta = theta - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        scale = (second / (1 - 0.999**t)) ** 0.5 + 1e-8
+        theta = theta - lr * (first / (1 - 0.9**t)) / scale
     return theta, np.mean(shares)
 
 
@@ -126,7 +129,8 @@ def run(seed, flips, beta, beta_prime, lr):
     rng = np.random.default_rng(seed)
     flipped = rng.random(len(x)) < flips
     x = np.where(flipped[:, None], -x, x)
-    theta, share = train(x, flipped, beta, beta_prime, lr, rng.permutation(len(x)).reshape(-1, BATCH))
+    order = rng.permutation(len(x)).reshape(-1, BATCH)
+    theta, share = train(x, flipped, beta, beta_prime, lr, order)
     margin, h = test @ theta, beta * x @ theta
     sizes = size(h, beta_prime)
     gold, kl = exact(theta)

@@ -63,12 +63,14 @@ def above(ours, theirs):
     x, ours = np.array(sorted(ours)).T
     u, theirs = np.array(sorted(theirs)).T
     x, u = np.sqrt(x), np.sqrt(u)
-    low, high = max(x[0], u[0]), min(x[-1], u[-1])
+    low = max(x[0], u[0])
+    high = min(x[-1], u[-1])
     if low >= high:
         raise KeyError('the frontiers share no range of KL')
     # on straight lines, at the middles of twenty parts
     at = low + (high - low) * (np.arange(20) + 0.5) / 20
-    return float(np.mean(np.interp(at, x, ours) - np.interp(at, u, theirs)))
+    more = np.interp(at, x, ours) - np.interp(at, u, theirs)
+    return float(np.mean(more))
 
 
 class Measured(NamedTuple):

@@ -117,7 +117,8 @@ def run_trial(trial, work, n_samples):
     except UserError as error:
         result['error'] = str(error)
     shutil.rmtree(out, ignore_errors=True)
-    return result | {'seconds': round(time.time() - began, 1), 'cpu_seconds': round(time.process_time() - cpu, 1)}
+    seconds, cpu_seconds = time.time() - began, time.process_time() - cpu
+    return result | {'seconds': round(seconds, 1), 'cpu_seconds': round(cpu_seconds, 1)}
 
 
 def data_file(trial, work):

@@ -109,4 +109,5 @@ def judge(claims):
         above = min(1.0, 2 * t_tail((mean - d) / error, df))
         p_values.append((not_zero, above, t_tail((d - abs(mean)) / error, df)))
     answers = map(holm, zip(*p_values, strict=True))
-    return [word_of(differences, *answer) for (differences, _), *answer in zip(claims, *answers, strict=True)]
+    together = zip(claims, *answers, strict=True)
+    return [word_of(differences, *answer) for (differences, _), *answer in together]

@@ -84,10 +84,12 @@ def toy_reward(architecture, folder):
 
 def toy_pairs(margins=False):
     """Return the first short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
-    pairs = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120]
-    for pair in pairs if margins else []:
-        better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
-        pair['margin'] = round(max(0.0, better), 3)
+    pairs = []
+    for pair in toy.pairs('train'):
+        if len(pair['chosen']) + len(pair['rejected']) < 120:
+            chosen, rejected = (toy.gold(pair['prompt'], pair[side]) for side in ('chosen', 'rejected'))
+            margin = {'margin': round(max(0.0, chosen - rejected), 3)}
+            pairs.append(pair | margin if margins else pair)
     return pairs[:N_PAIRS]
 
 
@@ -177,7 +179,8 @@ def order(n, options):
     from data import steps
 
     total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
-    return [int(i) for _, index in steps(n, options['batch_size'], total, options['seed']) for i in index]
+    every = steps(n, options['batch_size'], total, options['seed'])
+    return [int(i) for _, index in every for i in index]
 
 
 def compare(kind, name, pairs, work):
