@@ -59,22 +59,18 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_memory_that_grows_in_place():
     """Set before torch is imported, unless the user has set one of the two names."""
-    done = python(
-        '-c',
-        """import os, sys; from runtime import guard
+    done = python('-c', """import os, sys; from runtime import guard
 names = 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'
 for name in (None, *names):
     for n in names: os.environ.pop(n, 0)
     os.environ |= {name: 'mine'} if name else {}; guard._pipe = None
     guard.watch('__main__'); assert 'torch' not in sys.modules
-    print(*map(os.environ.get, names))""",
-    )
+    print(*map(os.environ.get, names))""")  # fmt: skip
     assert done.stdout.splitlines() == ['expandable_segments:True None', 'mine None', 'None mine'], done.stderr
 
 
 @pytest.mark.parametrize('device, options, told, unused', [
-    ('cpu', {}, {}, []),
-    ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
+    ('cpu', {}, {}, []), ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
     ('cuda', {'tf32': True, 'dtype': 'bfloat16'}, {}, ['tf32']),
     ('cuda', {'tf32': True, 'deterministic': True}, {'precision': 'high', 'deterministic': True}, []),
 ])  # fmt: skip
