@@ -56,7 +56,6 @@ from runtime import ranks
 from text import toy
 
 BEGAN = time.time()
-BUDGET = 440  # no further shape is measured after so many seconds: a call ends after ten minutes
 failed = []
 MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
 # shapes of examples: tokens of the prompt, then of each answer
@@ -147,7 +146,7 @@ def versions():
 
 def kernel():
     """Compare packed_attention in bfloat16 on the device with float32 on the CPU: output and gradients."""
-    rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
+    rng, generator, found = np.random.default_rng(0), torch.Generator().manual_seed(0), []
     cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
     cases += [(8, kv, 64, None) for kv in (4, 1)]
     cases += [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
@@ -163,10 +162,9 @@ def kernel():
         for what in exact:
             # a window of one token has no gradient in queries and keys
             if exact[what].norm() > 1e-3 * slope.norm():
-                worst[what, heads, kv, width, window, name] = far(half[what], exact[what])
-    top = max(worst, key=worst.get)
-    off = worst[top]
-    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {top}; {len(worst)} compared')
+                found.append((far(half[what], exact[what]), what, heads, kv, width, window, name))
+    off, *where = max(found)
+    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {where}; {len(found)} compared')
 
 
 def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
@@ -429,7 +427,7 @@ def speed():
     if not gpu:
         flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'
     for size in sizes.split() if gpu else ['14m']:
-        if time.time() - BEGAN > BUDGET:
+        if time.time() - BEGAN > 440:  # seconds: a call ends after ten minutes
             say(False, f'speed, {size}', 'not measured: no time left')
             continue
         # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time

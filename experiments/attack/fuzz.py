@@ -30,7 +30,6 @@ config = configure(globals())
 SECONDS = 10  # after which a case hangs
 ANSWERS = 'chosen', 'rejected', 'response'
 FIELDS = {'prompt', *ANSWERS, 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
-FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
 tokenizer = toy.tokenizer()
@@ -82,7 +81,8 @@ def places(value, levels):
 
 def texts(value):
     """Return all texts in a json value."""
-    return [container[key] for container, key in places([value], 900) if isinstance(container[key], str)]
+    values = [container[key] for container, key in places([value], 900)]
+    return [value for value in values if isinstance(value, str)]
 
 
 def mutate(row, pool):
@@ -244,7 +244,7 @@ while counts['mutated rows'] < rows:
     name = random.choice([*formats, '', ''])
     ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
     changed = []
-    for _ in range(FILE_ROWS):
+    for _ in range(8):
         row, is_changed = random.choice(formats[name]), random.random() < 0.8
         changed.append(mutate(row, formats[name]) if is_changed else row)
         counts['mutated rows'] += is_changed

@@ -90,17 +90,17 @@ def make(seed, options, cut=1, data='all'):
     return trial
 
 
-def search(name):
+def search_trials(name):
     """Return the twelve trials of a search, on the seed that is not reported."""
     _, data, fixed, axes = SEARCHES[name]
     settings = itertools.product(*axes.values())
     return [make(SEARCH_SEED, fixed | dict(zip(axes, values, strict=True)), data=data) for values in settings]
 
 
-def found(name, results):
+def best_of(name, results):
     """Return {metric: {option: value}} of the best trials of a finished search. results: key of a trial -> result."""
     metrics, _, _, axes = SEARCHES[name]
-    done = [row for trial in search(name) if 'error' not in (row := results[key(trial)])]
+    done = [row for trial in search_trials(name) if 'error' not in (row := results[key(trial)])]
     best = {metric: max(done, key=partial(value, metric=metric)) for metric in metrics}
     return {metric: {option: row['options'][option] for option in axes} for metric, row in best.items()}
 

@@ -224,7 +224,7 @@ def plot(found, path):
     figure.savefig(path, dpi=80)
 
 
-def main():
+if __name__ == '__main__':
     configure(globals())
     out, seeds = Path(out_dir), range(1, n_seeds + 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,3 @@ def main():
     (out / 'loglinear.md').write_text(text.rstrip() + '\n')
     plot(found, out / 'loglinear.png')
     print(text)
-
-
-if __name__ == '__main__':
-    main()

@@ -30,7 +30,8 @@ def main(out, seeds, flips):
             rows.append([rate, *sides, interval(found[-1])])
     words = verdict.judge([(differences, 'accuracy') for differences in found])
     head = ['flips', 'ours', 'accuracy', 'theirs', 'accuracy', 'difference [95%]', 'verdict']
-    text = table(head, [[*row, word] for row, word in zip(rows, words, strict=True)])
+    lines = [[*row, word] for row, word in zip(rows, words, strict=True)]
+    text = table(head, lines)
     (Path(out) / 'table.md').write_text(text)
     print(f'{text}{out}/table.md')
 

@@ -26,7 +26,6 @@ from text import toy
 kinds = 'dpo reward'  # what to compare
 write = False  # make the numbers of tests/parts anew
 
-N_PAIRS = 32
 TOLERANCE = 1e-4
 COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the last two are the second epoch's
     'batch_size': 8, 'n_epochs': 2, 'n_examples': 44, 'max_length': 512, 'lr_schedule': 'constant', 'warmup_steps': 0,
@@ -83,14 +82,14 @@ def toy_reward(architecture, folder):
 
 
 def toy_pairs(margins=False):
-    """Return the first short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
+    """Return the first 32 short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
     pairs = []
     for pair in toy.pairs('train'):
         if len(pair['chosen']) + len(pair['rejected']) < 120:
             chosen, rejected = (toy.gold(pair['prompt'], pair[side]) for side in ('chosen', 'rejected'))
             margin = {'margin': round(max(0.0, chosen - rejected), 3)}
             pairs.append(pair | margin if margins else pair)
-    return pairs[:N_PAIRS]
+    return pairs[:32]
 
 
 KINDS = {

@@ -258,11 +258,11 @@ def test_trials_and_searches():
     trials = FULL.trials([1, 2])
     assert len({grid.key(t) for t in trials}) == len(trials) and len(trials) % 2 == 0
     assert [t['seed'] for t in trials] == sorted(t['seed'] for t in trials)
-    assert all(len(grid.search(name)) == 12 for name in grid.SEARCHES)  # the same budget for all
+    assert all(len(grid.search_trials(name)) == 12 for name in grid.SEARCHES)  # the same budget for all
 
     # a search chooses by the metric of the claim
-    rows = [dict(t, accuracy=i / 100, gold=-i / 100, kl=0.0) for i, t in enumerate(grid.search('flips drdpo'))]
-    found = grid.found('flips drdpo', {grid.key(row): row for row in rows})
+    rows = [dict(t, accuracy=i / 100, gold=-i / 100, kl=0.0) for i, t in enumerate(grid.search_trials('flips drdpo'))]
+    found = grid.best_of('flips drdpo', {grid.key(row): row for row in rows})
     assert found['accuracy'] == {'beta': 3.0, 'beta_prime': 4.0, 'lr': 1e-3}
     assert found['score'] == {'beta': 0.3, 'beta_prime': 1.0, 'lr': 1e-4}
 
