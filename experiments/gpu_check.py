@@ -82,13 +82,15 @@ def say(word, name, text):
         word = 'PASS' if word else 'FAIL'
     if word == 'FAIL':
         failed.append(name)
-    print(f'{word:4s} {time.time() - BEGAN:5.0f}s {name:36s} {text}', flush=True)
+    seconds = time.time() - BEGAN
+    print(f'{word:4s} {seconds:5.0f}s {name:36s} {text}', flush=True)
 
 
 def far(a, b):
-    """Return how far tensor a is from b: the norm of the difference, in norms of b."""
+    """Return how far tensor a is from b: the norm of the difference, in norms of b; infinity where it is not a number."""
     a, b = (x.detach().double().cpu() for x in (a, b))
-    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+    off = ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+    return math.inf if math.isnan(off) else off  # max() would pass over NaN
 
 
 def random_examples(rng, words, shapes):

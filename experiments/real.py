@@ -175,7 +175,8 @@ def write_pairs(out):
 def is_usable(row):
     """Return whether a row is a short pair of two different answers, neither of them empty."""
     answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
-    return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
+    differ = answers[0] != answers[1]
+    return all(answers) and differ and len(json.dumps(row)) <= max_characters
 
 
 def kl_to_reference(folder, reference_folder):

@@ -109,7 +109,8 @@ FULL = {
     'like': ('dpo', 'drdpo 1', 'drdpo 4', 'dpo quarter', 'cdpo', 'robust'), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3),
     'mixed_betas': (0.03, 0.1, 0.3, 1.0), 'mixed_lr': 3e-4,
     'frontier': ('dpo', 'tdpo1', 'tdpo2', 'radpo1', 'radpo2'), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3,
-    'others': ('dpo', 'kto 1:1', 'kto 1:4', 'kto 1:10', 'simpo', 'orpo'), 'online': ONLINE, 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1,
+    'others': ('dpo', 'kto 1:1', 'kto 1:4', 'kto 1:10', 'simpo', 'orpo'), 'online': ONLINE, 'kl_coefs': (0.15, 0.5, 1.5),
+    'cut': 1,  # train on 1 / cut of the examples
 }  # fmt: skip
 QUICK = FULL | {
     'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
@@ -118,9 +119,7 @@ QUICK = FULL | {
 
 
 class Grid(SimpleNamespace):
-    """The trials of a grid, by what they are for: Grid(settings=..., **FULL), or QUICK.
-
-    settings: what the searches have found, search -> metric -> {option: value}. cut: train on 1 / cut of the examples."""
+    """The trials of a grid, by what they are for: Grid(settings=search -> metric -> {option: value} found, **FULL), or QUICK."""
 
     def cells(self):
         """Return all (beta, lr) of the comparisons at equal settings."""
