@@ -48,14 +48,11 @@ def test_toy_pairs_have_gaps_of_all_sizes_and_length_earns_nothing():
     assert abs(statistics.correlation(gold, words)) < 0.03 and abs(statistics.correlation(signed, longer)) < 0.05
     assert 0.75 < statistics.mean(gap > 0 for gap in signed) < 0.9  # labels are noisy, as a judge's are
 
-
-def test_toy_prompts_matter_and_its_writers_are_imperfect():
-    pairs = list(toy.pairs('train', 2000))
+    # prompts matter, and the writers are imperfect
     scores = [[toy.gold(f'Review of the {place}:', p['chosen']) for place in toy.PLACES] for p in pairs[:500]]
     assert statistics.mean(len(set(s)) > 1 for s in scores) > 0.95
     assert statistics.mean(max(s) - min(s) for s in scores) > 0.5
-    own = [toy.gold(p['prompt'], p['chosen']) for p in pairs]
-    assert statistics.mean(own) < 0.5 < 1.5 == toy.gold('Review of the train:', ' the seat was very great .')
+    assert statistics.mean(gold[::2]) < 0.5 < 1.5 == toy.gold('Review of the train:', ' the seat was very great .')
 
 
 def test_training_pairs_of_a_kind():
@@ -69,11 +66,10 @@ def test_training_pairs_of_a_kind():
 
 # ---- the rule ----
 
-SURE = [0.0, 0.001, -0.001, 0.002, -0.002]  # a standard error of 0.0007
-
 
 def around(mean, scale=1.0):
-    return [mean + scale * x for x in SURE]
+    """Differences of five seeds, with a standard error of 0.0007 times the scale."""
+    return [mean + scale * x for x in (0.0, 0.001, -0.001, 0.002, -0.002)]
 
 
 @pytest.mark.parametrize('differences, word', [
@@ -178,12 +174,11 @@ def test_log_linear_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(loglinear, 'TUNING_SEEDS', [1000])
     loglinear.world.cache_clear()
     found = loglinear.equal_settings([1, 2])
-    clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
+    clean, dirty, short = found['DPO', 0.0, 0.1], found['DPO', 0.4, 0.1], found['DPO', 0.4, 0.003]
     assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
     assert dirty['last_share'].min() > dirty['share'].min() > 0.3
     # without flips nothing is flipped; with small steps all pairs weigh alike, and two in five are
-    few = found['DPO', 0.4, 0.003]['share']
-    assert clean['share'].max() == 0 and (abs(few - 0.4) < 0.05).all()
+    assert clean['share'].max() == 0 and (abs(short['share'] - 0.4) < 0.05).all()
     assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
     loglinear.world.cache_clear()
 

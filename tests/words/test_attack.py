@@ -64,11 +64,8 @@ def refused(script, *flags):
 
 DATA = '--data=good.jsonl', '--eval_data=good.jsonl'
 # what loads a model, and how
-LOADS = {
-    'sft.py': ['--model={}', *DATA, *SMALL],
-    'dpo.py': ['--model={}', *DATA, *SMALL],
+LOADS = {name: ['--model={}', *DATA, *SMALL] for name in ('sft.py', 'dpo.py', 'reward.py')} | {
     'dpo.py, reference': ['--model=toy', '--ref_model={}', *DATA, *SMALL],
-    'reward.py': ['--model={}', *DATA, *SMALL],
     'ppo.py': ['--model={}', '--reward_model=gold', '--batch_size=4', '--minibatch_size=4'],
     'ppo.py, reward': ['--model=toy', '--reward_model={}', '--batch_size=4', '--minibatch_size=4'],
     'sample.py': ['--model={}', '--n_examples=2'],
@@ -77,8 +74,9 @@ LOADS = {
 }
 
 
-def flags(what, model):
-    return what.partition(',')[0], *(flag.format(model) for flag in LOADS[what])
+def refused_with(what, model):
+    """The sentence of a script that loads this model folder."""
+    return refused(what.partition(',')[0], *(flag.format(model) for flag in LOADS[what]))
 
 
 def pickled(folder):
@@ -111,7 +109,7 @@ def cuts(name):
 ], ids=['truncated', 'pickle', 'code'])  # fmt: skip
 def test_scripts_and_models(model, what, change, words):
     model('reward' if what in ('label.py', 'ppo.py, reward') else 'good', change)
-    assert words in refused(*flags(what, 'model'))
+    assert words in refused_with(what, 'model')
     left = [f.name for f in Path('out').rglob('*') if f.is_file()]
     assert not Path('evil').exists() and left in ([], ['.lock'])
 
@@ -228,7 +226,7 @@ def test_an_adapter_without_its_model(folders, what):
     adapter = {'base_model_name_or_path': 'out/base', 'peft_type': 'LORA', 'r': 4, 'lora_alpha': 8}
     Path('run/adapter/adapter_config.json').write_text(json.dumps(adapter))
     Path('run/adapter/adapter_model.safetensors').touch()
-    said = refused(*flags(what, 'run/adapter'))
+    said = refused_with(what, 'run/adapter')
     assert "the model of the adapter 'run/adapter' is missing: " in said and "'out/base'" in said
 
 
