@@ -12,15 +12,6 @@ from runtime.files import replace_text
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
-def arguments(doc):
-    """Return the words of the command line, for a script without options. Given an option, print its docstring and exit."""
-    words = sys.argv[1:]
-    if any(word.startswith('-') for word in words):
-        print(doc)
-        sys.exit(0 if words in (['--help'], ['-h']) else 2)
-    return words
-
-
 def read_rows(file):
     """Return the rows of a .jsonl file."""
     return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]

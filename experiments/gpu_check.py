@@ -7,6 +7,7 @@
 It needs torch 2.11 or newer and transformers; no datasets, no tiktoken, no network. Exit code 1 where a check has failed.
 """
 
+import copy
 import gc
 import importlib.util
 import itertools
@@ -55,7 +56,6 @@ from runtime import ranks
 from text import toy
 
 BEGAN = time.time()
-BUDGET = 440  # no further shape is measured after so many seconds: a call ends after ten minutes
 failed = []
 MODEL, PAIRS, HELD_OUT = OUT / 'model', OUT / 'pairs.jsonl', OUT / 'held_out.jsonl'
 # shapes of examples: tokens of the prompt, then of each answer
@@ -76,19 +76,21 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def say(word, name, text=''):
+def say(word, name, text):
     """Print a line. word: PASS, FAIL, SKIP, INFO, or whether the check has passed."""
     if not isinstance(word, str):
         word = 'PASS' if word else 'FAIL'
     if word == 'FAIL':
         failed.append(name)
-    print(f'{word:4s} {time.time() - BEGAN:5.0f}s {name:36s} {text}', flush=True)
+    seconds = time.time() - BEGAN
+    print(f'{word:4s} {seconds:5.0f}s {name:36s} {text}', flush=True)
 
 
 def far(a, b):
-    """Return how far tensor a is from b: the norm of the difference, in norms of b."""
+    """Return how far tensor a is from b: the norm of the difference, in norms of b; infinity where it is not a number."""
     a, b = (x.detach().double().cpu() for x in (a, b))
-    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+    off = ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+    return math.inf if math.isnan(off) else off  # max() would pass over NaN
 
 
 def random_examples(rng, words, shapes):
@@ -97,13 +99,13 @@ def random_examples(rng, words, shapes):
     return [(draw(prompt), [draw(n) for n in answers]) for prompt, *answers in shapes]
 
 
-def run(*command, limit=300):
+def run(*command):
     """Run a command of this Python from the repository's root. Returns (exit code, what it has printed, seconds)."""
     start = time.time()
     command = [sys.executable, *map(str, command)]
     # beside a GPU several run at the same time, and share the cores
     threads = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // at_once))} if gpu else {}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=limit)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr, time.time() - start
 
 
@@ -112,7 +114,6 @@ def make_files():
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
     for file, split, n in ((PAIRS, 'train', 400), (HELD_OUT, 'test', 64)):
         write_rows(file, toy.pairs(split, n))
 
@@ -147,9 +148,10 @@ def versions():
 
 def kernel():
     """Compare packed_attention in bfloat16 on the device with float32 on the CPU: output and gradients."""
-    rng, generator, worst = np.random.default_rng(0), torch.Generator().manual_seed(0), {}
+    rng, generator, found = np.random.default_rng(0), torch.Generator().manual_seed(0), []
     cases = [(8, 8, width, None) for width in (32, 64, 80, 96, 128, 256)]  # heads, of keys, width, window
-    cases += [(8, kv, 64, None) for kv in (4, 1)] + [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
+    cases += [(8, kv, 64, None) for kv in (4, 1)]
+    cases += [(8, 2, 64, window) for window in (1, 2, 17, 1000)]
     for (heads, kv, width, window), name in itertools.product(cases, SHAPES):
         if name == 'long' and not (gpu and width in (64, 80)):
             continue
@@ -162,10 +164,9 @@ def kernel():
         for what in exact:
             # a window of one token has no gradient in queries and keys
             if exact[what].norm() > 1e-3 * slope.norm():
-                worst[what, heads, kv, width, window, name] = far(half[what], exact[what])
-    top = max(worst, key=worst.get)
-    off = worst[top]
-    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {top}; {len(worst)} compared')
+                found.append((far(half[what], exact[what]), what, heads, kv, width, window, name))
+    off, *where = max(found)
+    say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {where}; {len(found)} compared')
 
 
 def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
@@ -179,16 +180,14 @@ def attention_and_gradients(inputs, slope, examples, scaling, window, where, kin
 
 def logps_and_gradient(model, examples, where, kind, packed):
     """Return the log-probs of the examples' answers, and one gradient of all weights."""
-    copy = transformers.AutoModelForCausalLM.from_config(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    copy = copy.to(where)
-    for p in copy.parameters():  # not the rotary frequencies
+    model = copy.deepcopy(model).to(where)
+    for p in model.parameters():  # not the rotary frequencies
         p.data = p.data.to(kind)
-    attention.set_attention(copy, packed)
+    attention.set_attention(model, packed)
     batch = pack(examples, range(len(examples)), pad=not packed, device=where)
-    logps = models.response_logps(copy, batch)[0]
+    logps = models.response_logps(model, batch)[0]
     logps.backward(torch.linspace(-1, 1, len(logps)).to(where))
-    return logps, torch.cat([p.grad.flatten().float().cpu() for p in copy.parameters()])
+    return logps, torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
 
 
 def architectures():
@@ -220,22 +219,24 @@ HALF = [*BASE, '--dtype=bfloat16']
 STEPS = ['--n_examples=16', '--batch_size=8', '--n_eval_examples=16']
 
 
-def short_run(name, script, *flags):
-    """Run a script for a few steps, and check that every number of its rows is finite and that it leaves a model."""
-    code, text, seconds = run(script, *flags, f'--out_dir={OUT / name}')
-    if code:
-        return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
-    rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
-    finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
-    moved = all(row['grad_norm'] > 0 for row in rows)
-    shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
-    say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
-
-
 def short_runs(runs):
-    """Do short runs at the same time. runs: name -> (script, *flags)."""
+    """Run scripts at the same time, and check that every number of their rows is finite and that they leave a model.
+
+    runs: name -> (script, *flags)."""
+
+    def go(name):
+        code, text, seconds = run(*runs[name], f'--out_dir={OUT / name}')
+        if code:
+            return say(False, name, f'exit code {code}: {text.strip()[-400:]}')
+        rows = [row for row in read_rows(OUT / name / 'metrics.jsonl') if row['split'] == 'train']
+        numbers = [value for row in rows for value in row.values() if not isinstance(value, str)]
+        finite = all(map(math.isfinite, numbers))
+        moved = all(row['grad_norm'] > 0 for row in rows)
+        shown = ' '.join(f'{row.get("loss/train", math.nan):.5f}' for row in rows)
+        say(finite and moved and (OUT / name / 'model').exists(), name, f'{seconds:.0f} s, loss {shown}')
+
     with ThreadPoolExecutor(at_once if gpu else 1) as pool:
-        list(pool.map(lambda name: short_run(name, *runs[name]), runs))
+        list(pool.map(go, runs))
 
 
 def every_loss():
@@ -264,13 +265,12 @@ def scripts():
 
 def resume():
     """Check torchrun, step 0, the same run again, and a run that goes on from its middle; with and without --deterministic."""
-    options = ('', '--deterministic') if gpu else ('',)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(one_resume, options))
+        list(pool.map(resume_with, ('', '--deterministic') if gpu else ('',)))
 
 
-def one_resume(option):
-    """Do the check above with one more option."""
+def resume_with(option):
+    """Check resuming with one more option of dpo.py; '': with none."""
     from safetensors.torch import load_file
 
     flags = f"""-m torch.distributed.run --nproc_per_node=1 --standalone dpo.py --loss=drdpo --n_examples=64 --batch_size=16
@@ -325,8 +325,7 @@ def memory():
         return run('-c', code, *DATA, *flags, f'--max_tokens={tokens}', f'--out_dir={OUT}/memory_{tokens}')
 
     with ThreadPoolExecutor() as pool:
-        number, auto = pool.map(go, (65536, 'auto'))
-    status, text, _ = number
+        (status, text, _), auto = pool.map(go, (65536, 'auto'))
     passed = status == 2 and 'out of memory' in text and 'Traceback' not in text
     say(passed, 'no memory left', f'exit code {status}: {text.strip()[-250:]}')
     status, text, _ = auto
@@ -338,38 +337,32 @@ def memory():
 # ---- speed ----
 
 
-def step():
-    """Measure a step of DPO with a live reference: memory, what makes the host wait, which kernels take the time."""
-    # Pythia-160M and 2.8B: width, inner width, layers, heads
-    say_steps([('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True)
-
-
-def checkpointing():
-    """Measure what activation checkpointing costs and saves, beside a step that keeps all activations."""
-    # Pythia-410M, and a Llama of a billion weights
-    say_steps([('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True])
-
-
 def say_steps(shapes, ways, profiled=False):
-    """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run."""
-    for (kind, *sizes), way in itertools.product(shapes, ways):
-        width, inner, layers, heads = sizes if gpu else (64, 128, 2, 4)
+    """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run.
+
+    shapes: (kind, width, inner width, layers, heads). profiled: say also where the host waits, and which kernels take the time."""
+    for (kind, *shape), way in itertools.product(shapes, ways):
+        width, inner, layers, heads = shape if gpu else (64, 128, 2, 4)
         name = f'{kind}, width {width}, checkpointing {way}'
         take, tokens = make_step(kind, way, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
                                  num_attention_heads=heads)  # fmt: skip
         if not gpu:
             say('SKIP', name, 'it runs; times, memory, waits and kernels are of a GPU')
             continue
-        before = torch.cuda.memory_allocated()
-        seconds, peak = measure(take)
-        beside, held = peak - before, torch.cuda.max_memory_reserved()
-        memory = (
-            f'{peak / 1e9:.1f} GB at the peak, {beside / 1e9:.1f} beside weights and optimizer, {held / 1e9:.1f} held'
-        )
-        say('INFO', name, f'{seconds:.3f} s, {tokens} tokens, {memory}')
+        before = torch.cuda.memory_allocated() / 1e9
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(5):
+            start = time.time()
+            take()
+            torch.cuda.synchronize()
+            seconds.append(time.time() - start)
+        peak, held = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
+        memory = f'{peak:.1f} GB at the peak, {peak - before:.1f} beside weights and optimizer, {held:.1f} held'
+        say('INFO', name, f'{statistics.median(seconds):.3f} s, {tokens} tokens, {memory}')
         if profiled:
-            say_waits(name, take)
-            say_kernels(name, take)
+            say_waits_and_kernels(name, take)
         del take
         release()
 
@@ -403,42 +396,25 @@ def make_step(kind, checkpointing, **sizes):
     return take, batch.ids.numel()
 
 
-def measure(take):
-    """Return (seconds of a step, bytes at its peak), on a GPU."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(5):
-        start = time.time()
-        take()
-        torch.cuda.synchronize()
-        seconds.append(time.time() - start)
-    return statistics.median(seconds), torch.cuda.max_memory_allocated()
-
-
 def release():
     """Give back memory that no tensor holds any more."""
     gc.collect()
-    if gpu:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def say_waits(name, take):
-    """Say where the host waits for the device in a step."""
+def say_waits_and_kernels(name, take):
+    """Say where the host waits for the device in a step, and which kernels and operations take the most time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
         take()
         torch.cuda.set_sync_debug_mode('default')
-    where = Counter(f'{Path(w.filename).name}:{w.lineno}' for w in seen if 'synchron' in str(w.message))
+    waits = [warning for warning in seen if 'synchron' in str(warning.message)]
+    where = Counter(f'{Path(wait.filename).name}:{wait.lineno}' for wait in waits)
     # the gradient's norm, which decides whether the weights change
-    n = where.total()
-    say(n <= 2, f'host waits, {name}', f'{n}: {dict(where.most_common(6))}')
-
-
-def say_kernels(name, take):
-    """Say which kernels and operations take the most time on the device."""
-    from torch.profiler import ProfilerActivity, profile
+    say(len(waits) <= 2, f'host waits, {name}', f'{len(waits)}: {dict(where.most_common(6))}')
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         take()
@@ -453,7 +429,7 @@ def speed():
     if not gpu:
         flags = '--vocabulary=512 --threads=1 --n_steps=1 --batch_size=4'
     for size in sizes.split() if gpu else ['14m']:
-        if time.time() - BEGAN > BUDGET:
+        if time.time() - BEGAN > 440:  # seconds: a call ends after ten minutes
             say(False, f'speed, {size}', 'not measured: no time left')
             continue
         # 2.8B in 80 GB: half the state of AdamW, and 8,192 tokens at a time
@@ -463,8 +439,15 @@ def speed():
         say(code == 0, f'speed, {size}', f'{seconds:.0f} s\n{text.strip()}')
 
 
-CHECKS = {'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss, 'scripts': scripts,
-          'memory': memory, 'step': step, 'checkpointing': checkpointing, 'speed': speed}  # fmt: skip
+CHECKS = {
+    'versions': versions, 'kernel': kernel, 'models': architectures, 'resume': resume, 'every_loss': every_loss, 'scripts': scripts,
+    'memory': memory,
+    # Pythia-160M and 2.8B
+    'step': partial(say_steps, [('GPTNeoX', 768, 3072, 12, 12), ('GPTNeoX', 2560, 10240, 32, 32)], [False], profiled=True),
+    # Pythia-410M, and a Llama of a billion weights
+    'checkpointing': partial(say_steps, [('GPTNeoX', 1024, 4096, 24, 16), ('Llama', 2048, 8192, 16, 32)], [False, 'selective', True]),
+    'speed': speed,
+}  # fmt: skip
 
 
 def main():

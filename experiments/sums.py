@@ -9,9 +9,11 @@ right, the others are too large by ten. A model of them answers as carelessly, a
 answers are right."""
 
 import random
+import sys
 from pathlib import Path
 
-from experiments import arguments, write_rows
+from configurator import configure
+from experiments import write_rows
 
 RIGHT, SLIP = 0.25, 10
 
@@ -23,12 +25,13 @@ def right(prompts, responses, rows):
 
 def row(a, b, column, slip=0):
     """Return a row with the prompt a+b= and in `column` the sum plus slip, its digits reversed."""
-    return {'prompt': f'{a}+{b}=', column: str(a + b + slip)[::-1]}
+    total = str(a + b + slip)
+    return {'prompt': f'{a}+{b}=', column: total[::-1]}
 
 
-def write(folder, seed=0):
+def write(folder):
     """Write demonstrations.jsonl, prompts.jsonl and held_out.jsonl: no held-out sum is among the others."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(sums)
     held_out, known = sums[:256], sums[256:]
@@ -42,4 +45,5 @@ def write(folder, seed=0):
 
 
 if __name__ == '__main__':
-    write(*arguments(__doc__) or ['out/sums'])
+    configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
+    write(*[word for word in sys.argv[1:] if not word.startswith('-')] or ['out/sums'])

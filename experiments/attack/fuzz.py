@@ -2,10 +2,9 @@
 
     python -m experiments.attack.fuzz --rows=100000 --seed=0
 
-A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and
-line. Anything else ends the run with the case that shows it, and exit code 1: another exception, ten seconds without an end, a text
-that nobody wrote, a row that nobody counted. Command lines and config files: tests/words/test_configurator.py.
-"""
+A row must come out as texts whose words were in the file, be counted by reason, or be refused by a UserError that names file and line.
+Anything else ends the run with exit code 1 and the case that shows it: another exception, ten seconds without an end, a text that nobody
+wrote, a row that nobody counted."""
 
 import contextlib
 import copy
@@ -31,7 +30,6 @@ config = configure(globals())
 SECONDS = 10  # after which a case hangs
 ANSWERS = 'chosen', 'rejected', 'response'
 FIELDS = {'prompt', *ANSWERS, 'sft', 'good', 'margin', 'tools', 'turns'}  # of an example
-FILE_ROWS = 8  # rows of a file, about half of them mutated
 random.seed(seed)
 counts = Counter()
 tokenizer = toy.tokenizer()
@@ -40,8 +38,6 @@ tokenizer = toy.tokenizer()
 class Failure(Exception):
     """What must not happen."""
 
-
-# ---- rows ----
 
 ODD_TEXTS = [
     '', ' ', '\n\n', '\x00', 'a\x00b', '\ud800', 'x\udfffy', '\ud83d\ude42', '\ufeff', '\u202e', '<|endoftext|>', '</s>',
@@ -53,17 +49,6 @@ ODD_VALUES = [None, True, False, 0, -1, 2, 1.5, float('nan'), float('inf'), -flo
               {'role': 'user', 'content': ' '}, [{'role': 'tool', 'content': 'x', 'tool_calls': [1]}]]  # fmt: skip
 KINDS = 'text text nested messages list object value value'.split()  # of odd values
 ACTS = 'delete rename copy insert wrap repeat replace replace'.split()  # of a mutation
-
-
-def seeds():
-    """Return format -> its rows; '' -> rows of the documented formats, which need no name."""
-    found = {}
-    for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
-        found[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
-    found[''] = found.pop('any')
-    found['hh_helpful'] = found['hh_harmless'] = found['hh']
-    found['ultrafeedback_hybrid'] = found['ultrafeedback']
-    return found
 
 
 def odd_value(depth=0):
@@ -85,18 +70,19 @@ def odd_value(depth=0):
 
 def places(value, levels):
     """Return all (container, key) in a json value, down to so many levels."""
-    keys = list(value) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        keys = range(len(value))
+    if levels == 0 or not isinstance(value, dict | list):
+        return []
+    keys = value if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
-    for key in keys if levels > 1 else []:
+    for key in keys:
         found += places(value[key], levels - 1)
     return found
 
 
 def texts(value):
     """Return all texts in a json value."""
-    return [container[key] for container, key in places([value], 900) if isinstance(container[key], str)]
+    values = [container[key] for container, key in places([value], 900)]
+    return [value for value in values if isinstance(value, str)]
 
 
 def mutate(row, pool):
@@ -119,7 +105,8 @@ def mutate(row, pool):
         elif act == 'insert' and isinstance(container[key], str):
             text = container[key]
             at = random.randrange(len(text) + 1)
-            container[key] = text[:at] + random.choice(ODD_TEXTS) + text[at + random.randrange(3) :]
+            odd = random.choice(ODD_TEXTS)
+            container[key] = text[:at] + odd + text[at + random.randrange(3) :]
         elif act == 'wrap':
             container[key] = [container[key]]
         elif act == 'repeat' and isinstance(container, list):
@@ -172,19 +159,6 @@ def check_example(example, written, name):
             raise Failure(f'an answer by {messages[-1]["role"]!r}')
 
 
-def read_json(content, in_lines):
-    """Return (rows that are json, number of rows) of a file's bytes."""
-    lines = content.split(b'\n') if in_lines else [content]
-    parsed = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            parsed.append(json.loads(line.decode('utf-8-sig')))
-    if in_lines:
-        return parsed, sum(bool(line.strip()) for line in lines)
-    rows = parsed[0] if parsed and isinstance(parsed[0], list) else parsed
-    return rows, len(rows)
-
-
 def load(source, path, in_lines, options):
     """Load a file without and with skip_bad_rows. Returns (examples, left_out) of the second, or None if it is refused."""
     refused = None
@@ -214,7 +188,16 @@ def attack_file(name, content, path, index):
     in_lines = not path.endswith('.json')
     with (gzip.open if path.endswith('.gz') else open)(path, 'wb') as stream:
         stream.write(content)
-    parsed, total = read_json(content, in_lines)
+
+    # the rows that are json, and the number of all rows
+    lines, parsed = content.split(b'\n') if in_lines else [content], []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed.append(json.loads(line.decode('utf-8-sig')))
+    total = sum(bool(line.strip()) for line in lines)
+    if not in_lines:
+        parsed = parsed[0] if parsed and isinstance(parsed[0], list) else parsed
+        total = len(parsed)
     options = {'undivided': True, 'num_turns': 3 if name == 'sharegpt' else 1}
     loaded = load(f'{name}:{path}' if name else path, path, in_lines, options)
     if loaded is None:
@@ -227,14 +210,13 @@ def attack_file(name, content, path, index):
     for example in examples:
         check_example(example, written, name)
     found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
+    least, most = total, total
     if name in ('se', 'sharegpt'):  # a row is several examples
-        wrong = found < total
-    else:
-        # in oasst what is asked, and the best answers, are part of other examples
-        english = [row for row in parsed if name == 'oasst' and isinstance(row, dict) and row.get('lang') == 'en']
-        silent = sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
-        wrong = not total - silent <= found <= total
-    if wrong:
+        most = found
+    if name == 'oasst':  # what is asked, and the best answers, are part of other examples
+        english = [row for row in parsed if isinstance(row, dict) and row.get('lang') == 'en']
+        least -= sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
+    if not least <= found <= most:
         raise Failure(f'{total} rows, but {len(examples)} examples and {dict(left_out)}')
 
     counts['examples accepted'] += len(examples)
@@ -245,28 +227,34 @@ def attack_file(name, content, path, index):
     counts[f'tokenised for {task}'] += len(found)
 
 
-def random_file(name, pool):
-    """Return (ending, content) of a file with rows of a format, most of them mutated."""
-    ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
-    changed = []
-    for _ in range(FILE_ROWS):
-        row, is_changed = random.choice(pool), random.random() < 0.8
-        changed.append(mutate(row, pool) if is_changed else row)
-        counts['mutated rows'] += is_changed
-    if ending != '.json':
-        return ending, b'\n'.join(map(write_line, changed))
-    content = json.dumps(changed).encode()
-    return ending, content if random.random() < 0.9 else content[: random.randrange(len(content))]
-
-
 began = time.process_time()
 signal.signal(signal.SIGALRM, ring)
-formats = seeds()
+# format -> rows to mutate; '' -> rows of the documented formats, which need no name
+formats = {}
+for file in sorted((ROOT / 'tests/parts/raw').iterdir()):
+    formats[file.stem] = read_rows(file) if file.suffix == '.jsonl' else json.loads(file.read_text())
+formats[''] = formats.pop('any')
+formats['hh_helpful'] = formats['hh_harmless'] = formats['hh']
+formats['ultrafeedback_hybrid'] = formats['ultrafeedback']
+
 folder = tempfile.mkdtemp(prefix='fuzz-')  # a case that fails stays there
 index = 0
 while counts['mutated rows'] < rows:
+    # a file with rows of a format, most of them mutated
     name = random.choice([*formats, '', ''])
-    ending, content = random_file(name, formats[name])
+    ending = random.choice(['.jsonl', '.jsonl', '.jsonl', '.json', '.jsonl.gz'])
+    changed = []
+    for _ in range(8):
+        row, is_changed = random.choice(formats[name]), random.random() < 0.8
+        changed.append(mutate(row, formats[name]) if is_changed else row)
+        counts['mutated rows'] += is_changed
+    if ending == '.json':
+        content = json.dumps(changed).encode()
+        if random.random() >= 0.9:
+            content = content[: random.randrange(len(content))]
+    else:
+        content = b'\n'.join(map(write_line, changed))
+
     path = f'{folder}/data{index % 4}{ending}'
     case = f'format {name or "any"}, file {path}, after {dict(counts)}'
     signal.alarm(SECONDS)

@@ -2,11 +2,10 @@
 
     python -m experiments.attack.soak --kills=20 --seed=0
 
-Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all,
-a random time after its first step (now and then after its start) or, half of the time, at a random point of a save, sampling,
-the writing of a file or of the reference cache; and so again, until it has been killed `per_run` times; then it may finish.
-A kill is survived if the run it hit ends with the metrics.jsonl, samples.jsonl and model of the uninterrupted one, byte for
-byte but for speeds. Exit code 0 if all are."""
+Every case is trained once without interruption. Then the same command is run in another folder and killed, processes and all, a random
+time after its first step (now and then after its start) or, half of the time, at a random point of a save, of sampling, of the writing
+of a file or of the reference cache; after `per_run` kills it may finish. A kill is survived if the run ends with the metrics.jsonl,
+samples.jsonl and model of the uninterrupted one, byte for byte but for speeds. Exit code 0 if all are."""
 
 import contextlib
 import functools
@@ -34,9 +33,8 @@ processes = '1 2 1 2 4'  # likewise
 folder: str | None = None  # where to work; None: a temporary folder, removed if all survive
 config = configure(globals())
 
-COMMON = ['--batch_size=16', '--n_examples=640', '--save_every=48', '--eval_every=144', '--n_eval_examples=16', '--lr=1e-3',
-          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.1',
-          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
+COMMON = """--batch_size=16 --n_examples=640 --save_every=48 --eval_every=144 --n_eval_examples=16 --lr=1e-3 --warmup_steps=2
+            --sample_during_eval --n_eval_model_samples=4 --max_new_tokens=8 --data_fraction=0.1 --max_length=64 --max_prompt_length=32"""
 # a moment has come when such a file, below the folder of the run, was changed just now
 MOMENTS = {'save': 'out/checkpoints/*.tmp', 'sampling': 'out/samples.jsonl', 'temporary file': 'out/*.tmp',
            'new checkpoint': 'out/checkpoints/*', 'reference': 'cache/reference-*'}  # fmt: skip
@@ -58,21 +56,12 @@ def start(loss, world, out, cache):
     command = [sys.executable]
     if world > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
-    command += ['dpo.py', *COMMON, f'--loss={loss}', f'--out_dir={out}']
+    command += ['dpo.py', *COMMON.split(), f'--loss={loss}', f'--out_dir={out}']
     if loss != 'kto':
         command.append('--cache_ref')
     environment = os.environ | {'NANOPREF_CACHE': str(cache), 'OMP_NUM_THREADS': '1'}
     with open(out.parent / f'{out.name}.txt', 'a') as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def kill(process):
-    """Kill a process and those below it: torchrun puts its workers into sessions of their own."""
-    parent = psutil.Process(process.pid)
-    for one in (parent, *parent.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
-            one.kill()
-    process.wait()
 
 
 def metrics(out):
@@ -136,7 +125,12 @@ def train_killed(loss, world, work, rng, duration):
         moment = wait_for_moment(process, work, rng, duration)
         if process.poll() is not None:
             break  # it has finished before the moment came
-        kill(process)
+        # with all processes below it, for torchrun puts its workers into sessions of their own
+        parent = psutil.Process(process.pid)
+        for one in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                one.kill()
+        process.wait()
         done = max((row['counters/examples'] for row in metrics(out)), default=0)
         hits.append(f'{done} examples ({moment or "any moment"})')
     # it may have finished just now: another start would rightly be refused

@@ -8,22 +8,23 @@
 
 experiments/claims/record has what --out_dir=experiments/claims/record left there; with that docs/evidence.md is written, too. Resumable:
 every finished trial is a line of results.jsonl, and is not made again. Settings are those of settings.json, here or else in the record.
-results.md has the verdicts and tables. grid.py says which trials, rules.py which claims, verdict.py by which rule; loglinear.py is a
-command of its own.
 """
 
 import json
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError, configure
 from experiments import ROOT
-from experiments.claims import grid as claims_grid
-from experiments.claims import report as claims_report
-from experiments.claims import trial as claims_run
+from experiments.claims.grid import FULL, QUICK, SEARCH_SEED, SEARCHES, Grid, best_of, key, search_trials
+from experiments.claims.report import write, write_page
+from experiments.claims.trial import run_trial, train_reference
+from runtime.files import append
 
 seeds = '1 2 3 4 5'  # of the SFT model, the pairs, their order, the flips and the samples; 0 is the search's
 quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
@@ -42,36 +43,32 @@ def read_results(file):
     if lines and not lines[-1].endswith('\n'):
         file.write_text(''.join(lines[:-1]))
         lines.pop()
-    return {claims_grid.key(row): row for row in map(json.loads, lines)}
+    return {key(row): row for row in map(json.loads, lines)}
 
 
 def run(trials, file, work):
     """Run the trials that are not in the file yet, several side by side, and append each result when it is there."""
     results = read_results(file)
-    left = [trial for trial in trials if results.get(claims_grid.key(trial), {}).get('n_samples') != n_samples]
+    left = [trial for trial in trials if results.get(key(trial), {}).get('n_samples') != n_samples]
     print(f'{len(trials)} trials, {len(trials) - len(left)} of them done already: {file}', flush=True)
     if not left:
         return
     began = time.time()
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(workers, context) as pool, file.open('a') as stream:
-        references = [pool.submit(claims_run.train_reference, work, seed) for seed in sorted({t['seed'] for t in left})]
-        for reference in references:
-            reference.result()
-        waiting = [pool.submit(claims_run.run_trial, trial, work, n_samples) for trial in left]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        list(pool.map(partial(train_reference, work), sorted({trial['seed'] for trial in left})))
+        waiting = [pool.submit(run_trial, trial, work, n_samples) for trial in left]
         for i, future in enumerate(as_completed(waiting), 1):
             result = future.result()
-            stream.write(json.dumps(result) + '\n')
-            stream.flush()
-            what = ' '.join(f'{k}={v}' for k, v in (result['options'] or {}).items())
+            append(file, json.dumps(result) + '\n')
+            options = result['options'] or {}
+            what = ' '.join(f'{name}={value}' for name, value in options.items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
             done = f'{i:4d}/{len(left)}  seed {result["seed"]}'
             print(f'{done}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
 
 
-def main():
-    global seeds, n_samples
+if __name__ == '__main__':
     config = configure(globals())
     if quick:
         seeds = '1 2 3' if config.origin['seeds'] == 'default' else seeds
@@ -79,8 +76,8 @@ def main():
     chosen = [int(word) for word in seeds.split() if word.isdecimal()]
     if not chosen or len(set(chosen)) < len(seeds.split()):
         raise UserError(f"seeds must be different whole numbers, such as '1 2 3', not {seeds!r}")
-    if claims_grid.SEARCH_SEED in chosen and not search:
-        raise UserError(f'seed {claims_grid.SEARCH_SEED} has chosen the settings: report others')
+    if SEARCH_SEED in chosen and not search:
+        raise UserError(f'seed {SEARCH_SEED} has chosen the settings: report others')
     out = Path(out_dir or f'out/claims{"_quick" if quick else ""}').resolve()
     work = out / 'work'  # the SFT model, the pairs, the cache of tokens
     work.mkdir(parents=True, exist_ok=True)
@@ -89,20 +86,18 @@ def main():
     settings, results = out / 'settings.json', out / 'results.jsonl'
     if search:
         config.report_unused(['seeds', 'quick', 'report'], 'the search has one seed and one size')
-        run([trial for name in claims_grid.SEARCHES for trial in claims_grid.search(name)], out / 'search.jsonl', work)
+        trials = [trial for name in SEARCHES for trial in search_trials(name)]
+        run(trials, out / 'search.jsonl', work)
         rows = read_results(out / 'search.jsonl')
-        found = {name: claims_grid.found(name, rows) for name in claims_grid.SEARCHES}
+        found = {name: best_of(name, rows) for name in SEARCHES}
         settings.write_text(json.dumps(found, indent=1) + '\n')
-        return print(f'{settings}:\n{settings.read_text()}')
+        print(f'{settings}:\n{settings.read_text()}')
+        sys.exit()
     found = settings if settings.exists() else RECORD / 'settings.json'
-    axes = claims_grid.QUICK if quick else claims_grid.FULL
-    grid = claims_grid.Grid(settings=json.loads(found.read_text()), **axes)
+    axes = QUICK if quick else FULL
+    grid = Grid(settings=json.loads(found.read_text()), **axes)
     if not report:
         run(grid.trials(chosen), results, work)
-    claims_report.write(grid, chosen, read_results(results), out)
+    write(grid, chosen, read_results(results), out)
     if out == RECORD and not quick:
-        claims_report.write_page(out, ROOT / 'docs/evidence.md')
-
-
-if __name__ == '__main__':
-    main()
+        write_page(out, ROOT / 'docs/evidence.md')

@@ -1,8 +1,8 @@
 """Which trials experiments/claims makes. A trial is described in trial.py.
 
-Two kinds of comparison. Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the
-paper changes. Both tuned: each side has the best of twelve settings for the very metric of the claim, on a seed that is not reported; what
-is the method's own (beta', a) is in its search. The score is the gold reward minus PRICE times the KL to the SFT model.
+Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the paper changes. Both tuned:
+each side has the best of twelve settings, its own options (beta', a) included, for the very metric of the claim, on a seed that is not
+reported. The score is the gold reward minus PRICE times the KL to the SFT model.
 """
 
 import itertools
@@ -90,17 +90,17 @@ def make(seed, options, cut=1, data='all'):
     return trial
 
 
-def search(name):
+def search_trials(name):
     """Return the twelve trials of a search, on the seed that is not reported."""
     _, data, fixed, axes = SEARCHES[name]
     settings = itertools.product(*axes.values())
     return [make(SEARCH_SEED, fixed | dict(zip(axes, values, strict=True)), data=data) for values in settings]
 
 
-def found(name, results):
+def best_of(name, results):
     """Return {metric: {option: value}} of the best trials of a finished search. results: key of a trial -> result."""
     metrics, _, _, axes = SEARCHES[name]
-    done = [row for trial in search(name) if 'error' not in (row := results[key(trial)])]
+    done = [row for trial in search_trials(name) if 'error' not in (row := results[key(trial)])]
     best = {metric: max(done, key=partial(value, metric=metric)) for metric in metrics}
     return {metric: {option: row['options'][option] for option in axes} for metric, row in best.items()}
 
@@ -109,7 +109,8 @@ FULL = {
     'like': ('dpo', 'drdpo 1', 'drdpo 4', 'dpo quarter', 'cdpo', 'robust'), 'like_betas': (0.1, 1.0), 'like_lrs': (1e-4, 3e-4, 1e-3),
     'mixed_betas': (0.03, 0.1, 0.3, 1.0), 'mixed_lr': 3e-4,
     'frontier': ('dpo', 'tdpo1', 'tdpo2', 'radpo1', 'radpo2'), 'frontier_betas': (0.5, 1.0, 4.0), 'frontier_lr': 1e-3,
-    'others': ('dpo', 'kto 1:1', 'kto 1:4', 'kto 1:10', 'simpo', 'orpo'), 'online': ONLINE, 'kl_coefs': (0.15, 0.5, 1.5), 'cut': 1,
+    'others': ('dpo', 'kto 1:1', 'kto 1:4', 'kto 1:10', 'simpo', 'orpo'), 'online': ONLINE, 'kl_coefs': (0.15, 0.5, 1.5),
+    'cut': 1,  # train on 1 / cut of the examples
 }  # fmt: skip
 QUICK = FULL | {
     'like': ('dpo', 'drdpo 1'), 'like_betas': (0.1,), 'like_lrs': (1e-3,), 'mixed_betas': (0.1, 1.0),
@@ -118,9 +119,7 @@ QUICK = FULL | {
 
 
 class Grid(SimpleNamespace):
-    """The trials of a grid, by what they are for: Grid(settings=..., **FULL), or QUICK.
-
-    settings: what the searches have found, search -> metric -> {option: value}. cut: train on 1 / cut of the examples."""
+    """The trials of a grid, by what they are for: Grid(settings=search -> metric -> {option: value} found, **FULL), or QUICK."""
 
     def cells(self):
         """Return all (beta, lr) of the comparisons at equal settings."""
@@ -160,15 +159,12 @@ class Grid(SimpleNamespace):
         fixed = METHODS[method] if kind == 'clean' else SEARCHES[name][2]
         return make(seed, fixed | self.setting(name, metric), self.cut, 'mixed' if kind == 'mixed' else 'all')
 
-    def tuned_names(self):
-        """Return (name, metric) of all that was tuned."""
-        noisy = [name for name in SEARCHES if not name.startswith('clean')]
-        found = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
-        return found + [(f'clean {method}', 'score') for method in self.others]
-
     def trials(self, seeds):
         """Return all trials, each once, seed by seed: a run that is stopped early has whole seeds."""
         every = {}
+        noisy = [name for name in SEARCHES if not name.startswith('clean')]
+        tuned = [(name, metric) for name in noisy for metric in SEARCHES[name][0]]
+        tuned += [(f'clean {method}', 'score') for method in self.others]
         for seed in seeds:
             trials = [make(seed, None)]
             for method in self.like:
@@ -180,7 +176,7 @@ class Grid(SimpleNamespace):
                 trials += [self.mixed(method, beta, seed) for beta in self.mixed_betas]
             for method in (*self.frontier, *self.online):
                 trials += [self.pull(method, strength, seed) for strength in self.pulls(method)]
-            trials += [self.tuned(name, metric, seed) for name, metric in self.tuned_names()]
+            trials += [self.tuned(name, metric, seed) for name, metric in tuned]
             every |= {key(trial): trial for trial in trials}
         return list(every.values())
 

@@ -57,11 +57,12 @@ def features(prompt, answers):
     """Return f of the answers to one prompt: (answers, features)."""
     words, aspects, places = list(toy.VALUES), toy.ASPECTS, list(toy.PLACES)
     place = places.index(prompt.removeprefix('Review of the ').removesuffix(':'))
+    of_place = 2 * len(words) + place * len(aspects)  # where the counts of this place's aspects begin
     out = np.zeros((len(answers), 2 * len(words) + len(places) * len(aspects)))
     for row, answer in zip(out, answers, strict=True):
         for aspect, very, word in toy._clauses(answer):
             row[words.index(word) + very * len(words)] += 1
-            row[2 * len(words) + place * len(aspects) + aspects.index(aspect)] += 1
+            row[of_place + aspects.index(aspect)] += 1
     return out
 
 
@@ -71,7 +72,8 @@ def answer_sets():
     rng, sets = random.Random('log-linear answers'), []
     for prompt in (f'Review of the {place}:' for place in toy.PLACES):
         answers = [toy.demonstration(prompt, rng) for _ in range(N_ANSWERS)]
-        sets.append((features(prompt, answers), np.array([toy.gold(prompt, y) for y in answers])))
+        gold = np.array([toy.gold(prompt, answer) for answer in answers])
+        sets.append((features(prompt, answers), gold))
     return sets
 
 
@@ -105,7 +107,8 @@ def train(x, flipped, beta, beta_prime, lr, order):
         second = 0.999 * second + 0.001 * gradient**2
         sizes = size(h, beta_prime)
         shares.append(sizes[flipped[rows]].sum() / sizes.sum())
-        theta = theta - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        scale = (second / (1 - 0.999**t)) ** 0.5 + 1e-8
+        theta = theta - lr * (first / (1 - 0.9**t)) / scale
     return theta, np.mean(shares)
 
 
@@ -126,28 +129,30 @@ def run(seed, flips, beta, beta_prime, lr):
     rng = np.random.default_rng(seed)
     flipped = rng.random(len(x)) < flips
     x = np.where(flipped[:, None], -x, x)
-    theta, share = train(x, flipped, beta, beta_prime, lr, rng.permutation(len(x)).reshape(-1, BATCH))
+    order = rng.permutation(len(x)).reshape(-1, BATCH)
+    theta, share = train(x, flipped, beta, beta_prime, lr, order)
     margin, h = test @ theta, beta * x @ theta
     sizes = size(h, beta_prime)
     gold, kl = exact(theta)
-    # a margin of exactly 0 is half right
-    accuracy = (margin > 0).mean() + (margin == 0).mean() / 2
-    last_share = sizes[flipped].sum() / sizes.sum()
-    found = {'accuracy': accuracy, 'gold': gold, 'kl': kl, 'h_std': h.std(), 'margin': margin.mean() / margin.std()}
-    return found | {'share': share, 'last_share': last_share}
+    return {
+        'accuracy': (margin > 0).mean() + (margin == 0).mean() / 2,  # a margin of exactly 0 is half right
+        'gold': gold, 'kl': kl, 'h_std': h.std(), 'margin': margin.mean() / margin.std(),
+        'share': share, 'last_share': sizes[flipped].sum() / sizes.sum(),
+    }  # fmt: skip
+
+
+def runs(seeds, *setting):
+    """Do a run for every seed. Returns {metric: array by seed}."""
+    found = [run(seed, *setting) for seed in seeds]
+    return {metric: np.array([numbers[metric] for numbers in found]) for metric in found[0]}
 
 
 def equal_settings(seeds):
     """Return {(method, flips, step size): {metric: array by seed}} for methods at equal beta and step size."""
     found = {}
     for (name, (beta_prime, factor)), flips, lr in itertools.product(METHODS.items(), FLIPS, STEPS):
-        runs = [run(seed, flips, BETA * factor, beta_prime, lr) for seed in seeds]
-        found[name, flips, lr] = {metric: np.array([r[metric] for r in runs]) for metric in runs[0]}
+        found[name, flips, lr] = runs(seeds, flips, BETA * factor, beta_prime, lr)
     return found
-
-
-def accuracies(seeds, *setting):
-    return np.array([run(seed, *setting)['accuracy'] for seed in seeds])
 
 
 def tuned(seeds):
@@ -157,9 +162,9 @@ def tuned(seeds):
         row, best = [f'{flips:.0%}'], []
         for name, settings in TUNED.items():
             grid = [(beta, beta_prime, lr) for (beta_prime, beta), lr in itertools.product(settings, STEPS)]
-            score = np.array([accuracies(TUNING_SEEDS, flips, *setting).mean() for setting in grid])
+            score = np.array([runs(TUNING_SEEDS, flips, *setting)['accuracy'].mean() for setting in grid])
             beta, beta_prime, lr = grid[score.argmax()]
-            best.append(accuracies(seeds, flips, beta, beta_prime, lr))
+            best.append(runs(seeds, flips, beta, beta_prime, lr)['accuracy'])
             words = f'beta {beta:g}, step {lr:g}'
             if name != 'DPO':
                 words += f", beta' {beta_prime:g}"
@@ -208,9 +213,10 @@ def plot(found, path):
     axes = figure.subplots(1, len(METHODS) - 1, sharey=True)
     for axis, name in zip(axes, list(METHODS)[1:], strict=True):
         for flips in FLIPS:
-            values = [found[name, flips, lr]['accuracy'] - found['DPO', flips, lr]['accuracy'] for lr in STEPS]
-            errors = [1.96 * v.std(ddof=1) / len(v) ** 0.5 for v in values]
-            axis.errorbar(STEPS, [v.mean() for v in values], errors, marker='.', capsize=2, label=f'{flips:.0%} flips')
+            ours, dpo = ([found[method, flips, lr]['accuracy'] for lr in STEPS] for method in (name, 'DPO'))
+            gain = np.subtract(ours, dpo)  # (step sizes, seeds)
+            errors = 1.96 * gain.std(1, ddof=1) / gain.shape[1] ** 0.5
+            axis.errorbar(STEPS, gain.mean(1), errors, marker='.', capsize=2, label=f'{flips:.0%} flips')
         axis.axhline(0, color='k', linewidth=0.6)
         axis.set(xscale='log', title=f'{name}, minus DPO', xlabel='step size')
     axes[0].set_ylabel('accuracy')
@@ -218,7 +224,7 @@ def plot(found, path):
     figure.savefig(path, dpi=80)
 
 
-def main():
+if __name__ == '__main__':
     configure(globals())
     out, seeds = Path(out_dir), range(1, n_seeds + 1)
     out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +233,3 @@ def main():
     (out / 'loglinear.md').write_text(text.rstrip() + '\n')
     plot(found, out / 'loglinear.png')
     print(text)
-
-
-if __name__ == '__main__':
-    main()

@@ -32,7 +32,8 @@ def verdict_tables(rows):
     for claim, found, word in rows:
         shown = f'**{word}**' if word in (HOLDS, CONTRARY) else word
         kind = TUNED if claim.settings.startswith('tuned') else EQUAL
-        lines[kind].append([claim.words, claim.measured, claim.settings, interval(found), SMALLEST[claim.unit], shown])
+        of_claim = [claim.words, claim.measured, claim.settings]
+        lines[kind].append([*of_claim, interval(found), SMALLEST[claim.unit], shown])
     head = ['claim', 'measured', 'settings', 'difference [95%]', 'd', 'verdict']
     return ''.join(f'{title}\n\n{table(head, part)}' for title, part in lines.items() if part)
 
@@ -54,7 +55,8 @@ def number_table(trials, results):
         words = ', '.join(filter(None, [words, failed and f'{failed} failed', missing and f'{missing} missing']))
         cells = []
         for metric in METRICS:
-            cells.append(mean_and_error([value(row, metric) for row in done if metric == 'score' or metric in row]))
+            measured = [row for row in done if metric == 'score' or metric in row]
+            cells.append(mean_and_error([value(row, metric) for row in measured]))
         rows.append([loss, words, *cells])
     return table(['loss', 'setting', *METRICS], sorted(rows))
 

@@ -1,6 +1,7 @@
 """What papers claim, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -32,14 +33,11 @@ WHERE = {'flips': f'{MOST:.0%} flips', 'mixed': 'pairs of mixed gap', 'clean': '
 
 
 class Claim(NamedTuple):
-    """One claim: the paper's words in ours, what is measured, the settings of both sides, difference(seed) -> float or KeyError where a run
-    is missing or has failed, and its unit (a key of verdict.SMALLEST)."""
-
-    words: str
+    words: str  # the paper's claim, in ours
     measured: str
-    settings: str
-    difference: object
-    unit: str
+    settings: str  # of both sides
+    difference: Callable  # (seed) -> float; KeyError where a run is missing or has failed
+    unit: str  # a key of verdict.SMALLEST
 
 
 def judged(grid, seeds, results):
@@ -60,29 +58,28 @@ def judged(grid, seeds, results):
     return [(*row, word) for row, word in zip(rows, words, strict=True)]
 
 
-# ---- what is measured ----
-
-
 def above(ours, theirs):
     """Return the mean difference of two frontiers, lists of (KL, gold), over the sqrt(KL) that both reach. KeyError if none is."""
     x, ours = np.array(sorted(ours)).T
     u, theirs = np.array(sorted(theirs)).T
     x, u = np.sqrt(x), np.sqrt(u)
-    low, high = max(x[0], u[0]), min(x[-1], u[-1])
+    low = max(x[0], u[0])
+    high = min(x[-1], u[-1])
     if low >= high:
         raise KeyError('the frontiers share no range of KL')
     # on straight lines, at the middles of twenty parts
     at = low + (high - low) * (np.arange(20) + 0.5) / 20
-    return float(np.mean(np.interp(at, x, ours) - np.interp(at, u, theirs)))
+    more = np.interp(at, x, ours) - np.interp(at, u, theirs)
+    return float(np.mean(more))
 
 
-class Measured:
-    """What the claims compare, ours minus theirs, for one seed at a time. results: key of a trial -> result.
+class Measured(NamedTuple):
+    """What the claims compare, ours minus theirs, for one seed at a time.
 
     A method raises KeyError where a run that it needs is missing or has failed."""
 
-    def __init__(self, grid: Grid, results):
-        self.grid, self.results = grid, results
+    grid: Grid
+    results: dict  # key of a trial -> result
 
     def value(self, trial, metric):
         """Return one metric of one trial."""
@@ -136,11 +133,6 @@ class Measured:
         return self.value(a, metric) - self.value(b, metric)
 
 
-def narrowness(numbers):
-    """Return the negative of their range."""
-    return min(numbers) - max(numbers)
-
-
 def listed(numbers):
     return ', '.join(f'{x:g}' for x in numbers)
 
@@ -170,7 +162,8 @@ def claims(grid: Grid, results):
     settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
     what = 'largest minus smallest score over beta, mixed gap'
-    yield Claim(words, what, settings, partial(measured.mixed, narrowness), 'score')
+    narrowness = partial(measured.mixed, lambda scores: min(scores) - max(scores))
+    yield Claim(words, what, settings, narrowness, 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
     yield Claim(words, 'score, mean over beta', settings, partial(measured.mixed, statistics.mean), 'score')
 
@@ -189,19 +182,13 @@ def claims(grid: Grid, results):
 
     # both sides tuned for the metric of the claim
     for ours, theirs, metric, paper in TUNED:
-        words, settings = tuned_words(grid, ours, theirs, metric)
-        difference = partial(measured.gain, ours, theirs, metric)
-        yield Claim(f'{words} ({paper})', metric, settings, difference, metric)
-
-
-def tuned_words(grid, ours, theirs, metric):
-    """Return (words, settings) of a claim about two tuned methods."""
-    found, against = (settings_of(grid.setting(name, metric)) for name in (ours, theirs))
-    kind, method = ours.split(maxsplit=1)
-    other = theirs.split(maxsplit=1)[1]
-    settings, how = f'tuned for {metric}: {found}; against {against}', ', both tuned'
-    # the other shares of good answers have the settings that KTO 1:1 has found: that share alone is changed
-    if other.startswith('kto'):
-        settings, how = f'equal: {found}, tuned for {name_of(other)}', ''
-    better = 'more accurate' if metric == 'accuracy' else 'better'
-    return f'{name_of(method)} is {better} than {name_of(other)}{how}, {WHERE[kind]}', settings
+        found, against = (settings_of(grid.setting(name, metric)) for name in (ours, theirs))
+        kind, method = ours.split(maxsplit=1)
+        other = theirs.split(maxsplit=1)[1]
+        settings, how = f'tuned for {metric}: {found}; against {against}', ', both tuned'
+        # the other shares of good answers have the settings that KTO 1:1 has found: that share alone is changed
+        if other.startswith('kto'):
+            settings, how = f'equal: {found}, tuned for {name_of(other)}', ''
+        better = 'more accurate' if metric == 'accuracy' else 'better'
+        words = f'{name_of(method)} is {better} than {name_of(other)}{how}, {WHERE[kind]} ({paper})'
+        yield Claim(words, metric, settings, partial(measured.gain, ours, theirs, metric), metric)

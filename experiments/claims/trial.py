@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from functools import lru_cache, partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -68,8 +67,9 @@ def held_out_pairs():
             yield pair if g > 0 else pair | {'chosen': pair['rejected'], 'rejected': pair['chosen']}
 
 
-def write_pairs(file, make, *args):
-    """Write the rows of make(*args) as a .jsonl file, unless it exists. Returns the file."""
+def write_pairs(work, name, make, *args):
+    """Write the rows of make(*args) as data/NAME.jsonl, unless it exists. Returns the file."""
+    file = work / 'data' / f'{name}.jsonl'
     if not file.exists():
         part = file.with_suffix(f'.{os.getpid()}')  # another process may be at it, too
         write_rows(part, make(*args))
@@ -87,7 +87,7 @@ def train(script, out, options):
 
 def reference_of(work, seed):
     """Return the folder of the SFT model that every trial of a seed starts from."""
-    return Path(work) / f'sft-{seed}' / 'model'
+    return work / f'sft-{seed}' / 'model'
 
 
 def train_reference(work, seed):
@@ -96,7 +96,7 @@ def train_reference(work, seed):
     model = reference_of(work, seed)
     if not (model / 'config.json').exists():
         shutil.rmtree(model.parent, ignore_errors=True)
-        file = write_pairs(work / 'data' / f'sft-{seed}.jsonl', toy.pairs, f'claims sft {seed}')
+        file = write_pairs(work, f'sft-{seed}', toy.pairs, f'claims sft {seed}')
         options = QUIET | {'n_epochs': 3, 'batch_size': 32, 'lr': 1e-2, 'lr_schedule': 'cosine', 'warmup_steps': 20}
         options |= {'model': 'toy', 'data': file, 'eval_data': 'toy', 'seed': seed}
         train('sft.py', model.parent, options)
@@ -105,8 +105,7 @@ def train_reference(work, seed):
 def run_trial(trial, work, n_samples):
     """Train and measure. Returns the trial with its result, or with 'error' if the script refused it."""
     torch.set_num_threads(1)
-    work, began, cpu = Path(work), time.time(), time.process_time()
-    os.environ.setdefault('NANOPREF_CACHE', str(work / 'cache'))
+    began, cpu = time.time(), time.process_time()
     folder, out = reference_of(work, trial['seed']), work / f'run-{os.getpid()}'
     shutil.rmtree(out, ignore_errors=True)
     result = dict(trial, commit=commit(), n_samples=n_samples)
@@ -118,17 +117,17 @@ def run_trial(trial, work, n_samples):
     except UserError as error:
         result['error'] = str(error)
     shutil.rmtree(out, ignore_errors=True)
-    return result | {'seconds': round(time.time() - began, 1), 'cpu_seconds': round(time.process_time() - cpu, 1)}
+    seconds, cpu_seconds = time.time() - began, time.process_time() - cpu
+    return result | {'seconds': round(seconds, 1), 'cpu_seconds': round(cpu_seconds, 1)}
 
 
 def data_file(trial, work):
     """Return the file of a trial's training pairs."""
-    file = work / 'data' / f'{trial["data"]}-{trial["seed"]}.jsonl'
-    return write_pairs(file, training_pairs, trial['data'], trial['seed'])
+    return write_pairs(work, f'{trial["data"]}-{trial["seed"]}', training_pairs, trial['data'], trial['seed'])
 
 
 def test_file(work):
-    return write_pairs(work / 'data' / 'test.jsonl', held_out_pairs)
+    return write_pairs(work, 'test', held_out_pairs)
 
 
 def all_options(trial, work):
@@ -145,15 +144,11 @@ def all_options(trial, work):
 @lru_cache(1)
 def commit():
     """Return the commit that is checked out, with a + if .py files differ from it."""
+    commands = 'git rev-parse --short HEAD', 'git status --porcelain -uno -- *.py'
+    done = [subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True) for command in commands]
+    head, changed = (process.stdout.strip() for process in done)
+    return head + '+' * bool(changed)
 
-    def git(*words):
-        return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    changed = git('status', '--porcelain', '-uno', '--', '*.py')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
-
-
-# ---- measuring ----
 
 KNOWN = {}  # log-probs under references, of this process
 
@@ -196,7 +191,7 @@ def measure(trial, folder, work, n_samples):
     examples_of = partial(tokenise.load_examples, tokenizer=tokenizer, task='pairs', undivided=True, **LENGTHS)
     pairs = examples_of(str(test_file(work)), 'test')
     if options['loss'] is None:
-        tokens = np.diff(pairs.spans[:, 1:], axis=2).reshape(-1)
+        tokens = torch.from_numpy(np.diff(pairs.spans[:, 1:], axis=2).reshape(-1))
         gain = columns(policy, None, pairs, None)[0] / tokens
     else:
         gain = ratios(policy, reference, pairs)
@@ -217,10 +212,10 @@ def sampled(policy, reference, tokenizer, seed, n_samples):
     prompts = [f'Review of the {places[i % len(places)]}:' for i in range(n_samples)]
     ids = tokenizer(prompts, add_special_tokens=False)['input_ids']
     answers = []
+    seeds = range((seed + 1) * 10**9, (seed + 1) * 10**9 + n_samples)
     for i in range(0, n_samples, 256):
-        some = ids[i : i + 256]
-        seeds = [(seed + 1) * 10**9 + j for j in range(i, i + len(some))]
-        answers += generate.generate(policy, tokenizer, some, seeds, max_new_tokens=40, keep_end=True)
+        batch = slice(i, i + 256)
+        answers += generate.generate(policy, tokenizer, ids[batch], seeds[batch], max_new_tokens=40, keep_end=True)
     stop = generate.stop_tokens(policy, tokenizer)
     texts = [tokenizer.decode(generate.without_end(answer, stop)) for answer in answers]
     gold = [toy.gold(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -77,15 +77,6 @@ def standard_error(differences):
     return max(statistics.stdev(differences) / len(differences) ** 0.5, 1e-9)
 
 
-def p_values(differences, d):
-    """Return the p-values of the three questions of the rule: not zero, above d, within d."""
-    df, mean, error = len(differences) - 1, statistics.fmean(differences), standard_error(differences)
-    not_zero = 2 * t_tail(abs(mean) / error, df)
-    above = min(1.0, 2 * t_tail((mean - d) / error, df))
-    within = t_tail((d - abs(mean)) / error, df)
-    return not_zero, above, within
-
-
 def confidence(differences):
     """Return the plain 95% interval of the mean: (lower, upper)."""
     mean = statistics.fmean(differences)
@@ -106,10 +97,17 @@ def word_of(differences, is_not_zero, is_above, is_within):
 
 def judge(claims):
     """Return the words for all claims of a report. claims: [(differences by seed, None where a run is missing; unit)]."""
-    # a claim without numbers still counts as one of the many: its p-values are 1
-    measured = []
+    # p-values of not zero, above d, within d; a claim without numbers still counts as one of the many: its p-values are 1
+    p_values = []
     for differences, unit in claims:
-        is_whole = len(differences) > 1 and None not in differences
-        measured.append(p_values(differences, SMALLEST[unit]) if is_whole else (1.0, 1.0, 1.0))
-    answers = map(holm, zip(*measured, strict=True))
-    return [word_of(differences, *answer) for (differences, _), *answer in zip(claims, *answers, strict=True)]
+        df, d = len(differences) - 1, SMALLEST[unit]
+        if df < 1 or None in differences:
+            p_values.append((1.0, 1.0, 1.0))
+            continue
+        mean, error = statistics.fmean(differences), standard_error(differences)
+        not_zero = 2 * t_tail(abs(mean) / error, df)
+        above = min(1.0, 2 * t_tail((mean - d) / error, df))
+        p_values.append((not_zero, above, t_tail((d - abs(mean)) / error, df)))
+    answers = map(holm, zip(*p_values, strict=True))
+    together = zip(claims, *answers, strict=True)
+    return [word_of(differences, *answer) for (differences, _), *answer in together]

@@ -22,8 +22,7 @@ def main(out, seeds, flips):
     for rate in flips.split():
         accuracies = {}
         for method in ('dpo', 'drdpo', 'quarter'):
-            files = [results / f'{method}-{rate}-{seed}.jsonl' for seed in seeds.split()]
-            accuracies[method] = [accuracy(file) for file in files]
+            accuracies[method] = [accuracy(results / f'{method}-{rate}-{seed}.jsonl') for seed in seeds.split()]
         for ours, theirs in COMPARED:
             pairs = zip(accuracies[ours], accuracies[theirs], strict=True)
             found.append([None if None in (a, b) else a - b for a, b in pairs])
@@ -31,7 +30,8 @@ def main(out, seeds, flips):
             rows.append([rate, *sides, interval(found[-1])])
     words = verdict.judge([(differences, 'accuracy') for differences in found])
     head = ['flips', 'ours', 'accuracy', 'theirs', 'accuracy', 'difference [95%]', 'verdict']
-    text = table(head, [[*row, word] for row, word in zip(rows, words, strict=True)])
+    lines = [[*row, word] for row, word in zip(rows, words, strict=True)]
+    text = table(head, lines)
     (Path(out) / 'table.md').write_text(text)
     print(f'{text}{out}/table.md')
 

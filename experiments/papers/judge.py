@@ -13,9 +13,8 @@ def verdict(content):
     """Return the reply to a filled-in config/judge_pair.txt: how many letters each answer has, and the line that label.py reads."""
     answers = [re.search(f'<<< answer {x} >>>(.*?)<<< end', content, re.S)[1] for x in 'AB']
     a, b = (len(set(answer)) for answer in answers)
-    if a == b:
-        return f'Letters: {a} and {b}.\nVerdict: tie'
-    return f'Letters: {a} and {b}.\nVerdict: {"A" if a > b else "B"}'
+    winner = 'A' if a > b else 'B'
+    return f'Letters: {a} and {b}.\nVerdict: {"tie" if a == b else winner}'
 
 
 class Judge(BaseHTTPRequestHandler):

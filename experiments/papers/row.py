@@ -31,7 +31,9 @@ def main(folder):
         if run.name == 'sft':
             continue
         last = ([{}] + evaluations(run))[-1]
-        cells = [format(last[key], form) if key in last else '-' for _, key, form in NUMBERS]
+        cells = []
+        for _, key, form in NUMBERS:
+            cells.append(format(last[key], form) if key in last else '-')
         file = run / 'judged' / 'report.json'
         report = json.loads(file.read_text()) if file.exists() else {}
         rows.append([run.name, *cells, percent(report, 'win_rate'), percent(report, 'length_controlled')])

@@ -1,12 +1,11 @@
-"""The speed table: bench.py over shapes, batch sizes and threads, beside TRL and the original code's layout.
+"""The speed table: tools/bench.py over shapes, batch sizes and threads, beside TRL and the original code's layout.
 
     pip install trl==1.16.0     # beside requirements.txt, in an environment of its own
-    python -m experiments.speed.table --hh=PATH/hh_harmless.jsonl.gz --tokenizer=FOLDER [--shapes='14m 70m 70m-4k'] [--out=experiments/speed/table.json]
+    python -m experiments.speed.table --hh=PATH/hh_harmless.jsonl.gz --tokenizer=FOLDER [--shapes='14m 70m 70m-4k']
     python -m experiments.speed.table --report     # the tables of what --out holds, without measuring; writes the README's
 
-Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one
-thread, wall-clock seconds on more. Peak memory of each variant comes from a process of its own. Resumable: what stands in --out is not
-measured again.
+Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one thread,
+wall-clock seconds on more. Each peak of memory comes from a process of its own. What stands in --out is not measured again.
 """
 
 import itertools
@@ -48,56 +47,38 @@ def bench(*flags):
         return {row['variant']: row for row in json.loads(Path(folder, 'rows.json').read_text())['rows']}
 
 
-def ratios(rows):
-    """Return the ratios of speed that COMPARED lists, in its order."""
-    return [rows[ours]['pairs_per_second'] / rows[theirs]['pairs_per_second'] for ours, theirs in COMPARED]
-
-
-def measure(name, flags):
-    """Measure one line: all variants in one process, then the memory of each in a process of its own."""
-    rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
-    for variant in ('padded', 'trl', 'head', 'cached'):
-        alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
-        rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
-    numbers[name] = rows
-    Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
-
-
 def cell(row):
     gb = row.get('peak_memory_gb_alone')
     return f'{row["pairs_per_second"]:.2f}' + (f', {gb:.1f} GB' if gb else '')
 
 
-def readme_text():
-    """Return the README's text: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
-    first = {name.partition(',')[0]: rows for name, rows in numbers.items() if name.endswith(', batch 8, 1 threads')}
-    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
-    text = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
-    for variant, words in WORDS.items():
-        text += f'| {words} | {" | ".join(cell(rows[variant]) for rows in first.values())} |\n'
+def write_report():
+    """Print all numbers, and write the README's: batch 8 on one thread as a table; of all lines the smallest and largest ratios."""
+    rows, every_ratio = [], []
+    for name, found in sorted(numbers.items()):
+        speed = {variant: row['pairs_per_second'] for variant, row in found.items()}
+        ratios = [speed[ours] / speed[theirs] for ours, theirs in COMPARED]
+        every_ratio.append(ratios)
+        rows.append([name, *(cell(found[variant]) for variant in WORDS), *(f'{ratio:.1f}' for ratio in ratios)])
+    print(table(['', *WORDS, *map(' / '.join, COMPARED)], rows).rstrip())
 
+    first = {name.partition(',')[0]: found for name, found in numbers.items() if name.endswith(', batch 8, 1 threads')}
+    titles = [f'Pythia-{shape}'.replace('-4k', ', 4k words') for shape in first]
+    shown = f'| | {" | ".join(titles)} |\n|---|{"---|" * len(titles)}\n'
+    for variant, words in WORDS.items():
+        shown += f'| {words} | {" | ".join(cell(found[variant]) for found in first.values())} |\n'
     # a name is SHAPE, batch N, M threads
-    sizes = ' and '.join(sorted({name.split()[2].rstrip(',') for name in numbers}, key=int))
-    threads = ' and '.join(sorted({name.split()[3] for name in numbers}, key=int))
-    measured = zip(*map(ratios, numbers.values()), strict=True)
-    span = [f'{min(column):.1f} to {max(column):.1f}' for column in measured]
-    return f"""{text}
+    _, _, sizes, threads, _ = zip(*(name.replace(',', '').split() for name in numbers), strict=True)
+    sizes, threads = (' and '.join(sorted(set(words), key=int)) for words in (sizes, threads))
+    span = [f'{min(column):.1f} to {max(column):.1f}' for column in zip(*every_ratio, strict=True)]
+    shown += f"""
 Over all {len(numbers)} runs on these shapes (batch {sizes}, threads {threads}; `experiments/LOG.md`): {span[0]} times as fast as
 TRL's defaults, {span[1]} times the original layout, {span[3]} times TRL with its CUDA scoring; with a cached
 reference, {span[2]} times TRL's fastest setting with a precomputed one.
 """
-
-
-def write_report():
-    """Print the tables, and write the README's, between its markers."""
-    head, rows = ['', *WORDS, *map(' / '.join, COMPARED)], []
-    for name, found in sorted(numbers.items()):
-        speeds = [cell(found[variant]) for variant in WORDS]
-        rows.append([name, *speeds, *(f'{ratio:.1f}' for ratio in ratios(found))])
-    print(table(head, rows).rstrip())
     text = Path(readme).read_text()
     start, end = text.index('\n', text.index('<!-- speed:')) + 1, text.index('<!-- end of speed')
-    Path(readme).write_text(text[:start] + readme_text() + text[end:])
+    Path(readme).write_text(text[:start] + shown + text[end:])
 
 
 if report:
@@ -108,6 +89,13 @@ if not hh or not tokenizer:
 for size, count, shape in itertools.product(batch_sizes.split(), cores.split(), shapes.split()):
     name = f'{shape}, batch {size}, {count} threads'
     if name not in numbers:
-        measure(name, [*SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'])
+        # all variants in one process, then the memory of each in a process of its own
+        flags = *SHAPES[shape].split(), f'--batch_size={size}', f'--threads={count}', '--max_tokens=1024'
+        rows = bench(*flags, f'--n_steps={n_steps}', f'--variants={VARIANTS}')
+        for variant in ('padded', 'trl', 'head', 'cached'):
+            alone = bench(*flags, '--n_steps=1', f'--variants={variant}')
+            rows[variant]['peak_memory_gb_alone'] = alone[variant]['peak_memory_gb']
+        numbers[name] = rows
+        Path(out).write_text(json.dumps(numbers, indent=1) + '\n')
     cells = [f'{variant} {cell(row)}' for variant, row in numbers[name].items()]
     print(f'{name}: {"; ".join(cells)}', flush=True)

@@ -4,36 +4,33 @@
     python -m experiments.trl.steps                         # on toy pairs, half a minute
     python -m experiments.trl.steps --write                 # makes the files of tests/parts anew that hold what TRL says
 
-Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, a reward, a log-prob
-or a gradient norm by more than 1e-4. Warm-up, weight decay and truncation are switched off, and the tokenizer has a pad token:
-the two mean different things by them (experiments/LOG.md, agreement with TRL). The pairs are short enough for both.
-"""
+Ours are packed and share prompts, TRL's are padded. Exit code 1 where token ids differ, or a loss, reward, log-prob or gradient norm by more
+than 1e-4. Warm-up, weight decay and truncation are off, and the tokenizer has a pad token: the two mean different things by them
+(experiments/LOG.md, agreement with TRL)."""
 
+import importlib.metadata
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+
+import numpy as np
 
 from configurator import UserError, configure
-from experiments import ROOT, read_rows, run, write_rows
+from experiments import ROOT, read_rows, run, table, write_rows
 from text import toy
 
 kinds = 'dpo reward'  # what to compare
 write = False  # make the numbers of tests/parts anew
 
-N_PAIRS = 32
 TOLERANCE = 1e-4
 COMMON = {  # of both sides: five steps of 8 pairs and one of 4, of which the last two are the second epoch's
     'batch_size': 8, 'n_epochs': 2, 'n_examples': 44, 'max_length': 512, 'lr_schedule': 'constant', 'warmup_steps': 0,
     'weight_decay': 0.0, 'max_grad_norm': 1.0, 'seed': 0, 'do_first_eval': False, 'n_eval_examples': 0,
 }  # fmt: skip
-
-
-# ---- models and pairs ----
 
 
 def toy_model(architecture, folder):
@@ -85,47 +82,36 @@ def toy_reward(architecture, folder):
 
 
 def toy_pairs(margins=False):
-    """Return the first short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
-    pairs = [pair for pair in toy.pairs('train') if len(pair['chosen']) + len(pair['rejected']) < 120]
-    for pair in pairs if margins else []:
-        better = toy.gold(pair['prompt'], pair['chosen']) - toy.gold(pair['prompt'], pair['rejected'])
-        pair['margin'] = round(max(0.0, better), 3)
-    return pairs[:N_PAIRS]
+    """Return the first 32 short pairs of the toy world. margins: add the difference of the gold rewards, never below 0."""
+    pairs = []
+    for pair in toy.pairs('train'):
+        if len(pair['chosen']) + len(pair['rejected']) < 120:
+            chosen, rejected = (toy.gold(pair['prompt'], pair[side]) for side in ('chosen', 'rejected'))
+            margin = {'margin': round(max(0.0, chosen - rejected), 3)}
+            pairs.append(pair | margin if margins else pair)
+    return pairs[:32]
 
 
-# ---- what is compared ----
-
-
-class Kind(NamedTuple):
-    """A script of ours, and the trainer of TRL that does the same."""
-
-    script: str
-    trainer: str  # TRL has a NAMETrainer, and a NAMEConfig for its options
-    auto: str  # class of transformers that loads the model
-    own_options: dict  # options of this trainer alone, and what we call them
-    model: Callable  # (architecture, folder) -> the tokenizer of a model that it writes there
-    pairs: Callable  # () -> toy pairs
-    options: dict  # of both sides, in all runs
-    runs: dict  # name -> more options, and the model's architecture
-    columns: dict  # TRL's names of what is compared, and ours
-    numbers: Path  # the file of what TRL says
-
-
-KINDS = {  # max_tokens: several microbatches a step
-    'dpo': Kind(
-        script='dpo.py', trainer='DPO', auto='AutoModelForCausalLM', own_options={'beta': 'beta'}, model=toy_model, pairs=toy_pairs,
-        options={'loss': 'dpo', 'beta': 0.1} | COMMON | {'max_grad_norm': 2.5},
-        runs={
+KINDS = {
+    'dpo': SimpleNamespace(
+        script='dpo.py',
+        trainer='DPO',  # TRL has a DPOTrainer, and a DPOConfig for its options
+        auto='AutoModelForCausalLM',  # class of transformers that loads the model
+        own_options={'beta': 'beta'},  # options of this trainer alone, and what we call them
+        model=toy_model,  # (architecture, folder) -> the tokenizer of a model that it writes there
+        pairs=toy_pairs,
+        options={'loss': 'dpo', 'beta': 0.1} | COMMON | {'max_grad_norm': 2.5},  # of both sides, in all runs
+        runs={  # more options, and the model's architecture; max_tokens: several microbatches a step
             'SGD': {'model': 'neox', 'optimizer': 'SGD', 'lr': 0.02, 'max_tokens': 500},
             'AdamW': {'model': 'llama', 'optimizer': 'AdamW', 'lr': 5e-4},
         },
-        columns={
+        columns={  # TRL's names of what is compared, and ours
             'loss': 'loss/train', 'rewards/chosen': 'rewards_train/chosen', 'rewards/rejected': 'rewards_train/rejected',
             'logps/chosen': 'logps_train/chosen', 'logps/rejected': 'logps_train/rejected', 'grad_norm': 'grad_norm',
         },
-        numbers=ROOT / 'tests/parts/trl_numbers.json',
+        numbers=ROOT / 'tests/parts/trl_numbers.json',  # what TRL says
     ),
-    'reward': Kind(
+    'reward': SimpleNamespace(
         script='reward.py', trainer='Reward', auto='AutoModelForSequenceClassification',
         own_options={'center_rewards_coefficient': 'center_coef'}, model=toy_reward, pairs=partial(toy_pairs, margins=True), options=COMMON,
         runs={
@@ -139,9 +125,6 @@ KINDS = {  # max_tokens: several microbatches a step
         numbers=ROOT / 'tests/parts/trl_reward_numbers.json',
     ),
 }  # fmt: skip
-
-
-# ---- the two sides ----
 
 
 def with_nanopref(kind, folder, file, out_dir, options):
@@ -195,40 +178,14 @@ def order(n, options):
     from data import steps
 
     total = min(options['n_epochs'] * n, options['n_examples'] or math.inf)
-    return [int(i) for _, index in steps(n, options['batch_size'], total, options['seed']) for i in index]
-
-
-def our_ids(tok, file, options):
-    """Return the token ids that our script makes of the file: prompt + answer of [chosen, rejected], in the order of our steps."""
-    from text.tokenise import load_examples
-
-    examples = load_examples(str(file), 'train', tok, 'pairs', max_length=options['max_length'], max_prompt_length=256,
-                             undivided=True, cache=False)  # fmt: skip
-    rows = [examples[i] for i in order(len(examples), options)]
-    return [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
-
-
-# ---- the comparison ----
-
-
-def agree(name, options, columns, ours, theirs, same_ids):
-    """Print the numbers of both sides, step by step. Returns whether they agree."""
-    print(f'\n{name}: {json.dumps(options)}\n')
-    print('step          ' + ''.join(f'{column:>18s}' for column in columns))
-    both = list(zip(ours, theirs, strict=False))
-    for step, (our, their) in enumerate(both, 1):
-        for label, row in ((f'{step:<4} nanopref', our), ('     TRL', their)):
-            print(f'{label:14s}' + ''.join(f'{row[column]:18.8f}' for column in columns))
-    worst = [max((abs(a[column] - b[column]) for a, b in both), default=math.inf) for column in columns]
-    print('largest       ' + ''.join(f'{off:18.1e}' for off in worst))
-    found = same_ids and len(ours) == len(theirs) and max(worst) <= TOLERANCE
-    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if found else 'DISAGREES'
-    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
-    return found
+    every = steps(n, options['batch_size'], total, options['seed'])
+    return [int(i) for _, index in every for i in index]
 
 
 def compare(kind, name, pairs, work):
     """Run both sides of one run, print their numbers. Returns (whether they agree, what the file of numbers keeps of the run)."""
+    from text.tokenise import load_examples
+
     options = kind.options | kind.runs[name]
     architecture = options.pop('model')
     folder, file = work / 'model', work / 'pairs.jsonl'
@@ -236,22 +193,27 @@ def compare(kind, name, pairs, work):
     write_rows(file, pairs)
     theirs, their_ids = with_trl(kind, folder, pairs, work / 'trl', options)
     ours = with_nanopref(kind, folder, file, work / 'nanopref', options)
-    same_ids = our_ids(tok, file, options) == their_ids
-    agreed = agree(f'{kind.script}, {name}', options, kind.columns, ours, theirs, same_ids)
+
+    # token ids that our script makes: prompt + answer of [chosen, rejected], in the order of its steps
+    lengths = {'max_length': options['max_length'], 'max_prompt_length': 256}
+    examples = load_examples(str(file), 'train', tok, 'pairs', undivided=True, cache=False, **lengths)
+    rows = [examples[i] for i in order(len(examples), options)]
+    our_ids = [[[*prompt.tolist(), *answer.tolist()] for answer in answers] for prompt, answers in rows]
+
+    # the numbers of both sides, step by step
+    rows = []
+    for step, (our, their) in enumerate(zip(ours, theirs, strict=False), 1):
+        for side, row in (('nanopref', our), ('TRL', their)):
+            rows.append([step, side, *(f'{row[column]:.8f}' for column in kind.columns)])
+    off = [[our[column] - their[column] for column in kind.columns] for our, their in zip(ours, theirs, strict=False)]
+    worst = np.abs(np.reshape(off, (-1, len(kind.columns)))).max(0, initial=0.0)  # NaN if one is NaN
+    rows.append(['largest', 'difference', *(f'{x:.1e}' for x in worst)])
+    print(f'\n{kind.script}, {name}: {json.dumps(options)}\n\n{table(["step", "", *kind.columns], rows)}', end='')
+    same_ids = our_ids == their_ids
+    agreed = same_ids and len(ours) == len(theirs) > 0 and worst.max() <= TOLERANCE
+    ids, verdict = 'equal' if same_ids else 'differ', 'agrees' if agreed else 'DISAGREES'
+    print(f'{len(ours)} and {len(theirs)} steps, token ids {ids}: {verdict}, limit {TOLERANCE}')
     return agreed, {'model': architecture, 'options': options, 'steps': theirs}
-
-
-def write_numbers(kind, runs, pairs):
-    """Write what TRL says into the file that test_trl.py reads."""
-    import torch
-    import transformers
-    import trl
-
-    versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
-    about = f"What TRL's {kind.trainer}Trainer says: made by experiments/trl/steps.py --write, compared by test_trl.py."
-    content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
-    kind.numbers.write_text(json.dumps(content, indent=1) + '\n')
-    print(f'\nwritten: {kind.numbers.relative_to(ROOT)}')
 
 
 def main():
@@ -266,7 +228,11 @@ def main():
                 agrees, runs[name] = compare(kind, name, pairs, Path(work))
             agreed &= agrees
         if write:
-            write_numbers(kind, runs, pairs)
+            versions = {name: importlib.metadata.version(name) for name in ('trl', 'torch', 'transformers')}
+            about = f"What TRL's {kind.trainer}Trainer says: made by experiments/trl/steps.py --write, compared by test_trl.py."
+            content = {'about': about, 'versions': versions, 'runs': runs, 'pairs': pairs}
+            kind.numbers.write_text(json.dumps(content, indent=1) + '\n')
+            print(f'\nwritten: {kind.numbers.relative_to(ROOT)}')
     sys.exit(0 if agreed else 1)
 
 

@@ -9,15 +9,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 
+import losses
 from configurator import UserError
 from experiments.claims import __main__ as claims
-from experiments.claims import grid as claims_grid
-from experiments.claims import loglinear, verdict
-from experiments.claims import report as claims_report
-from experiments.claims import rules as claims_rules
-from experiments.claims import trial as claims_run
+from experiments.claims import grid, loglinear, report, rules, trial, verdict
 from experiments.claims.verdict import CONTRARY, HOLDS, NEGLIGIBLE, OPEN, SAME, SIZE_OPEN
 from hf import load
 from text import toy
@@ -25,11 +23,9 @@ from text import toy
 # the first setting of every search, as if it had won
 SETTINGS = {
     name: {metric: {option: values[0] for option, values in axes.items()} for metric in metrics}
-    for name, (metrics, _, _, axes) in claims_grid.SEARCHES.items()
+    for name, (metrics, _, _, axes) in grid.SEARCHES.items()
 }
-FULL = claims_grid.Grid(settings=SETTINGS, **claims_grid.FULL)
-
-# ---- the toy world ----
+FULL = grid.Grid(settings=SETTINGS, **grid.FULL)
 
 
 def test_gold_reward_by_hand():
@@ -45,39 +41,35 @@ def test_toy_pairs_have_gaps_of_all_sizes_and_length_earns_nothing():
     answers = [(p['prompt'], p[side]) for p in pairs for side in ('chosen', 'rejected')]
     gold, words = [toy.gold(*a) for a in answers], [len(a.split()) for _, a in answers]
     assert len({round(g, 6) for g in gold}) > 50
-    signed = [claims_run.gap(p) for p in pairs]
+    signed = [trial.gap(p) for p in pairs]
     gaps = sorted(map(abs, signed))
     assert gaps[400] < 0.2 < 0.5 < gaps[2000] < 1.0 < 1.5 < gaps[3600]  # deciles and median
     longer = [a - b for a, b in zip(words[::2], words[1::2], strict=True)]
     assert abs(statistics.correlation(gold, words)) < 0.03 and abs(statistics.correlation(signed, longer)) < 0.05
     assert 0.75 < statistics.mean(gap > 0 for gap in signed) < 0.9  # labels are noisy, as a judge's are
 
-
-def test_toy_prompts_matter_and_its_writers_are_imperfect():
-    pairs = list(toy.pairs('train', 2000))
+    # prompts matter, and the writers are imperfect
     scores = [[toy.gold(f'Review of the {place}:', p['chosen']) for place in toy.PLACES] for p in pairs[:500]]
     assert statistics.mean(len(set(s)) > 1 for s in scores) > 0.95
     assert statistics.mean(max(s) - min(s) for s in scores) > 0.5
-    own = [toy.gold(p['prompt'], p['chosen']) for p in pairs]
-    assert statistics.mean(own) < 0.5 < 1.5 == toy.gold('Review of the train:', ' the seat was very great .')
+    assert statistics.mean(gold[::2]) < 0.5 < 1.5 == toy.gold('Review of the train:', ' the seat was very great .')
 
 
 def test_training_pairs_of_a_kind():
-    mixed = claims_run.training_pairs('mixed', 7, 200)
-    gaps = [abs(claims_run.gap(p)) for p in mixed]
+    mixed = trial.training_pairs('mixed', 7, 200)
+    gaps = [abs(trial.gap(p)) for p in mixed]
     assert max(gaps[::2]) < 0.5 and min(gaps[1::2]) > 1.2
-    assert mixed != claims_run.training_pairs('mixed', 8, 200)
-    test = list(claims_run.held_out_pairs())
-    assert len(test) > 1500 and all(claims_run.gap(p) > 0 for p in test)
+    assert mixed != trial.training_pairs('mixed', 8, 200)
+    test = list(trial.held_out_pairs())
+    assert len(test) > 1500 and all(trial.gap(p) > 0 for p in test)
 
 
 # ---- the rule ----
 
-SURE = [0.0, 0.001, -0.001, 0.002, -0.002]  # a standard error of 0.0007
-
 
 def around(mean, scale=1.0):
-    return [mean + scale * x for x in SURE]
+    """Differences of five seeds, with a standard error of 0.0007 times the scale."""
+    return [mean + scale * x for x in (0.0, 0.001, -0.001, 0.002, -0.002)]
 
 
 @pytest.mark.parametrize('differences, word', [
@@ -115,7 +107,7 @@ def words_of_grids(mean, n_grids, spread=None):
     rng = np.random.default_rng(0)
     spread = rng.uniform(0.2, 2.0, (n_grids, 33, 1)) if spread is None else spread
     numbers = verdict.SMALLEST['gold'] * (mean + spread * rng.standard_normal((n_grids, 33, 5)))
-    return [verdict.judge([(row, 'gold') for row in grid]) for grid in numbers.tolist()]
+    return [verdict.judge([(row, 'gold') for row in rows]) for rows in numbers.tolist()]
 
 
 @pytest.mark.parametrize('mean, wrong', [
@@ -124,8 +116,8 @@ def words_of_grids(mean, n_grids, spread=None):
 def test_a_false_word_in_at_most_one_grid_of_twenty(mean, wrong):
     """All differences 0, or all just d: binomial noise of 2,000 grids at 5% is 0.5%."""
     grids = words_of_grids(mean, 2000)
-    assert np.mean([any(word in wrong for word in grid) for grid in grids]) < 0.06
-    assert np.mean([HOLDS in grid for grid in grids]) <= 0.05
+    assert np.mean([any(word in wrong for word in words) for words in grids]) < 0.06
+    assert np.mean([HOLDS in words for words in grids]) <= 0.05
 
 
 @pytest.mark.parametrize('spread, low, high', [(0.2, 0.95, 1.0), (0.5, 0.1, 0.3), (1.0, 0.0, 0.05)])
@@ -138,12 +130,9 @@ def test_power_at_two_d(spread, low, high):
 def test_above_compares_frontiers_where_both_are():
     """In sqrt(KL): ours rises from (1, 0.2) to (3, 0.6), theirs from (0, 0) to (2, 0.2): between 1 and 2 on average 0.15 more."""
     ours, theirs = [(9.0, 0.6), (1.0, 0.2)], [(0.0, 0.0), (4.0, 0.2)]
-    assert [claims_rules.above(ours, theirs), claims_rules.above(theirs, ours)] == pytest.approx([0.15, -0.15])
+    assert [rules.above(ours, theirs), rules.above(theirs, ours)] == pytest.approx([0.15, -0.15])
     with pytest.raises(KeyError):
-        claims_rules.above([(9.0, 0.6), (16.0, 0.7)], theirs)
-
-
-# ---- the log-linear policy ----
+        rules.above([(9.0, 0.6), (16.0, 0.7)], theirs)
 
 
 @pytest.mark.parametrize('p, beta_prime', [(0.6, 4.0), (0.8, 2.0), (0.9, np.inf), (0.55, 1.5)])
@@ -157,10 +146,6 @@ def test_optimum_of_a_pair(p, beta_prime):
 
 def test_a_gradient_is_that_of_the_loss():
     """size is w dloss/dh of the project's own Dr. DPO; at beta' 1 it is even, and the margin grows without end."""
-    import torch
-
-    import losses
-
     h = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
     loss = losses.dpo(h, torch.zeros_like(h), beta=1.0)
     (gradient,) = torch.autograd.grad(loss.sum(), h)
@@ -189,51 +174,46 @@ def test_log_linear_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(loglinear, 'TUNING_SEEDS', [1000])
     loglinear.world.cache_clear()
     found = loglinear.equal_settings([1, 2])
-    clean, dirty = (found['DPO', flips, 0.1] for flips in (0.0, 0.4))
+    clean, dirty, short = found['DPO', 0.0, 0.1], found['DPO', 0.4, 0.1], found['DPO', 0.4, 0.003]
     assert clean['accuracy'].mean() > dirty['accuracy'].mean() > 0.5
     assert dirty['last_share'].min() > dirty['share'].min() > 0.3
     # without flips nothing is flipped; with small steps all pairs weigh alike, and two in five are
-    few = found['DPO', 0.4, 0.003]['share']
-    assert clean['share'].max() == 0 and (abs(few - 0.4) < 0.05).all()
+    assert clean['share'].max() == 0 and (abs(short['share'] - 0.4) < 0.05).all()
     assert 'Both tuned' in loglinear.report(found, loglinear.tuned([1, 2]), 2)
     loglinear.world.cache_clear()
 
 
-# ---- the report ----
-
-
-def made_up(grid, seeds):
+def made_up(seeds):
     """Results by formula: Dr. DPO at beta' 1 keeps its accuracy under flips, cDPO does as DPO does, TDPO2 and PPO get 0.2 more."""
     results = {}
-    for i, trial in enumerate(grid.trials(seeds)):
-        o, noise = trial['options'] or {'loss': 'sft'}, 0.0005 * math.sin(i)
+    for i, made in enumerate(FULL.trials(seeds)):
+        o, noise = made['options'] or {'loss': 'sft'}, 0.0005 * math.sin(i)
         rate = 0.0 if o.get('beta_prime') == 1 else o.get('noise_rate', 0.0)
-        kl = 1 / o.get('beta', o.get('kl_coef', 1.0)) if trial['options'] else 0.0
+        kl = 1 / o.get('beta', o.get('kl_coef', 1.0)) if made['options'] else 0.0
         gold = 0.3 * kl**0.5 - rate + 0.2 * (o['loss'] in ('tdpo2', 'radpo2', 'ppo')) + noise
-        results[claims_grid.key(trial)] = dict(
-            trial, gold=gold, kl=kl, accuracy=0.9 - rate + noise, margin=1.0, kl_chosen=kl + noise, kl_rejected=kl * (0.5 if 'radpo' in o['loss'] else 1),
+        results[grid.key(made)] = dict(
+            made, gold=gold, kl=kl, accuracy=0.9 - rate + noise, margin=1.0, kl_chosen=kl + noise, kl_rejected=kl * (0.5 if 'radpo' in o['loss'] else 1),
             h_std=1.0, flipped_share=0.4, well_formed=1.0, length=16.0, cpu_seconds=1.0, commit='abc', n_samples=8)  # fmt: skip
     return results
 
 
 def test_report_of_made_up_results(tmp_path, capsys):
     seeds = [1, 2, 3, 4, 5]
-    results = made_up(FULL, seeds)
-    del results[claims_grid.key(FULL.tuned('clean orpo', 'score', 2))]
-    failed = claims_grid.key(FULL.tuned('clean simpo', 'score', 3))
+    results = made_up(seeds)
+    del results[grid.key(FULL.tuned('clean orpo', 'score', 2))]
+    failed = grid.key(FULL.tuned('clean simpo', 'score', 3))
     kept = ('script', 'data', 'sft', 'seed', 'options', 'cpu_seconds', 'commit', 'n_samples')
     results[failed] = {k: results[failed][k] for k in kept} | {'error': 'nan'}
-    words = {claim.words: word for claim, _, word in claims_rules.judged(FULL, seeds, results)}
+    words = {claim.words: word for claim, _, word in rules.judged(FULL, seeds, results)}
     expected = {
         "Dr. DPO (beta' 1) is more accurate than DPO, 40%": HOLDS, "Dr. DPO (beta' 1) is more accurate than DPO, 0%": SAME,
         "Dr. DPO (beta' 1) loses less": HOLDS, "Dr. DPO (beta' 4) is more accurate than DPO, 40%": SAME,
         'TDPO2 gets more reward than DPO': HOLDS, 'TDPO1 gets more': SAME, 'PPO': HOLDS, 'SimPO': OPEN, 'ORPO': OPEN,
         'Ra-DPO1 (CVaR 0.98) stays nearer': HOLDS,  # a quarter of the sum saved
     }  # fmt: skip
-    assert {start: [words[claim] for claim in words if claim.startswith(start)] for start in expected} == {
-        start: [word] for start, word in expected.items()
-    }
-    claims_report.write(FULL, seeds, results, tmp_path)
+    for start, word in expected.items():
+        assert [words[claim] for claim in words if claim.startswith(start)] == [word], start
+    report.write(FULL, seeds, results, tmp_path)
     text = (tmp_path / 'results.md').read_text()
     assert f'{len(results)} of {len(results) + 1} trials, seeds 1, 2, 3, 4, 5' in text and '1 trials failed' in text
     assert '1 failed' in text and '1 missing' in text and verdict.__doc__.splitlines()[-1] in text
@@ -241,23 +221,21 @@ def test_report_of_made_up_results(tmp_path, capsys):
 
     # the page gets the verdicts, and nothing else changes
     page = tmp_path / 'evidence.md'
-    page.write_text(f'before\n<!-- claims: written by a script -->\nstale\n{claims_report.END}\nafter\n')
-    claims_report.write_page(tmp_path, page)
-    once = page.read_text()
-    claims_report.write_page(tmp_path, page)
-    assert once == page.read_text() and 'stale' not in once and f'**{HOLDS}**' in once
-    assert once.startswith('before\n') and once.endswith('\nafter\n')
+    page.write_text(f'before\n<!-- claims: written by a script -->\nstale\n{report.END}\nafter\n')
+    report.write_page(tmp_path, page)
+    text = page.read_text()
+    assert 'stale' not in text and f'**{HOLDS}**' in text and text.startswith('before\n') and text.endswith('\nafter\n')
 
 
 def test_the_pages_say_what_the_record_says(tmp_path):
     """results.md follows from the trials, docs/evidence.md from results.md; README has the number of each verdict."""
     record, page = ROOT / 'experiments/claims/record', (ROOT / 'docs/evidence.md').read_text()
     settings = json.loads((record / 'settings.json').read_text())
-    grid = claims_grid.Grid(settings=settings, **claims_grid.FULL)
-    claims_report.write(grid, [1, 2, 3, 4, 5], claims.read_results(record / 'results.jsonl'), tmp_path)
+    full = grid.Grid(settings=settings, **grid.FULL)
+    report.write(full, [1, 2, 3, 4, 5], claims.read_results(record / 'results.jsonl'), tmp_path)
     assert (tmp_path / 'results.md').read_text() == (record / 'results.md').read_text()
     (tmp_path / 'evidence.md').write_text(page)
-    claims_report.write_page(tmp_path, tmp_path / 'evidence.md')
+    report.write_page(tmp_path, tmp_path / 'evidence.md')
     assert (tmp_path / 'evidence.md').read_text() == page
     # README: how many claims have each verdict
     readme = ' '.join((ROOT / 'README.md').read_text().split())
@@ -271,62 +249,52 @@ def test_the_pages_say_what_the_record_says(tmp_path):
     assert f'{n[SAME] + n[NEGLIGIBLE]} are no or a negligible' in readme and f'{n[OPEN]} cannot be told' in readme
 
 
-def test_trials_are_whole_seeds_and_each_is_there_once():
+def test_trials_and_searches():
     trials = FULL.trials([1, 2])
-    assert len({claims_grid.key(t) for t in trials}) == len(trials) and len(trials) % 2 == 0
+    assert len({grid.key(t) for t in trials}) == len(trials) and len(trials) % 2 == 0
     assert [t['seed'] for t in trials] == sorted(t['seed'] for t in trials)
-    assert all(len(claims_grid.search(name)) == 12 for name in claims_grid.SEARCHES)  # the same budget for all
+    assert all(len(grid.search_trials(name)) == 12 for name in grid.SEARCHES)  # the same budget for all
 
-
-def test_a_search_chooses_by_the_metric_of_the_claim():
-    rows = [dict(t, accuracy=i / 100, gold=-i / 100, kl=0.0) for i, t in enumerate(claims_grid.search('flips drdpo'))]
-    found = claims_grid.found('flips drdpo', {claims_grid.key(row): row for row in rows})
+    # a search chooses by the metric of the claim
+    rows = [dict(t, accuracy=i / 100, gold=-i / 100, kl=0.0) for i, t in enumerate(grid.search_trials('flips drdpo'))]
+    found = grid.best_of('flips drdpo', {grid.key(row): row for row in rows})
     assert found['accuracy'] == {'beta': 3.0, 'beta_prime': 4.0, 'lr': 1e-3}
     assert found['score'] == {'beta': 0.3, 'beta_prime': 1.0, 'lr': 1e-4}
-
-
-# ---- running ----
 
 
 def test_a_cut_line_is_taken_off(tmp_path):
     rows = [dict(t, gold=0.0) for t in FULL.trials([1])[:2]]
     file = tmp_path / 'results.jsonl'
     file.write_text(json.dumps(rows[0]) + '\n' + json.dumps(rows[1])[:-5])
-    assert list(claims.read_results(file)) == [claims_grid.key(rows[0])]
+    assert list(claims.read_results(file)) == [grid.key(rows[0])]
     assert file.read_text() == json.dumps(rows[0]) + '\n'
 
 
 def test_a_trial(tmp_path, monkeypatch):
     """From an untrained model: the reference itself has no KL; a trained one has; what a script refuses is recorded."""
     monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(claims_run, 'training_pairs', lambda kind, seed: list(toy.pairs(f'{kind} {seed}', 64)))
-    monkeypatch.setattr(claims_run, 'N_TEST', 64)
-    model = claims_run.reference_of(tmp_path, 3)
+    monkeypatch.setattr(trial, 'training_pairs', lambda kind, seed: list(toy.pairs(f'{kind} {seed}', 64)))
+    monkeypatch.setattr(trial, 'N_TEST', 64)
+    model = trial.reference_of(tmp_path, 3)
     load.load_model('toy').save_pretrained(model)
     toy.tokenizer().save_pretrained(model)
-    same = claims_run.run_trial(claims_grid.make(3, None), tmp_path, 12)
+    same = trial.run_trial(grid.make(3, None), tmp_path, 12)
     assert same['kl'] == 0 and -2.5 <= same['gold'] <= 1.5 and 0 < same['accuracy'] < 1
-    trial = FULL.equal('drdpo 1', 0.1, 1e-3, 0.4, 3)
-    moved = claims_run.run_trial(trial, tmp_path, 12)
-    assert claims_grid.key(moved) == claims_grid.key(trial) and json.loads(json.dumps(moved)) == moved
+    of_drdpo = FULL.equal('drdpo 1', 0.1, 1e-3, 0.4, 3)
+    moved = trial.run_trial(of_drdpo, tmp_path, 12)
+    assert grid.key(moved) == grid.key(of_drdpo) and json.loads(json.dumps(moved)) == moved
     assert moved['kl'] > 0 and moved['h_std'] > 0 and moved['commit'] and moved['cpu_seconds'] > 0
     assert 0.2 < moved['flipped_pairs'] < 0.6 and abs(moved['flipped_share'] - moved['flipped_pairs']) < 0.2
-    again = claims_run.run_trial(trial, tmp_path, 12)
+    again = trial.run_trial(of_drdpo, tmp_path, 12)
     assert again.keys() == moved.keys() and all(again[k] == moved[k] for k in moved if 'seconds' not in k)
-    assert claims_run.run_trial(FULL.pull('tdpo2', 1.0, 3), tmp_path, 12)['kl_rejected'] > 0
-    refused = claims_run.run_trial(claims_grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
+    assert trial.run_trial(FULL.pull('tdpo2', 1.0, 3), tmp_path, 12)['kl_rejected'] > 0
+    refused = trial.run_trial(grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused
 
 
-MISTAKES = [
-    ('--seeds=0 1', 'seed 0 has chosen'),
-    ('--seeds=1 1', 'different'),
-    ('--seeds=1 x', 'different'),
-    ('--seed=1', 'seeds'),
-]
-
-
-@pytest.mark.parametrize('flag, sentence', MISTAKES)
+@pytest.mark.parametrize('flag, sentence', [
+    ('--seeds=0 1', 'seed 0 has chosen'), ('--seeds=1 1', 'different'), ('--seeds=1 x', 'different'), ('--seed=1', 'seeds'),
+])  # fmt: skip
 def test_mistakes(flag, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['claims', flag, f'--out_dir={tmp_path}/out'])
     with pytest.raises(UserError, match=sentence):

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, python
+from helpers import ROOT, python, run_script
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -59,22 +59,18 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_memory_that_grows_in_place():
     """Set before torch is imported, unless the user has set one of the two names."""
-    done = python(
-        '-c',
-        """import os, sys; from runtime import guard
+    done = python('-c', """import os, sys; from runtime import guard
 names = 'PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF'
 for name in (None, *names):
     for n in names: os.environ.pop(n, 0)
     os.environ |= {name: 'mine'} if name else {}; guard._pipe = None
     guard.watch('__main__'); assert 'torch' not in sys.modules
-    print(*map(os.environ.get, names))""",
-    )
+    print(*map(os.environ.get, names))""")  # fmt: skip
     assert done.stdout.splitlines() == ['expandable_segments:True None', 'mine None', 'None mine'], done.stderr
 
 
 @pytest.mark.parametrize('device, options, told, unused', [
-    ('cpu', {}, {}, []),
-    ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
+    ('cpu', {}, {}, []), ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
     ('cuda', {'tf32': True, 'dtype': 'bfloat16'}, {}, ['tf32']),
     ('cuda', {'tf32': True, 'deterministic': True}, {'precision': 'high', 'deterministic': True}, []),
 ])  # fmt: skip
@@ -99,3 +95,12 @@ def test_what_cannot_be_deterministic_is_a_sentence():
     error = RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch...'")
     better = errors.explained(error, '')
     assert isinstance(better, UserError) and 'no cumsum_cuda_kernel' in str(better) and '--deterministic' in str(better)
+
+
+def test_the_check_of_a_gpu_sees_nan(tmp_path, monkeypatch):
+    """A tensor with a NaN is infinitely far, so that the largest of many distances shows it."""
+    for name in ('CUDA_VISIBLE_DEVICES', 'NANOPREF_CACHE', 'TQDM_DISABLE', 'HF_HUB_OFFLINE'):
+        monkeypatch.setenv(name, '')
+    far = run_script('experiments/gpu_check.py', '--device=cpu', f'--out={tmp_path}')['far']
+    assert far(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])) == 1.25
+    assert far(torch.tensor([3.0, float('nan')]), torch.ones(2)) == float('inf')

@@ -53,9 +53,9 @@ def test_what_is_missing_is_said(settings, words):
     assert found.returncode == 2 and words in found.stderr and 'done' not in found.stdout
 
 
-@pytest.mark.parametrize(
-    'script, target', [('ai_feedback.sh', 'labels report.json'), ('papers/paper.sh', '$OUT/labels/report.json')]
-)
+@pytest.mark.parametrize('script, target', [
+    ('ai_feedback.sh', 'labels report.json'), ('papers/paper.sh', '$OUT/labels/report.json'),
+])  # fmt: skip
 def test_verdicts_that_are_missing_are_asked_for_again(tmp_path, script, target):
     """label.py leaves a report also where requests have failed: a step with one is not done."""
     step = re.search(r'^step\(\) \{.*?\n\}', (ROOT / 'experiments' / script).read_text(), re.M | re.S)[0]

@@ -25,11 +25,10 @@ pytestmark = pytest.mark.skipif(
     not (FOLDER / 'model.safetensors').exists(),
     reason='there is no SmolLM2-135M-Instruct: make real makes it, or NANOPREF_REAL_MODEL names its folder',
 )
-TEXTS = [
-    ('How do I keep bread fresh?', 'Keep it in a paper bag, away from light.', 'No idea, just buy another one.'),
-    ('Name a river in France.', 'The Loire is the longest of them.', 'Rivers are boring. Ask me something else!'),
-]
-PAIRS = [dict(zip(('prompt', 'chosen', 'rejected'), pair, strict=True)) for pair in TEXTS]
+PAIRS = [
+    {'prompt': 'How do I keep bread fresh?', 'chosen': 'Keep it in a paper bag, away from light.', 'rejected': 'No idea, just buy another one.'},
+    {'prompt': 'Name a river in France.', 'chosen': 'The Loire is the longest of them.', 'rejected': 'Rivers are boring. Ask me something else!'},
+]  # fmt: skip
 
 
 @pytest.fixture(scope='module')
@@ -40,8 +39,8 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope='module')
 def examples(pairs):
     """The pairs as tokens, in the model's chat template."""
-    lengths = {'max_length': 128, 'max_prompt_length': 64}
-    return load_examples(pairs, 'train', load_tokenizer(str(FOLDER)), 'pairs', chat=True, undivided=True, **lengths)
+    options = {'max_length': 128, 'max_prompt_length': 64, 'chat': True, 'undivided': True}
+    return load_examples(pairs, 'train', load_tokenizer(str(FOLDER)), 'pairs', **options)
 
 
 @pytest.fixture(scope='module')
@@ -70,18 +69,13 @@ def train(pairs, out_dir, *flags):
     return load_model(str(out_dir / 'model'))
 
 
-def kl_between(policy, reference, examples):
-    """KL(reference || policy), in nats, at the tokens of the examples' answers: exact, so never below 0."""
-    for either in (policy, reference):
-        attention.set_attention(either, True)
-    return columns(policy, reference, examples, divergences.kl)[1]
-
-
 def test_a_step(pairs, examples, original, tmp_path):
-    """A KL of 0 to itself, and above 0 after it; the saved model is read again bit for bit."""
+    """An exact KL(reference || policy) of 0 to itself, and above 0 after it; the saved model is read again bit for bit."""
     trained = train(pairs, tmp_path / 'run', '--lr=1e-5')
-    assert kl_between(original, original, examples).abs().max() == 0
-    assert (kl_between(trained, original, examples) > 0).all()
+    for either in (trained, original):
+        attention.set_attention(either, True)
+    assert columns(original, original, examples, divergences.kl)[1].abs().max() == 0
+    assert (columns(trained, original, examples, divergences.kl)[1] > 0).all()
     trained.save_pretrained(tmp_path / 'again')
     assert same_bits(tmp_path / 'again', tmp_path / 'run/model')
 
@@ -102,9 +96,8 @@ def test_adapters_merge(pairs, examples, original, tmp_path):
 
     merged = train(pairs, tmp_path / 'run', '--lora_rank=4', '--lr=1e-3')
     adapted = peft.PeftModel.from_pretrained(load_model(str(FOLDER)), str(tmp_path / 'run/adapter')).eval()
-    ours, theirs, before = (
-        packed_and_padded(either, examples, models.response_logps)[0] for either in (merged, adapted, original)
-    )
+    three = merged, adapted, original
+    ours, theirs, before = (packed_and_padded(either, examples, models.response_logps)[0] for either in three)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
     assert (ours - before).abs().max() > 0.01
 

@@ -27,6 +27,7 @@ sys.exit(int(os.environ['CODE']))
 
 
 def start(folder, seconds, code, *command):
+    """Start slurm.sh in a folder, with a worker that ends with this code after so many seconds."""
     for name, body in TOOLS.items():
         (folder / name).write_text(f'#!/usr/bin/env bash\n{body}\n')
     (folder / 'worker.py').write_text(WORKER)
@@ -41,6 +42,8 @@ def start(folder, seconds, code, *command):
 
 @pytest.mark.parametrize('code', [0, 3])
 def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path, code):
+    job = start(tmp_path, 0, code)
+    assert job.wait(30) == 2 and job.stderr.read().startswith('error: give it to Slurm, with a script')
     job = start(tmp_path, 0, code, 'dpo.py', 'config/x.py', '--a=b c')
     assert job.wait(30) == (code and 1) and not (tmp_path / 'requeued').exists()
     words = '--nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_id=41-0 --rdzv_endpoint=node7:20041 dpo.py config/x.py --a=b c'
@@ -55,13 +58,8 @@ def test_the_warning_saves_and_requeues(tmp_path):
     job.send_signal(signal.SIGUSR1)
     said, _ = job.communicate(timeout=30)
     assert job.returncode == 1 and 'goes back into the queue' in said
-    assert (tmp_path / 'signalled').read_text() == '--signal=USR1 41.0\n'
-    assert (tmp_path / 'requeued').read_text() == 'requeue 41\n'
-
-
-def test_without_a_command(tmp_path):
-    job = start(tmp_path, 0, 0)
-    assert job.wait(30) == 2 and job.stderr.read().startswith('error: give it to Slurm, with a script')
+    told = [(tmp_path / name).read_text() for name in ('signalled', 'requeued')]
+    assert told == ['--signal=USR1 41.0\n', 'requeue 41\n']
 
 
 @pytest.mark.skipif(not shutil.which('dash'), reason='no sh other than bash here')
@@ -72,8 +70,8 @@ def test_sh_instead_of_bash(script, tmp_path):
     (tmp_path / 'python').chmod(0o755)
     calls = tmp_path / 'calls'
     environment = {'PATH': f'{tmp_path}:/usr/bin:/bin', 'CALLS': str(calls), 'OUT': str(tmp_path / 'out')}
-    how = {'env': environment, 'cwd': tmp_path, 'capture_output': True, 'text': True, 'timeout': 60}
-    done = subprocess.run(['dash', script, 'dpo.py'], **how)
+    how = {'env': environment, 'cwd': tmp_path, 'timeout': 60}
+    done = subprocess.run(['dash', script, 'dpo.py'], capture_output=True, text=True, **how)
     if script.name == 'ai_feedback.sh':
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert calls.read_text().startswith('sft.py config/sft_toy.py --model=toy')

@@ -1,9 +1,7 @@
-"""dpo.py and reward.py against numbers that TRL's DPOTrainer and RewardTrainer gave (trl_numbers.json, trl_reward_numbers.json,
-made by experiments/trl/steps.py --write).
+"""dpo.py and reward.py against numbers that TRL's trainers gave (trl_numbers.json, trl_reward_numbers.json: experiments/trl/steps.py --write).
 
-Both run in float32 on the same 32 toy pairs in the same order, for six steps, from weights that a formula gives: a GPT-NeoX
-with SGD, in several microbatches, and a Llama with AdamW, in one; most steps clip the gradient. Needs no TRL.
-"""
+In float32 on the same 32 toy pairs in the same order, for six steps, from weights that a formula gives: a GPT-NeoX with SGD, in several
+microbatches, and a Llama with AdamW, in one; most steps clip the gradient. Needs no TRL."""
 
 import json
 
@@ -16,17 +14,12 @@ from experiments.trl import steps
 NUMBERS = {kind: json.loads(steps.KINDS[kind].numbers.read_text()) for kind in steps.KINDS}
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """What the experiments start as processes runs in this one."""
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(steps, 'run', lambda *command, **_: run_script(*command))
-
-
 @pytest.mark.parametrize('name', ['SGD', 'AdamW'])
 @pytest.mark.parametrize('kind', steps.KINDS)
-def test_every_step_is_what_trl_says(kind, name, tmp_path):
+def test_every_step_is_what_trl_says(kind, name, tmp_path, monkeypatch):
     """Pairs for the reward model have margins, and its Llama has centred scores."""
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(steps, 'run', lambda *command, **_: run_script(*command))  # in this process
     run, compared = NUMBERS[kind]['runs'][name], steps.KINDS[kind]
     compared.model(run['model'], tmp_path / 'model')
     write_rows(tmp_path / 'pairs.jsonl', NUMBERS[kind]['pairs'])

@@ -64,11 +64,8 @@ def refused(script, *flags):
 
 DATA = '--data=good.jsonl', '--eval_data=good.jsonl'
 # what loads a model, and how
-LOADS = {
-    'sft.py': ['--model={}', *DATA, *SMALL],
-    'dpo.py': ['--model={}', *DATA, *SMALL],
+LOADS = {name: ['--model={}', *DATA, *SMALL] for name in ('sft.py', 'dpo.py', 'reward.py')} | {
     'dpo.py, reference': ['--model=toy', '--ref_model={}', *DATA, *SMALL],
-    'reward.py': ['--model={}', *DATA, *SMALL],
     'ppo.py': ['--model={}', '--reward_model=gold', '--batch_size=4', '--minibatch_size=4'],
     'ppo.py, reward': ['--model=toy', '--reward_model={}', '--batch_size=4', '--minibatch_size=4'],
     'sample.py': ['--model={}', '--n_examples=2'],
@@ -77,12 +74,9 @@ LOADS = {
 }
 
 
-def flags(what, model):
-    return what.partition(',')[0], *(flag.format(model) for flag in LOADS[what])
-
-
-def shorten(file):
-    file.write_bytes(file.read_bytes()[:-100])
+def refused_with(what, model):
+    """The sentence of a script that loads this model folder."""
+    return refused(what.partition(',')[0], *(flag.format(model) for flag in LOADS[what]))
 
 
 def pickled(folder):
@@ -99,40 +93,32 @@ def own_code(folder, file='config.json'):
 
 @pytest.fixture
 def model(folders):
-    """model(kind, *changes) -> a copy of a model folder, ./model, that these have changed."""
-
-    def make(kind='good', *changes):
-        shutil.copytree(folders / kind, 'model')
-        for change in changes:
-            change(Path('model'))
-
-    return make
+    """model(kind, change) -> a copy of a model folder, ./model, after the change."""
+    return lambda kind, change: (shutil.copytree(folders / kind, 'model'), change(Path('model')))
 
 
-HARM = {
-    'truncated': (lambda f: shorten(f / 'model.safetensors'), 'cannot load the model'),
-    'pickle': (pickled, 'a pickle, which can run any code'),
-    'code': (own_code, 'comes with code of its own (config.json)'),
-}
+def cuts(name):
+    """A change of a model folder: a file of it is a hundred bytes shorter."""
+    return lambda f: (f / name).write_bytes((f / name).read_bytes()[:-100])
 
 
 @pytest.mark.parametrize('what', LOADS)
-@pytest.mark.parametrize('harm', HARM)
-def test_scripts_and_models(model, what, harm):
-    change, words = HARM[harm]
+@pytest.mark.parametrize('change, words', [
+    (cuts('model.safetensors'), 'cannot load the model'), (pickled, 'a pickle, which can run any code'),
+    (own_code, 'comes with code of its own (config.json)'),
+], ids=['truncated', 'pickle', 'code'])  # fmt: skip
+def test_scripts_and_models(model, what, change, words):
     model('reward' if what in ('label.py', 'ppo.py, reward') else 'good', change)
-    assert words in refused(*flags(what, 'model'))
+    assert words in refused_with(what, 'model')
     left = [f.name for f in Path('out').rglob('*') if f.is_file()]
     assert not Path('evil').exists() and left in ([], ['.lock'])
 
 
-def both(name, **options):
-    """How a model folder is read: as language model, as base of a reward model."""
-    padded = load.separate_pad(toy.tokenizer())
-    return (
-        lambda: load.load_model(name, tokenizer=toy.tokenizer(), **options),
-        lambda: load.load_reward(name, padded, new_head=True, **options),
-    )
+def read(name, reward):
+    """Read a model folder: as language model, or as base of a reward model."""
+    if not reward:
+        return load.load_model(name, tokenizer=toy.tokenizer())
+    return load.load_reward(name, load.separate_pad(toy.tokenizer()), new_head=True)
 
 
 def names_shard(shard):
@@ -162,25 +148,15 @@ def writes(name, content):
     return lambda f: (f / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def cuts(name):
-    return lambda f: shorten(f / name)
-
-
 def removes(name):
     return lambda f: (f / name).unlink()
 
 
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
 SHARD, INDEX = 'model-00002-of-00006.safetensors', 'model.safetensors.index.json'
-NO_WEIGHTS, NO_JSON = (
-    "'model' has no .safetensors file: ",
-    "the config.json of 'model' is not valid JSON .*line .*: mend it$",
-)
-NO_SHARD, KERNEL = (
-    "names '.*': weights must be .safetensors files in the same folder",
-    'a kernel from the hub .*--trust_remote_code',
-)
 # fmt: off
+NO_WEIGHTS, NO_JSON = "'model' has no .safetensors file: ", "the config.json of 'model' is not valid JSON .*line .*: mend it$"
+NO_SHARD, KERNEL = "names '.*': weights must be .safetensors files in the same folder", 'a kernel from the hub .*--trust_remote_code'
 DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an index is that of a model in several files
     'weights, garbage': [writes(WEIGHTS, bytes(range(256)) * 9)], 'weights, empty': [writes(WEIGHTS, b'')],
     'weights, a folder': [lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir())],
@@ -214,38 +190,33 @@ def test_damaged_models(model, name):
     """Neither way of reading ./model succeeds, each says why, and no code of it has run."""
     change, words = (*DAMAGES[name], "'model'")[:2]
     model('shards' if name.startswith(('shard', 'index')) else 'good', change)
-    for read in both('model'):
+    for reward in (False, True):
         with pytest.raises(UserError, match=words) as info:
             load.load_tokenizer('model')
-            read()
+            read('model', reward)
         assert '\n' not in str(info.value)
     assert not Path('evil').exists()
 
 
-def test_an_attention_that_is_no_kernel(model):
-    model('good', sets(attn_implementation='eager'))
-    both('model')[0]()
-
-
 def test_shards_of_a_hub_id(model, monkeypatch):
     model('shards', names_shard('../x.safetensors'))
-    read, found = transformers.AutoConfig.from_pretrained, {file.name: str(file) for file in Path('model').iterdir()}
-    monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: read('model'))
+    config, found = transformers.AutoConfig.from_pretrained('model'), {f.name: str(f) for f in Path('model').iterdir()}
+    monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: config)
     monkeypatch.setattr(hub, 'file_of', lambda name, file: found.get(file))
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
 
-@pytest.mark.parametrize('which', [0, 1], ids=['language model', 'reward model'])
-def test_unused_weights_are_said_once(folders, model, capsys, which):
+@pytest.mark.parametrize('reward', [False, True])
+def test_unused_weights_are_said_once(folders, model, capsys, reward):
     """A config with a layer less than the file; and the head that gives way to a reward model's is not counted."""
     layers = toy.model_config().num_hidden_layers
     model('good', sets(num_hidden_layers=layers - 1))
     for _ in range(2):
-        both(str(Path('model').resolve()))[which]()
+        read(str(Path('model').resolve()), reward)
     notes = [line for line in capsys.readouterr().out.splitlines() if 'are not used' in line]
     assert len(notes) == 1 and f'model.layers.{layers - 1}.' in notes[0] and 'lm_head' not in notes[0]
-    both(str(folders / 'good'))[which]()
+    read(str(folders / 'good'), reward)
     assert 'are not used' not in capsys.readouterr().out
 
 
@@ -255,7 +226,7 @@ def test_an_adapter_without_its_model(folders, what):
     adapter = {'base_model_name_or_path': 'out/base', 'peft_type': 'LORA', 'r': 4, 'lora_alpha': 8}
     Path('run/adapter/adapter_config.json').write_text(json.dumps(adapter))
     Path('run/adapter/adapter_model.safetensors').touch()
-    said = refused(*flags(what, 'run/adapter'))
+    said = refused_with(what, 'run/adapter')
     assert "the model of the adapter 'run/adapter' is missing: " in said and "'out/base'" in said
 
 
@@ -270,14 +241,14 @@ def test_a_tokenizer_with_one_token_more():
         load.load_model('model', tokenizer=tokenizer)
 
 
-def test_code_runs_where_it_is_wanted(model):
-    model('good', own_code)
+def test_what_is_no_harm(model):
+    """An attention that is no kernel; code of the model's own where it is wanted."""
+    model('good', sets(attn_implementation='eager'))
+    read('model', False)
+    own_code(Path('model'))
     with pytest.raises(UserError, match='cannot load the model'):  # evil.C is no config
         load.load_model('model', trust_remote_code=True)
     assert Path('evil').exists()
-
-
-# ---- data ----
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'sample.py'])
@@ -290,9 +261,9 @@ def test_data_that_is_no_file(script):
 
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py'])
-def test_data_and_model_may_vanish_while_it_trains(model, folders, monkeypatch, script):
+def test_data_and_model_may_vanish_while_it_trains(folders, monkeypatch, script):
     """What a run needs is in memory from its first step on, the config of the model folder that it leaves included."""
-    model()
+    shutil.copytree(folders / 'good', 'model')
     shutil.copy('good.jsonl', 'other.jsonl')
     row = log.Log.row
 
@@ -306,9 +277,6 @@ def test_data_and_model_may_vanish_while_it_trains(model, folders, monkeypatch, 
     assert not Path('model').exists() and Path('out/model/model.safetensors').exists()
     left, before = (json.loads((f / 'config.json').read_text()) for f in (Path('out/model'), folders / 'good'))
     assert left['hidden_size'] == before['hidden_size']
-
-
-# ---- where nothing can be written ----
 
 
 OUT = {'sft.py': '', 'dpo.py': '', 'reward.py': '', 'ppo.py': '--reward_model=gold', 'label.py': '--answers=answers.jsonl --gold=toy',
@@ -336,8 +304,6 @@ def test_a_cache_that_is_a_file_costs_no_run(monkeypatch, capsys):
     assert 'tokens are not cached' in said and 'reference log-probs are not kept' in said and 'done: out/model' in said
 
 
-# ---- what runs leave for each other ----
-
 SAMPLE = {'index': 0, 'sample': 0, 'response': ' x', 'finish': 'eos', 'prompt': 'p'}
 VERDICT, DEEP = {'pair': 0, 'order': 1, 'preference': 1}, '[' * 100_000
 # fmt: off
@@ -362,8 +328,6 @@ def test_damaged_rows(file, line):
         read()
     assert contents() == before
 
-
-# ---- endpoints and keys ----
 
 EVIL = ['{instruction} {answer_1}', '$(touch evil); `touch evil`', "__import__('os').system('touch evil')", '{{ 7 * 7 }} {% for %}',
         '"}]}\n{"index": 0}', '</s><|endoftext|> %s %n {0}', 'Verdict: A\n!!python/object/apply:os.system [touch evil]']  # fmt: skip
@@ -448,12 +412,12 @@ def test_a_strange_count_of_tokens_loses_no_answer(usage):
     assert {row['finish'] for row in rows} <= {None, '12'}
 
 
-def test_tokens_that_are_not_counted_are_no_fault(capfd):
+@pytest.mark.parametrize('usage, tokens', [(None, None), ({}, None), ({'completion_tokens': 12}, 12)])
+def test_tokens_that_are_not_counted_are_no_fault(capfd, usage, tokens):
     fine = {'message': {'content': 'fine'}, 'finish_reason': 'stop'}
-    for i, (usage, tokens) in enumerate(((None, None), ({}, None), ({'completion_tokens': 12}, 12))):
-        with serve(lambda n, body, usage=usage: (200, {'choices': [fine], 'usage': usage})) as server:
-            ask(server.url, f'out{i}')
-        assert [row['tokens'] for row in read_jsonl(f'out{i}/samples.jsonl')] == [tokens] * 2
+    with serve(lambda n, body: (200, {'choices': [fine], 'usage': usage})) as server:
+        ask(server.url, 'a')
+    assert [row['tokens'] for row in read_jsonl('a/samples.jsonl')] == [tokens] * 2
     assert 'note' not in capfd.readouterr().out
 
 
@@ -474,9 +438,6 @@ def test_what_is_no_address(monkeypatch, capfd, script, known):
     for address in NOWHERE:
         assert 'is no address' in refused(script, f'--endpoint={address}', *ASKING[script])
     assert KEY not in ''.join(capfd.readouterr()) and not Path('out').exists()
-
-
-# ---- a small fuzz run ----
 
 
 def test_fuzz():
