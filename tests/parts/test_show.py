@@ -148,7 +148,7 @@ def test_what_a_chat_template_refuses_is_said_and_counted(show, tmp_path):
     (PAIRS, '--task=pairs', [PAIRS[i] | MARGIN for i in range(5)]),
     (PAIRS[:1], '--task=singles', [{'prompt': 'Q: 0?\nA:', 'response': x, 'good': x == ' yes'} | MARGIN for x in (' yes', ' no')]),
     (PAIRS[:1], '--task=sft', [{'prompt': 'Q: 0?\nA:', 'response': ' yes', 'trained': [' yes']} | MARGIN]),
-    (PAIRS[:1], '--task=prompts', [{'prompt': 'Q: 0?\nA:'} | MARGIN]),
+    (PAIRS[:1], '--task=prompts', [{'prompt': 'Q: 0?\nA:'} | MARGIN]), ([{'prompt': 'ä\u2028\u2029\x85'}], '', [{'prompt': 'ä\u2028\u2029\x85'}]),
     ([{'messages': TALK}], '', [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['b', 'd']}]),
     ([{'prompt': 'p', 'response': 'r', 'good': True}], '', [{'prompt': 'p', 'response': 'r', 'good': True}]),
     ([{'messages': UNTRAINED}], '--task=sft', [{'prompt': TALK[:3], 'response': TALK[3:], 'trained': ['d']}]),
