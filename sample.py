@@ -198,11 +198,10 @@ if not endpoint:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
-def plan():
-    """Split all answers into batches [(n_rows, keys)]: the keys, (prompt index, sample number), of answers to generate n_rows at a time.
-
-    The same on every rank and after a resume. A batch has one temperature; longest prompts come first."""
-    batches = []
+def generate_all():
+    """Generate this rank's answers that are not in out_dir yet, and append them. Raises UserError."""
+    # plan batches of all answers: the same on every rank and after a resume, of one temperature each, longest prompts first
+    batches = []  # (n_rows, keys): answers to generate, n_rows at a time
     for number in range(len(temperatures)):
         waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
         # keys are in order, and a sort keeps that of prompts of equal length
@@ -217,13 +216,9 @@ def plan():
             size = 4 * n_rows
             batches.append((n_rows, waiting[:size]))
             waiting = waiting[size:]
-    return batches
 
-
-def generate_all():
-    """Generate this rank's batches and append the answers that are not in out_dir yet. Raises UserError."""
     # done: keys of the answers in out_dir. Generate an unfinished batch as a whole, because another batch would round differently
-    unfinished = [(n_rows, batch) for n_rows, batch in plan() if not done.issuperset(batch)]
+    unfinished = [(n_rows, batch) for n_rows, batch in batches if not done.issuperset(batch)]
     for n_rows, batch in unfinished[rank::world_size]:
         rows = [expected_row(*key) for key in batch]
         prompt_ids = [ids[i] for i, _ in batch]
