@@ -289,11 +289,11 @@ for name, (column, clusters) in rates.items():
 
 # length-controlled win rate; with few prompts, length cannot be told from quality
 n_judged = len(set(questions))
-rate = error = effect = None
+rate = error = interval = effect = None
 if n_judged >= winrate.ENOUGH:
-    rate, error, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
+    rate, error, interval, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
 report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
-report['length_controlled_interval'] = winrate.interval_of_fit(rate, error)
+report['length_controlled_interval'] = interval
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 

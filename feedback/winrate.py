@@ -49,29 +49,20 @@ def interval(wins, clusters=None):
     return np.clip([center - half_width, center + half_width], 0, 1).tolist()
 
 
-def interval_of_fit(rate, error):
-    """Return [low, high], a 95% interval for a win rate in (0, 1), symmetric in log odds; None if its standard error is None."""
-    if error is None:
-        return None
-    log_odds = np.log(rate / (1 - rate))
-    # delta method: d log_odds / d rate = 1 / (rate (1 - rate))
-    half_width = Z * error / (rate * (1 - rate))
-    return _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
-
-
 def length_controlled(wins, difference, clusters=None):
-    """Return (win rate at equal length, its standard error, length effect b), or three None without a finite fit.
+    """Return (win rate at equal length, its standard error, its interval, length effect b), or four None without a finite fit.
 
     Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
     rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
-    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs.
+    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs. The interval [low, high]
+    holds the rate with 95%, and is symmetric in log odds; it and the error are None if there is only one cluster.
 
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
     square s. clusters (n,): cluster ids for the sandwich covariance, or None."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
     if len(wins) == 0:
-        return None, None, None
+        return None, None, None, None
     x = np.ones((len(wins), 1))  # intercept a
     lengths_differ = difference.any()
     if lengths_differ:
@@ -79,7 +70,7 @@ def length_controlled(wins, difference, clusters=None):
         x = np.column_stack([x, np.tanh(difference / s)])  # slope b
     fit = _fit_logistic(x, wins)
     if fit is None:
-        return None, None, None
+        return None, None, None, None
     beta, information, residuals = fit
     rate = float(_sigmoid(beta[0]))
     effect = float(beta[1]) if lengths_differ else 0.0
@@ -89,7 +80,13 @@ def length_controlled(wins, difference, clusters=None):
     covariance = bread @ meat @ bread
     # delta method: d rate / d a
     slope = rate * (1 - rate)
-    return rate, _sqrt(slope**2 * covariance[0, 0]), effect
+    error = _sqrt(slope**2 * covariance[0, 0])
+    if error is None:
+        return rate, None, None, effect
+    log_odds = np.log(rate / (1 - rate))
+    half_width = Z * error / slope
+    interval = _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
+    return rate, error, interval, effect
 
 
 def _fit_logistic(x, wins):
