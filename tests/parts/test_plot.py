@@ -12,7 +12,6 @@ from tools.runs import bounds
 
 pytest.importorskip('matplotlib', reason='matplotlib is not installed')
 
-
 LOGPS = ['log-probs of chosen answers', 'log-probs of rejected answers']
 
 
