@@ -78,7 +78,11 @@ if reward_model is None:
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in pair['outputs']}) == 1}
+equal = set()
+for i, pair in enumerate(pairs):
+    first, second = pair['outputs']
+    if first.strip() == second.strip():
+        equal.add(i)
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]

@@ -132,7 +132,8 @@ def read_answers(path):
                 prompt, response = field(row, 'instruction'), field(row, 'output')
                 is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
                 # answer() adds the space before a text; label.py adds it to the answer to a single question
-                prompt, response = (prompt, answer(response)) if is_dialogue else (ask(prompt), response)
+                response = answer(response) if is_dialogue else response
+                prompt = prompt if is_dialogue else ask(prompt)
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
             # the defaults of rows without these fields: a fixed name, and the next free number

@@ -118,9 +118,12 @@ numbers = []
 for run in runs:
     split = 'eval' if any(row['split'] == 'eval' for row in run.rows) else 'train'
     last = [row for row in run.rows if row['split'] == split][-1]
-    found = {short_name: value_of(last, split, metric) for metric, short_name in SHOWN.items()}
-    finite = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-    numbers.append({'examples': last['counters/examples'], 'split': split} | finite)
+    shown = {'examples': last['counters/examples'], 'split': split}
+    for metric, short_name in SHOWN.items():
+        value = value_of(last, split, metric)
+        if value is not None and math.isfinite(value):
+            shown[short_name] = value
+    numbers.append(shown)
 
 # options that differ, as JSON: None if a script has no such option; the value None becomes 'null'
 options = []

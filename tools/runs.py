@@ -207,9 +207,14 @@ def curve(run, split, metric):
             gaps += 1
     # leave out outliers, which would flatten the rest of the curve
     low, high = bounds([value for _, value in points])
-    far = [value for _, value in points if not low <= value <= high]
-    near = [(examples, value) for examples, value in points if low <= value <= high]
-    return Curve(split, [examples for examples, _ in near], [value for _, value in near], far, gaps)
+    drawn = Curve(split, examples=[], values=[], far=[], gaps=gaps)
+    for examples, value in points:
+        if low <= value <= high:
+            drawn.examples.append(examples)
+            drawn.values.append(value)
+        else:
+            drawn.far.append(value)
+    return drawn
 
 
 def bounds(values):
