@@ -87,8 +87,8 @@ figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=Fals
 palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
 colors = [palette[i % len(palette)] for i in range(len(runs))]
 
-for axis, panel in zip(axes.flat, panels, strict=False):
-    for curve in panel.curves:
+for axis, (title, subtitle, curves) in zip(axes.flat, panels, strict=False):
+    for curve in curves:
         # curve.extra: earlier runs are wider and lie below later ones, so that identical curves are all visible
         is_second = curve.metric == 1
         style = {'color': colors[curve.run], 'linestyle': '--' if is_second else '-'}
@@ -101,7 +101,7 @@ for axis, panel in zip(axes.flat, panels, strict=False):
         if is_second:
             style['markerfacecolor'] = 'white'
         axis.plot(curve.examples, curve.values, marker='o', **style)
-    entitle(axis, panel.title, panel.subtitle, 'training examples')
+    entitle(axis, title, subtitle, 'training examples')
 
 if any(frontiers):
     axis = axes.flat[len(panels)]

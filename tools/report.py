@@ -45,56 +45,6 @@ def answer_of(who, text):
     return {'who': who, 'text': cut(text), 'letters': len(text)}
 
 
-def sample_cards(number, run):
-    """Return a dict for each prompt sampled during a run, with the answers of policy and reference; newest evaluations first.
-
-    number: index of the run. Keys: run, examples (training examples before the evaluation), prompt, answers."""
-    cards = {}
-    beta = run.options.get('beta')
-    for row in run.samples:
-        # policy and reference share a card
-        key = row['examples'], row.get('sample'), row['prompt']
-        if key not in cards:
-            cards[key] = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
-        answer = answer_of(row['generator'], row['response'])
-        answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
-        gold_reward = gold(row)
-        # prefer the score of a reward model, then the toy world's gold reward, then what it is in DPO: losses that divide by
-        # the length or add a divergence have other implicit rewards, and those without a reference no logratio
-        if 'score' in row:
-            answer |= {'reward': row['score'], 'reward_source': 'score'}
-        elif gold_reward is not None:
-            answer |= {'reward': gold_reward, 'reward_source': 'gold'}
-        elif 'logratio' in row and isinstance(beta, int | float):
-            answer |= {'reward': beta * row['logratio'], 'reward_source': 'beta * log-ratio'}
-        cards[key]['answers'].append(answer)
-    # stable sort: prompts of an evaluation keep their order
-    return sorted(cards.values(), key=lambda card: -card['examples'])
-
-
-def show_verdicts(folder):
-    """Return the page's data on a label.py folder: its report, and max_pairs pairs with their verdicts. Raises UserError."""
-    cards = []
-    try:
-        pairs = json.loads((folder / 'annotations.json').read_text())
-        report = json.loads((folder / 'report.json').read_text())
-        for pair in pairs:
-            answers = [answer_of(pair[f'generator_{n}'], pair[f'output_{n}']) for n in (1, 2)]
-            card = {'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': []}
-            cards.append(card | {'answers': answers})
-    except FileNotFoundError as error:
-        raise UserError(f'{folder} has no {Path(error.filename).name} yet: label.py writes it in the end') from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f'annotations.json or report.json of {folder} is damaged') from None
-    # text: reply of an endpoint; rewards: of both answers, from a reward model
-    for (pair, order), row in sorted(read_verdicts(folder / 'verdicts.jsonl').items()):
-        # skip pairs that annotations.json does not have
-        if pair < len(cards):
-            verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}
-            cards[pair]['orders'].append(verdict | {'rewards': row.get('rewards')})
-    return {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs], 'left_out': len(cards[max_pairs:])}
-
-
 if not folders:
     raise UserError("name the folders to show, a run's --out_dir each: python -m tools.report out/a out/b")
 # only label.py has the option judge_model
@@ -103,15 +53,15 @@ runs = [read(folder) for folder in folders if folder not in label_folders]
 
 # curves, those of training smoothed, thinned out to at most max_points points: every n-th, counting from the last one
 charts = []
-for panel in panels_of(runs):
+for title, subtitle, drawn in panels_of(runs):
     curves = []
-    for curve in panel.curves:
+    for curve in drawn:
         values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
         points = list(zip(curve.examples, values, strict=True))
         n = max(1, math.ceil(len(points) / max_points))
         shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
         curves.append(shown | {'points': points[::-n][::-1]})
-    charts.append({'title': panel.title, 'meaning': panel.subtitle, 'curves': curves})
+    charts.append({'title': title, 'meaning': subtitle, 'curves': curves})
 
 # the metrics of each run's last evaluation, or of its last training step, by their short names
 numbers = []
@@ -131,16 +81,61 @@ for name in differing(runs):
     values = [json.dumps(run.options[name]) if name in run.options else None for run in runs]
     options.append({'name': name, 'values': values})
 
+# a card for each prompt sampled during a run, with the answers of policy and reference
 samples = []
 num_skipped = 0
 for number, run in enumerate(runs):
-    cards = sample_cards(number, run)
-    samples += cards[:max_samples]
-    num_skipped += len(cards[max_samples:])
+    cards = {}
+    beta = run.options.get('beta')
+    for row in run.samples:
+        # policy and reference share a card; examples: training examples before the evaluation
+        key = row['examples'], row.get('sample'), row['prompt']
+        if key not in cards:
+            cards[key] = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
+        answer = answer_of(row['generator'], row['response'])
+        answer |= {name: row[name] for name in ('tokens', 'logratio') if name in row}
+        gold_reward = gold(row)
+        # prefer the score of a reward model, then the toy world's gold reward, then what it is in DPO: losses that divide by
+        # the length or add a divergence have other implicit rewards, and those without a reference no logratio
+        if 'score' in row:
+            answer |= {'reward': row['score'], 'reward_source': 'score'}
+        elif gold_reward is not None:
+            answer |= {'reward': gold_reward, 'reward_source': 'gold'}
+        elif 'logratio' in row and isinstance(beta, int | float):
+            answer |= {'reward': beta * row['logratio'], 'reward_source': 'beta * log-ratio'}
+        cards[key]['answers'].append(answer)
+    # newest evaluations first; the sort is stable: prompts of an evaluation keep their order
+    newest_first = sorted(cards.values(), key=lambda card: -card['examples'])
+    samples += newest_first[:max_samples]
+    num_skipped += len(newest_first[max_samples:])
 
+# of each folder of label.py: its report, and max_pairs pairs with their verdicts
+verdicts = []
+for folder in label_folders:
+    cards = []
+    try:
+        pairs = json.loads((folder / 'annotations.json').read_text())
+        report = json.loads((folder / 'report.json').read_text())
+        for pair in pairs:
+            answers = [answer_of(pair[f'generator_{n}'], pair[f'output_{n}']) for n in (1, 2)]
+            card = {'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': []}
+            cards.append(card | {'answers': answers})
+    except FileNotFoundError as error:
+        raise UserError(f'{folder} has no {Path(error.filename).name} yet: label.py writes it in the end') from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f'annotations.json or report.json of {folder} is damaged') from None
+    # text: reply of an endpoint; rewards: of both answers, from a reward model
+    for (pair, order), row in sorted(read_verdicts(folder / 'verdicts.jsonl').items()):
+        # skip pairs that annotations.json does not have
+        if pair < len(cards):
+            verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}
+            cards[pair]['orders'].append(verdict | {'rewards': row.get('rewards')})
+    shown = {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs]}
+    verdicts.append(shown | {'left_out': len(cards[max_pairs:])})
+
+# the page
 data = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
-data |= {'samples': samples, 'samples_left_out': num_skipped}
-data['verdicts'] = [show_verdicts(folder) for folder in label_folders]
+data |= {'samples': samples, 'samples_left_out': num_skipped, 'verdicts': verdicts}
 try:
     text = json.dumps(data, allow_nan=False, ensure_ascii=False)
 except ValueError:
