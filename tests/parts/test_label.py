@@ -453,7 +453,7 @@ def test_reward_model(reward_folder):
 
 def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypatch, capsys):
     """As it is at --max_length, and not refused."""
-    write_jsonl('samples.jsonl', toy_samples())
+    toy_samples()
     label(f'--reward_model={reward_folder}', '--out_dir=whole')
     assert not any('cut' in row for row in read_jsonl('whole/verdicts.jsonl'))
     label(f'--reward_model={reward_folder}', '--max_length=8', '--max_prompt_length=4')

@@ -79,15 +79,12 @@ def test_ties_are_half_wins_and_equal_lengths_change_nothing():
     assert winrate.length_controlled([0, 0.5, 1], [-2, 0, -2])[1] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize('wins, difference', [
-    ([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]), ([1, 1, 1], [0, 0, 0]),
-], ids=['none', 'all won', 'separated', 'one difference', 'all won, equal lengths'])  # fmt: skip
-def test_no_finite_fit(wins, difference):
-    assert winrate.length_controlled(wins, difference) == (None,) * 4
-
-
-def test_an_extreme_but_finite_fit():
-    """Where nearly all was won."""
+def test_an_infinite_and_an_extreme_but_finite_fit():
+    # no pairs, all won, separated, one difference, all won at equal lengths
+    for wins, difference in (([], []), ([1, 1, 1], [1, -1, 2]), ([1, 1, 0, 0], [1, 2, -1, -2]), ([0, 1, 1], [3, 3, 3]),
+                             ([1, 1, 1], [0, 0, 0])):  # fmt: skip
+        assert winrate.length_controlled(wins, difference) == (None,) * 4, (wins, difference)
+    # where nearly all was won
     rng = np.random.default_rng(3)
     difference = rng.normal(0, 100, 400)
     wins = rng.random(400) < 1 / (1 + np.exp(-(3 + 5 * np.tanh(difference / 100))))
