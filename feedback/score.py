@@ -170,7 +170,7 @@ def main():
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
     if by in SCORES:
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
-    # read the data before the model, which takes longer to load
+    # the data first: what is wrong with it is told before the model is loaded
     _, _, device = ranks.setup()
     examples, left_out = ranks.first_of_host(read)
     # a missing column is an error only if the user asked for it
