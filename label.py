@@ -69,9 +69,8 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    config.report_unused(
-        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
-    )
+    endpoint_options = 'judge_model judge_prompt request concurrency timeout retries'
+    config.report_unused(endpoint_options.split(), 'there is no --endpoint')
 if reward_model is None:
     model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
     config.report_unused(model_options.split(), 'there is no --reward_model')
