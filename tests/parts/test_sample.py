@@ -303,7 +303,7 @@ def test_another_run_is_refused(folder):
     assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
 
 
-def test_endpoint():
+def test_endpoint(capsys):
     def question(body):
         return body['messages'][-1]['content']
 
@@ -347,6 +347,11 @@ def test_endpoint():
         # text prompts are answered as in training data
         text = run(*(flag for flag in flags if 'system' not in flag), out_dir='text')[1][0]
         assert text['response'] == f' {text["prompt"]} {text["seed"]}'
+        # tools are not sent
+        data = write_jsonl('tools.jsonl', [{'prompt': [USER], 'tools': [{'name': 'look'}]}])
+        _, rows = run(*flags, f'--data={data}', out_dir='tools')
+        assert not any('tools' in row for row in rows + bodies())
+        assert 'which are not sent to an endpoint' in capsys.readouterr().out
 
 
 def test_unsharded_ends_well(folder):

@@ -47,15 +47,13 @@ def command(monkeypatch, *flags):
     score.main()
 
 
-def test_the_code_of_the_docs(reward_model):
+def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, capsys):
+    """The code in the card, as it stands there, run in the model's folder: the scores of the command, of chats and of texts."""
+    # the code in the docs runs, too
     (code,) = re.findall(r'```python\n(from feedback.*?)```', (ROOT / 'docs/feedback.md').read_text(), re.S)
     names = {}
     exec(code.replace('out/reward_toy', str(reward_model)), names)
     assert names['rewards'].shape == (2,) and np.isfinite(names['rewards']).all()
-
-
-def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, capsys):
-    """The code in the card, as it stands there, run in the model's folder: the scores of the command, of chats and of texts."""
     chats = [{'prompt': [{'role': 'user', 'content': row['prompt']}], 'id': f'n{i}',
               'chosen': [{'role': 'assistant', 'content': row['chosen'].strip()}],
               'rejected': [{'role': 'assistant', 'content': row['rejected'].strip()}]}
