@@ -29,7 +29,7 @@ import numpy as np
 
 from configurator import UserError, configure
 from feedback import judge, winrate
-from feedback.answers import annotation, append, is_plain, make_pairs, raise_if_missing, read_verdicts
+from feedback.answers import append, is_plain, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
 from runtime.files import lock, replace_text
@@ -69,16 +69,19 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    config.report_unused(
-        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
-    )
+    endpoint_options = 'judge_model judge_prompt request concurrency timeout retries'
+    config.report_unused(endpoint_options.split(), 'there is no --endpoint')
 if reward_model is None:
     model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
     config.report_unused(model_options.split(), 'there is no --reward_model')
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = {i for i, pair in enumerate(pairs) if len({output.strip() for output in pair['outputs']}) == 1}
+equal = set()
+for i, pair in enumerate(pairs):
+    first, second = pair['outputs']
+    if first.strip() == second.strip():
+        equal.add(i)
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
@@ -90,7 +93,15 @@ if endpoint is not None:
     if not judge_model:
         raise UserError('--endpoint needs --judge_model, the name of a model there')
     template = judge.read_prompt(judge_prompt)
-    fields = judge.read_request(request) | {'model': judge_model, 'stream': False}
+    try:
+        fields = json.loads(request)
+        # json.loads accepts NaN and lone surrogates, which cannot be sent; this line raises ValueError for them
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
+        raise UserError(f'--request must be a json object without model, messages, stream and n, not {request!r}')
+    fields |= {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
     turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
     system = [turn for turn in turns if turn['role'] == 'system']
@@ -155,16 +166,6 @@ def items_of(pair):
     return [(pair['prompt'], output) for output in outputs]
 
 
-def reward_answers(items):
-    """Return (rewards, what was cut of each as a Counter) of items, a list of (prompt, answer)."""
-    cuts = [Counter() for _ in items]
-    if gold is not None:
-        return [toy.gold(prompt, text) for prompt, text in items], cuts
-    lengths = (max_length, max_prompt_length, truncation)
-    ids = [encode(*item, tokenizer, *lengths, cut) for item, cut in zip(items, cuts, strict=True)]
-    return score.scores(model, tokenizer, ids, max_tokens).tolist(), [+cut for cut in cuts]  # +: without zeros
-
-
 def compare_rewards(todo):
     """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
     # in blocks, so that verdicts reach the disk early
@@ -172,9 +173,15 @@ def compare_rewards(todo):
         indices = [i for i, _ in todo[start : start + BLOCK]]
         # score each answer once, even if it is in several pairs; str, because a chat prompt is an unhashable list
         items = {str(item): item for i in indices for item in items_of(pairs[i])}
-        rewards, cuts = reward_answers(list(items.values()))
+        cut_of = {key: Counter() for key in items}  # what was cut of each answer and its prompt: {what: times}
+        if gold is not None:
+            rewards = [toy.gold(prompt, text) for prompt, text in items.values()]
+        else:
+            lengths = (max_length, max_prompt_length, truncation)
+            # encode() returns (prompt ids, answer ids), and adds what it cuts to the counter
+            ids = [encode(*item, tokenizer, *lengths, cut_of[key]) for key, item in items.items()]
+            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
         reward_of = dict(zip(items, rewards, strict=True))
-        cut_of = dict(zip(items, cuts, strict=True))
 
         for i in indices:
             keys = list(map(str, items_of(pairs[i])))
@@ -183,7 +190,7 @@ def compare_rewards(todo):
             if first == second:
                 preference = 1.5  # tie
             row = {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-            cut = [cut_of[key] for key in keys]
+            cut = [+cut_of[key] for key in keys]  # +: without zeros
             yield row | {'cut': cut} if any(cut) else row
 
 
@@ -212,18 +219,26 @@ with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as ba
 
 # ---- annotations and report ----
 
-# preference of each pair: mean over its orders, None if a verdict is missing or unclear
+annotator = judge_model or reward_model or f'gold {gold}'
 preferences_by_order = []
-preferences = []
-for i in range(len(pairs)):
+preferences = []  # of each pair: mean over its orders, None if a verdict is missing or unclear
+rows = []  # of annotations.json
+for i, pair in enumerate(pairs):
     by_order = [1.5]  # identical answers
     if i not in equal:
         by_order = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    preferences_by_order.append(by_order)
     is_clear = None not in by_order
-    preferences.append(sum(by_order) / len(by_order) if is_clear else None)
-annotator = judge_model or reward_model or f'gold {gold}'
-rows = [annotation(pair, preference, annotator) for pair, preference in zip(pairs, preferences, strict=True)]
+    preference = sum(by_order) / len(by_order) if is_clear else None
+    preferences_by_order.append(by_order)
+    preferences.append(preference)
+    row = {'instruction': pair['instruction']}
+    for n, (output, generator) in enumerate(zip(pair['outputs'], pair['generators'], strict=True), start=1):
+        row |= {f'output_{n}': output, f'generator_{n}': generator}
+    row |= {'annotator': annotator, 'preference': preference}
+    # not a field of AlpacaEval's: the original prompt, if the instruction does not determine it
+    if not is_plain(pair):
+        row['prompt'] = pair['prompt']
+    rows.append(row)
 replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 
 # per clear pair: its prompt, win of the first answer (0 to 1), lengths of both answers in characters
@@ -277,11 +292,11 @@ for name, (column, clusters) in rates.items():
 
 # length-controlled win rate; with few prompts, length cannot be told from quality
 n_judged = len(set(questions))
-rate = error = effect = None
+rate = error = interval = effect = None
 if n_judged >= winrate.ENOUGH:
-    rate, error, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
+    rate, error, interval, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
 report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
-report['length_controlled_interval'] = winrate.interval_of_fit(rate, error)
+report['length_controlled_interval'] = interval
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 

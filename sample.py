@@ -107,8 +107,10 @@ if endpoint and world_size > 1:
 # ---- the prompts ----
 
 
-def read_rows():
-    """Read the rows (dicts with 'prompt') of all sources in --data. Return (rows, Counter of what was left out). Raises UserError."""
+def read_prompts():
+    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there are none.
+
+    A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
     rows = []
     left_out = Counter()
     # without --split, take the split 'test', or (undivided) all rows of data without splits
@@ -120,19 +122,11 @@ def read_rows():
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # an empty source is an error; if it is the only one, read_prompts() reports it
+        # an empty source is an error; if it is the only one, it is reported below
         if not new_rows and source != data:
             raise sources.vanished(source, wanted_split, new_left_out)
         rows += new_rows
         left_out.update(new_left_out)
-    return rows, left_out
-
-
-def read_prompts():
-    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there are none.
-
-    A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
-    rows, left_out = read_rows()
     row_of_hash = {}  # the first row with each prompt
     for row in rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
@@ -204,11 +198,10 @@ if not endpoint:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
-def plan():
-    """Split all answers into batches [(n_rows, keys)]: the keys, (prompt index, sample number), of answers to generate n_rows at a time.
-
-    The same on every rank and after a resume. A batch has one temperature; longest prompts come first."""
-    batches = []
+def generate_all():
+    """Generate this rank's answers that are not in out_dir yet, and append them. Raises UserError."""
+    # plan batches of all answers: the same on every rank and after a resume, of one temperature each, longest prompts first
+    batches = []  # (n_rows, keys): answers to generate, n_rows at a time
     for number in range(len(temperatures)):
         waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
         # keys are in order, and a sort keeps that of prompts of equal length
@@ -223,13 +216,9 @@ def plan():
             size = 4 * n_rows
             batches.append((n_rows, waiting[:size]))
             waiting = waiting[size:]
-    return batches
 
-
-def generate_all():
-    """Generate this rank's batches and append the answers that are not in out_dir yet. Raises UserError."""
     # done: keys of the answers in out_dir. Generate an unfinished batch as a whole, because another batch would round differently
-    unfinished = [(n_rows, batch) for n_rows, batch in plan() if not done.issuperset(batch)]
+    unfinished = [(n_rows, batch) for n_rows, batch in batches if not done.issuperset(batch)]
     for n_rows, batch in unfinished[rank::world_size]:
         rows = [expected_row(*key) for key in batch]
         prompt_ids = [ids[i] for i, _ in batch]
@@ -253,35 +242,32 @@ def generate_all():
 def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
-    def request(row):
-        sampling = {'temperature': row['temperature'], 'seed': row['seed']}
-        sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
-        return {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
+    def jobs():
+        """Yield (row, request) when a request is to be sent; the row waits for response, finish and tokens."""
+        for key in keys:
+            if key not in done:
+                row = expected_row(*key)
+                sampling = {'temperature': row['temperature'], 'seed': row['seed']}
+                sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
+                yield row, {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
 
-    # generators, since a request is built when it is sent; its row waits for response, finish and tokens
-    rows = (expected_row(*key) for key in keys if key not in done)
-    jobs = ((row, request(row)) for row in rows)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
-    for row, text, raw, error in ask(endpoint, jobs, **settings):
+    for row, text, raw, error in ask(endpoint, jobs(), **settings):
         if error:
             failed[error] += 1
             continue
         is_text = isinstance(row['prompt'], str)
         row['response'] = answer(text) if is_text else text
-        row['finish'], row['tokens'] = finish_and_tokens(raw)
+        # finish reason and number of tokens are None if the reply, parsed JSON, has none or malformed ones
+        finish = raw['choices'][0].get('finish_reason')
+        if finish == 'stop':
+            finish = 'eos'
+        usage = raw.get('usage')
+        tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
+        is_count = type(tokens) is int and tokens >= 0  # not isinstance: True is an int, too
+        row['finish'] = finish if isinstance(finish, str) else None
+        row['tokens'] = tokens if is_count else None
         append_rows([row])
-
-
-def finish_and_tokens(raw):
-    """Return (finish reason, number of tokens) of an endpoint's parsed JSON reply, each None if missing or malformed."""
-    finish = raw['choices'][0].get('finish_reason')
-    if finish == 'stop':
-        finish = 'eos'
-    usage = raw.get('usage')
-    tokens = usage.get('completion_tokens') if isinstance(usage, dict) else None
-    if type(tokens) is not int or tokens < 0:  # not isinstance: True is an int, too
-        tokens = None
-    return finish if isinstance(finish, str) else None, tokens
 
 
 def append_rows(rows):

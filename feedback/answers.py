@@ -125,7 +125,17 @@ def read_answers(path):
     num_answers = Counter()  # (instruction, generator) -> answers so far
     for row in read_rows(None, 'train', path):
         try:
-            prompt, response = _prompt_and_response(row)
+            if row.error:
+                raise ValueError(row.error)
+            if 'instruction' in row:
+                # model_outputs.json stores a dialogue with its role markers, but a single question without them
+                prompt, response = field(row, 'instruction'), field(row, 'output')
+                is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
+                # answer() adds the space before a text; label.py adds it to the answer to a single question
+                response = answer(response) if is_dialogue else response
+                prompt = prompt if is_dialogue else ask(prompt)
+            else:
+                prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
             # the defaults of rows without these fields: a fixed name, and the next free number
             generator = field({'generator': 'unnamed', **row}, 'generator')
             asked = instruction(prompt), generator
@@ -138,21 +148,6 @@ def read_answers(path):
     if not answers:
         raise UserError(f'there are no answers in {path}')
     return answers
-
-
-def _prompt_and_response(row):
-    """Return (prompt, response) of a row of samples.jsonl or model_outputs.json. Raises ValueError for other formats."""
-    if row.error:
-        raise ValueError(row.error)
-    if 'instruction' not in row:
-        return text_or_chat(row, 'prompt'), field(row, 'response')
-    prompt = field(row, 'instruction')
-    response = field(row, 'output')
-    # model_outputs.json stores a dialogue with its role markers, but a single question without them
-    if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
-        return prompt, answer(response)
-    # label.py adds the space before the answer to a single question
-    return ask(prompt), response
 
 
 def make_pairs(answers_file, against_file=None):
@@ -225,17 +220,3 @@ def read_verdicts(path):
         return field(row, 'pair', int), field(row, 'order', int)
 
     return read_back(path, key_of)
-
-
-def annotation(pair, preference, annotator):
-    """Return a judged pair as a row of AlpacaEval's annotations.json. annotator: name of the judge."""
-    row = {'instruction': pair['instruction']}
-    for n, (output, generator) in enumerate(zip(pair['outputs'], pair['generators'], strict=True), start=1):
-        row[f'output_{n}'] = output
-        row[f'generator_{n}'] = generator
-    row['annotator'] = annotator
-    row['preference'] = preference
-    # not a field of AlpacaEval's: the original prompt, if the instruction does not determine it
-    if not is_plain(pair):
-        row['prompt'] = pair['prompt']
-    return row

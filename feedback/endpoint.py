@@ -63,7 +63,7 @@ def completions_url(url: str) -> str:
     return base.removesuffix('/v1') + '/v1/chat/completions'
 
 
-def ask(url, jobs, *, concurrency=8, timeout=120.0, retries=6, backoff=1.0, proven=False):
+def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False):
     """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
 
     New jobs start only after the caller has consumed all finished replies. Time-outs (`timeout` seconds for a whole reply),
@@ -174,8 +174,16 @@ class _Endpoint:
 
     def read(self, response, content):
         """Return (answer text, parsed reply) of a response. Raises _AttemptFailed, or UserError if only the user can help."""
+        # parse it as JSON, with the key redacted; fall back to the text itself
+        try:
+            # re-encode first, since the reply may spell the key with escapes
+            encoded = json.dumps(json.loads(content))
+            encoded_key = json.dumps(self.key)[1:-1]  # without the quotes
+            # NaN and Infinity become strings
+            raw = json.loads(self.redact(encoded, encoded_key), parse_constant=str)
+        except (ValueError, RecursionError):
+            raw = self.redact(content, self.key)
         status = response.status_code
-        raw = self.parse(content)
         if 200 <= status < 300:
             try:
                 # content is null if the model refused, or ran out of tokens while thinking
@@ -195,16 +203,6 @@ class _Endpoint:
         if wait > LONGEST_WAIT:
             raise UserError(f'{problem} and asks to wait {wait:.0f} s: run the same command again then')
         raise _AttemptFailed(problem, wait=wait)
-
-    def parse(self, content):
-        """Parse a reply as JSON, with the key redacted; fall back to the text itself. NaN and Infinity become strings."""
-        try:
-            # re-encode first, since the reply may spell the key with escapes
-            encoded = json.dumps(json.loads(content))
-            encoded_key = json.dumps(self.key)[1:-1]  # without the quotes
-            return json.loads(self.redact(encoded, encoded_key), parse_constant=str)
-        except (ValueError, RecursionError):
-            return self.redact(content, self.key)
 
     def redact(self, text, key):
         """Replace the key in a text by [key], unless it is too short to be a secret."""

@@ -1,6 +1,5 @@
 """Build the requests that ask a judge which of two answers is better, and parse its replies. Used by label.py."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -19,7 +18,6 @@ VERDICT = re.compile(rf'{BEFORE}{SAYS}{AROUND}[.!]?{AROUND}', re.I | re.A)
 # a line without content, such as the end of a code block or a horizontal rule
 EMPTY = re.compile(rf'{AROUND}[-=]*{AROUND}')
 SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders of a judge prompt
-TRUNCATED = ('length', 'max_tokens', 'content_filter')  # values of finish_reason
 
 
 def read_prompt(name):
@@ -39,19 +37,6 @@ def read_prompt(name):
     return text
 
 
-def read_request(text):
-    """Parse --request, a JSON object of extra request fields such as the temperature. Raises UserError for invalid ones."""
-    try:
-        fields = json.loads(text)
-        # json.loads accepts NaN and lone surrogates, which cannot be sent; this line raises ValueError for them
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict) or fields.keys() & {'model', 'messages', 'stream', 'n'}:
-        raise UserError(f'--request must be a json object without model, messages, stream and n, not {text!r}')
-    return fields
-
-
 def question(template, pair, order):
     """Return the request field that asks for a verdict on a pair: {'messages': [one user message]}.
 
@@ -68,26 +53,20 @@ def question(template, pair, order):
     return {'messages': [{'role': 'user', 'content': content}]}
 
 
-def verdict(line):
-    """Return 'a', 'b' or 'tie' if a line contains a verdict and nothing else, otherwise None."""
-    # the regex is slow on long lines, and verdicts are short
-    if len(line) >= 200:
-        return None
-    # judges sometimes write non-breaking spaces
-    match = VERDICT.fullmatch(line.strip().replace('\xa0', ' '))
-    return match[1].lower() if match else None
-
-
 def preference(text, raw, order):
     """Return the answer that a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
 
     text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
     A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
-    if raw['choices'][0].get('finish_reason') in TRUNCATED:
+    if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):
         return None
-    # match the start of each line only, since the regex is slow on long lines
+    # the regexes are slow on long lines: match only the start of a line, and no verdict that is longer
     lines = [line for line in text.splitlines() if not EMPTY.fullmatch(line[:200])]
-    last_two = [verdict(line) for line in lines[-2:]]
+    last_two = []  # 'a', 'b', 'tie', or None for a line that is not a verdict
+    for line in lines[-2:]:
+        # judges sometimes write non-breaking spaces
+        match = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
+        last_two.append(match[1].lower() if match else None)
     last = last_two[-1] if last_two else None
     # two different verdicts in a row: the judge only repeats the options
     if last is None or last_two[0] not in (None, last):

@@ -118,6 +118,7 @@ def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
             slots += groups[index].slots
         if not indices:
             slots.append(-1)
+    # the scores of all ranks, in the order of items
     columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -169,6 +170,7 @@ def main():
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
     if by in SCORES:
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
+    # the data first: what is wrong with it is told before the model is loaded
     _, _, device = ranks.setup()
     examples, left_out = ranks.first_of_host(read)
     # a missing column is an error only if the user asked for it
@@ -179,6 +181,7 @@ def main():
     model, tokenizer = load_scorer(reward_model, device, **options)
     # max_sequence_length() is infinite for a model without a maximum length
     limit = int(min(max_length or UNLIMITED, max_sequence_length(model)))
+    # score and write a chunk at a time, so that a stopped run leaves what it has scored
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
     ranks.on_one_rank(create_output)
@@ -255,6 +258,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             for name, answer in zip(names, answers, strict=True):
                 items.append((prompt, answer))
                 targets.append((row, name))
+    # score the answers of all examples together, and put each score into its row
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
@@ -267,6 +271,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 def report(rows):
     """Return the report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, and a table."""
     lines = []
+    # pairs
     pairs = [row for row in rows if 'margin' in row]
     if pairs:
         margins = [row['margin'] for row in pairs]
@@ -279,8 +284,8 @@ def report(rows):
         lines.append(f'  accuracy   {accuracy_text}')
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')
+    # single answers; unlabeled ones have no 'good'
     answers = [row for row in rows if 'score' in row]
-    # unlabeled answers have no 'good'
     for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
         values = [row['score'] for row in answers if row.get('good') is label]
         if values:

@@ -10,10 +10,10 @@ Z = 1.96  # normal quantile of a 95% interval
 ENOUGH = 30  # fewest clusters for a standard error to be reliable
 
 
-def mean(wins, clusters=None):
+def mean(wins, clusters):
     """Return (mean, cluster-robust standard error) of wins (n,), each None if it is undefined.
 
-    clusters (n,): cluster id of each value; None puts each value in a cluster of its own. For C clusters the error is
+    clusters (n,): label of any type of each value's cluster, such as its prompt. For C clusters the error is
     sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n, undefined for C = 1."""
     wins = np.asarray(wins, float)
     n = len(wins)
@@ -25,16 +25,15 @@ def mean(wins, clusters=None):
     return float(average), _sqrt(variance_of_sum / n**2)
 
 
-def interval(wins, clusters=None):
+def interval(wins, clusters):
     """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
 
-    clusters (n,): cluster id of each value; None puts each value in a cluster of its own. Wilson's sample size is Kish's
-    effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c values; with ENOUGH clusters it is larger if the cluster-robust
-    error implies that."""
+    clusters (n,): as for mean(). Wilson's sample size is Kish's effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c
+    values; with ENOUGH clusters it is larger if the cluster-robust error implies that."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
-    sizes = np.bincount(_cluster_ids(clusters, len(wins)))
+    _, sizes = np.unique(clusters, return_counts=True)
     effective_n = sizes.sum() ** 2 / (sizes**2).sum()
     # variance of a coin flip, an upper bound for values in [0, 1]
     variance = p * (1 - p)
@@ -49,29 +48,20 @@ def interval(wins, clusters=None):
     return np.clip([center - half_width, center + half_width], 0, 1).tolist()
 
 
-def interval_of_fit(rate, error):
-    """Return [low, high], a 95% interval for a win rate in (0, 1), symmetric in log odds; None if its standard error is None."""
-    if error is None:
-        return None
-    log_odds = np.log(rate / (1 - rate))
-    # delta method: d log_odds / d rate = 1 / (rate (1 - rate))
-    half_width = Z * error / (rate * (1 - rate))
-    return _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
-
-
-def length_controlled(wins, difference, clusters=None):
-    """Return (win rate at equal length, its standard error, length effect b), or three None without a finite fit.
+def length_controlled(wins, difference, clusters):
+    """Return (win rate at equal length, its standard error, its interval, length effect b), or four None without a finite fit.
 
     Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
     rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
-    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs.
+    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs. The interval [low, high]
+    holds the rate with 95%, and is symmetric in log odds; it and the error are None if there is only one cluster.
 
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
-    square s. clusters (n,): cluster ids for the sandwich covariance, or None."""
+    square s. clusters (n,): as for mean(), for the sandwich covariance."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
     if len(wins) == 0:
-        return None, None, None
+        return None, None, None, None
     x = np.ones((len(wins), 1))  # intercept a
     lengths_differ = difference.any()
     if lengths_differ:
@@ -79,7 +69,7 @@ def length_controlled(wins, difference, clusters=None):
         x = np.column_stack([x, np.tanh(difference / s)])  # slope b
     fit = _fit_logistic(x, wins)
     if fit is None:
-        return None, None, None
+        return None, None, None, None
     beta, information, residuals = fit
     rate = float(_sigmoid(beta[0]))
     effect = float(beta[1]) if lengths_differ else 0.0
@@ -89,7 +79,13 @@ def length_controlled(wins, difference, clusters=None):
     covariance = bread @ meat @ bread
     # delta method: d rate / d a
     slope = rate * (1 - rate)
-    return rate, _sqrt(slope**2 * covariance[0, 0]), effect
+    error = _sqrt(slope**2 * covariance[0, 0])
+    if error is None:
+        return rate, None, None, effect
+    log_odds = np.log(rate / (1 - rate))
+    half_width = Z * error / slope
+    interval = _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
+    return rate, error, interval, effect
 
 
 def _fit_logistic(x, wins):
@@ -120,20 +116,12 @@ def _sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def _cluster_ids(clusters, n):
-    """Return clusters (n,), labels of any type, as integers from 0. None: each of the n values is its own cluster."""
-    if clusters is None:
-        return np.arange(n)
-    _, ids = np.unique(clusters, return_inverse=True)
-    return ids
-
-
 def _variance_of_sum(scores, clusters):
     """Return the cluster-robust covariance (k, k) of the sum of zero-mean scores (n, k); NaN if there is only one cluster."""
-    n, k = scores.shape
-    ids = _cluster_ids(clusters, n)
-    count = ids.max() + 1
-    sums = np.zeros((count, k))  # of each cluster
+    # ids (n,): clusters as integers from 0
+    labels, ids = np.unique(clusters, return_inverse=True)
+    count = len(labels)
+    sums = np.zeros((count, scores.shape[1]))  # of each cluster
     np.add.at(sums, ids, scores)
     # small-sample correction
     factor = count / (count - 1) if count > 1 else np.nan

@@ -133,36 +133,6 @@ def build(empty=False):
         return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
 
-def real_pairs(count):
-    """Return Examples with `count` pairs of --data in random order, repeated if there are fewer. Raises UserError."""
-    from text.tokenise import load_examples
-
-    if not tokenizer and model in SHAPES:
-        raise UserError(f'{model} has no tokenizer for --data={data}: give the folder of one with --tokenizer')
-    options = {'tokenizer': load.load_tokenizer(tokenizer or model), 'max_length': 512, 'max_prompt_length': 256}
-    pairs = ranks.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
-    if vocabulary:
-        pairs.ids = pairs.ids % vocabulary
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    # np.resize repeats the order if it is too short
-    return pairs.select(np.resize(order, count))
-
-
-def synthetic_pairs(count):
-    """Return Examples with `count` pairs of random tokens. Lengths: --prompt_tokens, --answer_tokens, or drawn from LENGTHS."""
-    rng = np.random.default_rng(seed)
-    fixed_lengths = [prompt_tokens, answer_tokens, answer_tokens]
-    num_ids = min(meta_model.config.vocab_size, 4096)  # ids that every shape in SHAPES has
-    pairs = []
-    for _ in range(count):
-        # fixed lengths override the drawn ones
-        drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
-        lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
-        prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
-        pairs.append((prompt, answers))
-    return Examples.of(pairs)
-
-
 def full_head(net, batch):
     """Return the log-probs (A,) of A answers the way the original DPO code does: from logits at every position."""
     head = models.core(net).get_output_embeddings()
@@ -290,16 +260,12 @@ class Variant:
         fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=world_size / len(rows), max_norm=10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
-        self.estimate = max(self.estimate, self.estimated_memory(batches))
-
-    def estimated_memory(self, batches):
-        """Return the estimated memory in GB of a step with these microbatches."""
+        # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
-        # cached variants have freed the reference
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
         options = {'world_size': world_size, 'shard': self.policy.shard_mode, 'frozen': frozen}
         needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
-        return gb_without_model + sum(needs.values()) / 1e9
+        self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
 def clock():
@@ -344,69 +310,34 @@ def release():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def row_of(run, lengths, baseline):
-    """Return a variant's row of the table as {column: value}: its name and medians over its timed steps.
-
-    lengths (pairs, 3): tokens of prompt, chosen and rejected answer of all timed pairs. baseline: the first variant, to compare
-    with. TRL variants have fewer columns. Values that are not finite are left out, since JSON cannot hold them."""
-    seconds = statistics.median(run.times)
-    # per_second(a, b) is a / b, or NaN if the clock stood still
-    speedups = [per_second(first, own) for first, own in zip(baseline.times, run.times, strict=True)]
-    row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(speedups)}
-    row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
-    row['peak_memory_gb'] = run.peak
-    if isinstance(run, Variant):
-        # room.estimate() assumes logits at answer tokens only
-        if run.head:
-            row['estimated_memory_gb'] = run.estimate
-        row['padding_share'] = 1 - run.tokens / run.allocated
-        # policy forward, policy backward (costs two forward passes), reference forward
-        needs_reference = has_ratio and not run.cached
-        passes = 1 + 2 + int(needs_reference)
-        flops_per_pair = limits.flops(meta_model, lengths, share=run.share, head=run.head, passes=passes)
-        row['gflop_per_pair'] = flops_per_pair / 1e9
-        if card_tflops:
-            row['mfu'] = per_second(flops_per_pair * batch_size, seconds) / world_size / card_tflops / 1e12
-        if run.cached:
-            with_pass = [sum(both) for both in zip(run.times, run.passes, strict=True)]
-            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(with_pass))
-    finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}
-    return {'variant': run.name} | finite
-
-
-def show(rows, lengths, limit):
-    """Print the table. rows: {column: value} of each variant; lengths (pairs, 3): tokens; limit: highest possible pairs/s."""
-    machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
-    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
-    print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
-    print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
-    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
-    formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
-               'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
-    for row in rows:
-        print(f'{row["variant"]:11s}', end='')
-        for name, form in formats.items():
-            width = int(form.partition('.')[0])  # 9 for 9.2f
-            cell = f'{row[name]:{form}}' if name in row else '-'
-            print(f' {cell:>{width}s}', end='')
-        print()
-        with_pass = row.get('pairs_per_second_with_cache_pass')
-        if with_pass:
-            print(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')
-    print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
-    print('x: median of the ratio to the first variant, step by step. Peak memory: while this variant alone is loaded.')
-    if card_tflops:
-        print(f'MFU: of {card_tflops} TFLOP/s, {tflops_source}')
-    elif on_gpu:
-        print(f'MFU: {tflops_source}')
-
-
-# ---- main ----
+# ---- measure ----
 
 # indices of the pairs of each step, (num_steps, batch_size); the first step is the warm-up
 steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)
 meta_model = build(empty=True)
-examples = synthetic_pairs(steps.size) if data == 'synthetic' else real_pairs(steps.size)
+rng = np.random.default_rng(seed)
+if data == 'synthetic':
+    fixed_lengths = [prompt_tokens, answer_tokens, answer_tokens]
+    num_ids = min(meta_model.config.vocab_size, 4096)  # ids that every shape in SHAPES has
+    pairs = []
+    for _ in range(steps.size):
+        # fixed lengths override the drawn ones
+        drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
+        lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
+        prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
+        pairs.append((prompt, answers))
+    examples = Examples.of(pairs)
+else:
+    from text.tokenise import load_examples
+
+    if not tokenizer and model in SHAPES:
+        raise UserError(f'{model} has no tokenizer for --data={data}: give the folder of one with --tokenizer')
+    options = {'tokenizer': load.load_tokenizer(tokenizer or model), 'max_length': 512, 'max_prompt_length': 256}
+    pairs = ranks.first_of_host(lambda: load_examples(data, 'train', task='pairs', **options))
+    if vocabulary:
+        pairs.ids = pairs.ids % vocabulary
+    # in random order; np.resize repeats the order if it is too short
+    examples = pairs.select(np.resize(rng.permutation(len(pairs)), steps.size))
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
 card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
@@ -435,15 +366,66 @@ for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
         release()
 bar.close()
 
+# ---- the table ----
+
 lengths = examples.widths[batch_size:].astype(float)  # (timed pairs, 3): tokens of prompt, chosen and rejected answer
-table = [row_of(run, lengths, baseline=runs[0]) for run in runs]
+table = []  # {column: value} of each variant: medians over its timed steps; TRL's have fewer columns
+for run in runs:
+    seconds = statistics.median(run.times)
+    # per_second(a, b) is a / b, or NaN if the clock stood still
+    speedups = [per_second(first, own) for first, own in zip(runs[0].times, run.times, strict=True)]
+    row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(speedups)}
+    row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
+    row['peak_memory_gb'] = run.peak
+    if isinstance(run, Variant):
+        # room.estimate() assumes logits at answer tokens only
+        if run.head:
+            row['estimated_memory_gb'] = run.estimate
+        row['padding_share'] = 1 - run.tokens / run.allocated
+        # policy forward, policy backward (costs two forward passes), reference forward
+        needs_reference = has_ratio and not run.cached
+        passes = 1 + 2 + int(needs_reference)
+        flops_per_pair = limits.flops(meta_model, lengths, share=run.share, head=run.head, passes=passes)
+        row['gflop_per_pair'] = flops_per_pair / 1e9
+        if card_tflops:
+            row['mfu'] = per_second(flops_per_pair * batch_size, seconds) / world_size / card_tflops / 1e12
+        if run.cached:
+            with_pass = [sum(both) for both in zip(run.times, run.passes, strict=True)]
+            row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(with_pass))
+    # JSON cannot hold other values
+    finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}
+    table.append({'variant': run.name} | finite)
+
 # upper bound: a step that takes only the time of its matrix products, with logits at answer tokens
 prompts, chosen, rejected = lengths.sum(0) / n_steps / world_size  # tokens per step and rank
 tokens = int(prompts + chosen + rejected)
 seconds = limits.products_alone(meta_model, tokens, int(chosen + rejected), getattr(torch, dtype), device, clock)
 limit = per_second(batch_size, seconds)
+
 if main_rank():
-    show(table, lengths, limit)
+    machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
+    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
+    print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
+    print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
+    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
+    formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
+               'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
+    for row in table:
+        print(f'{row["variant"]:11s}', end='')
+        for name, form in formats.items():
+            width = int(form.partition('.')[0])  # 9 for 9.2f
+            cell = f'{row[name]:{form}}' if name in row else '-'
+            print(f' {cell:>{width}s}', end='')
+        print()
+        with_pass = row.get('pairs_per_second_with_cache_pass')
+        if with_pass:
+            print(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')
+    print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
+    print('x: median of the ratio to the first variant, step by step. Peak memory: while this variant alone is loaded.')
+    if card_tflops:
+        print(f'MFU: of {card_tflops} TFLOP/s, {tflops_source}')
+    elif on_gpu:
+        print(f'MFU: {tflops_source}')
     if out:
         record = {'config': dict(config), 'rows': table}
         record['limit_pairs_per_second'] = limit if math.isfinite(limit) else None

@@ -30,10 +30,33 @@ config = configure(globals(), [word for word in sys.argv[1:] if word.startswith(
 folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
 
 
-def frontier(run):
-    """Return the (KL, gold reward) of each evaluation of a run that has both.
+def entitle(axis, title, subtitle, xlabel):
+    """Set a panel's title, its subtitle, and the label of the x axis."""
+    axis.set(xlabel=xlabel)
+    # no power of ten above the axis, where it would overlap the subtitle
+    axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
+    axis.set_title(title, loc='left', pad=17)
+    text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
+    # a long subtitle must not widen its column
+    text.set_in_layout(False)
 
-    The gold reward is the metric gold/eval of ppo.py, or else the mean over the policy's samples at that evaluation."""
+
+if not folders:
+    raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
+runs = [read(folder) for folder in folders]
+try:
+    import matplotlib
+except ImportError:
+    raise UserError('plot.py needs a package that is not installed: pip install matplotlib') from None
+# headless backend; must be chosen before importing pyplot
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+panels = panels_of(runs)
+# the (KL, gold reward) of each evaluation that has both, for each run
+frontiers = []
+for run in runs:
+    # without ppo.py's metric gold/eval: the mean over the policy's samples at that evaluation
     sample_rewards = {}  # training examples before the evaluation -> gold rewards
     for sample in run.samples:
         reward = gold(sample) if sample['generator'] == 'policy' else None
@@ -49,91 +72,55 @@ def frontier(run):
             reward = statistics.fmean(rewards)
         if kl is not None and reward is not None:
             points.append((kl, reward))
-    return points
+    frontiers.append(points)
+num_panels = len(panels) + any(frontiers)
+if not num_panels:
+    raise UserError('these runs have no metric that is drawn')
 
+plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True})
+plt.rcParams.update({'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})
+rows = math.ceil(num_panels / 3)
+# inches; the legend has a line for each run
+size = width, 3.3 * rows + 0.25 * len(runs)
+figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
+# a run has the same color in all panels
+palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
+colors = [palette[i % len(palette)] for i in range(len(runs))]
 
-def draw(runs):
-    """Draw all panels of the runs into one picture, and save it to --out. Raises UserError if that is not possible."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError('plot.py needs a package that is not installed: pip install matplotlib') from None
-    # headless backend; must be chosen before importing pyplot
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+for axis, (title, subtitle, curves) in zip(axes.flat, panels, strict=False):
+    for curve in curves:
+        # curve.extra: earlier runs are wider and lie below later ones, so that identical curves are all visible
+        is_second = curve.metric == 1
+        style = {'color': colors[curve.run], 'linestyle': '--' if is_second else '-'}
+        if curve.split == 'train':
+            axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1 + curve.extra, alpha=0.6, **style)
+            continue
+        # points for evaluations, joined if there are more than two; hollow for the panel's second metric
+        style['linewidth'] = 1.5 + curve.extra if len(curve.examples) > 2 else 0
+        style['markersize'] = 5 + 3 * curve.extra
+        if is_second:
+            style['markerfacecolor'] = 'white'
+        axis.plot(curve.examples, curve.values, marker='o', **style)
+    entitle(axis, title, subtitle, 'training examples')
 
-    panels = panels_of(runs)
-    frontiers = [frontier(run) for run in runs]
-    num_panels = len(panels) + any(frontiers)
-    if not num_panels:
-        raise UserError('these runs have no metric that is drawn')
-    plt.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True})
-    plt.rcParams.update({'grid.alpha': 0.25, 'axes.titlesize': 11, 'axes.titleweight': 'bold'})
-    rows = math.ceil(num_panels / 3)
-    # inches; the legend has a line for each run
-    size = width, 3.3 * rows + 0.25 * len(runs)
-    figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
-    # a run has the same color in all panels
-    palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
-    colors = [palette[i % len(palette)] for i in range(len(runs))]
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for curve in panel.curves:
-            draw_curve(axis, curve, colors[curve.run])
-        entitle(axis, panel.title, panel.subtitle, 'training examples')
-    if any(frontiers):
-        draw_frontiers(axes.flat[len(panels)], frontiers, colors)
-    for unused in axes.flat[num_panels:]:
-        unused.remove()
-    # escape $, which would start math mode
-    names = [name.replace('$', r'\$') for name in labels(runs)]
-    handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
-    figure.legend(handles=handles, loc='outside lower center', frameon=False)
-    try:
-        figure.savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'cannot write {out}: {reason}') from None
-    print(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')
-
-
-def draw_frontiers(axis, frontiers, colors):
-    """Draw the panel of gold reward against KL. frontiers: a list of (KL, gold reward) points for each run."""
+if any(frontiers):
+    axis = axes.flat[len(panels)]
     for points, color in zip(frontiers, colors, strict=True):
         # reshape: a run without points draws an empty line
         kls, rewards = np.array(points).reshape(-1, 2).T
         axis.plot(kls, rewards, color=color, marker='o', linewidth=1, alpha=0.8)
     xlabel = 'KL(policy || reference), nats an answer'
     entitle(axis, 'gold reward against KL', 'mean of sampled answers, an evaluation a point', xlabel)
+for unused in axes.flat[num_panels:]:
+    unused.remove()
 
-
-def draw_curve(axis, curve, color):
-    """Draw a Curve: a smoothed line for training steps; points for evaluations, joined if there are more than two.
-
-    Earlier runs are wider and lie below later ones, so that identical curves are all visible."""
-    is_second = curve.metric == 1
-    style = {'color': color, 'linestyle': '--' if is_second else '-'}
-    if curve.split == 'train':
-        axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1 + curve.extra, alpha=0.6, **style)
-        return
-    style['linewidth'] = 1.5 + curve.extra if len(curve.examples) > 2 else 0
-    style['markersize'] = 5 + 3 * curve.extra
-    # hollow points for the panel's second metric
-    if is_second:
-        style['markerfacecolor'] = 'white'
-    axis.plot(curve.examples, curve.values, marker='o', **style)
-
-
-def entitle(axis, title, subtitle, xlabel):
-    """Set a panel's title, its subtitle, and the label of the x axis."""
-    axis.set(xlabel=xlabel)
-    # no power of ten above the axis, where it would overlap the subtitle
-    axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
-    axis.set_title(title, loc='left', pad=17)
-    text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
-    # a long subtitle must not widen its column
-    text.set_in_layout(False)
-
-
-if not folders:
-    raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
-draw([read(folder) for folder in folders])
+# escape $, which would start math mode
+names = [name.replace('$', r'\$') for name in labels(runs)]
+handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
+figure.legend(handles=handles, loc='outside lower center', frameon=False)
+try:
+    figure.savefig(out, dpi=110)
+except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write {out}: {reason}') from None
+print(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')

@@ -34,28 +34,10 @@ config = configure(globals(), [word for word in sys.argv[1:] if word.startswith(
 folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
 
 
-def show_curve(curve):
-    """Return a Curve as a dict for the page, thinned out to at most max_points points."""
-    values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
-    points = list(zip(curve.examples, values, strict=True))
-    # keep every n-th point, counting from the last one
-    n = max(1, math.ceil(len(points) / max_points))
-    shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
-    return shown | {'points': points[::-n][::-1]}
-
-
-def last_numbers(run):
-    """Return the metrics of a run's last evaluation, or of its last training step, as {short name: number}.
-
-    Two more keys: 'examples', the training examples so far, and 'split', 'eval' or 'train'."""
-    split = 'eval' if any(row['split'] == 'eval' for row in run.rows) else 'train'
-    last = [row for row in run.rows if row['split'] == split][-1]
-    numbers = {'examples': last['counters/examples'], 'split': split}
-    for metric, short_name in SHOWN.items():
-        value = value_of(last, split, metric)
-        if value is not None and math.isfinite(value):
-            numbers[short_name] = value
-    return numbers
+def cut(text):
+    """Return a text cut to max_letters, with a note of how much is missing."""
+    missing = len(text) - max_letters
+    return f'{text[:max_letters]} … ({missing} more characters)' if missing > 0 else text
 
 
 def answer_of(who, text):
@@ -63,20 +45,50 @@ def answer_of(who, text):
     return {'who': who, 'text': cut(text), 'letters': len(text)}
 
 
-def cut(text):
-    """Return a text cut to max_letters, with a note of how much is missing."""
-    missing = len(text) - max_letters
-    return f'{text[:max_letters]} … ({missing} more characters)' if missing > 0 else text
+if not folders:
+    raise UserError("name the folders to show, a run's --out_dir each: python -m tools.report out/a out/b")
+# only label.py has the option judge_model
+label_folders = [folder for folder in folders if 'judge_model' in read_options(folder)]
+runs = [read(folder) for folder in folders if folder not in label_folders]
 
+# curves, those of training smoothed, thinned out to at most max_points points: every n-th, counting from the last one
+charts = []
+for title, subtitle, drawn in panels_of(runs):
+    curves = []
+    for curve in drawn:
+        values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
+        points = list(zip(curve.examples, values, strict=True))
+        n = max(1, math.ceil(len(points) / max_points))
+        shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
+        curves.append(shown | {'points': points[::-n][::-1]})
+    charts.append({'title': title, 'meaning': subtitle, 'curves': curves})
 
-def sample_cards(number, run):
-    """Return a dict for each prompt sampled during a run, with the answers of policy and reference; newest evaluations first.
+# the metrics of each run's last evaluation, or of its last training step, by their short names
+numbers = []
+for run in runs:
+    split = 'eval' if any(row['split'] == 'eval' for row in run.rows) else 'train'
+    last = [row for row in run.rows if row['split'] == split][-1]
+    shown = {'examples': last['counters/examples'], 'split': split}
+    for metric, short_name in SHOWN.items():
+        value = value_of(last, split, metric)
+        if value is not None and math.isfinite(value):
+            shown[short_name] = value
+    numbers.append(shown)
 
-    number: index of the run. Keys: run, examples (training examples before the evaluation), prompt, answers."""
+# options that differ, as JSON: None if a script has no such option; the value None becomes 'null'
+options = []
+for name in differing(runs):
+    values = [json.dumps(run.options[name]) if name in run.options else None for run in runs]
+    options.append({'name': name, 'values': values})
+
+# a card for each prompt sampled during a run, with the answers of policy and reference
+samples = []
+num_skipped = 0
+for number, run in enumerate(runs):
     cards = {}
     beta = run.options.get('beta')
     for row in run.samples:
-        # policy and reference share a card
+        # policy and reference share a card; examples: training examples before the evaluation
         key = row['examples'], row.get('sample'), row['prompt']
         if key not in cards:
             cards[key] = {'run': number, 'examples': row['examples'], 'prompt': cut(row['prompt']), 'answers': []}
@@ -92,34 +104,14 @@ def sample_cards(number, run):
         elif 'logratio' in row and isinstance(beta, int | float):
             answer |= {'reward': beta * row['logratio'], 'reward_source': 'beta * log-ratio'}
         cards[key]['answers'].append(answer)
-    # stable sort: prompts of an evaluation keep their order
-    return sorted(cards.values(), key=lambda card: -card['examples'])
+    # newest evaluations first; the sort is stable: prompts of an evaluation keep their order
+    newest_first = sorted(cards.values(), key=lambda card: -card['examples'])
+    samples += newest_first[:max_samples]
+    num_skipped += len(newest_first[max_samples:])
 
-
-def show_runs(runs):
-    """Return the page's data on the runs: names, charts, last metrics, differing options and samples."""
-    charts = []
-    for panel in panels_of(runs):
-        curves = [show_curve(curve) for curve in panel.curves]
-        charts.append({'title': panel.title, 'meaning': panel.subtitle, 'curves': curves})
-    options = []
-    for name in differing(runs):
-        # None if a script has no such option; the value None becomes 'null'
-        values = [json.dumps(run.options[name]) if name in run.options else None for run in runs]
-        options.append({'name': name, 'values': values})
-    samples = []
-    num_skipped = 0
-    for number, run in enumerate(runs):
-        cards = sample_cards(number, run)
-        samples += cards[:max_samples]
-        num_skipped += len(cards[max_samples:])
-    numbers = [last_numbers(run) for run in runs]
-    page = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
-    return page | {'samples': samples, 'samples_left_out': num_skipped}
-
-
-def show_verdicts(folder):
-    """Return the page's data on a label.py folder: its report, and max_pairs pairs with their verdicts. Raises UserError."""
+# of each folder of label.py: its report, and max_pairs pairs with their verdicts
+verdicts = []
+for folder in label_folders:
     cards = []
     try:
         pairs = json.loads((folder / 'annotations.json').read_text())
@@ -138,28 +130,20 @@ def show_verdicts(folder):
         if pair < len(cards):
             verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}
             cards[pair]['orders'].append(verdict | {'rewards': row.get('rewards')})
-    return {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs], 'left_out': len(cards[max_pairs:])}
+    shown = {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs]}
+    verdicts.append(shown | {'left_out': len(cards[max_pairs:])})
 
-
-def write(data):
-    """Write the page with the data to --out. Raises UserError for NaN or infinity, and if the file cannot be written."""
-    template = Path(__file__).with_suffix('.html').read_text('utf-8')
-    try:
-        text = json.dumps(data, allow_nan=False, ensure_ascii=False)
-    except ValueError:
-        raise UserError('a sample or a verdict has a number that is infinite or none: its file is damaged') from None
-    # escape <, so that no </script> in a text ends the script element with the data
-    text = text.replace('<', '\\u003c')
-    # replace lone surrogates by question marks, since they crash browsers
-    text = text.encode('utf-8', 'replace').decode()
-    replace_text(out, template.replace('{{data}}', text))
-    print(f'{out}: {counted(len(data["names"]), "runs")}, {counted(len(data["verdicts"]), "folders of verdicts")}')
-
-
-if not folders:
-    raise UserError("name the folders to show, a run's --out_dir each: python -m tools.report out/a out/b")
-# only label.py has the option judge_model
-label_folders = [folder for folder in folders if 'judge_model' in read_options(folder)]
-data = show_runs([read(folder) for folder in folders if folder not in label_folders])
-data['verdicts'] = [show_verdicts(folder) for folder in label_folders]
-write(data)
+# the page
+data = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
+data |= {'samples': samples, 'samples_left_out': num_skipped, 'verdicts': verdicts}
+try:
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False)
+except ValueError:
+    raise UserError('a sample or a verdict has a number that is infinite or none: its file is damaged') from None
+# escape <, so that no </script> in a text ends the script element with the data
+text = text.replace('<', '\\u003c')
+# replace lone surrogates by question marks, since they crash browsers
+text = text.encode('utf-8', 'replace').decode()
+template = Path(__file__).with_suffix('.html').read_text('utf-8')
+replace_text(out, template.replace('{{data}}', text))
+print(f'{out}: {counted(len(runs), "runs")}, {counted(len(label_folders), "folders of verdicts")}')

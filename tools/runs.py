@@ -54,14 +54,6 @@ class Curve(NamedTuple):
     extra: float = 0.0
 
 
-class Panel(NamedTuple):
-    """A plot of Curves. subtitle: the subtitle, which also counts the values that are not drawn."""
-
-    title: str
-    subtitle: str
-    curves: list
-
-
 def read(folder):
     """Return the Run in a folder. Raises UserError if it is not a run's out_dir, has no steps yet, or is damaged."""
     options = read_options(folder)
@@ -154,12 +146,12 @@ def labels(runs):
 
 
 def panels_of(runs):
-    """Return the Panels with at least one curve, in the order of PANELS."""
+    """Return (title, subtitle, Curves) of each of PANELS that has a curve. The subtitle also counts the values that are not drawn."""
     panels = []
     for title, subtitle, metrics in PANELS:
         curves = curves_of(metrics, runs)
         # the KL on samples comes before the KL on chosen answers, which is less accurate
-        has_better = metrics == ['kl/chosen'] and any(panel.title == 'KL' for panel in panels)
+        has_better = metrics == ['kl/chosen'] and any(earlier == 'KL' for earlier, *_ in panels)
         if not curves or has_better:
             continue
         # far: values outside the axes; gaps: number of values that are nan or infinite
@@ -170,7 +162,7 @@ def panels_of(runs):
         gaps = sum(curve.gaps for curve in curves)
         if gaps:
             subtitle += f'; no numbers: {gaps}'
-        panels.append(Panel(title, subtitle, curves))
+        panels.append((title, subtitle, curves))
     return panels
 
 
@@ -207,9 +199,14 @@ def curve(run, split, metric):
             gaps += 1
     # leave out outliers, which would flatten the rest of the curve
     low, high = bounds([value for _, value in points])
-    far = [value for _, value in points if not low <= value <= high]
-    near = [(examples, value) for examples, value in points if low <= value <= high]
-    return Curve(split, [examples for examples, _ in near], [value for _, value in near], far, gaps)
+    drawn = Curve(split, examples=[], values=[], far=[], gaps=gaps)
+    for examples, value in points:
+        if low <= value <= high:
+            drawn.examples.append(examples)
+            drawn.values.append(value)
+        else:
+            drawn.far.append(value)
+    return drawn
 
 
 def bounds(values):

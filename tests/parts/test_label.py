@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
@@ -61,8 +60,8 @@ def flags(server, *more):
     return [f'--endpoint={server.url}', '--judge_model=m', *more]
 
 
-def verdicts(out='out'):
-    return read_jsonl(f'{out}/verdicts.jsonl')
+def verdicts():
+    return read_jsonl('out/verdicts.jsonl')
 
 
 def write_samples(questions, n=2, answer='answer {k} to {i}', path='samples.jsonl', **more):
@@ -75,13 +74,13 @@ def write_samples(questions, n=2, answer='answer {k} to {i}', path='samples.json
 
 
 def shown(body):
-    """(question number, answer shown as A, as B) of a request made with our prompt."""
+    """(question number, answer shown as A, as B) of a request."""
     text = body['messages'][0]['content']
     question, *answers = re.findall(r'<<< (?:request|answer .) >>>\n(.*?)\n<<< end', text, re.S)
     return int(question.split()[-1]), *answers
 
 
-def test_pairs_of_one_file():
+def test_pairs():
     """Three answers to each prompt, in any order: three pairs, the lower sample number first. One asked twice is two questions."""
     file = Path(write_samples(range(2), n=3))
     file.write_text(''.join(reversed(file.read_text().splitlines(True))))
@@ -91,10 +90,7 @@ def test_pairs_of_one_file():
     assert found[0]['instruction'] == 'question 1' and found[0]['prompt'] == messages.ask('question 1')
     found, _ = make_pairs(write_samples([5, 5, 6]))
     assert [p['question'] for p in found] == [0, 1, 2]
-
-
-def test_pairs_of_two_files_by_prompt():
-    """samples.jsonl against AlpacaEval's model_outputs.json, in another order and with other prompts; the rest is counted."""
+    # samples.jsonl against AlpacaEval's model_outputs.json, in another order and with other prompts; the rest is counted
     ours = write_samples([0, 1, 2])
     theirs = [{'instruction': f'question {i}', 'output': f'their {i}', 'generator': 'theirs'} for i in (2, 9, 0)]
     Path('theirs.json').write_text(json.dumps(theirs))
@@ -102,10 +98,7 @@ def test_pairs_of_two_files_by_prompt():
     assert [p['outputs'] for p in found] == [[f' answer 0 to {i}', f'their {i}'] for i in (0, 2)]
     assert found[0]['generators'] == ['ours', 'theirs']
     assert +left_out == {'answers without a counterpart': 4, 'answers of --against without a counterpart': 1}
-
-
-def test_dialogues_of_two_files():
-    """samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one."""
+    # samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
     prompts = [talk, messages.ask('one turn'), [user('a chat')]]
     rows = {(i, 0): {'prompt': p, 'response': f' r{i}', 'sample': 0, 'generator': 'm'} for i, p in enumerate(prompts)}
@@ -119,7 +112,9 @@ def test_dialogues_of_two_files():
 
 ENDPOINT = ['--endpoint=http://127.0.0.1:9', '--judge_model=m']
 NO_PAIR = '{"prompt": "a", "response": "b"}\n'
-MISTAKES = [
+
+
+@pytest.mark.parametrize('content, options, error', [
     (NO_PAIR + '{"prompt": 1, "response": "b"}\n', ['--gold=toy'], "line 2: 'prompt' is missing or of the wrong type"),
     (NO_PAIR + '{"prom', ['--gold=toy'], 'line 2: not valid JSON'),
     ('{"prompt": "a"}\n', ['--gold=toy'], "line 1: 'response' is missing"),
@@ -140,10 +135,7 @@ MISTAKES = [
     (None, [*ENDPOINT, '--judge_prompt=no.txt'], 'cannot read --judge_prompt=no'),
     (None, [*ENDPOINT, '--judge_prompt=samples.jsonl'], 'must have {instruction}'),
     (None, ['--reward_model=nowhere'], "no model folder 'nowhere'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('content, options, error', MISTAKES)
+])  # fmt: skip
 def test_mistakes(content, options, error):
     write_samples(range(3))
     if content is not None:
@@ -207,7 +199,7 @@ def test_one_pair_of_a_chat(capsys):
 
 
 def contents(*more):
-    """What a judge that takes A is asked, pair by pair and order by order."""
+    """What a judge is asked, pair by pair and order by order."""
     with serve(lambda n, body: 'Verdict: A') as server:
         label(*flags(server, '--concurrency=1', *more))
         return [body['messages'][0]['content'] for _, _, body in server.seen]
@@ -267,10 +259,10 @@ def test_verdicts_in_the_forms_of_judges():
         for form in UNCLEAR:
             text = form.replace('X', letter).replace('Y', other)
             assert judge.preference(text, raw, 1) is None, text
-    for reason in ('length', 'max_tokens', 'content_filter', 'stop', None, ['length'], {}, 7, 'eos'):
-        cut_short = reason in ('length', 'max_tokens', 'content_filter')
+    cut_short = ('length', 'max_tokens', 'content_filter')
+    for reason in (*cut_short, 'stop', None, ['length'], {}, 7, 'eos'):
         found = judge.preference('Verdict: A', {'choices': [{'finish_reason': reason}]}, 1)
-        assert found == (None if cut_short else 1)
+        assert found == (None if reason in cut_short else 1)
 
 
 def test_annotations_are_read_by_dpo(capsys):
@@ -319,20 +311,18 @@ def test_faults_and_failures():
         assert label(*run) == [report, rows] and len(server.seen) == 52  # nothing is left to ask
 
 
-def verdicts_so_far():
-    file = Path('out/verdicts.jsonl')
-    return file.read_bytes().split(b'\n')[:-1] if file.exists() else []
-
-
 def test_killed_and_continued():
     """Every verdict is in the file once, and is the first reply to a request; only those under way are asked for twice."""
-    asked, lock = Counter(), threading.Lock()
+    asked, file = Counter(), Path('out/verdicts.jsonl')
 
     def behave(n, body):
-        with lock:
+        with server.lock:
             asked[shown(body)[:2]] += 1
         time.sleep(0.02)
         return f'Verdict: {"AB"[shown(body)[0] % 2]}'
+
+    def verdicts_so_far():
+        return file.read_bytes().split(b'\n')[:-1] if file.exists() else []
 
     def launch(server):
         command = [sys.executable, ROOT / 'label.py', '--answers=samples.jsonl', '--out_dir=out', '--concurrency=4']
@@ -349,8 +339,7 @@ def test_killed_and_continued():
                 assert process.returncode == 130 and 'Traceback' not in err and 'the same command goes on' in out
         # as if the last line had been written half
         survived = verdicts_so_far()
-        with open('out/verdicts.jsonl', 'ab') as file:
-            file.write(survived[0][:100])
+        file.write_bytes(file.read_bytes() + survived[0][:100])
         process = launch(server)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0 and 'was not written to its end' in out, err
@@ -406,7 +395,7 @@ def toy_samples():
     return rows
 
 
-def test_gold(capsys):
+def test_gold(capsys, monkeypatch):
     rows = toy_samples()
     report, annotations = label('--gold=toy')
     assert len(annotations) == report['won'] + report['lost'] + report['ties'] == 30 and 'agreement' not in report
@@ -423,6 +412,9 @@ def test_gold(capsys):
     # the place of out_dir is no other run
     Path('out').rename('moved')
     assert label('--gold=toy', '--out_dir=moved/') == [report, annotations]
+    # two processes of torchrun would wait for one another's lock, or judge twice
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    refused('label.py runs in one process', '--gold=toy')
 
 
 @pytest.fixture(scope='module')
@@ -461,7 +453,7 @@ def test_reward_model(reward_folder):
 
 def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypatch, capsys):
     """As it is at --max_length, and not refused."""
-    write_jsonl('samples.jsonl', toy_samples())
+    toy_samples()
     label(f'--reward_model={reward_folder}', '--out_dir=whole')
     assert not any('cut' in row for row in read_jsonl('whole/verdicts.jsonl'))
     label(f'--reward_model={reward_folder}', '--max_length=8', '--max_prompt_length=4')
@@ -519,9 +511,3 @@ def test_transformers_serve(tmp_path):
         process.kill()
         process.wait()
         log.close()
-
-
-def test_one_process_judges(monkeypatch):
-    """Two of torchrun's would wait for one another's lock, or judge twice."""
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    refused('label.py runs in one process', '--gold=toy')

@@ -16,9 +16,8 @@ BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
 
 def report(tmp_path, *arguments):
     """(the page, the data in it)."""
-    page = tmp_path / 'report.html'
-    run_script('tools/report.py', *arguments, f'--out={page}')
-    text = page.read_text()
+    run_script('tools/report.py', *arguments, f'--out={tmp_path}/report.html')
+    text = (tmp_path / 'report.html').read_text()
     return text, json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 
 

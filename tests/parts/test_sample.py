@@ -55,11 +55,10 @@ def folder(tmp_path_factory):
 
 def run(*flags, out_dir='out'):
     """(the bytes of samples.jsonl, its rows) of a run."""
-    out_dir = Path(out_dir)
     run_script('sample.py', f'--out_dir={out_dir}', *flags)
-    names = sorted(f.name for f in out_dir.iterdir())
+    file, names = Path(out_dir, 'samples.jsonl'), sorted(f.name for f in Path(out_dir).iterdir())
     assert names == ['.lock', 'config.json', 'model_outputs.json', 'samples.jsonl']
-    return (out_dir / 'samples.jsonl').read_bytes(), read_jsonl(out_dir / 'samples.jsonl')
+    return file.read_bytes(), read_jsonl(file)
 
 
 def model_outputs(out_dir):
@@ -75,12 +74,9 @@ def refused(*flags, **more):
 
 def same_but_for_near_ties(rows, others, slack):
     """The same answers, but for the few of which rounding decides: those may be other ones."""
-    said = ('response', 'finish', 'tokens')
-    differing = []
-    for row, other in zip(rows, others, strict=True):
-        assert {k: v for k, v in row.items() if k not in said} == {k: v for k, v in other.items() if k not in said}
-        if row != other:
-            differing.append(row['seed'])
+    said = {'response': '', 'finish': '', 'tokens': 0}
+    assert [row | said for row in rows] == [row | said for row in others]
+    differing = [row['seed'] for row, other in zip(rows, others, strict=True) if row != other]
     assert all(slack[seed] < ties.ROUNDING for seed in differing) and len(differing) <= len(rows) / 9
 
 
@@ -122,12 +118,11 @@ def asked(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize('batch_size, max_tokens', [(64, 40), (64, 1), (2, 4000)])
-def test_rows_at_a_time(asked, batch_size, max_tokens):
+@pytest.mark.parametrize('most, max_tokens', [(64, 40), (64, 1), (2, 4000)])
+def test_rows_at_a_time(asked, most, max_tokens):
     """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
-    run('--n=2', '--max_new_tokens=10', f'--batch_size={batch_size}', f'--max_tokens={max_tokens}')
-    assert asked.rows
-    assert all(rows == min(batch_size, max(1, max_tokens // (longest + 10))) for rows, longest in asked.rows)
+    run('--n=2', '--max_new_tokens=10', f'--batch_size={most}', f'--max_tokens={max_tokens}')
+    assert asked.rows and all(rows == min(most, max(1, max_tokens // (longest + 10))) for rows, longest in asked.rows)
 
 
 def test_resume(asked, monkeypatch):
@@ -155,12 +150,10 @@ def test_resume(asked, monkeypatch):
         fcntl.flock(held, fcntl.LOCK_EX)
         assert 'another run is using moved' in refused(*FLAGS, out_dir='moved')
     assert sum(slept) == pytest.approx(2)  # a killed process may take a moment to exit
-
-
-def test_answers_outlive_a_power_cut(tmp_path, monkeypatch):
+    # answers outlive a power cut
     synced = []
     monkeypatch.setattr('os.fsync', synced.append)
-    append(tmp_path / 'samples.jsonl', [{}])
+    append('synced.jsonl', [{}])
     assert len(synced) == 1
 
 
@@ -181,8 +174,7 @@ def test_stops_and_greedy(folder):
 def test_chat(folder, capsys):
     """A prompt has the ids that it has in training, through the chat template, with a system message or without."""
     question = {'prompt': '\n\nHuman: Hi\n\nAssistant:', 'response': ' ok'}
-    write_jsonl('hi.jsonl', [question])
-    flags = [f'--model={folder}/chat', '--data=hi.jsonl', '--max_new_tokens=4']
+    flags = [f'--model={folder}/chat', f'--data={write_jsonl("hi.jsonl", [question])}', '--max_new_tokens=4']
     assert run(*flags)[1][0]['prompt'] == question['prompt']
     assert 'note: the tokenizer has a chat template' in capsys.readouterr().out
     _, rows = run(*flags, '--chat', '--n=8', out_dir='a')
@@ -194,9 +186,8 @@ def test_chat(folder, capsys):
     assert model_outputs('b')[0]['instruction'] == 'Hi'
     # as in training, a system message of the data stays
     french = [system('Answer in French.'), USER]
-    write_jsonl('french.jsonl', [{'prompt': french}])
-    assert run(flags[0], '--data=french.jsonl', *flags[2:], '--system=Be kind.', out_dir='c')[1][0]['prompt'] == french
-
+    data = write_jsonl('french.jsonl', [{'prompt': french}])
+    assert run(flags[0], f'--data={data}', *flags[2:], '--system=Be kind.', out_dir='c')[1][0]['prompt'] == french
     tokenizer = load.load_tokenizer(f'{folder}/chat')
     for prompt in (kind, question['prompt'], ''):
         row = {'prompt': prompt, 'response': 'fine'}
@@ -312,7 +303,7 @@ def test_another_run_is_refused(folder):
     assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
 
 
-def test_endpoint():
+def test_endpoint(capsys):
     def question(body):
         return body['messages'][-1]['content']
 
@@ -356,6 +347,11 @@ def test_endpoint():
         # text prompts are answered as in training data
         text = run(*(flag for flag in flags if 'system' not in flag), out_dir='text')[1][0]
         assert text['response'] == f' {text["prompt"]} {text["seed"]}'
+        # tools are not sent
+        data = write_jsonl('tools.jsonl', [{'prompt': [USER], 'tools': [{'name': 'look'}]}])
+        _, rows = run(*flags, f'--data={data}', out_dir='tools')
+        assert not any('tools' in row for row in rows + bodies())
+        assert 'which are not sent to an endpoint' in capsys.readouterr().out
 
 
 def test_unsharded_ends_well(folder):

@@ -7,16 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from helpers import ROOT, read_jsonl, run_script, tiny_model, write_jsonl
 
 from configurator import UserError
 from feedback import score
 from text import toy
 
-CHATML = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
+CHATML = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"""
+CHATML += """{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 BOS = 7  # any id
 
 
@@ -47,15 +47,13 @@ def command(monkeypatch, *flags):
     score.main()
 
 
-def test_the_code_of_the_docs(reward_model):
+def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, capsys):
+    """The code in the card, as it stands there, run in the model's folder: the scores of the command, of chats and of texts."""
+    # the code in the docs runs, too
     (code,) = re.findall(r'```python\n(from feedback.*?)```', (ROOT / 'docs/feedback.md').read_text(), re.S)
     names = {}
     exec(code.replace('out/reward_toy', str(reward_model)), names)
     assert names['rewards'].shape == (2,) and np.isfinite(names['rewards']).all()
-
-
-def test_the_card_and_the_command_agree(reward_model, tmp_path, monkeypatch, capsys):
-    """The code in the card, as it stands there, run in the model's folder: the scores of the command, of chats and of texts."""
     chats = [{'prompt': [{'role': 'user', 'content': row['prompt']}], 'id': f'n{i}',
               'chosen': [{'role': 'assistant', 'content': row['chosen'].strip()}],
               'rejected': [{'role': 'assistant', 'content': row['rejected'].strip()}]}
@@ -122,10 +120,7 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     file = write_jsonl(tmp_path / 'kto.jsonl', [{'prompt': 'a?', 'response': ' b', 'good': g} for g in (True, False)])
     command(monkeypatch, *flags, f'--data={file}')
     first, second = read_jsonl(tmp_path / 'scores.jsonl')
-    assert first['score'] == pytest.approx(second['score'], abs=1e-5) and (first['good'], second['good']) == (
-        True,
-        False,
-    )
+    assert first['score'] == pytest.approx(second['score'], abs=1e-5) and first['good'] and second['good'] is False
 
     (tmp_path / 'bench/data').mkdir(parents=True)
     long = {'prompt': 'why ' * 300, 'chosen': ' b' * 90, 'rejected': ' c', 'subset': 'hep-go', 'id': 3}
@@ -141,7 +136,6 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
         command(monkeypatch, *flags, f'--data={tmp_path}/bench')
 
 
-# fmt: off
 @pytest.mark.parametrize('reward_model', [False], indirect=True)
 @pytest.mark.parametrize('flags, words', [
     ('--data=toy', 'name the model and what it scores'),
@@ -151,8 +145,7 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     ('--reward_model={folder}/run --data=toy --by=kind', 'no row of toy has such a column'),
     ('--reward_model={folder}/run --data=toy --by=margin', 'has the new scores under that name'),
     ('--reward_model={folder}/run --data=toy+{here} --out={here}/empty.jsonl', 'empty.jsonl is a file of the data'),
-])
-# fmt: on
+])  # fmt: skip
 def test_mistakes(reward_model, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {'prompts': write_jsonl(tmp_path / 'prompts.jsonl', [{'prompt': 'a?'}]),
@@ -166,18 +159,15 @@ def test_mistakes(reward_model, flags, words, tmp_path, monkeypatch):
 
 def test_a_reward_model_of_somebody_else(tmp_path, monkeypatch):
     """A folder as transformers saves it, of another head width in no way ours: no pad token of its own, no card."""
-    import torch
-    import transformers
-
     tiny_model(tmp_path / 'base', 'qwen2', vocab_size=512)
     torch.manual_seed(0)
     net = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'base', num_labels=1)
     net.save_pretrained(tmp_path / 'theirs')
     toy.tokenizer().save_pretrained(tmp_path / 'theirs')
-    file = write_jsonl(tmp_path / 'pairs.jsonl', toy.pairs('test', 4))
+    pairs, tokenizer = list(toy.pairs('test', 4)), toy.tokenizer()
+    file = write_jsonl(tmp_path / 'pairs.jsonl', pairs)
     command(monkeypatch, f'--reward_model={tmp_path}/theirs', f'--data={file}', f'--out={tmp_path}/scores.jsonl')
-    tokenizer = toy.tokenizer()
-    for row, line in zip(toy.pairs('test', 4), read_jsonl(tmp_path / 'scores.jsonl'), strict=True):
-        ids = [i for text in (row['prompt'], row['chosen']) for i in tokenizer(text).input_ids] + [tokenizer.eos_token_id]
-        plain = net.eval()(input_ids=torch.tensor([ids])).logits.item()
+    for row, line in zip(pairs, read_jsonl(tmp_path / 'scores.jsonl'), strict=True):
+        prompt, chosen = tokenizer([row['prompt'], row['chosen']]).input_ids
+        plain = net.eval()(input_ids=torch.tensor([[*prompt, *chosen, tokenizer.eos_token_id]])).logits.item()
         assert line['chosen_score'] == pytest.approx(plain, abs=1e-4)
