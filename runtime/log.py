@@ -187,14 +187,14 @@ def cut_back(out_dir, start, evaluated):
 
     start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
     folder = Path(out_dir)
+    cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
+    cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
 
     # of a row of metrics.jsonl. A new run keeps none, not even those of the evaluation at 0 examples
     def is_kept(row):
         last = evaluated if row['split'] == 'eval' else start
         return start > 0 and row['counters/examples'] <= last
 
-    cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
-    cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
     cut_rows(folder / 'metrics.jsonl', is_kept)
 
 
@@ -243,7 +243,8 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples."""
+        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples: the metrics in SHOWN,
+        and for steps speed and time left."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
@@ -256,12 +257,9 @@ class Log:
             self._attempt(name, write, row)
         before_step = examples - metrics.get('counters/step_examples', 0)
         is_due = examples // self.every > before_step // self.every
-        if split == 'eval' or is_due:
-            say(self.line(row))
+        if split != 'eval' and not is_due:
+            return
 
-    def line(self, row):
-        """Format a row as a line for the screen: examples, the metrics in SHOWN, and for steps speed and time left."""
-        split, examples = row['split'], row['counters/examples']
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
             key = key_of(metric, split)
@@ -274,7 +272,7 @@ class Log:
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
             parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
-        return '  '.join(parts)
+        say('  '.join(parts))
 
     def close(self):
         """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""

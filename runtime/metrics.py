@@ -49,8 +49,14 @@ def of_dpo(objective, columns, split):
         rejected = {name: values[~is_good] for name, values in answers.items()}
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
-    loss = _mean_loss(columns['loss'], columns['weight'], objective.options['beta_prime'])
-    metrics = of_preferences(split, loss, chosen, rejected, is_right)
+    # what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')
+    loss, weight, beta_prime = columns['loss'], columns['weight'], objective.options['beta_prime']
+    if beta_prime:
+        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
+        mean_loss = -beta_prime * log_mean
+    else:
+        mean_loss = (weight * loss).sum() / weight.sum()
+    metrics = of_preferences(split, mean_loss, chosen, rejected, is_right)
     # unlike rewards, plain log-ratios are comparable across losses
     if objective.paired and objective.needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
@@ -64,14 +70,6 @@ def of_samples(logratio, tokens):
     logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
     per_token = logratio.sum() / tokens.sum()
     return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
-
-
-def _mean_loss(loss, weight, beta_prime):
-    """Return what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')."""
-    if not beta_prime:
-        return (weight * loss).sum() / weight.sum()
-    log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
-    return -beta_prime * log_mean
 
 
 def answers_of(objective, columns, side):

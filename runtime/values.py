@@ -124,20 +124,18 @@ def problem(name, value):
     if value not in CHOICES.get(name, (value,)):
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
-    return _text_problem(value) if isinstance(value, str) else None
-
-
-def _text_problem(text):
-    """Return why text is invalid as an option (it holds a key or a bad character), or None. Does not quote the text."""
+    # texts with keys or bad characters, which must not be quoted
+    if not isinstance(value, str):
+        return None
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
-        if len(secret) >= MIN_KEY_LENGTH and secret in text:
+        if len(secret) >= MIN_KEY_LENGTH and secret in value:
             return f'holds the key of {variable}; it stays in the environment, nothing else is needed'
     # https://user:password@host/
-    if re.search(r'://[^/?#\s]*@', text):
+    if re.search(r'://[^/?#\s]*@', value):
         return 'has a name or a password in its address; a key belongs in the environment'
     # NUL, and surrogates, which UTF-8 cannot encode
-    if re.search('[\0\ud800-\udfff]', text):
+    if re.search('[\0\ud800-\udfff]', value):
         return 'has characters that are no text'
     return None
 
