@@ -37,17 +37,14 @@ def identify(config, hash_models, train, held_out):
     hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
     'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
-    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
+    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):  # a list of all ranks' values
         if other_hashes != data_hashes:
             ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks}: all hosts must see the same files')
+    # NEUTRAL options do not affect the result
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
-    # origin tells check_same() which options are defaults
-    options.origin = config.origin
+    options.origin = config.origin  # tells check_same() which options are defaults
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}
-
-
-# ---- writing ----
 
 
 def _live_tensors(model, optimizer):
@@ -167,9 +164,6 @@ def _manifest_of(folder):
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(file_hash, files)
         return {file.name: [file.stat().st_size, digest] for file, digest in zip(files, hashes, strict=True)}
-
-
-# ---- resuming ----
 
 
 def _folders(out_dir):

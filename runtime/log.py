@@ -29,9 +29,6 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
-# ---- the run that owns out_dir ----
-
-
 def check_names(out_dir):
     """Raise UserError for names in out_dir that a run writes to: symlinks, and files of an unknown run, without a config.json."""
     folder = Path(out_dir)
@@ -55,9 +52,8 @@ def recorded(out_dir):
         return None
     try:
         record = json.loads(file.read_text())
-        command = record.get('command', [''])
-        run = {'script': Path(command[0]).name, 'options': dict(record['config'])}
-        run['contents'] = dict(record.get('contents', {}))
+        script = Path(record.get('command', [''])[0]).name
+        run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
     other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
@@ -86,12 +82,12 @@ def differences(recorded_run, run, neutral=NEUTRAL):
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
+        phrase = f'the {name} have changed since: their tokens, labels or order'
         if isinstance(hashes, dict):
             # the files of a model: name the first that differs
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            phrases.append(f'{name} {here.get(name)!r} has changed since: {file}')
-        else:
-            phrases.append(f'the {name} have changed since: their tokens, labels or order')
+            phrase = f'{name} {here.get(name)!r} has changed since: {file}'
+        phrases.append(phrase)
     return phrases
 
 
@@ -136,14 +132,11 @@ def claim_out_dir(out_dir, config, contents=None):
     """Write out_dir/config.json: options, command, git commit, versions, and hashes of contents. Raises UserError."""
     # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
-    record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
+    versions = {name: version(name) for name in ('torch', 'transformers')}
+    record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip(), 'versions': versions}
     if contents:
         record['contents'] = contents
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
-
-
-# ---- trackers and rows ----
 
 
 def _open_wandb(project, out_dir):
@@ -262,7 +255,7 @@ class Log:
 
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
-            key = key_of(metric, split)
+            key = key_of(metric, split)  # loss -> loss/train
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
         if split == 'train':
@@ -284,8 +277,7 @@ class Log:
             say(f'warning: {error}, and are lost')  # cannot write FILE: 3 rows wait for room, and are lost
         while self.trackers:
             name, functions = self.trackers.popitem()
-            # None: opening failed
-            if functions:
+            if functions:  # None: opening failed
                 _write, close = functions
                 self._attempt(name, close)
 
@@ -306,9 +298,8 @@ def progress(total, unit, description, **options):
             sys.stderr.write(f'{text.strip()}\n')
 
     file = SimpleNamespace(write=write_line, flush=sys.stderr.flush)
-    bar_format = '{desc}: {n_fmt}{unit}, {rate_fmt}'
-    if total:
-        bar_format = '{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}'
+    of_total = '{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}'
+    bar_format = of_total if total else '{desc}: {n_fmt}{unit}, {rate_fmt}'
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 

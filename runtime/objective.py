@@ -164,8 +164,9 @@ def table(name, fn, statistic, options):
     fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
     ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
     loss fails, or does not return one number per example, with a gradient."""
-    margin = torch.tensor(MARGINS)
+    # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
     is_paired = not PAIRS.isdisjoint(inputs(fn))
+    margin = torch.tensor(MARGINS)
     # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
     ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
     columns = {'good': torch.ones_like(margin, dtype=torch.bool)}

@@ -31,8 +31,6 @@ MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optim
 # choices for max_tokens='auto'; larger microbatches are not faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
 SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
-# share of the free memory that max_tokens='auto' fills; CPU allocators hold up to a third more than the tensors need
-SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
 def check_room(run, frozen_models=()):
@@ -116,8 +114,7 @@ def _check_memory(run, frozen):
     # only activations shrink with the microbatch, which holds at least the longest example
     share_that_fits = 1 - (total - available) / needs['activations']
     tokens_that_fit = max(int(run.train.lengths.max()), int(tokens * share_that_fits))
-    options = 'try --activation_checkpointing or --lora_rank'
-    advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or {options}'
+    advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
@@ -216,8 +213,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     per_token: bytes of activations per token; n_frozen: number of models of the policy's size that are still to be loaded."""
     free = free_memory()
     frozen = n_frozen * _count(policy.parameters())
-    device = next(policy.parameters()).device
-    usable = SAFE[device.type] * free
+    # fill this share of it, since CPU allocators hold up to a third more than the tensors need
+    usable = (0.9 if next(policy.parameters()).is_cuda else 0.7) * free
 
     def bytes_to_come(max_tokens):
         tokens = _largest_batch(config, train, packed, max_tokens)

@@ -73,7 +73,7 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    theirs = names_elsewhere(options)
+    theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
     # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
