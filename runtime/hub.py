@@ -48,9 +48,9 @@ def _may_be_hub_id(name):
 
 
 def check_there(name):
-    """Raise UserError if a model name is neither a local folder, whose config.json is JSON, nor a hub id; offline, of a cached model."""
+    """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     if os.path.exists(name):
-        # a folder of a tokenizer or an adapter needs no config.json
+        # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
         try:
             json.loads(Path(name, 'config.json').read_text('utf-8'))
         except (OSError, ValueError, RecursionError) as error:

@@ -124,7 +124,7 @@ def problem(name, value):
     if value not in CHOICES.get(name, (value,)):
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
-    # texts with keys or bad characters, which must not be quoted
+    # a text must hold no key and no bad character; the message does not quote it
     if not isinstance(value, str):
         return None
     for variable in SECRETS:

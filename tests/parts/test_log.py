@@ -177,11 +177,8 @@ def broken(where, error, monkeypatch):
     return tool
 
 
-BROKEN = RuntimeError('no more\nroom')
-
-
 @pytest.mark.parametrize('error, reason', [
-    (BROKEN, 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
+    (RuntimeError('no more\nroom'), 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
     (SystemExit(1), '1'), (RuntimeError(KEY), '...'),
 ])  # fmt: skip
 @pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])

@@ -75,6 +75,12 @@ def refused(world, tmp_path):
     return lambda script, *flags: helpers.refused(script, *arguments(world, tmp_path / 'out', flags))
 
 
+OUT_OF_RANGE = {
+    0: 'batch_size max_tokens n_examples n_epochs max_length max_prompt_length log_every num_turns keep_last max_new_tokens top_p '
+       'max_grad_norm beta_prime',
+    -1: 'n_eval_examples warmup_steps n_eval_model_samples eval_every save_every lr weight_decay temperature noise_rate data_fraction frac_bad',
+    1.5: 'noise_rate data_fraction top_p frac_good',
+}  # fmt: skip
 # (flags, what the message says)
 DPO = [
     ('--bach_size=4', 'did you mean batch_size'),
@@ -100,13 +106,7 @@ DPO = [
     # values
     *((f'--{name}={value}', rf'{name} must be .*{value}')
       for name, value in (('optimizer', 'adam'), ('lr_schedule', 'step'), ('dtype', 'float16'), ('truncation', 'middle'))),
-    *((f'--{name}=0', rf'{name} .*0')
-      for name in ('batch_size', 'max_tokens', 'n_examples', 'n_epochs', 'max_length', 'max_prompt_length', 'log_every',
-                   'num_turns', 'keep_last', 'max_new_tokens', 'top_p', 'max_grad_norm', 'beta_prime')),
-    *((f'--{name}=-1', rf'{name} .*-1')
-      for name in ('n_eval_examples', 'warmup_steps', 'n_eval_model_samples', 'eval_every', 'save_every', 'lr',
-                   'weight_decay', 'temperature', 'noise_rate', 'data_fraction', 'frac_bad')),
-    *((f'--{name}=1.5', rf'{name} .*1.5') for name in ('noise_rate', 'data_fraction', 'top_p', 'frac_good')),
+    *((f'--{name}={value}', f'{name} .*{value}') for value, names in OUT_OF_RANGE.items() for name in names.split()),
     ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
@@ -171,12 +171,6 @@ def test_more_examples_than_the_epochs_have(run, capsys):
     assert 'n_epochs' not in capsys.readouterr().out
 
 
-def test_the_learning_rate_of_each_step(run, tmp_path):
-    run('sft.py', '--n_examples=6', '--batch_size=2', '--warmup_steps=3', '--lr=0.3')
-    rates = [row['lr'] for row in metrics(tmp_path / 'out', 'train')]
-    assert rates == pytest.approx([0.075, 0.15, 0.225])  # 1, 2, 3 quarters
-
-
 # ---- where it prints ----
 
 
@@ -221,17 +215,17 @@ def test_out_dir(run, refused, tmp_path):
     assert 'holds a different run' in message and 'lr 5e-07 there and 0.001 here' in message and '--out_dir' in message
     assert 'holds this run already' in refused('dpo.py', '--resume=false')
     assert {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()} == kept  # and nothing is touched
-    for damaged in ('null', '{"config": {}, "command": []}', '{"config": {}, "contents": 3}', '{"config": '):
-        (tmp_path / 'out/config.json').write_text(damaged)
-        assert 'config.json is damaged' in refused('dpo.py')
 
 
-@pytest.mark.parametrize('content', ['{"model_type": "llama", "vocab_size": 100}', '[]', '{"config": 3}', '\xff'])
+@pytest.mark.parametrize('content', [
+    '{"model_type": "llama", "vocab_size": 100}', '[]', '{"config": 3}', '\xff', 'null', '{"config": {}, "command": []}',
+    '{"config": {}, "contents": 3}', '{"config": ',
+])  # fmt: skip
 def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
     """The folder of a model, for one: its config.json is not ours, and stays."""
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/config.json').write_text(content, encoding='latin-1')
-    assert 'config.json' in refused('sft.py')
+    assert 'config.json is damaged' in refused('sft.py')
     assert (tmp_path / 'out/config.json').read_text(encoding='latin-1') == content
 
 
@@ -239,9 +233,11 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 
 
 def test_without_evaluation(run, tmp_path):
-    run('dpo.py', '--n_eval_examples=0', '--eval_every=2')
+    """And the learning rate of each step: 1, 2, 3 quarters."""
+    run('dpo.py', '--n_eval_examples=0', '--eval_every=2', '--warmup_steps=3', '--lr=0.3')
     rows = metrics(tmp_path / 'out')
     assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
+    assert [row['lr'] for row in rows if row['split'] == 'train'] == pytest.approx([0.075, 0.15, 0.225])
     assert (tmp_path / 'out/model/config.json').exists()
 
 
