@@ -263,7 +263,8 @@ def bad_step(run, first, rows, columns):
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
     run.state['bad_steps'] += 1
-    count, allowed = run.state['bad_steps'], run.config.skip_bad_steps
+    count = run.state['bad_steps']
+    allowed = run.config.skip_bad_steps
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{len(places)} of its examples are in {file}'
     if count > allowed:

@@ -44,7 +44,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run described by out_dir/config.json: a dict as for differences().
+    """Return the run described by out_dir/config.json: a dict as for check_same().
 
     Returns None if config.json is missing, or if nothing else was written: then out_dir is free. Raises UserError if it is damaged."""
     file = Path(out_dir) / 'config.json'
@@ -60,45 +60,40 @@ def recorded(out_dir):
     return run if other_files else None
 
 
-def differences(recorded_run, run, neutral=NEUTRAL):
-    """Return a phrase for each difference between two runs, such as 'lr 1e-06 there and 5e-07 here'.
+def check_same(place, recorded_run, run, neutral=NEUTRAL):
+    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
-    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal."""
-    phrases = []
+    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal. place: start of the message,
+    such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
+    differences = []
     # '': an older version recorded no script
     if recorded_run['script'] not in ('', run['script']):
-        phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
+        differences.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
-    there, here = recorded_run['options'], run['options']
+    there = recorded_run['options']
+    here = run['options']
     origin = getattr(here, 'origin', {})  # option -> where its value comes from, such as 'default'
     for name in here:
         # an option that is newer than the recorded run
         is_new_default = name not in there and origin.get(name) == 'default'
         if name not in neutral and not is_new_default and here[name] != there.get(name):
-            phrases.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
+            differences.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
-        phrase = f'the {name} have changed since: their tokens, labels or order'
+        difference = f'the {name} have changed since: their tokens, labels or order'
         if isinstance(hashes, dict):
             # the files of a model: name the first that differs
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            phrase = f'{name} {here.get(name)!r} has changed since: {file}'
-        phrases.append(phrase)
-    return phrases
+            difference = f'{name} {here.get(name)!r} has changed since: {file}'
+        differences.append(difference)
 
-
-def check_same(place, recorded_run, run, neutral=NEUTRAL):
-    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
-
-    place: start of the message, such as 'FOLDER holds'. The runs are dicts as for differences(), of which it names three."""
-    phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
-    if phrases:
+    if differences:
         advice = 'put back what it began with, or choose another --out_dir'
-        raise UserError(f'{place} a different run ({phrases}): {advice}')
+        raise UserError(f'{place} a different run ({", ".join(differences[:3])}): {advice}')
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')

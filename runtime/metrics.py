@@ -52,7 +52,9 @@ def of_dpo(objective, columns, split):
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
     # what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')
-    loss, weight, beta_prime = columns['loss'], columns['weight'], objective.options['beta_prime']
+    loss = columns['loss']
+    weight = columns['weight']
+    beta_prime = objective.options['beta_prime']
     if beta_prime:
         log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
         mean_loss = -beta_prime * log_mean

@@ -38,7 +38,8 @@ def check_room(run, frozen_models=()):
 
     frozen_models: those in memory besides the policy; None and the policy itself do not count. Returns whether checkpoints of
     save_every='auto' fit on the disk. Raises UserError if the model does not fit, or checkpoints that --save_every asks for."""
-    config, policy = run.config, run.policy
+    config = run.config
+    policy = run.policy
     # the exported model lacks ppo.py's value head and critic, which are in its checkpoints
     not_exported = {'critic', 'value_head'}
     exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
@@ -54,7 +55,8 @@ def check_room(run, frozen_models=()):
     if not torch.cuda.is_available():
         frozen = [model for model in frozen_models if model is not None and model is not policy]
         _check_memory(run, sum(_count(model.parameters()) for model in frozen))
-    lengths = _lengths(config, run.train, run.packed)
+    # tokens that each training example takes in a microbatch, (n,)
+    lengths = tokens_taken(run.train.widths, config.get('share_prefix', True), pad=not run.packed)
     too_long = lengths[lengths > run.max_tokens]
     if len(too_long):
         limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
@@ -103,7 +105,8 @@ def _check_memory(run, frozen):
     tokens = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
     needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens)
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
-    total, available = sum(needs.values()), machine_memory()
+    total = sum(needs.values())
+    available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
     text = f'a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
@@ -131,11 +134,12 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
     num_shards = 1 if shard == 'none' else world_size
+    gradients = 4 * num_trained / num_shards
     needs = {
         'activations': per_token * tokens,
         'weights': (4 * num_trained + fixed_bytes) / num_shards,
-        'gradients': 4 * num_trained / num_shards,
-        'optimizer': 4 * MOMENTS[optimizer] * num_trained / num_shards,
+        'gradients': gradients,
+        'optimizer': MOMENTS[optimizer] * gradients,
         'reference': bytes_each * frozen / num_shards,
         'buffers': 0,
     }
@@ -243,7 +247,8 @@ def _estimate_for(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
-    lengths = _lengths(config, train, packed)
+    # of each training example, (n,)
+    lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
@@ -260,11 +265,6 @@ def _largest_batch(config, train, packed, max_tokens):
     # examples are not divided, so a rank may have one more than its share
     largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
     return min(tokens, max(longest, largest_share))
-
-
-def _lengths(config, train, packed):
-    """Return the tokens that each training example takes in a microbatch, (n,)."""
-    return tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
 
 
 def bytes_per_token(policy, forward, train, packed):
