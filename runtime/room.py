@@ -354,23 +354,25 @@ def machine_memory(free=False):
     if free and available:
         size = 1024 * int(available[1])
     sizes = [size]
-    # of a cgroup: mount point, and the files that hold limit and usage
+    # of cgroups: mount point, and the files that hold limit and usage
     version_2 = ('/sys/fs/cgroup', 'memory.max', 'memory.current')
     version_1 = ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
+    groups = []  # (folder, name of the file with its limit, name of that with its usage)
     # (start, path): ('0:', 'user.slice') and ('4:cpu,memory', 'docker/1f')
     for start, path in re.findall(r'^(0:|\d+:[^:]*\bmemory\b[^:]*):/(.*)', _read('/proc/self/cgroup'), re.M):
-        root, limit_file, usage_file = version_2 if start == '0:' else version_1
+        root, *names = version_2 if start == '0:' else version_1
         group = Path(root, path)
         # limits of parents apply, too; inside a container only the root may be visible
-        for folder in (group, *group.parents):
-            # without a limit the file holds 'max' or is missing
-            with contextlib.suppress(ValueError, TypeError):
-                size = int(_read(folder / limit_file))
-                if free:
-                    # file caches count as in use, but can be reclaimed
-                    cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
-                    size += int(cached[1]) - int(_read(folder / usage_file))
-                sizes.append(size)
+        groups += [(folder, *names) for folder in (group, *group.parents)]
+    for folder, limit_file, usage_file in groups:
+        # without a limit the file holds 'max' or is missing
+        with contextlib.suppress(ValueError, TypeError):
+            size = int(_read(folder / limit_file))
+            if free:
+                # file caches count as in use, but can be reclaimed
+                cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
+                size += int(cached[1]) - int(_read(folder / usage_file))
+            sizes.append(size)
     return min(sizes)
 
 
