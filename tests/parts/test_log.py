@@ -165,18 +165,6 @@ def test_a_missing_package_is_said_before_loading(name, monkeypatch, tmp_path):
     assert not (tmp_path / 'a').exists()
 
 
-def broken(where, error, monkeypatch):
-    """A stand-in for wandb, and for tensorboard's writer, that raises an error in these calls."""
-    tool = MagicMock()
-    tool.__spec__ = ModuleSpec('wandb', None)  # transformers looks for it
-    tool.init.return_value, tool.add_scalar, tool.close = tool, tool.log, tool.finish
-    for call in where.split():
-        getattr(tool, call).side_effect = error
-    monkeypatch.setitem(sys.modules, 'wandb', tool)
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=tool.init))
-    return tool
-
-
 @pytest.mark.parametrize('error, reason', [
     (RuntimeError('no more\nroom'), 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
     (SystemExit(1), '1'), (RuntimeError(KEY), '...'),
@@ -184,8 +172,14 @@ def broken(where, error, monkeypatch):
 @pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
 @pytest.mark.parametrize('name', TRACKERS)
 def test_a_tracker_that_fails_costs_one_note(name, where, error, reason, monkeypatch, tmp_path, capsys):
-    """And shows no key."""
-    tool = broken(where, error, monkeypatch)
+    """And shows no key. Stand-ins for wandb, and for tensorboard's writer, raise an error in some calls."""
+    tool = MagicMock()
+    tool.__spec__ = ModuleSpec('wandb', None)  # transformers looks for it
+    tool.init.return_value, tool.add_scalar, tool.close = tool, tool.log, tool.finish
+    for call in where.split():
+        getattr(tool, call).side_effect = error
+    monkeypatch.setitem(sys.modules, 'wandb', tool)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=tool.init))
     monkeypatch.setenv('WANDB_API_KEY', KEY)
     (tmp_path / 'config.json').write_text('{"config": {}}')
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)

@@ -133,17 +133,17 @@ DPO = [
     ('--loss=beta_dpo --a=inf', 'a must be a finite number, not inf'),
     ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
 ]  # fmt: skip
-SFT = [
-    ('--control_tokens --lora_rank=2', 'lora_rank freezes them'),
-    ('--control_tokens --last_turn_only', '--last_turn_only has no effect'),
-    ('--noise_rate=0.1 --last_turn_only', '--last_turn_only has no effect'),
-    ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
-    ('--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
-    ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
-    ('--max_length=8 --max_prompt_length=9', 'max_length .*8'),
+CASES = [
+    *(('dpo.py', *case) for case in DPO),
+    ('sft.py', '--control_tokens --lora_rank=2', 'lora_rank freezes them'),
+    ('sft.py', '--control_tokens --last_turn_only', '--last_turn_only has no effect'),
+    ('sft.py', '--noise_rate=0.1 --last_turn_only', '--last_turn_only has no effect'),
+    ('sft.py', '--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
+    ('sft.py', '--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
+    ('sft.py', '--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    ('sft.py', '--max_length=8 --max_prompt_length=9', 'max_length .*8'),
+    ('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5'),
 ]
-CASES = [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
-CASES += [('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5')]
 
 
 @pytest.mark.parametrize('script, flags, words', CASES)
@@ -307,7 +307,9 @@ def short(tmp_path_factory):
 
 
 FOUR = 'has 4 positions, and'
-POSITIONS = [  # script, flags, what it says: nor may the reference, the critic or the samples be too long
+
+
+@pytest.mark.parametrize('script, flags, words', [  # nor may the reference, the critic or the samples be too long
     *((script, flags, words) for script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
       for flags, words in (('--model={short}/4', FOUR), ('--model={short}/dynamic', 'beyond 4 tokens Llama'))),
     *((script, '--model={short}/256 --ref_model={short}/4', FOUR) for script in ('dpo.py', 'ppo.py')),
@@ -315,10 +317,7 @@ POSITIONS = [  # script, flags, what it says: nor may the reference, the critic 
     ('dpo.py', '--model={short}/256 --sample_during_eval --max_new_tokens=300', 'and samples take'),
     ('sft.py', '--model={short}/256 --sample_during_eval --max_new_tokens=300', 'and samples take'),
     ('dpo.py', '--model={short}/256 --ref_model={short}/4 --cache_ref', 'has 4 positions'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('script, flags, words', POSITIONS)
+])  # fmt: skip
 def test_more_tokens_than_positions(refused, short, script, flags, words):
     assert words in refused(script, *(PPO if script == 'ppo.py' else []), *flags.format(short=short).split())
 
