@@ -78,7 +78,8 @@ def refused(world, tmp_path):
 OUT_OF_RANGE = {
     0: 'batch_size max_tokens n_examples n_epochs max_length max_prompt_length log_every num_turns keep_last max_new_tokens top_p '
        'max_grad_norm beta_prime',
-    -1: 'n_eval_examples warmup_steps n_eval_model_samples eval_every save_every lr weight_decay temperature noise_rate data_fraction frac_bad',
+    -1: 'n_eval_examples warmup_steps n_eval_model_samples eval_every save_every lr weight_decay temperature noise_rate '
+        'data_fraction frac_bad',
     1.5: 'noise_rate data_fraction top_p frac_good',
 }  # fmt: skip
 # (flags, what the message says)
