@@ -18,11 +18,13 @@ def main(losses, statistics):
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
     usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
+    # the options are those of dpo.py, with this help text
     script = Path(__file__).parents[1] / 'dpo.py'
     config = configure({'__file__': script, '__doc__': usage}, argv=flags)
     if name is None:
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
+    # the loss with its own defaults; options that exclude one another are refused
     objective = objective_of(config, losses, statistics)
     rows = table(name, objective.fn, objective.statistic, objective.options)
     # losses of pairs have two slopes: rows are [margin, loss, slope, slope]

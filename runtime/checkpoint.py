@@ -37,19 +37,14 @@ def identify(config, hash_models, train, held_out):
     hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
     'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
-    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
+    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):  # a list of all ranks' values
         if other_hashes != data_hashes:
             ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks}: all hosts must see the same files')
-
+    # NEUTRAL options do not affect the result
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
-    # origin tells check_same() which options are defaults
-    options.origin = config.origin
-    contents = shared(hash_models) | data_hashes
-    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': contents}
-
-
-# ---- writing ----
+    options.origin = config.origin  # tells check_same() which options are defaults
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}
 
 
 def _live_tensors(model, optimizer):
@@ -85,7 +80,15 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
-    on_one_rank(lambda: _remove_unfinished(folder))
+
+    # delete the N.tmp folders of checkpoints that were interrupted, and leave *.tmp of other names alone
+    def remove_unfinished():
+        with writing(folder):
+            for unfinished in list(folder.parent.glob('*.tmp')):
+                if NUMBER.fullmatch(unfinished.stem):
+                    clear_path(unfinished)
+
+    on_one_rank(remove_unfinished)
     # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     tensors = _live_tensors(model, optimizer)
     if model.shard_mode == 'none':
@@ -97,15 +100,6 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
     _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
-
-
-def _remove_unfinished(folder):
-    """Delete the N.tmp folders of checkpoints that were interrupted. folder: the checkpoint to be written beside them."""
-    with writing(folder):
-        for unfinished in list(folder.parent.glob('*.tmp')):
-            # leave *.tmp of other names alone
-            if NUMBER.fullmatch(unfinished.stem):
-                clear_path(unfinished)
 
 
 def failed():
@@ -125,9 +119,9 @@ def wait():
 
 
 def _write(folder, copies, state_text, keep_last, group):
-    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it.
+    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
 
-    copies: name -> CPU tensor, emptied as soon as they are written. Raises UserError."""
+    copies: name -> CPU tensor, emptied as soon as they are written; group: process group of the writer threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -135,8 +129,22 @@ def _write(folder, copies, state_text, keep_last, group):
         dcp.save(copies, storage_writer=writer, process_group=group)
         # free the copies, as large as the model, before rank 0 spends seconds on hashing
         copies.clear()
-        if is_first_rank:
-            _complete(temporary, folder, state_text, keep_last)
+        if not is_first_rank:
+            return
+        (temporary / 'state.json').write_text(state_text)
+        (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
+        # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
+        out_dir = folder.parent.parent
+        append_kept()
+        for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
+            sync(out_dir / name)
+        move_folder(temporary, folder)
+        replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
+        # keep the newest. Those of more examples do not count: the run has resumed from before them, so they are damaged
+        newest_first = [path for path in _folders(out_dir) if path.name <= folder.name]
+        for old in newest_first[keep_last:]:
+            # best effort: a symlink cannot be removed this way
+            shutil.rmtree(old, ignore_errors=True)
     # BaseException: DCP's CheckpointException is not a subclass of Exception
     except BaseException as error:
         if is_first_rank:
@@ -150,33 +158,12 @@ def _write(folder, copies, state_text, keep_last, group):
         raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
 
 
-def _complete(temporary, folder, state_text, keep_last):
-    """Add state.json and manifest.json to temporary, rename it to folder, and delete all but keep_last checkpoints."""
-    (temporary / 'state.json').write_text(state_text)
-    (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-    # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
-    out_dir = folder.parent.parent
-    append_kept()
-    for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
-        sync(out_dir / name)
-    move_folder(temporary, folder)
-    replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-    # checkpoints of more examples do not count: the run has resumed from before them, so they are damaged
-    newest_first = [path for path in _folders(out_dir) if path.name <= folder.name]
-    for old in newest_first[keep_last:]:
-        # best effort: a symlink cannot be removed this way
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _manifest_of(folder):
     """Return file name -> [size, SHA-256] for all files in a checkpoint folder except manifest.json."""
     files = [file for file in folder.iterdir() if file.name != 'manifest.json']
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(file_hash, files))
-    return {file.name: [file.stat().st_size, digest] for file, digest in zip(files, hashes, strict=True)}
-
-
-# ---- resuming ----
+        hashes = pool.map(file_hash, files)
+        return {file.name: [file.stat().st_size, digest] for file, digest in zip(files, hashes, strict=True)}
 
 
 def _folders(out_dir):
@@ -208,37 +195,36 @@ def _damage(folder):
 
 
 def latest(out_dir, run=None):
-    """Return what _newest_complete() finds on rank 0's disk. Collective."""
-    return shared(lambda: _newest_complete(out_dir, run))
-
-
-def _newest_complete(out_dir, run):
-    """Return the newest undamaged checkpoint folder, or None if out_dir has no checkpoints. Warns of each one it skips.
+    """Return the newest undamaged checkpoint folder, or None if out_dir has no checkpoints. Warns of each one it skips. Collective.
 
     run: result of identify() to compare with, or None. Raises UserError if all are damaged, or if out_dir is of another run."""
-    recorded_run = recorded(out_dir)
-    if run and recorded_run:
-        check_same(f'{out_dir} holds', recorded_run, run)
 
-    newest = None
-    problems = []
-    for folder in _folders(out_dir):
-        damage = _damage(folder)
-        if damage is None:
-            newest = folder
-            break
-        problems.append(f'{folder} is damaged ({damage})')
-    # do not silently start over
-    if newest is None and problems:
-        raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
+    def look_on_disk():
+        recorded_run = recorded(out_dir)
+        if run and recorded_run:
+            check_same(f'{out_dir} holds', recorded_run, run)
 
-    if newest and run:
-        # checkpoints of older versions do not describe their run: fall back to config.json
-        state = json.loads((newest / 'state.json').read_text())
-        check_same(f'the checkpoint {newest} is of', state.get('run', recorded_run), run)
-    for problem in problems:
-        say(f'warning: the checkpoint {problem}: going back to {newest.name}')
-    return newest
+        newest = None
+        problems = []
+        for folder in _folders(out_dir):
+            damage = _damage(folder)
+            if damage is None:
+                newest = folder
+                break
+            problems.append(f'{folder} is damaged ({damage})')
+        # do not silently start over
+        if newest is None and problems:
+            raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
+
+        if newest and run:
+            # checkpoints of older versions do not describe their run: fall back to config.json
+            state = json.loads((newest / 'state.json').read_text())
+            check_same(f'the checkpoint {newest} is of', state.get('run', recorded_run), run)
+        for problem in problems:
+            say(f'warning: the checkpoint {problem}: going back to {newest.name}')
+        return newest
+
+    return shared(look_on_disk)
 
 
 def load(folder, model, optimizer):
@@ -246,12 +232,21 @@ def load(folder, model, optimizer):
 
     Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
     of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
-    _create_optimizer_state(model, optimizer)
+    # have the optimizer allocate its state tensors, which it does in its first step: do one with lr = 0, which leaves the weights
+    # unchanged. Each later step sets lr
+    model.reshard()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for group in optimizer.param_groups:
+        group['lr'] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+
     reader = HuggingFaceStorageReader(str(folder))
-    saved_tensors = reader.read_metadata().state_dict_metadata
-    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved_tensors.items()}
+    saved = reader.read_metadata().state_dict_metadata
+    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved.items()}
     # the optimizer has state for all parameters now: drop it for those that had none in the checkpoint, as layers that never run
-    with_state = {saved.rpartition('.')[0] for saved in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
+    with_state = {name.rpartition('.')[0] for name in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
@@ -269,15 +264,3 @@ def load(folder, model, optimizer):
         if rng['cuda'] and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.tensor(rng['cuda'], dtype=torch.uint8))
     return state
-
-
-def _create_optimizer_state(model, optimizer):
-    """Allocate the optimizer's state tensors, so that a checkpoint can be loaded into them."""
-    # an optimizer allocates them in its first step: do one with lr = 0, which leaves the weights unchanged. Each later step sets lr
-    model.reshard()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    for group in optimizer.param_groups:
-        group['lr'] = 0.0
-    optimizer.step()
-    optimizer.zero_grad()

@@ -21,8 +21,15 @@ def report(kind, error, trace):
     # print() on a full disk: such an error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         error = UserError(f'cannot print: {error.strerror}')
-    tell_torchrun(error)
-    if not isinstance(error, UserError):
+    is_explained = isinstance(error, UserError)
+    # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
+    torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if torchrun_file:
+        name = 'error' if is_explained else type(error).__name__
+        details = {'message': f'{name}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(torchrun_file).write_text(json.dumps({'message': details}))
+    if not is_explained:
         return sys.__excepthook__(kind, error, trace)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -32,18 +39,6 @@ def report(kind, error, trace):
         sys.__stderr__.flush()
     # not sys.exit: threads of the process group can abort a normal exit and change the exit code
     os._exit(2)
-
-
-def tell_torchrun(error):
-    """Tell torchrun, by its error file if there is one, what ends this process."""
-    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if not path:
-        return
-    kind = 'error' if isinstance(error, UserError) else type(error).__name__
-    # torchrun expects the text in a nested 'message'
-    details = {'message': f'{kind}: {error}', 'extraInfo': {'timestamp': str(int(time.time()))}}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(json.dumps({'message': details}))
 
 
 def out_of_memory(error):
@@ -69,11 +64,10 @@ def explained(error, advice):
         return UserError(f'{mistake}; leave it out (samples with top_p below 1 cannot have it)')
     full_memory = out_of_memory(error)  # 'the GPU', 'this machine' or None
     # a UserError is readable already
-    if full_memory is None or isinstance(error, UserError):
-        return error
-    user_error = UserError(f'{full_memory} is out of memory: {advice}')
-    user_error.of_this_rank = True
-    return user_error
+    if full_memory and not isinstance(error, UserError):
+        error = UserError(f'{full_memory} is out of memory: {advice}')
+        error.of_this_rank = True
+    return error
 
 
 @contextlib.contextmanager

@@ -98,8 +98,7 @@ def append_kept():
     """Retry the appends that wait in memory. Raises UserError if the disk is still full; the rows stay in memory."""
     for path in list(_kept):
         append(path, '')
-        # append() puts unwritten rows back
-        if path in _kept:
+        if path in _kept:  # append() has put unwritten rows back
             rows = _kept[path].count(b'\n')
             raise UserError(f'cannot write {path}: {rows} rows wait for room')
 
@@ -143,11 +142,9 @@ def move_folder(temporary, folder):
     """Rename a folder after flushing all its files to disk; replaces an existing folder. Raises OSError."""
     for path in (*temporary.rglob('*'), temporary):
         sync(path)
-    # rename() cannot replace a folder that is not empty
-    clear_path(folder)
+    clear_path(folder)  # rename() cannot replace a folder that is not empty
     temporary.rename(folder)
-    # flush the new name, too
-    sync(folder.parent)
+    sync(folder.parent)  # flush the new name, too
 
 
 def clear_path(path):

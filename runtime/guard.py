@@ -87,7 +87,6 @@ def on_signal(number):
     exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
     _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)  # 130 or 75
-
     message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
         message = 'stopped at once: steps since the last checkpoint are lost'
@@ -117,11 +116,9 @@ def stop_asked():
     """Return the largest exit code requested by a signal on any rank, or 0. UserError if a checkpoint has failed. Collective."""
     from runtime import checkpoint, ranks
 
-    has_failed = checkpoint.failed()
-    code, any_failed = ranks.largest([_code, int(has_failed)])
+    code, any_failed = ranks.largest([_code, int(checkpoint.failed())])
     if any_failed:
-        # raises the error, on all ranks
-        checkpoint.wait()
+        checkpoint.wait()  # raises the error, on all ranks
     return code
 
 
@@ -135,8 +132,8 @@ def check_early(script):
         return
     # make that call with stand-ins for globals() and for the shared module: configure() only reads the source at their __file__
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
-    shared_name = call[1]  # None if there is none
-    shared = shared_name and types.SimpleNamespace(__file__=Path(script).with_name(f'{shared_name}.py'))
+    name = call[1]  # of the shared module; None if there is none
+    shared = name and types.SimpleNamespace(__file__=Path(script).with_name(f'{name}.py'))
     configure(script_globals, shared=shared, early=True)
 
 
@@ -265,9 +262,9 @@ def bad_step(run, first, rows, columns):
         row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
-
     run.state['bad_steps'] += 1
-    count, allowed = run.state['bad_steps'], run.config.skip_bad_steps
+    count = run.state['bad_steps']
+    allowed = run.config.skip_bad_steps
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{len(places)} of its examples are in {file}'
     if count > allowed:

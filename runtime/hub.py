@@ -50,7 +50,13 @@ def _may_be_hub_id(name):
 def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     if os.path.exists(name):
-        _check_config(name)
+        # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
+        try:
+            json.loads(Path(name, 'config.json').read_text('utf-8'))
+        except (OSError, ValueError, RecursionError) as error:
+            if os.path.exists(f'{name}/config.json'):
+                reason = first_line(error)
+                raise UserError(f'the config.json of {name!r} is not valid JSON ({reason}): mend it') from None
         return
     # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
     where = looked_in(name).strip() or 'on this machine'
@@ -64,15 +70,6 @@ def check_there(name):
     if not reachable() and file_of(name, 'config.json') is None:
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
-
-
-def _check_config(folder):
-    """Raise UserError if a folder's config.json cannot be read as JSON. There may be none: a tokenizer or an adapter needs none."""
-    try:
-        json.loads(Path(folder, 'config.json').read_text('utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        if os.path.exists(f'{folder}/config.json'):
-            raise UserError(f'the config.json of {folder!r} is not valid JSON ({first_line(error)}): mend it') from None
 
 
 def file_of(name, file):

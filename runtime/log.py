@@ -29,9 +29,6 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
-# ---- the run that owns out_dir ----
-
-
 def check_names(out_dir):
     """Raise UserError for names in out_dir that a run writes to: symlinks, and files of an unknown run, without a config.json."""
     folder = Path(out_dir)
@@ -47,7 +44,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run described by out_dir/config.json: a dict as for differences().
+    """Return the run described by out_dir/config.json: a dict as for check_same().
 
     Returns None if config.json is missing, or if nothing else was written: then out_dir is free. Raises UserError if it is damaged."""
     file = Path(out_dir) / 'config.json'
@@ -55,54 +52,48 @@ def recorded(out_dir):
         return None
     try:
         record = json.loads(file.read_text())
-        command = record.get('command', [''])
-        run = {'script': Path(command[0]).name, 'options': dict(record['config'])}
-        run['contents'] = dict(record.get('contents', {}))
+        script = Path(record.get('command', [''])[0]).name
+        run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
     other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
     return run if other_files else None
 
 
-def differences(recorded_run, run, neutral=NEUTRAL):
-    """Return a phrase for each difference between two runs, such as 'lr 1e-06 there and 5e-07 here'.
+def check_same(place, recorded_run, run, neutral=NEUTRAL):
+    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
-    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal."""
-    phrases = []
+    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal. place: start of the message,
+    such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
+    differences = []
     # '': an older version recorded no script
     if recorded_run['script'] not in ('', run['script']):
-        phrases.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
+        differences.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
-    there, here = recorded_run['options'], run['options']
+    there = recorded_run['options']
+    here = run['options']
     origin = getattr(here, 'origin', {})  # option -> where its value comes from, such as 'default'
     for name in here:
         # an option that is newer than the recorded run
         is_new_default = name not in there and origin.get(name) == 'default'
         if name not in neutral and not is_new_default and here[name] != there.get(name):
-            phrases.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
+            differences.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
+        difference = f'the {name} have changed since: their tokens, labels or order'
         if isinstance(hashes, dict):
             # the files of a model: name the first that differs
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            phrases.append(f'{name} {here.get(name)!r} has changed since: {file}')
-        else:
-            phrases.append(f'the {name} have changed since: their tokens, labels or order')
-    return phrases
+            difference = f'{name} {here.get(name)!r} has changed since: {file}'
+        differences.append(difference)
 
-
-def check_same(place, recorded_run, run, neutral=NEUTRAL):
-    """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
-
-    place: start of the message, such as 'FOLDER holds'. The runs are dicts as for differences(), of which it names three."""
-    phrases = ', '.join(differences(recorded_run, run, neutral)[:3])
-    if phrases:
+    if differences:
         advice = 'put back what it began with, or choose another --out_dir'
-        raise UserError(f'{place} a different run ({phrases}): {advice}')
+        raise UserError(f'{place} a different run ({", ".join(differences[:3])}): {advice}')
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
@@ -136,14 +127,11 @@ def claim_out_dir(out_dir, config, contents=None):
     """Write out_dir/config.json: options, command, git commit, versions, and hashes of contents. Raises UserError."""
     # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip()}
-    record['versions'] = {name: version(name) for name in ('torch', 'transformers')}
+    versions = {name: version(name) for name in ('torch', 'transformers')}
+    record = {'config': dict(config), 'command': sys.argv, 'commit': git.stdout.strip(), 'versions': versions}
     if contents:
         record['contents'] = contents
     replace_text(Path(out_dir) / 'config.json', json.dumps(record, indent=1))
-
-
-# ---- trackers and rows ----
 
 
 def _open_wandb(project, out_dir):
@@ -187,14 +175,14 @@ def cut_back(out_dir, start, evaluated):
 
     start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
     folder = Path(out_dir)
+    cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
+    cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
 
     # of a row of metrics.jsonl. A new run keeps none, not even those of the evaluation at 0 examples
     def is_kept(row):
         last = evaluated if row['split'] == 'eval' else start
         return start > 0 and row['counters/examples'] <= last
 
-    cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
-    cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
     cut_rows(folder / 'metrics.jsonl', is_kept)
 
 
@@ -243,7 +231,8 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples."""
+        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples: the metrics in SHOWN,
+        and for steps speed and time left."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
@@ -256,15 +245,12 @@ class Log:
             self._attempt(name, write, row)
         before_step = examples - metrics.get('counters/step_examples', 0)
         is_due = examples // self.every > before_step // self.every
-        if split == 'eval' or is_due:
-            say(self.line(row))
+        if split != 'eval' and not is_due:
+            return
 
-    def line(self, row):
-        """Format a row as a line for the screen: examples, the metrics in SHOWN, and for steps speed and time left."""
-        split, examples = row['split'], row['counters/examples']
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
-            key = key_of(metric, split)
+            key = key_of(metric, split)  # loss -> loss/train
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
         if split == 'train':
@@ -274,7 +260,7 @@ class Log:
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
             parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
-        return '  '.join(parts)
+        say('  '.join(parts))
 
     def close(self):
         """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""
@@ -286,8 +272,7 @@ class Log:
             say(f'warning: {error}, and are lost')  # cannot write FILE: 3 rows wait for room, and are lost
         while self.trackers:
             name, functions = self.trackers.popitem()
-            # None: opening failed
-            if functions:
+            if functions:  # None: opening failed
                 _write, close = functions
                 self._attempt(name, close)
 
@@ -308,9 +293,8 @@ def progress(total, unit, description, **options):
             sys.stderr.write(f'{text.strip()}\n')
 
     file = SimpleNamespace(write=write_line, flush=sys.stderr.flush)
-    bar_format = '{desc}: {n_fmt}{unit}, {rate_fmt}'
-    if total:
-        bar_format = '{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}'
+    of_total = '{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}'
+    bar_format = of_total if total else '{desc}: {n_fmt}{unit}, {rate_fmt}'
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 

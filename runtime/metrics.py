@@ -4,6 +4,7 @@ import math
 
 import losses
 from runtime.files import say
+from runtime.log import key_of
 
 
 def of_preferences(split, loss, chosen, rejected, is_right):
@@ -11,27 +12,26 @@ def of_preferences(split, loss, chosen, rejected, is_right):
 
     split: 'train' or 'eval', part of the names; loss: scalar tensor; chosen, rejected: name -> tensor (examples,) with
     reward, n (answer tokens), and optionally pi, ref (log-probs) and div; is_right: mask of correctly ranked examples."""
-    metrics = {f'loss/{split}': loss}
+    metrics = {'loss': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
         # means over examples; *_per_token: means over all tokens
         n = columns['n']
-        metrics[f'rewards_{split}/{side}'] = columns['reward'].mean()
-        metrics[f'length_{split}/{side}'] = n.mean()
+        metrics[f'rewards/{side}'] = columns['reward'].mean()
+        metrics[f'length/{side}'] = n.mean()
         if 'pi' in columns:  # reward models have no log-probs
-            metrics[f'logps_{split}/{side}'] = columns['pi'].mean()
+            metrics[f'logps/{side}'] = columns['pi'].mean()
         # estimates of KL(reference || policy), as if the answers were samples of the reference
         if 'ref' in columns:
             ref_to_policy = columns['ref'] - columns['pi']
-            metrics[f'kl_{split}/{side}'] = ref_to_policy.mean()
-            metrics[f'kl_{split}/{side}_per_token'] = ref_to_policy.sum() / n.sum()
+            metrics[f'kl/{side}'] = ref_to_policy.mean()
+            metrics[f'kl/{side}_per_token'] = ref_to_policy.sum() / n.sum()
         if 'div' in columns:
-            metrics[f'divergence_{split}/{side}_per_token'] = columns['div'].sum() / n.sum()
+            metrics[f'divergence/{side}_per_token'] = columns['div'].sum() / n.sum()
 
     # a difference of means: the two sides may differ in their number of examples
-    margin = chosen['reward'].mean() - rejected['reward'].mean()
-    metrics[f'rewards_{split}/margins'] = margin
-    metrics[f'rewards_{split}/accuracies'] = is_right.double().mean()
-    return numbers(metrics)
+    metrics['rewards/margins'] = chosen['reward'].mean() - rejected['reward'].mean()
+    metrics['rewards/accuracies'] = is_right.double().mean()
+    return numbers({key_of(name, split): value for name, value in metrics.items()})
 
 
 def of_dpo(objective, columns, split):
@@ -40,17 +40,27 @@ def of_dpo(objective, columns, split):
     objective: a runtime.objective.Objective; split: 'train' or 'eval'."""
     if objective.paired:
         # a pair is right if the chosen answer has the higher reward
-        chosen, rejected = (answers_of(objective, columns, side) for side in ('_w', '_l'))
+        chosen = answers_of(objective, columns, '_w')
+        rejected = answers_of(objective, columns, '_l')
         is_right = chosen['reward'] > rejected['reward']
     else:
         # a good answer is right if its reward is above the threshold (that of kto's z; other losses: 0), a bad one below
-        answers, is_good = answers_of(objective, columns, ''), columns['good']
+        answers = answers_of(objective, columns, '')
+        is_good = columns['good']
         chosen = {name: values[is_good] for name, values in answers.items()}
         rejected = {name: values[~is_good] for name, values in answers.items()}
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
-    loss = _mean_loss(columns['loss'], columns['weight'], objective.options['beta_prime'])
-    metrics = of_preferences(split, loss, chosen, rejected, is_right)
+    # what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')
+    loss = columns['loss']
+    weight = columns['weight']
+    beta_prime = objective.options['beta_prime']
+    if beta_prime:
+        log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
+        mean_loss = -beta_prime * log_mean
+    else:
+        mean_loss = (weight * loss).sum() / weight.sum()
+    metrics = of_preferences(split, mean_loss, chosen, rejected, is_right)
     # unlike rewards, plain log-ratios are comparable across losses
     if objective.paired and objective.needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
@@ -64,14 +74,6 @@ def of_samples(logratio, tokens):
     logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
     per_token = logratio.sum() / tokens.sum()
     return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
-
-
-def _mean_loss(loss, weight, beta_prime):
-    """Return what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')."""
-    if not beta_prime:
-        return (weight * loss).sum() / weight.sum()
-    log_mean = (weight.log() - loss / beta_prime).logsumexp(0) - weight.sum().log()
-    return -beta_prime * log_mean
 
 
 def answers_of(objective, columns, side):
@@ -101,7 +103,8 @@ def say_first_step(objective, columns, metrics):
 
     Warns if rewards are not 0 where policy and reference are the same model."""
     # a step of single answers may have no rejected one, and then no such metric
-    chosen, rejected = (metrics.get(f'rewards_train/{side}', 0.0) for side in ('chosen', 'rejected'))
+    chosen = metrics.get('rewards_train/chosen', 0.0)
+    rejected = metrics.get('rewards_train/rejected', 0.0)
     sentence = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
     if objective.needs_ref:
         sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
@@ -117,8 +120,7 @@ def say_first_step(objective, columns, metrics):
     if notes:
         say(f'note: {"; ".join(notes)}')
     options = objective.options
-    is_rounded = options['dtype'] == 'bfloat16' or options['tf32']
-    tolerance = 1e-2 if is_rounded else 1e-4
+    tolerance = 1e-2 if options['dtype'] == 'bfloat16' or options['tf32'] else 1e-4
     is_same_model = objective.needs_ref and options['ref_model'] is None
     if is_same_model and max(abs(chosen), abs(rejected)) > tolerance:
         say('warning: policy and reference are one model, so the rewards should be 0 before the first step')

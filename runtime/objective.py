@@ -121,22 +121,18 @@ def objective_of(config, losses, statistics):
 
     is_per_token = 'n_l' in asks_for and (name != 'ipo' or config.average)
     objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
-    _report_unused(config, objective)
+    # an option without effect is refused on the command line, and noted where a config file sets it
+    unused = [option for option in config if not uses.get(option, True)]
+    config.report_unused(unused, f'the loss {name} does not use it')
+    if not options['importance']:
+        config.report_unused(['importance_max'], 'importance is off')
+    if not paired:
+        config.report_unused(['share_prefix'], 'there is one answer to a prompt')
+    if not needs_ref:
+        config.report_unused(['ref_model'], 'there is no reference')
     _reject_conflicts(objective)
     table(name, fn, statistic, options)
     return objective
-
-
-def _report_unused(config, objective):
-    """Refuse options without effect that were given on the command line; print a note on those of a config file."""
-    unused = [option for option in config if not objective.uses.get(option, True)]
-    config.report_unused(unused, f'the loss {objective.name} does not use it')
-    if not objective.options['importance']:
-        config.report_unused(['importance_max'], 'importance is off')
-    if not objective.paired:
-        config.report_unused(['share_prefix'], 'there is one answer to a prompt')
-    if not objective.needs_ref:
-        config.report_unused(['ref_model'], 'there is no reference')
 
 
 def _reject_conflicts(objective):
@@ -168,7 +164,19 @@ def table(name, fn, statistic, options):
     fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
     ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
     loss fails, or does not return one number per example, with a gradient."""
-    columns, ratios = _columns_to_try(is_paired=not PAIRS.isdisjoint(inputs(fn)))
+    # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
+    is_paired = not PAIRS.isdisjoint(inputs(fn))
+    margin = torch.tensor(MARGINS)
+    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
+    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
+    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
+    for suffix, ratio in ratios.items():
+        columns[f'ratio{suffix}'] = ratio.requires_grad_()
+        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
+        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
+        # typical values: ten tokens per answer, a divergence of 0.3 nats
+        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
+        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
     # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
     if statistic:
         step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': columns.get('ratio')}
@@ -186,21 +194,5 @@ def table(name, fn, statistic, options):
         advice = 'it must be computed from the columns that it asks for, without detach'
         raise UserError(f'the loss {name} has no gradient: {advice}')
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
-    slopes = torch.autograd.grad(losses.sum(), ratios, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
     return torch.stack([torch.tensor(MARGINS), losses, *slopes], dim=1).tolist()
-
-
-def _columns_to_try(is_paired):
-    """Return (columns of one example for each of MARGINS, name -> tensor; the list of the log-ratios among them, with gradient)."""
-    margin = torch.tensor(MARGINS)
-    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
-    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
-    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
-    for suffix, ratio in ratios.items():
-        columns[f'ratio{suffix}'] = ratio.requires_grad_()
-        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
-        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
-        # typical values: ten tokens per answer, a divergence of 0.3 nats
-        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
-        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
-    return columns, list(ratios.values())

@@ -31,8 +31,6 @@ MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optim
 # choices for max_tokens='auto'; larger microbatches are not faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
 SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
-# share of the free memory that max_tokens='auto' fills; CPU allocators hold up to a third more than the tensors need
-SAFE = {'cuda': 0.9, 'cpu': 0.7}
 
 
 def check_room(run, frozen_models=()):
@@ -40,12 +38,25 @@ def check_room(run, frozen_models=()):
 
     frozen_models: those in memory besides the policy; None and the policy itself do not count. Returns whether checkpoints of
     save_every='auto' fit on the disk. Raises UserError if the model does not fit, or checkpoints that --save_every asks for."""
-    checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, *_sizes_on_disk(run.config, run.policy), run.total))
+    config = run.config
+    policy = run.policy
+    # the exported model lacks ppo.py's value head and critic, which are in its checkpoints
+    not_exported = {'critic', 'value_head'}
+    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
+    bytes_each = 4 if config['save_dtype'] == 'float32' else 2
+    # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
+    model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
+    # a checkpoint has the trained weights and the optimizer state, in float32
+    numbers_each = 1 + MOMENTS[config['optimizer']]
+    checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
+    checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, run.total))
+
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
-        frozen = [model for model in frozen_models if model is not None and model is not run.policy]
+        frozen = [model for model in frozen_models if model is not None and model is not policy]
         _check_memory(run, sum(_count(model.parameters()) for model in frozen))
-    lengths = _lengths(run.config, run.train, run.packed)
+    # tokens that each training example takes in a microbatch, (n,)
+    lengths = tokens_taken(run.train.widths, config.get('share_prefix', True), pad=not run.packed)
     too_long = lengths[lengths > run.max_tokens]
     if len(too_long):
         limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
@@ -56,19 +67,6 @@ def check_room(run, frozen_models=()):
 def _count(parameters, only_trained=False):
     """Return the total number of elements of parameters, or only of those that are trained."""
     return sum(p.numel() for p in parameters if p.requires_grad or not only_trained)
-
-
-def _sizes_on_disk(config, policy):
-    """Return (bytes of the exported model, bytes of a checkpoint), over all ranks."""
-    # the exported model lacks ppo.py's value head and critic, which are in its checkpoints
-    not_exported = {'critic', 'value_head'}
-    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
-    bytes_each = 4 if config['save_dtype'] == 'float32' else 2
-    # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
-    model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
-    # a checkpoint has the trained weights and the optimizer state, in float32
-    numbers_each = 1 + MOMENTS[config['optimizer']]
-    return model_bytes, 4 * numbers_each * _count(policy.parameters(), only_trained=True)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
@@ -107,7 +105,8 @@ def _check_memory(run, frozen):
     tokens = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
     needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens)
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
-    total, available = sum(needs.values()), machine_memory()
+    total = sum(needs.values())
+    available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
     text = f'a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
@@ -118,8 +117,7 @@ def _check_memory(run, frozen):
     # only activations shrink with the microbatch, which holds at least the longest example
     share_that_fits = 1 - (total - available) / needs['activations']
     tokens_that_fit = max(int(run.train.lengths.max()), int(tokens * share_that_fits))
-    options = 'try --activation_checkpointing or --lora_rank'
-    advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or {options}'
+    advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
@@ -136,49 +134,37 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
     num_shards = 1 if shard == 'none' else world_size
+    gradients = 4 * num_trained / num_shards
     needs = {
         'activations': per_token * tokens,
         'weights': (4 * num_trained + fixed_bytes) / num_shards,
-        'gradients': 4 * num_trained / num_shards,
-        'optimizer': 4 * MOMENTS[optimizer] * num_trained / num_shards,
+        'gradients': gradients,
+        'optimizer': MOMENTS[optimizer] * gradients,
         'reference': bytes_each * frozen / num_shards,
-        'buffers': _logits_bytes(policy, tokens, bytes_each, device),
+        'buffers': 0,
     }
+    # with an LM head: the logits that model.Head has in memory at once, and the gradient of its weight
+    head = core(policy).get_output_embeddings()
+    if head is not None:
+        vocab_size, hidden_size = head.weight.shape
+        max_logits = Head.max_logits(device or head.weight.device)
+        # Head takes the tokens of a microbatch in chunks; none is larger than the first, a slice from 0
+        first_chunk = Head.chunks(int(tokens), vocab_size, max_logits)[0]
+        # each chunk makes a gradient of the whole head weight. Both exist in float32, and also in bfloat16 if that is computed in
+        bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
+        needs['buffers'] = bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
     # FSDP also does the cast to bfloat16, for which it gathers copies even on a single rank
     if num_shards > 1 or bytes_each == 2:
-        needs['buffers'] += bytes_each * _count_gathered(policy, shard)
+        # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
+        fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
+        block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
+        # parameters outside of the blocks, such as the embedding, stay gathered; so does the current block, with its gradients, and
+        # the next block, which is gathered early
+        gathered = _count(policy.parameters()) - sum(block_sizes) + 3 * max(block_sizes)
+        if sharded.stays_gathered(policy, shard):
+            gathered += sum(block_sizes)
+        needs['buffers'] += bytes_each * gathered
     return needs
-
-
-def _logits_bytes(policy, tokens, bytes_each, device):
-    """Return the bytes of the logits that model.Head has in memory at once, and of the gradient of its weight; 0 without an LM head.
-
-    device: where it will run; None: where the policy is."""
-    head = core(policy).get_output_embeddings()
-    if head is None:
-        return 0
-    vocab_size, hidden_size = head.weight.shape
-    max_logits = Head.max_logits(device or head.weight.device)
-    # Head takes the tokens of a microbatch in chunks; none is larger than the first, a slice from 0
-    first_chunk = Head.chunks(int(tokens), vocab_size, max_logits)[0]
-    num_logits = vocab_size * first_chunk.stop
-    num_gradients = vocab_size * hidden_size  # each chunk makes a gradient of the whole head weight
-    # both exist in float32, and also in bfloat16 if that is the compute dtype
-    bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
-    return bytes_of_copies * (num_logits + num_gradients)
-
-
-def _count_gathered(policy, shard):
-    """Return how many numbers FSDP gathers on a rank at most: weights, and the gradients of a block. shard: 'none', 'grads', 'full'."""
-    # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
-    fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
-    block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
-    # parameters outside of the blocks, such as the embedding, stay gathered
-    outside = _count(policy.parameters()) - sum(block_sizes)
-    # the current block, its gradients, and the next block, which is gathered early
-    around_a_block = 3 * max(block_sizes)
-    all_blocks = sum(block_sizes) if sharded.stays_gathered(policy, shard) else 0
-    return outside + around_a_block + all_blocks
 
 
 def save_every_of(step_ends, step, total):
@@ -231,8 +217,8 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     per_token: bytes of activations per token; n_frozen: number of models of the policy's size that are still to be loaded."""
     free = free_memory()
     frozen = n_frozen * _count(policy.parameters())
-    device = next(policy.parameters()).device
-    usable = SAFE[device.type] * free
+    # fill this share of it, since CPU allocators hold up to a third more than the tensors need
+    usable = (0.9 if next(policy.parameters()).is_cuda else 0.7) * free
 
     def bytes_to_come(max_tokens):
         tokens = _largest_batch(config, train, packed, max_tokens)
@@ -261,7 +247,8 @@ def _estimate_for(config, policy, per_token, frozen, tokens):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
-    lengths = _lengths(config, train, packed)
+    # of each training example, (n,)
+    lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
@@ -278,11 +265,6 @@ def _largest_batch(config, train, packed, max_tokens):
     # examples are not divided, so a rank may have one more than its share
     largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
     return min(tokens, max(longest, largest_share))
-
-
-def _lengths(config, train, packed):
-    """Return the tokens that each training example takes in a microbatch, (n,)."""
-    return tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
 
 
 def bytes_per_token(policy, forward, train, packed):
@@ -364,37 +346,34 @@ def _ranks_here():
 
 
 def machine_memory(free=False):
-    """Return the bytes of this machine's memory, or of this process's cgroup if less; free: only what is not in use."""
+    """Return the bytes of this machine's memory, or of this process's cgroup if less; free: only what is not in use.
+
+    /proc/self/cgroup has a line `0::/user.slice` for version 2, or one like `4:cpu,memory:/docker/1f` for version 1."""
     size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     available = re.search(r'MemAvailable:\s*(\d+)', _read('/proc/meminfo'))
     if free and available:
         size = 1024 * int(available[1])
-    return min([size, *_cgroup_sizes(free)])
-
-
-def _cgroup_sizes(free):
-    """Return the memory limits in bytes of this process's cgroup and its parents; free: what of each is not in use.
-
-    /proc/self/cgroup has a line `0::/user.slice` for version 2, or one like `4:cpu,memory:/docker/1f` for version 1."""
-    # mount point, and the files that hold limit and usage
+    sizes = [size]
+    # of cgroups: mount point, and the files that hold limit and usage
     version_2 = ('/sys/fs/cgroup', 'memory.max', 'memory.current')
     version_1 = ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
-    sizes = []
+    groups = []  # (folder, name of the file with its limit, name of that with its usage)
     # (start, path): ('0:', 'user.slice') and ('4:cpu,memory', 'docker/1f')
     for start, path in re.findall(r'^(0:|\d+:[^:]*\bmemory\b[^:]*):/(.*)', _read('/proc/self/cgroup'), re.M):
-        root, limit_file, usage_file = version_2 if start == '0:' else version_1
+        root, *names = version_2 if start == '0:' else version_1
         group = Path(root, path)
         # limits of parents apply, too; inside a container only the root may be visible
-        for folder in (group, *group.parents):
-            # without a limit the file holds 'max' or is missing
-            with contextlib.suppress(ValueError, TypeError):
-                size = int(_read(folder / limit_file))
-                if free:
-                    # file caches count as in use, but can be reclaimed
-                    cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
-                    size += int(cached[1]) - int(_read(folder / usage_file))
-                sizes.append(size)
-    return sizes
+        groups += [(folder, *names) for folder in (group, *group.parents)]
+    for folder, limit_file, usage_file in groups:
+        # without a limit the file holds 'max' or is missing
+        with contextlib.suppress(ValueError, TypeError):
+            size = int(_read(folder / limit_file))
+            if free:
+                # file caches count as in use, but can be reclaimed
+                cached = re.search(r'^(?:total_)?inactive_file (\d+)', _read(folder / 'memory.stat'), re.M)
+                size += int(cached[1]) - int(_read(folder / usage_file))
+            sizes.append(size)
+    return min(sizes)
 
 
 def _read(file):

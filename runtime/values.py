@@ -73,7 +73,7 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    theirs = names_elsewhere(options)
+    theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
     # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
@@ -124,20 +124,18 @@ def problem(name, value):
     if value not in CHOICES.get(name, (value,)):
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
-    return _text_problem(value) if isinstance(value, str) else None
-
-
-def _text_problem(text):
-    """Return why text is invalid as an option (it holds a key or a bad character), or None. Does not quote the text."""
+    # a text must hold no key and no bad character; the message does not quote it
+    if not isinstance(value, str):
+        return None
     for variable in SECRETS:
         secret = os.environ.get(variable, '').strip()
-        if len(secret) >= MIN_KEY_LENGTH and secret in text:
+        if len(secret) >= MIN_KEY_LENGTH and secret in value:
             return f'holds the key of {variable}; it stays in the environment, nothing else is needed'
     # https://user:password@host/
-    if re.search(r'://[^/?#\s]*@', text):
+    if re.search(r'://[^/?#\s]*@', value):
         return 'has a name or a password in its address; a key belongs in the environment'
     # NUL, and surrogates, which UTF-8 cannot encode
-    if re.search('[\0\ud800-\udfff]', text):
+    if re.search('[\0\ud800-\udfff]', value):
         return 'has characters that are no text'
     return None
 

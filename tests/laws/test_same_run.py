@@ -190,7 +190,9 @@ def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
     assert found == {'model': {'commit': 'abc'}}
     run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
     other = run | {'contents': {'model': {'commit': 'abd'}}}
-    assert log.differences(run, run) == [] and log.differences(other, run) == ["model 'a/b' has changed since: commit"]
+    log.check_same('here', run, run)
+    said = sentence(log.check_same, 'here', other, run)
+    assert said.startswith("here a different run (model 'a/b' has changed since: commit): ")
     (tmp_path / 'model.safetensors').mkdir()
     assert load.fingerprints({'model': str(tmp_path)}) == {'model': {}}
 

@@ -126,6 +126,11 @@ def test_every_signal_in_one_run(tmp_path, whole):
     """SIGTERM and Ctrl-C, wherever they hit, and a second Ctrl-C, which does not wait for the step; then the end of an unbroken
     run. SIGUSR1 and kill -9 are below. Beside it: a second run in the same folder is refused while the first goes on, and after the end."""
     out = tmp_path / 'run'
+    # while the data is read nothing can be lost: it ends at once
+    process = start(out)
+    until(lambda: (out / '.lock').exists(), process)
+    process.send_signal(signal.SIGTERM)
+    assert 'SIGTERM: stopped' in end(process, guard.SAVED) and os.listdir(out) == ['.lock']
     for number in (signal.SIGTERM, signal.SIGINT):
         process = after(out, 16)
         if number == signal.SIGTERM:
@@ -148,15 +153,6 @@ def test_every_signal_in_one_run(tmp_path, whole):
     assert len(os.listdir(whole(0) / 'checkpoints')) == 2  # by default
     assert 'holds this run already (finished)' in refused('dpo.py', *FLAGS, f'--out_dir={out}')
     same(out, whole(0))
-
-
-def test_at_once_where_nothing_can_be_lost(tmp_path):
-    """While the data is read."""
-    process = start(tmp_path / 'run')
-    until(lambda: (tmp_path / 'run/.lock').exists(), process)
-    process.send_signal(signal.SIGTERM)
-    assert 'SIGTERM: stopped' in end(process, guard.SAVED)
-    assert os.listdir(tmp_path / 'run') == ['.lock']
 
 
 def test_while_a_script_is_imported(tmp_path):

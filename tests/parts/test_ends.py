@@ -17,9 +17,7 @@ EOS = toy.tokenizer().eos_token_id
 STOPS = range(100, 180)  # ends of the generation config, so many that most answers meet one
 ENDS = {EOS, *STOPS}
 LENGTH = 10  # tokens of the longest answer
-PPO = (
-    f'--n_examples=16 --batch_size=16 --minibatch_size=16 --ppo_epochs=1 --n_eval_examples=8 --max_new_tokens={LENGTH}'
-)
+SIZES = f'--n_examples=16 --batch_size=16 --minibatch_size=16 --n_eval_examples=8 --max_new_tokens={LENGTH}'
 
 
 @pytest.fixture(scope='module')
@@ -78,8 +76,9 @@ FLAGS = {'ppo': '--reward_model={0}/reward', 'grpo': '--group_size=4 --missing_e
 
 @pytest.mark.parametrize('loss', FLAGS)
 def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_path, loss):
-    flags = f'{PPO} --loss={loss} {FLAGS[loss]} --do_first_eval=false --model={{0}}/policy --out_dir={tmp_path}/run'
-    answered = run_script('ppo.py', *flags.format(folders).split())['this_round']
+    flags = f'{SIZES} --ppo_epochs=1 --loss={loss} {FLAGS[loss]} --do_first_eval=false'.format(folders)
+    script = run_script('ppo.py', *flags.split(), f'--model={folders}/policy', f'--out_dir={tmp_path}/run')
+    answered = script['this_round']
     trained = [answer.tolist() for _, answers in answered.examples for answer in answers]
     assert sorted(trained) == sorted(map(sampled, raw[:16]))
     ended = [answer[-1] in ENDS for answer in trained]

@@ -165,8 +165,14 @@ def test_a_missing_package_is_said_before_loading(name, monkeypatch, tmp_path):
     assert not (tmp_path / 'a').exists()
 
 
-def broken(where, error, monkeypatch):
-    """A stand-in for wandb, and for tensorboard's writer, that raises an error in these calls."""
+@pytest.mark.parametrize('error, reason', [
+    (RuntimeError('no more\nroom'), 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
+    (SystemExit(1), '1'), (RuntimeError(KEY), '...'),
+])  # fmt: skip
+@pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
+@pytest.mark.parametrize('name', TRACKERS)
+def test_a_tracker_that_fails_costs_one_note(name, where, error, reason, monkeypatch, tmp_path, capsys):
+    """And shows no key. Stand-ins for wandb, and for tensorboard's writer, raise an error in some calls."""
     tool = MagicMock()
     tool.__spec__ = ModuleSpec('wandb', None)  # transformers looks for it
     tool.init.return_value, tool.add_scalar, tool.close = tool, tool.log, tool.finish
@@ -174,21 +180,6 @@ def broken(where, error, monkeypatch):
         getattr(tool, call).side_effect = error
     monkeypatch.setitem(sys.modules, 'wandb', tool)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=tool.init))
-    return tool
-
-
-BROKEN = RuntimeError('no more\nroom')
-
-
-@pytest.mark.parametrize('error, reason', [
-    (BROKEN, 'no more'), (OSError(28, 'No space left'), '[Errno 28] No space left'), (ValueError(), 'ValueError'),
-    (SystemExit(1), '1'), (RuntimeError(KEY), '...'),
-])  # fmt: skip
-@pytest.mark.parametrize('where', ['init', 'log', 'finish', 'log finish'])
-@pytest.mark.parametrize('name', TRACKERS)
-def test_a_tracker_that_fails_costs_one_note(name, where, error, reason, monkeypatch, tmp_path, capsys):
-    """And shows no key."""
-    tool = broken(where, error, monkeypatch)
     monkeypatch.setenv('WANDB_API_KEY', KEY)
     (tmp_path / 'config.json').write_text('{"config": {}}')
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)

@@ -75,8 +75,3 @@ def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
     asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
     metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen})
     assert re.fullmatch(f'step 0: rewards {chosen:.6f}, 0.000000{printed}', capsys.readouterr().out)
-
-
-def test_the_kl_of_samples():
-    found = metrics.of_samples(logratio=torch.tensor([1.0, 3.0]), tokens=torch.tensor([1, 7]))
-    assert found == {'kl_eval/samples': 2, 'kl_eval/samples_per_token': 0.5}

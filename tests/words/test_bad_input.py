@@ -75,6 +75,13 @@ def refused(world, tmp_path):
     return lambda script, *flags: helpers.refused(script, *arguments(world, tmp_path / 'out', flags))
 
 
+OUT_OF_RANGE = {
+    0: 'batch_size max_tokens n_examples n_epochs max_length max_prompt_length log_every num_turns keep_last max_new_tokens top_p '
+       'max_grad_norm beta_prime',
+    -1: 'n_eval_examples warmup_steps n_eval_model_samples eval_every save_every lr weight_decay temperature noise_rate '
+        'data_fraction frac_bad',
+    1.5: 'noise_rate data_fraction top_p frac_good',
+}  # fmt: skip
 # (flags, what the message says)
 DPO = [
     ('--bach_size=4', 'did you mean batch_size'),
@@ -100,13 +107,7 @@ DPO = [
     # values
     *((f'--{name}={value}', rf'{name} must be .*{value}')
       for name, value in (('optimizer', 'adam'), ('lr_schedule', 'step'), ('dtype', 'float16'), ('truncation', 'middle'))),
-    *((f'--{name}=0', rf'{name} .*0')
-      for name in ('batch_size', 'max_tokens', 'n_examples', 'n_epochs', 'max_length', 'max_prompt_length', 'log_every',
-                   'num_turns', 'keep_last', 'max_new_tokens', 'top_p', 'max_grad_norm', 'beta_prime')),
-    *((f'--{name}=-1', rf'{name} .*-1')
-      for name in ('n_eval_examples', 'warmup_steps', 'n_eval_model_samples', 'eval_every', 'save_every', 'lr',
-                   'weight_decay', 'temperature', 'noise_rate', 'data_fraction', 'frac_bad')),
-    *((f'--{name}=1.5', rf'{name} .*1.5') for name in ('noise_rate', 'data_fraction', 'top_p', 'frac_good')),
+    *((f'--{name}={value}', f'{name} .*{value}') for value, names in OUT_OF_RANGE.items() for name in names.split()),
     ('--max_length=8 --max_prompt_length=7', 'max_length .*8'),  # no room but for an end of text
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
@@ -133,17 +134,17 @@ DPO = [
     ('--loss=beta_dpo --a=inf', 'a must be a finite number, not inf'),
     ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
 ]  # fmt: skip
-SFT = [
-    ('--control_tokens --lora_rank=2', 'lora_rank freezes them'),
-    ('--control_tokens --last_turn_only', '--last_turn_only has no effect'),
-    ('--noise_rate=0.1 --last_turn_only', '--last_turn_only has no effect'),
-    ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
-    ('--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
-    ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
-    ('--max_length=8 --max_prompt_length=9', 'max_length .*8'),
+CASES = [
+    *(('dpo.py', *case) for case in DPO),
+    ('sft.py', '--control_tokens --lora_rank=2', 'lora_rank freezes them'),
+    ('sft.py', '--control_tokens --last_turn_only', '--last_turn_only has no effect'),
+    ('sft.py', '--noise_rate=0.1 --last_turn_only', '--last_turn_only has no effect'),
+    ('sft.py', '--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
+    ('sft.py', '--data={world}/empty_answers.jsonl', 'no train examples are left.*6 empty answers'),
+    ('sft.py', '--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
+    ('sft.py', '--max_length=8 --max_prompt_length=9', 'max_length .*8'),
+    ('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5'),
 ]
-CASES = [('dpo.py', *case) for case in DPO] + [('sft.py', *case) for case in SFT]
-CASES += [('reward.py', '--label_smoothing=0.5', 'label_smoothing must lie between 0 and 0.5')]
 
 
 @pytest.mark.parametrize('script, flags, words', CASES)
@@ -169,12 +170,6 @@ def test_more_examples_than_the_epochs_have(run, capsys):
     assert 'training on 1 rank: 12 examples (2 epochs), ' in out
     run('sft.py', '--n_examples=4', out='fewer')
     assert 'n_epochs' not in capsys.readouterr().out
-
-
-def test_the_learning_rate_of_each_step(run, tmp_path):
-    run('sft.py', '--n_examples=6', '--batch_size=2', '--warmup_steps=3', '--lr=0.3')
-    rates = [row['lr'] for row in metrics(tmp_path / 'out', 'train')]
-    assert rates == pytest.approx([0.075, 0.15, 0.225])  # 1, 2, 3 quarters
 
 
 # ---- where it prints ----
@@ -221,17 +216,17 @@ def test_out_dir(run, refused, tmp_path):
     assert 'holds a different run' in message and 'lr 5e-07 there and 0.001 here' in message and '--out_dir' in message
     assert 'holds this run already' in refused('dpo.py', '--resume=false')
     assert {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()} == kept  # and nothing is touched
-    for damaged in ('null', '{"config": {}, "command": []}', '{"config": {}, "contents": 3}', '{"config": '):
-        (tmp_path / 'out/config.json').write_text(damaged)
-        assert 'config.json is damaged' in refused('dpo.py')
 
 
-@pytest.mark.parametrize('content', ['{"model_type": "llama", "vocab_size": 100}', '[]', '{"config": 3}', '\xff'])
+@pytest.mark.parametrize('content', [
+    '{"model_type": "llama", "vocab_size": 100}', '[]', '{"config": 3}', '\xff', 'null', '{"config": {}, "command": []}',
+    '{"config": {}, "contents": 3}', '{"config": ',
+])  # fmt: skip
 def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
     """The folder of a model, for one: its config.json is not ours, and stays."""
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/config.json').write_text(content, encoding='latin-1')
-    assert 'config.json' in refused('sft.py')
+    assert 'config.json is damaged' in refused('sft.py')
     assert (tmp_path / 'out/config.json').read_text(encoding='latin-1') == content
 
 
@@ -239,9 +234,11 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 
 
 def test_without_evaluation(run, tmp_path):
-    run('dpo.py', '--n_eval_examples=0', '--eval_every=2')
+    """And the learning rate of each step: 1, 2, 3 quarters."""
+    run('dpo.py', '--n_eval_examples=0', '--eval_every=2', '--warmup_steps=3', '--lr=0.3')
     rows = metrics(tmp_path / 'out')
     assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
+    assert [row['lr'] for row in rows if row['split'] == 'train'] == pytest.approx([0.075, 0.15, 0.225])
     assert (tmp_path / 'out/model/config.json').exists()
 
 
@@ -311,7 +308,9 @@ def short(tmp_path_factory):
 
 
 FOUR = 'has 4 positions, and'
-POSITIONS = [  # script, flags, what it says: nor may the reference, the critic or the samples be too long
+
+
+@pytest.mark.parametrize('script, flags, words', [  # nor may the reference, the critic or the samples be too long
     *((script, flags, words) for script in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py')
       for flags, words in (('--model={short}/4', FOUR), ('--model={short}/dynamic', 'beyond 4 tokens Llama'))),
     *((script, '--model={short}/256 --ref_model={short}/4', FOUR) for script in ('dpo.py', 'ppo.py')),
@@ -319,10 +318,7 @@ POSITIONS = [  # script, flags, what it says: nor may the reference, the critic 
     ('dpo.py', '--model={short}/256 --sample_during_eval --max_new_tokens=300', 'and samples take'),
     ('sft.py', '--model={short}/256 --sample_during_eval --max_new_tokens=300', 'and samples take'),
     ('dpo.py', '--model={short}/256 --ref_model={short}/4 --cache_ref', 'has 4 positions'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('script, flags, words', POSITIONS)
+])  # fmt: skip
 def test_more_tokens_than_positions(refused, short, script, flags, words):
     assert words in refused(script, *(PPO if script == 'ppo.py' else []), *flags.format(short=short).split())
 
