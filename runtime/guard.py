@@ -39,6 +39,12 @@ def watch(name):
     """Set up signal handling and validate the command line before heavy imports; no-op unless name is '__main__'."""
     if name != '__main__':
         return
+    # open a stream that the shell has closed (>&-): the next file would get its number, and all that is printed
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, 'r' if name == 'stdin' else 'w')
+            setattr(sys, name, stream)
+            setattr(sys, f'__{name}__', stream)
     # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')

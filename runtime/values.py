@@ -76,12 +76,15 @@ def hint(name, options):
     theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
     # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
-    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
         return '--help lists the options'
-    nearest = matches[0]
-    ours = theirs.get(nearest, nearest)
-    return f'here it is {ours}' if nearest == plain else f'did you mean {ours}?'
+    if matches[0] == plain:
+        return f'here it is {theirs.get(plain, plain)}'
+    # several may be equally near: bata is beta or data
+    alike = [difflib.SequenceMatcher(None, match, plain).ratio() for match in matches]
+    nearest = {theirs.get(match, match) for match, ratio in zip(matches, alike, strict=True) if ratio == alike[0]}
+    return f'did you mean {" or ".join(sorted(nearest))}?'
 
 
 def did_you_mean(word, known):

@@ -168,8 +168,9 @@ def test_more_examples_than_the_epochs_have(run, capsys):
     out = capsys.readouterr().out
     assert 'note: the run ends after 12 of --n_examples=20: raise --n_epochs for more\n' in out
     assert 'training on 1 rank: 12 examples (2 epochs), ' in out
-    run('sft.py', '--n_examples=4', out='fewer')
-    assert 'n_epochs' not in capsys.readouterr().out
+    run('sft.py', '--n_examples=4', '--batch_size=5', out='fewer')
+    out = capsys.readouterr().out
+    assert 'n_epochs' not in out and 'note: batch_size 5 takes all 4 examples of the run at once\n' in out
 
 
 # ---- where it prints ----

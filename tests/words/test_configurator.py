@@ -314,6 +314,13 @@ def test_a_typo_ends_the_script_at_once(tmp_path):
     assert done.stderr.endswith(f'{sentence}\n') and json.loads(record.read_text())['message']['message'] == sentence
 
 
+def test_closed_streams_are_opened():
+    """Else the first file would get the number of one of them, here as the exit code, and whatever is printed."""
+    code = 'import os; from runtime import guard; guard.watch("__main__"); print(1); raise SystemExit(os.open(".", os.O_RDONLY))'
+    for closed in ('>&-', '<&- >&- 2>&-'):
+        assert subprocess.run(f"exec {sys.executable} -c '{code}' {closed}", shell=True, cwd=ROOT).returncode > 2
+
+
 # ---- any input ----
 
 TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=8)
@@ -410,7 +417,7 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
 ELSEWHERE = {
     '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$',
     '--num-train-epochs=1': 'here it is n_epochs$',
-    '--learning_rat=1': 'did you mean lr.$',
+    '--learning_rat=1': 'did you mean lr.$', '--bata=1': 'did you mean beta or data.$',
     '--num_prompts=1': 'here it is n_examples$',
     '--dataset_path=x': 'did you mean data.$',
     '--reward_name=x': '--help lists the options$',
