@@ -105,7 +105,16 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     is_lm = not _is_classifier(config)
     # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
-    _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
+    problem = None
+    if is_lm and not (new_head or has_head):
+        problem = 'is no reward model but a language model: train one from it with reward.py'
+    elif not is_lm and config.num_labels != 1:
+        problem = f'has {config.num_labels} outputs; a reward model has one'
+    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
+    elif not is_lm and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
+    if problem:
+        raise UserError(f'{name!r} {problem}')
     config.num_labels = 1
     # the embedding has no row for a pad token that separate_pad has added, with the first id behind all others: add one
     text_config = config.get_text_config()
@@ -200,21 +209,6 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
 
 def _is_classifier(config):
     return (config.architectures or [''])[0].endswith('ForSequenceClassification')
-
-
-def _check_reward(name, config, tokenizer, allow_language_model):
-    """Raise UserError unless a config is that of a reward model: a classifier of one output, or a language model if allowed."""
-    problem = None
-    if not _is_classifier(config):
-        if not allow_language_model:
-            problem = 'is no reward model but a language model: train one from it with reward.py'
-    elif config.num_labels != 1:
-        problem = f'has {config.num_labels} outputs; a reward model has one'
-    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
-    elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
-        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
-    if problem:
-        raise UserError(f'{name!r} {problem}')
 
 
 def _check_code(name):

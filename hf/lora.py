@@ -132,33 +132,17 @@ def _load_weights(model, saved, adapter_name='default'):
         say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
 
 
-def _merge_saved(model, saved, empty):
-    """Merge a saved adapter into a model and make all weights trainable. Returns the model. empty: it has no weights."""
-    say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
-    if empty:
-        return model
-    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-    wrapped = _peft_model(model, _saved_config(saved), task_type=None, seed=0)
-    # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
-    embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
-        separate(wrapped)
-    _load_weights(wrapped, saved)
-    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        model = wrapped.merge_and_unload()
-    correct_tie_config(model)
-    return model.requires_grad_(True)
+def _peft_model(model, saved, adapters, task_type, seed=0, with_frozen_copy=False):
+    """Return a PeftModel in eval mode with a trainable adapter of new weights.
 
-
-def _peft_model(model, lora_config, task_type, seed, with_frozen_copy=False):
-    """Return a PeftModel in eval mode with a new trainable adapter. Changes lora_config, a peft.LoraConfig, in place.
-
+    saved: SavedAdapter that it is configured like; None: by adapters, a dict from options(). task_type: PEFT's, such as 'CAUSAL_LM'
     with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
+    lora_config = peft.LoraConfig.from_pretrained(str(saved.folder)) if saved else _new_config(model, adapters)
     lora_config.task_type = task_type
+    if adapters:
+        lora_config.lora_dropout = adapters['dropout']
     # saved configs have inference_mode=True, which would freeze the adapter
     lora_config.inference_mode = False
     # PEFT triggers a deprecation warning of transformers
@@ -211,16 +195,33 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
     adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
+    if not adapters and not saved:
+        return model
+    # merge a saved adapter into the model, all of whose weights train then
     if not adapters:
-        return _merge_saved(model, saved, empty) if saved else model
+        say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
+        if empty:
+            return model
+        # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
+        wrapped = _peft_model(model, saved, None, task_type=None)
+        # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
+        embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
+            separate(wrapped)
+        _load_weights(wrapped, saved)
+        # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            model = wrapped.merge_and_unload()
+        correct_tie_config(model)
+        return model.requires_grad_(True)
+    # or go on with an adapter, the saved one or a new one
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
-    lora_config = _saved_config(saved) if saved else _new_config(model, adapters)
-    lora_config.lora_dropout = dropout
     task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
     # reward models, such as PPO's critic, have no reference
     with_frozen_copy = saved is not None and not is_reward and adapters.get('keeps_copy', True)
-    model = _peft_model(model, lora_config, task_type, seed, with_frozen_copy)
+    model = _peft_model(model, saved, adapters, task_type, seed, with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)
         if not empty:
@@ -233,13 +234,6 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         if dropout and path.endswith('lora_dropout.default'):
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
     return quantize.quantize(model) if adapters.get('quantize') else model
-
-
-def _saved_config(saved):
-    """Return the peft.LoraConfig in the folder of a saved adapter."""
-    import peft
-
-    return peft.LoraConfig.from_pretrained(str(saved.folder))
 
 
 def _new_config(model, adapters):
