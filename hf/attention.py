@@ -122,9 +122,6 @@ def _attend(q, k, v, mask, scaling, softcap):
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-# ---- blocks: attention by sdpa ----
-
-
 def blocks_of(groups):
     """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
     blocks = []  # a list of groups each
@@ -168,11 +165,9 @@ class Block:
         mask = same_group & in_prompt_or_answer & (distance >= 0)
         if window:
             mask &= distance < window
-        self.masks[window, device] = move(torch.from_numpy(mask), device)
-        return self.masks[window, device]
-
-
-# ---- one kernel for the whole row: CUDA in half precision ----
+        mask = move(torch.from_numpy(mask), device)
+        self.masks[window, device] = mask
+        return mask
 
 
 class Varlen:

@@ -33,8 +33,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
+    own_prompts = [prompts[i] for i in indices]
+    own_seeds = [seeds[i] for i in indices]
     with sharded.unsharded(model):
-        own_answers = generate(model, tokenizer, [prompts[i] for i in indices], [seeds[i] for i in indices], **settings)
+        own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
     answers = {}  # index of the prompt -> answer
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
@@ -215,18 +217,21 @@ def _cache_for(inner, sequences, old_cache, old_rows):
         _generate(inner, list(row_of), new_cache, max_new_tokens=1)
         caches.append((new_cache, rows))
     # at least one column, of padding if all sequences have one token
-    width = max(1, max(map(len, sequences)) - 1)
+    longest = max(map(len, sequences))
+    width = max(1, longest - 1)
     # merge the rows into the first cache, in place
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
         # sliding-window layers hold fewer columns than width
-        n_columns = min(width, max(cache.layers[i].keys.shape[2] for cache, _ in caches))
+        n_held = max(cache.layers[i].keys.shape[2] for cache, _ in caches)
+        n_columns = min(width, n_held)
         for name in ('keys', 'values'):
             padded = []
             for cache, rows in caches:
                 states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
                 # pad the third dimension on the left; a negative number cuts padding off
-                padded.append(F.pad(states, (0, 0, n_columns - states.shape[2], 0)))
+                n_pad = n_columns - states.shape[2]
+                padded.append(F.pad(states, (0, 0, n_pad, 0)))
             setattr(layer, name, torch.cat(padded))
         # read by sliding-window layers: columns so far, with those that have left the window
         layer.cumulative_length = width

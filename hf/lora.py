@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from configurator import UserError
 from hf import quantize
 from hf.parts import blocks, core
-from hf.ties import correct_tie_config, separate
+from hf.ties import correct_tie_config, separate, ties
 from runtime import hub
 from runtime.files import file_hash, say_once
 
@@ -207,7 +207,7 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
         embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
-            separate(wrapped)
+            separate(wrapped, ties(wrapped))
         _load_weights(wrapped, saved)
         # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
         with warnings.catch_warnings():
@@ -243,16 +243,16 @@ def _new_config(model, adapters):
     import peft
 
     linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    # path -> its last part: model.layers.0.self_attn.q_proj -> q_proj
-    layer_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
-    known = sorted({layer_names[path] for path, module in model.named_modules() if module in linear})
+    # (path, its last part, module) of each: model.layers.0.self_attn.q_proj, q_proj
+    layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
+    known = sorted({name for _, name, module in layers if module in linear})
     targets = adapters['targets']
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = [path for path, module in model.named_modules() if layer_names[path] in wanted and module not in linear]
+    others = [path for path, name, module in layers if name in wanted and module not in linear]
     return peft.LoraConfig(
         r=adapters['rank'],
         lora_alpha=adapters['alpha'],

@@ -12,11 +12,12 @@ from runtime.files import say
 
 def check(config):
     """Raise UserError if options about devices and attention exclude one another. Reports options without effect."""
-    if config['tp'] > 1 and config['lora_rank']:
+    uses_tp = config['tp'] > 1
+    if uses_tp and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
-    if config['tp'] > 1 and config['activation_checkpointing'] == 'selective':
+    if uses_tp and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
-    is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
+    is_on = {'tp': uses_tp, 'cpu_offload': config['cpu_offload']}
     if any(is_on.values()) and config['shard'] in ('none', 'grads'):
         names = ' and '.join(name for name in is_on if is_on[name])
         raise UserError(f'{names} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')

@@ -253,20 +253,15 @@ def test_head_beside_the_adapters(tmp_path):
     assert any('score' in name for name in adapter(tmp_path))
 
 
-REFUSED = [
+@pytest.mark.parametrize(('flags', 'words'), [
     ('--lora_rank=2 --lora_targets=q_proj,nothing', 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
-    ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"),
-    ('--lora_rank=2 --lora_targets=', "cannot put adapters on "),
-    ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_rank'),
-    ('--lora_rank=0', 'lora_rank must be at least 1'),
+    ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"), ('--lora_rank=0', 'lora_rank must be at least 1'),
+    ('--lora_rank=2 --lora_targets=', 'cannot put adapters on '), ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_'),
     ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
     ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
     ('--lora_rank=2 --quantize=4bit', 'needs bitsandbytes .*: pip install bitsandbytes, or leave it out'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(('flags', 'words'), REFUSED)
+])  # fmt: skip
 def test_sentences(tmp_path, monkeypatch, flags, words):
     monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
     with pytest.raises(UserError, match=words):

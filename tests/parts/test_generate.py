@@ -93,12 +93,16 @@ def test_rows_come_and_go(name, monkeypatch):
     assert name == 'mamba' or {rows for rows, columns in shapes if columns == 1} == {24}
 
 
-def test_one_prompt_of_many_answers_is_read_once():
+@pytest.mark.parametrize('before', ['packed', 'eager', 'sdpa'])
+def test_one_prompt_of_many_answers_is_read_once(before):
+    """And the model stays as it was."""
     net = build()
-    shapes = watch(net)
+    net.set_attn_implementation(before)
+    own, shapes = net.generation_config, watch(net)
     answers = sample(net, [PROMPTS[1]] * 6 + [PROMPTS[3]] * 6, range(12))
     assert shapes[:2] == [(2, len(PROMPTS[1]) - 1), (12, 1)]
     assert answers[5:7] == [sample(net, [PROMPTS[1]], [5])[0], sample(net, [PROMPTS[3]], [6])[0]]
+    assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
 @pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2'])
@@ -108,9 +112,6 @@ def test_caches_that_cannot_be_put_together(name):
     config = transformers.AutoConfig.for_model(name, num_hidden_layers=2, **options)
     with torch.device('meta'):
         assert not generate.can_refill(transformers.AutoModelForCausalLM.from_config(config))
-
-
-# ---- the distribution ----
 
 
 def nucleus(p, temperature=1.0, top_p=1.0):
@@ -164,9 +165,6 @@ def test_draws_follow_the_scores(vocabulary):
         assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
 
 
-# ---- the model ----
-
-
 def test_stops_at_the_end_of_text():
     net = build()
     long = sample(net, PROMPTS * 8, range(32))
@@ -179,15 +177,6 @@ def test_stops_at_the_end_of_text():
         net.generation_config.eos_token_id = own
         assert sample(net, PROMPTS * 8, range(32)) == short
         assert net.generation_config.eos_token_id == own
-
-
-@pytest.mark.parametrize('before', ['packed', 'eager', 'sdpa'])
-def test_leaves_the_model_as_it_was(before):
-    net = build()
-    net.set_attn_implementation(before)
-    own = net.generation_config
-    sample(net, PROMPTS, range(4))
-    assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
 def test_sharded(tmp_path, monkeypatch):
