@@ -53,7 +53,8 @@ class Recompute(torch.autograd.Function):
         # all layers that saved the output have run their backward: free it
         recipe.output = None
         tensors = [*recipe.inputs, *ctx.parameters]
-        gradients = iter(torch.autograd.grad(output, [x for x in tensors if x.requires_grad], grad))
+        wanted = [x for x in tensors if x.requires_grad]
+        gradients = iter(torch.autograd.grad(output, wanted, grad))
         gradients_or_none = [next(gradients) if x.requires_grad else None for x in tensors]
         # None for recipe and num_inputs
         return None, None, *gradients_or_none

@@ -315,5 +315,6 @@ def describe(model):
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
     total += quantize.packed_weights(model)
-    layers = sorted({path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')})
+    adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A')]
+    layers = sorted({path.rpartition('.')[2] for path in adapted})
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'
