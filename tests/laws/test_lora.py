@@ -169,7 +169,6 @@ PARTS = {'two/dpo': None, 'two/reward': 'score', 'two/ppo': 'value_head', 'one/p
 
 @pytest.mark.parametrize('run', PARTS)
 def test_checkpoint_holds_what_trains(runs, run):
-    """The adapters, and the one part that trains without them."""
     names, whole = tensors(runs / run / 'checkpoints', '*/*.safetensors').keys(), PARTS[run]
     others = {name for name in names if 'lora_' not in name}
     assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
@@ -202,7 +201,6 @@ OPTIONS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
 
 
 def trained(policy):
-    """B is 0 before training: now it is not."""
     for name, p in policy.named_parameters():
         if 'lora_B' in name:
             torch.nn.init.normal_(p.data, 0.0, 0.1)

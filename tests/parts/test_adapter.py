@@ -177,7 +177,6 @@ def test_refused():
 
 
 def test_of_a_hub(monkeypatch):
-    """Adapter and model by hub ids: the files come from the hub's cache."""
     write()
     change(base_model_name_or_path='some/base')
     monkeypatch.setattr(hub, 'reachable', lambda: False)

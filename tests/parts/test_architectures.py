@@ -39,7 +39,6 @@ ROWS = [{'prompt': f'Review of the {place}:' * (i + 1), 'chosen': chosen, 'rejec
 
 
 def make(folder, name):
-    """A folder with a tiny random model of this architecture and the toy tokenizer."""
     options = (ALL | OTHERS)[name] | ({'tie_word_embeddings': True} if name in TIED else {})
     settings = hf.AutoConfig.for_model(name, **options | {'vocab_size': 512})
     randomise(hf.AutoModelForCausalLM.from_config(settings)).save_pretrained(folder)
@@ -47,7 +46,6 @@ def make(folder, name):
 
 
 def train(folder):
-    """dpo.py: one SGD step on the four pairs. Returns its globals."""
     file = write_jsonl(folder / 'pairs.jsonl', ROWS)
     options = {'model': folder / 'base', 'data': file, 'eval_data': file, 'beta': BETA, 'batch_size': 4, 'lr': LR,
                'warmup_steps': 0, 'optimizer': 'SGD', 'max_grad_norm': 1e9, 'out_dir': folder / 'out'}  # fmt: skip

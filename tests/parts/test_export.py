@@ -16,7 +16,6 @@ STEPS = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_firs
 
 
 def base(folder, dtype, **options):
-    """A tiny model whose file has this type, in files of at most so many bytes."""
     tiny_model(folder, 'llama')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     Path(folder, 'model.safetensors').unlink()
@@ -103,7 +102,6 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
 
 
 def test_only_the_value_head_of_ppo_is_left_out():
-    """A model's own part of that name, of code that came with it, stays."""
     model, own = load.load_model('toy'), load.load_model('toy')
     own.value_head = torch.nn.Linear(2, 1)
     load.add_value_head(model)

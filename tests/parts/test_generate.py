@@ -67,7 +67,6 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(name, options):
 
 
 def watch(net):
-    """The shapes of ids that its forward gets from now on."""
     shapes = []
     net.register_forward_pre_hook(lambda net, args, how: shapes.append(tuple(how['input_ids'].shape)), with_kwargs=True)
     return shapes
@@ -107,7 +106,6 @@ def test_one_prompt_of_many_answers_is_read_once(before):
 
 @pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2'])
 def test_caches_that_cannot_be_put_together(name):
-    """Of states that mix tokens, or of chunks that are counted from a row's first column."""
     options = {'layer_types': ['conv', 'full_attention']} if name == 'lfm2' else {}
     config = transformers.AutoConfig.for_model(name, num_hidden_layers=2, **options)
     with torch.device('meta'):
@@ -219,7 +217,6 @@ def test_sharded(tmp_path, monkeypatch):
 
 
 def test_a_trained_step_after_sampling():
-    """Sampling between two steps changes neither their gradients nor what the optimizer sees."""
     batch = data.pack([(np.array(PROMPTS[1]), [np.array(PROMPTS[3])])], [0])
     norms = []
     for sampling in (False, True):

@@ -182,7 +182,6 @@ LAYOUTS_PROBED = probe.two_layouts(PROBED, 'cpu')
 
 
 def can_pack(net, **options):
-    """(whether it can, the one note that says why not, if there is one)."""
     said = []
     with mock.patch.object(probe, 'say', said.append):
         found = probe.can_pack(net, PROBED, 'cpu', **options)
@@ -274,7 +273,6 @@ SCALED = {
 
 
 def scaled(which):
-    """(the config, the longest sequence that does not change what others give)."""
     name, rope, limit = SCALED[which]
     rope = dict(rope) if 'full_attention' in rope or 'type' in rope else {'rope_theta': 1e4, **rope}
     own = {'original_max_position_embeddings': 20} if name == 'phi3' else {}  # counts for more than the one in rope
@@ -452,7 +450,6 @@ def same_grads(net, batch):
 # one process in float32 uses FSDP only where cpu_offload asks for it
 @pytest.mark.parametrize('name', ['gpt_neox', 'llama', 'gpt2', 'gemma2', 'stablelm', 'gpt_oss', 'lfm2'])
 def test_sharded_model_is_the_plain_one(name, saved, device):
-    """Also where packing has been tried in vain."""
     build, packed = saved(name), name in PACKED
     plain, net = build(), fsdp.shard(build, device, cpu_offload=True)
     plain.response_logps = types.MethodType(model.response_logps, plain)
