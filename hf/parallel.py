@@ -39,20 +39,18 @@ def check(config):
 def choose_arithmetic(config, device):
     """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
     on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
-    if config.tf32:
-        if on_gpu and in_float32:
-            torch.set_float32_matmul_precision('high')
-        else:
-            config.report_unused(['tf32'], 'it is for float32 on a GPU')
-    if config.deterministic:
-        if on_gpu:
-            # read by cuBLAS at the first matmul
-            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-            torch.use_deterministic_algorithms(True)
-            # don't fill new tensors, which is slow: no code here reads uninitialized memory
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        else:
-            config.report_unused(['deterministic'], 'it is for a GPU')
+    if config.tf32 and on_gpu and in_float32:
+        torch.set_float32_matmul_precision('high')
+    elif config.tf32:
+        config.report_unused(['tf32'], 'it is for float32 on a GPU')
+    if config.deterministic and on_gpu:
+        # read by cuBLAS at the first matmul
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        # don't fill new tensors, which is slow: no code here reads uninitialized memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    elif config.deterministic:
+        config.report_unused(['deterministic'], 'it is for a GPU')
     # device_map computes in float32 only, so there is no other choice
     if on_gpu and in_float32 and config.device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'
