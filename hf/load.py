@@ -169,7 +169,8 @@ def _read_config(name, *, trust_remote_code=False, **_others):
         # the export could not save contradictory options: keep the token ids alone
         token_ids = {key: getattr(generation_config, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
         generation_config = transformers.GenerationConfig(**token_ids)
-    _configs[name], _generation_configs[name] = config, generation_config
+    _configs[name] = config
+    _generation_configs[name] = generation_config
     return copy.deepcopy(config)
 
 
@@ -288,7 +289,8 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
-        size, limit = file.stat().st_size, 4_000_000
+        size = file.stat().st_size
+        limit = 4_000_000
         if size > limit:
             raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library

@@ -38,7 +38,8 @@ def check(config):
 
 def choose_arithmetic(config, device):
     """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
-    on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
+    on_gpu = device.type == 'cuda'
+    in_float32 = config.dtype == 'float32'
     if config.tf32 and on_gpu and in_float32:
         torch.set_float32_matmul_precision('high')
     elif config.tf32:

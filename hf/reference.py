@@ -22,7 +22,8 @@ def use_cache(run, build, make_sharded, every_row):
     .ref: (examples, answers of each) float32, sums over tokens; NaN in rows that the run does not use. All ranks call this together.
     build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called if there is no file
     every_row: cache all training rows, not only those that this run trains on"""
-    config, n = run.config, len(run.train)
+    config = run.config
+    n = len(run.train)
     all_rows = train_rows = slice(None)
     if not every_row:
         # those that the run visits: all, or fewer with a small n_examples. The first epoch suffices, since an epoch visits every row
