@@ -13,7 +13,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.utils
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 import transformers as hf
@@ -300,7 +299,8 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
             probe.check_positions(net, limit + 1, 'the examples')
 
 
-def test_models_too_short_or_of_another_head():
+def test_models_of_no_use(monkeypatch):
+    """Too few positions, another head, or a forward that fails."""
     net, other = tiny('gpt2'), tiny('llama')
     probe.check_positions(net, 64, 'the examples')
     with pytest.raises(UserError, match='has 64 positions, and the examples take 65 tokens'):
@@ -310,6 +310,9 @@ def test_models_too_short_or_of_another_head():
     other.resize_token_embeddings(VOCAB + 3)
     with pytest.raises(UserError, match='policy and reference predict'):
         probe.check_heads(net, other)
+    monkeypatch.setattr(hf.LlamaModel, 'forward', mock.Mock(side_effect=ValueError('only on Tuesdays')))
+    with pytest.raises(UserError, match='LlamaForCausalLM cannot be trained here: its forward says only on Tuesdays'):
+        can_pack(other)
 
 
 @pytest.mark.parametrize('half', [False, True])
