@@ -226,7 +226,6 @@ def test_adapters_off_equal_the_base_exactly(tmp_path):
     for name, p in policy.named_parameters():
         moves = p.grad is not None and p.grad.full_tensor().abs().sum() > 0
         assert moves == p.requires_grad == ('lora_' in name), name
-
     # frozen weights are kept in the compute type; adapters are drawn from the seed
     build = partial(build, adapters=OPTIONS)
     for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():

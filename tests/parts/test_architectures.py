@@ -81,7 +81,6 @@ def test_one_step_and_the_folder_it_leaves(name, tmp_path, capsys):
     expected, size, logps = step(tmp_path)
     assert [row['logps_train/chosen'], row['logps_train/rejected']] == pytest.approx(logps, rel=1e-5)
     assert row['grad_norm'] * LR == pytest.approx(size.item(), rel=1e-3) and size > 0.05
-
     # the folder
     options = {'attn_implementation': 'eager', 'output_loading_info': True}
     loaded, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / 'out/model', **options)

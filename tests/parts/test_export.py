@@ -72,12 +72,10 @@ def test_runs_leave_what_came_in(monkeypatch, capsys):
         assert half[name].dtype == torch.bfloat16 and half[name].float().allclose(value, rtol=2**-7, atol=0), name
     checkpoint = tensors('half/checkpoints', '*/*.safetensors').values()
     assert {v.dtype for v in checkpoint if v.dim() > 1} == {torch.float32}
-
     # several files with an index, and a config and a card that say the type
     assert len(list(Path('half/model').glob('model-0*.safetensors'))) > 2
     assert json.loads(Path('half/model/config.json').read_text())['dtype'] == 'bfloat16'
     assert 'trained in float32, and are kept in bfloat16' in Path('half/model/README.md').read_text()
-
     # the next in the chain: a reference of its own, or adapters
     for name, flag in {'pair': '--ref_model=half/model', 'lora': '--lora_rank=2'}.items():
         run_script('dpo.py', *STEPS, '--model=half/model', f'--out_dir={name}', flag)

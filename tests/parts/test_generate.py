@@ -192,7 +192,6 @@ def test_sharded(tmp_path, monkeypatch):
         assert sample(net, PROMPTS, range(4)) == sample(plain, PROMPTS, range(4))
         assert not any(sharded for sharded, _ in state())
     assert state() == before and net.config._attn_implementation == 'packed'
-
     # the work shared, prompts of similar length side by side
     seeds = [5 * 1_000_003 + i for i in range(4)]
     expected = sample(plain, PROMPTS, seeds)
@@ -201,7 +200,6 @@ def test_sharded(tmp_path, monkeypatch):
         monkeypatch.setattr(ranks, 'data_rank', lambda r=r: (r, 3))
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
-
     # of two models, in a file that is not there at first
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)

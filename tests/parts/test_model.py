@@ -628,7 +628,6 @@ def test_export(name, tied, saved, device, tmp_path):
         export.write_model(net, tokenizer, build, out)
     assert {file.name for file in tmp_path.iterdir()} == {'model'}
     assert {file.suffix for file in out.iterdir()} <= {'.safetensors', '.json', '.jinja', '.txt'}
-
     # what transformers makes of it (test_architectures.py: what it finds missing)
     loaded, names = hf.AutoModelForCausalLM.from_pretrained(out), tensors(out).keys()
     assert names == tensors(build.args[0]).keys() and ('lm_head.weight' in names) == (name == 'llama' and not tied)
@@ -637,7 +636,6 @@ def test_export(name, tied, saved, device, tmp_path):
     assert all(p.equal(weights[key]) for key, p in loaded.named_parameters())
     assert any(not p.equal(q) for p, q in zip(loaded.parameters(), build().parameters(), strict=True))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
-
     # and we
     again, text = load.load_model(str(out)), 'Review of the hotel: the room was rotten, naïve\n'
     again.set_attn_implementation('packed')
@@ -701,9 +699,7 @@ def test_a_sharded_model_that_is_another_is_found_out(with_own_head, device, mon
     assert 'warning: the sharded LlamaForCausalLM gives other log-probs' in capsys.readouterr().out
     with pytest.raises(UserError, match='LlamaForCausalLM gives other log-probs than the loaded one: off by'):
         fsdp.shard(build, device, cpu_offload=True)
-
-
-def test_ties_follow_what_was_loaded():
+    # ties follow what was loaded
     both = (hf.LlamaConfig(**GROUPED, tie_word_embeddings=tied) for tied in (True, False))
     tied, apart = map(hf.AutoModelForCausalLM.from_config, both)
     wanted = ties.ties(tied)
