@@ -100,11 +100,11 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empties weights. Return the dtype written."""
+    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empties weights, returns the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
-    for name, w in weights.items():
-        largest = torch.linalg.vector_norm(w.float(), torch.inf) if w.numel() else 0.0
+    for name in weights:
+        largest = torch.linalg.vector_norm(weights[name].float(), torch.inf) if weights[name].numel() else 0.0
         if limit < largest < torch.inf:
             cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
             say(f'note: {cause}: the model is kept in float32')

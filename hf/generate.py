@@ -190,7 +190,7 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether _cache_for() can merge rows of this model's caches: all layers hold keys and values of each token, or of the last ones."""
+    """Return whether _cache_for() can merge this model's caches: all layers hold keys and values of each token, or of the last ones."""
     # not states that mix tokens (Mamba)
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False

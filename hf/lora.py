@@ -133,9 +133,9 @@ def _load_weights(model, saved, adapter_name='default'):
 
 
 def _peft_model(model, saved, adapters, task_type, seed=0, with_frozen_copy=False):
-    """Return a PeftModel in eval mode with a trainable adapter of new weights.
+    """Return a PeftModel in eval mode with a trainable adapter of new weights, made as saved (SavedAdapter) or as adapters says.
 
-    saved: SavedAdapter that it is configured like; None: by adapters, a dict from options(). task_type: PEFT's, such as 'CAUSAL_LM'
+    adapters: dict from options(); None to keep all options of saved. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None
     with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
