@@ -100,7 +100,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empties weights, returns the dtype written."""
+    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empty weights; return the written dtype."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
     for name in weights:
