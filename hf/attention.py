@@ -67,24 +67,15 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     same_size = key.shape[-1] == value.shape[-1]
     if query.is_cuda and is_half_precision and softcap is None and same_size:
         return _attend_varlen(query, key, value, scaling, sliding_window, packed.varlen)[None], None
-    # otherwise block by block
-    calls = _cut(query, key, value, packed.blocks, sliding_window)
-    outputs = [_attend(q, k, v, mask, scaling, softcap) for q, k, v, mask in calls]  # (1, n, H, D) each
-    # selective activation checkpointing (hf/lean.py) joins them again in backward, rather than keep them twice
-    if hasattr(module, 'recomputed'):
-        return module.recomputed(lambda *outputs: torch.cat(outputs, 1), *outputs), None
-    return torch.cat(outputs, 1), None
-
-
-def _cut(query, key, value, blocks, window):
-    """Cut a row into calls of _attend: yield (q, k, v, mask) of each, in row order."""
-    # split the whole row at once: in backward, that is a single cat
-    sizes = [size for block in blocks for size in block.sizes]
+    # otherwise block by block. Split the whole row at once: in backward, that is a single cat
+    sizes = [size for block in packed.blocks for size in block.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)  # (q, k, v) of each piece
-    for block in blocks:
+    outputs = []  # (1, n, H, D) each
+    for block in packed.blocks:
         q, k, v = next(pieces)
         if block.is_one_piece:
-            yield q, k, v, block.mask(window, q.device)
+            mask = block.mask(sliding_window, q.device)
+            outputs.append(_attend(q, k, v, mask, scaling, softcap))
             continue
         # each answer sees the keys and values of the prompt and its own; the prompt's queries go with the first answer's
         prompt_q, prompt_k, prompt_v = q, k, v
@@ -93,7 +84,12 @@ def _cut(query, key, value, blocks, window):
             q = torch.cat((prompt_q, q), 2) if number == 1 else q
             k = torch.cat((prompt_k, k), 2)
             v = torch.cat((prompt_v, v), 2)
-            yield q, k, v, _causal(q.shape[2], k.shape[2], window, q.device)
+            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
+            outputs.append(_attend(q, k, v, mask, scaling, softcap))
+    # selective activation checkpointing (hf/lean.py) joins them again in backward, rather than keep them twice
+    if hasattr(module, 'recomputed'):
+        return module.recomputed(lambda *outputs: torch.cat(outputs, 1), *outputs), None
+    return torch.cat(outputs, 1), None
 
 
 def _causal(n, m, window, device):
@@ -124,9 +120,6 @@ def _attend(q, k, v, mask, scaling, softcap):
     scores = scores.masked_fill(~mask, float('-inf'))
     weights = scores.float().softmax(-1)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
-
-
-# ---- blocks: attention by sdpa ----
 
 
 def blocks_of(groups):
@@ -172,20 +165,19 @@ class Block:
         mask = same_group & in_prompt_or_answer & (distance >= 0)
         if window:
             mask &= distance < window
-        self.masks[window, device] = move(torch.from_numpy(mask), device)
-        return self.masks[window, device]
-
-
-# ---- one kernel for the whole row: CUDA in half precision ----
+        mask = move(torch.from_numpy(mask), device)
+        self.masks[window, device] = mask
+        return mask
 
 
 class Varlen:
     """A packed row as the varlen kernel wants it: a sequence for each answer, whose keys are its prompt's and its own.
 
     groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries are in row order; a prompt's belong to its first
-    answer. gather (K,): the token whose key comes at each place; None if no prompt is shared: keys are in row order then. copies: of
-    gather, see _copies_of. cu_q, cu_k: cumulative numbers of queries and keys. A prompt of 2 tokens with answers of 1 and 2, groups
-    [(2, (1, 2))], has 5 tokens, and gives gather [0, 1, 2, 0, 1, 3, 4], cu_q [0, 3, 5], cu_k [0, 3, 7]."""
+    answer. gather (K,): the token whose key comes at each place; None if no prompt is shared: keys are in row order then.
+    copies: [(tokens, their places in gather)]: where each token comes first, where some come a second time, and so on.
+    cu_q, cu_k: cumulative numbers of queries and keys. A prompt of 2 tokens with answers of 1 and 2, groups [(2, (1, 2))], has 5
+    tokens: gather [0, 1, 2, 0, 1, 3, 4], copies ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6]), ([0, 1], [3, 4]), cu_q [0, 3, 5], cu_k [0, 3, 7]."""
 
     def __init__(self, groups):
         n_queries, n_keys = [], []  # of each answer
@@ -201,27 +193,19 @@ class Varlen:
                 tokens += [prompt_tokens, np.arange(start, start + answer)]
                 start += answer
         self.gather, self.copies = None, []
-        has_shared_prompt = any(len(answers) > 1 for _, answers in groups)
-        if has_shared_prompt:
+        if any(len(answers) > 1 for _, answers in groups):
             gather = np.concatenate(tokens)
-            self.gather, self.copies = torch.from_numpy(gather), _copies_of(gather)
+            self.gather = torch.from_numpy(gather)
+            # no list has a token twice, so that Gather's backward can add them up one by one
+            left = np.arange(len(gather))  # places that are in no list yet
+            while len(left):
+                once, first = np.unique(gather[left], return_index=True)
+                self.copies.append((torch.from_numpy(once), torch.from_numpy(left[first])))
+                left = np.delete(left, first)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
-
-
-def _copies_of(gather):
-    """Return [(tokens, their places in gather)]: where each token comes first, where some come a second time, and so on.
-
-    Gather's backward adds up these lists one by one, since no list has a token twice. [0, 1, 0] -> ([0, 1], [0, 1]), ([0], [2])."""
-    copies = []
-    left = np.arange(len(gather))  # places that are in no list yet
-    while len(left):
-        tokens, first = np.unique(gather[left], return_index=True)
-        copies.append((torch.from_numpy(tokens), torch.from_numpy(left[first])))
-        left = np.delete(left, first)
-    return copies
 
 
 def _attend_varlen(query, key, value, scaling, sliding_window, layout):

@@ -100,16 +100,16 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empties weights. Return the dtype written."""
+    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empty weights; return the written dtype."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
-    max_abs = {name: torch.linalg.vector_norm(w.float(), torch.inf) for name, w in weights.items() if w.numel()}
-    overflowing = [name for name, value in max_abs.items() if limit < value < torch.inf]
-    if overflowing:
-        name = overflowing[0]
-        cause = f'{name} has a weight of {max_abs[name]:.6g}, and {dtype} ends at {limit:.6g}'
-        say(f'note: {cause}: the model is kept in float32')
-        dtype = torch.float32
+    for name in weights:
+        largest = torch.linalg.vector_norm(weights[name].float(), torch.inf) if weights[name].numel() else 0.0
+        if limit < largest < torch.inf:
+            cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
+            say(f'note: {cause}: the model is kept in float32')
+            dtype = torch.float32
+            break
     # write a tensor of several names (tied) once, under the first: named_parameters() lists no other
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     # fixed seed: the same weights always give the same file

@@ -37,7 +37,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     own_seeds = [seeds[i] for i in indices]
     with sharded.unsharded(model):
         own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
-    answers = {}
+    answers = {}  # index of the prompt -> answer
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
     return [answers.get(i) for i in range(len(prompts))]
@@ -190,7 +190,7 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether _merge() works for this model's cache: all layers hold keys and values of each token, or of the last ones."""
+    """Return whether _cache_for() can merge this model's caches: all layers hold keys and values of each token, or of the last ones."""
     # not states that mix tokens (Mamba)
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
@@ -203,10 +203,10 @@ def can_refill(inner):
 
 
 def _cache_for(inner, sequences, old_cache, old_rows):
-    """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last.
+    """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last, right-aligned.
 
     sequences[i] is in row old_rows[i] of old_cache already; those behind len(old_rows) are new, and computed here."""
-    caches = [(old_cache, old_rows)] if old_rows else []
+    caches = [(old_cache, old_rows)] if old_rows else []  # and the rows to keep
     new = sequences[len(old_rows) :]
     if new:
         # equal ones, for several answers to a prompt, are computed once
@@ -216,15 +216,10 @@ def _cache_for(inner, sequences, old_cache, old_rows):
         # fills new_cache; the generated token is ignored
         _generate(inner, list(row_of), new_cache, max_new_tokens=1)
         caches.append((new_cache, rows))
-    longest = max(map(len, sequences))
     # at least one column, of padding if all sequences have one token
-    return _merge(caches, width=max(1, longest - 1))
-
-
-def _merge(caches, width):
-    """Merge rows of one or two caches, right-aligned, into the first cache, in place, and return it.
-
-    caches: tuples (cache, rows to keep). width: columns of the merged cache, enough for the tokens of all these rows."""
+    longest = max(map(len, sequences))
+    width = max(1, longest - 1)
+    # merge the rows into the first cache, in place
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
         # sliding-window layers hold fewer columns than width

@@ -12,9 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hf.parts import blocks
 
-# source of the MLP forward of Llama and about a hundred other architectures in transformers
-GATED = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
-
 
 class Recipe:
     """How to recompute an output, function(*inputs). Holds the inputs until backward, instead of the output."""
@@ -56,7 +53,8 @@ class Recompute(torch.autograd.Function):
         # all layers that saved the output have run their backward: free it
         recipe.output = None
         tensors = [*recipe.inputs, *ctx.parameters]
-        gradients = iter(torch.autograd.grad(output, [x for x in tensors if x.requires_grad], grad))
+        wanted = [x for x in tensors if x.requires_grad]
+        gradients = iter(torch.autograd.grad(output, wanted, grad))
         gradients_or_none = [next(gradients) if x.requires_grad else None for x in tensors]
         # None for recipe and num_inputs
         return None, None, *gradients_or_none
@@ -67,6 +65,8 @@ class LeanBlock:
 
     def __init__(self, block):
         self.recipes = {}  # data_ptr of an output -> (output, Recipe); filled during the block's forward
+        # source of the MLP's forward in Llama and about a hundred other architectures of transformers
+        gated = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
         for path, module in block.named_modules():
             module.recomputed = self.recomputed  # packed_attention calls it
             # such as mlp.act_fn; not act_dropout
@@ -76,7 +76,7 @@ class LeanBlock:
             if is_activation or is_norm:
                 module.forward = partial(self.recomputed, module.forward, module=module)
             # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
-            elif GATED in inspect.getsource(type(module).forward):
+            elif gated in inspect.getsource(type(module).forward):
                 module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
         block.forward = partial(self.run_block, block.forward)
 
@@ -142,9 +142,8 @@ def checkpointed(forward, *args, **options):
 
 def recompute(model, activation_checkpointing=False):
     """Turn on activation checkpointing, in place: for whole blocks (True), for cheap operations ('selective'), or not at all."""
-    if activation_checkpointing == 'selective':
-        for block in blocks(model):
+    for block in blocks(model):
+        if activation_checkpointing == 'selective':
             LeanBlock(block)
-    elif activation_checkpointing:
-        for block in blocks(model):
+        elif activation_checkpointing:
             block.forward = partial(checkpointed, block.forward)

@@ -32,9 +32,6 @@ HARMLESS = (
     'generation flags are not valid and may be ignored',
     'sequence length is longer than the specified maximum',
 )
-MAX_TEMPLATE_BYTES = 4_000_000
-# suffixes of the files that define a model
-HASHED_SUFFIXES = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
 # caches by model name: the export at the end of a run needs them again, and the folder may be gone by then
 _configs, _generation_configs = {}, {}
 
@@ -78,7 +75,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     if _is_classifier(config) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
-    if _generation_configs.get(base):  # set by _read_config, None if there is none
+    if _generation_configs.get(base):  # set by _read_config
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # correct a config that ties head and embedding although the file has both; an empty model has read no file
     if not options.get('empty') and correct_tie_config(model):
@@ -86,7 +83,12 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     # merge or attach adapters before adding rows: saved adapters have the shapes of the file
     model = lora.adapt(model, saved, adapters, **options)
     if grow:
-        _grow(model, len(tokenizer))
+        old_rows = core(model).get_input_embeddings().num_embeddings
+        model.resize_token_embeddings(max(len(tokenizer), old_rows), mean_resizing=False)
+        # new rows, of weights and of the head's bias, are the mean of the old ones
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for p in layer.parameters():
+                p.data[old_rows:] = p.data[:old_rows].mean(0)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model
@@ -103,7 +105,16 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     is_lm = not _is_classifier(config)
     # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
-    _check_reward(name, config, tokenizer, allow_language_model=new_head or has_head)
+    problem = None
+    if is_lm and not (new_head or has_head):
+        problem = 'is no reward model but a language model: train one from it with reward.py'
+    elif not is_lm and config.num_labels != 1:
+        problem = f'has {config.num_labels} outputs; a reward model has one'
+    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
+    elif not is_lm and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
+    if problem:
+        raise UserError(f'{name!r} {problem}')
     config.num_labels = 1
     # the embedding has no row for a pad token that separate_pad has added, with the first id behind all others: add one
     text_config = config.get_text_config()
@@ -134,36 +145,33 @@ def _read_config(name, *, trust_remote_code=False, **_others):
     if name == 'toy':
         return toy.model_config()
     # read a folder anew each time, as it may have changed; but not if it is gone by now
-    if os.path.exists(name) or name not in _configs:
-        hub.check_there(name)
-        if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
-            way_out = 'name another one, or fetch the model again'
-            raise UserError(f'{name!r} has no config.json, so it is no model folder: {way_out}')
-        if not trust_remote_code:
-            _check_code(name)
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        if getattr(config, 'quantization_config', None):
-            kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
-            way_out = 'name the model they were made from, or a copy of model.dequantize()'
-            raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way_out}')
-        _configs[name] = config
-        _generation_configs[name] = _read_generation_config(name)
-    return copy.deepcopy(_configs[name])
-
-
-def _read_generation_config(name):
-    """Return a model's GenerationConfig, or None if transformers finds none or cannot parse it."""
+    if name in _configs and not os.path.exists(name):
+        return copy.deepcopy(_configs[name])
+    hub.check_there(name)
+    if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
+        way_out = 'name another one, or fetch the model again'
+        raise UserError(f'{name!r} has no config.json, so it is no model folder: {way_out}')
+    if not trust_remote_code:
+        _check_code(name)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if getattr(config, 'quantization_config', None):
+        kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
+        way_out = 'name the model they were made from, or a copy of model.dequantize()'
+        raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way_out}')
+    # the generation config: None if transformers finds none or cannot parse it
+    generation_config = None
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        generation_config = transformers.GenerationConfig.from_pretrained(name)
     try:
-        full = transformers.GenerationConfig.from_pretrained(name)
-    except (OSError, TypeError, ValueError):
-        return None
-    try:
-        full.validate(strict=True)
-        return full
+        if generation_config is not None:
+            generation_config.validate(strict=True)
     except (TypeError, ValueError):
         # the export could not save contradictory options: keep the token ids alone
-        token_ids = {key: getattr(full, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-        return transformers.GenerationConfig(**token_ids)
+        token_ids = {key: getattr(generation_config, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        generation_config = transformers.GenerationConfig(**token_ids)
+    _configs[name] = config
+    _generation_configs[name] = generation_config
+    return copy.deepcopy(config)
 
 
 def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
@@ -202,21 +210,6 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
 
 def _is_classifier(config):
     return (config.architectures or [''])[0].endswith('ForSequenceClassification')
-
-
-def _check_reward(name, config, tokenizer, allow_language_model):
-    """Raise UserError unless a config is that of a reward model: a classifier of one output, or a language model if allowed."""
-    problem = None
-    if not _is_classifier(config):
-        if not allow_language_model:
-            problem = 'is no reward model but a language model: train one from it with reward.py'
-    elif config.num_labels != 1:
-        problem = f'has {config.num_labels} outputs; a reward model has one'
-    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
-    elif config.get_text_config().pad_token_id == tokenizer.eos_token_id:
-        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
-    if problem:
-        raise UserError(f'{name!r} {problem}')
 
 
 def _check_code(name):
@@ -260,15 +253,14 @@ def _check_files(name, config):
 def add_value_head(model, critic=None):
     """Add a trainable value estimator to a causal LM and return it. critic: a reward model; None: a zero linear head."""
     inner = core(model)
-    # rl/heads.py looks for either of these attributes, and without_value_head for the name
+    # rl/heads.py looks for an attribute of this name, and so does without_value_head
     inner.value_estimator = 'value_head' if critic is None else 'critic'
-    if critic is not None:
-        inner.critic = critic
-        return model
-    weight = inner.get_output_embeddings().weight  # (vocabulary, hidden size)
-    inner.value_head = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
-    for p in inner.value_head.parameters():
-        torch.nn.init.zeros_(p)
+    if critic is None:
+        weight = inner.get_output_embeddings().weight  # (vocabulary, hidden size)
+        critic = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
+        for p in critic.parameters():
+            torch.nn.init.zeros_(p)
+    setattr(inner, inner.value_estimator, critic)
     return model
 
 
@@ -285,17 +277,6 @@ def without_value_head(model):
             inner._modules[name] = added
 
 
-@torch.no_grad()
-def _grow(model, vocab_size):
-    """Resize embedding and head to at least vocab_size rows, in place. New rows are the mean of the old ones."""
-    old_rows = core(model).get_input_embeddings().num_embeddings
-    model.resize_token_embeddings(max(vocab_size, old_rows), mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # weight, and the head's bias if it has one
-        for p in layer.parameters():
-            p[old_rows:] = p[:old_rows].mean(0)
-
-
 def load_tokenizer(name, trust_remote_code=False):
     """Return a tokenizer; for an adapter without one, the tokenizer of its base model. Raises UserError."""
     if name == 'toy':
@@ -309,8 +290,9 @@ def load_tokenizer(name, trust_remote_code=False):
     # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
         size = file.stat().st_size
-        if size > MAX_TEMPLATE_BYTES:
-            raise UserError(f'{file} has {size:,} bytes, the limit is {MAX_TEMPLATE_BYTES:,}: is it a chat template?')
+        limit = 4_000_000
+        if size > limit:
+            raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -401,7 +383,9 @@ def fingerprints(config):
 def _hashes(name):
     """Return {file: SHA-256} for a folder, or {'commit': hash} for a hub id that has been loaded."""
     if os.path.isdir(name):
-        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in HASHED_SUFFIXES and file.is_file()]
+        # the files that define a model
+        suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
+        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in suffixes and file.is_file()]
         return {file.name: file_hash(file) for file in files}
     # from_pretrained stores the commit in the config
     commit = getattr(_configs.get(name), '_commit_hash', None)

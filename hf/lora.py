@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from configurator import UserError
 from hf import quantize
 from hf.parts import blocks, core
-from hf.ties import correct_tie_config, separate
+from hf.ties import correct_tie_config, separate, ties
 from runtime import hub
 from runtime.files import file_hash, say_once
 
@@ -132,33 +132,17 @@ def _load_weights(model, saved, adapter_name='default'):
         say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
 
 
-def _merge_saved(model, saved, empty):
-    """Merge a saved adapter into a model and make all weights trainable. Returns the model. empty: it has no weights."""
-    say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
-    if empty:
-        return model
-    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-    wrapped = _peft_model(model, _saved_config(saved), task_type=None, seed=0)
-    # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
-    embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
-        separate(wrapped)
-    _load_weights(wrapped, saved)
-    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        model = wrapped.merge_and_unload()
-    correct_tie_config(model)
-    return model.requires_grad_(True)
+def _peft_model(model, saved, adapters, task_type, seed=0, with_frozen_copy=False):
+    """Return a PeftModel in eval mode with a trainable adapter of new weights, made as saved (SavedAdapter) or as adapters says.
 
-
-def _peft_model(model, lora_config, task_type, seed, with_frozen_copy=False):
-    """Return a PeftModel in eval mode with a new trainable adapter. Changes lora_config, a peft.LoraConfig, in place.
-
+    adapters: dict from options(); None to keep all options of saved. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None
     with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
     import peft
 
+    lora_config = peft.LoraConfig.from_pretrained(str(saved.folder)) if saved else _new_config(model, adapters)
     lora_config.task_type = task_type
+    if adapters:
+        lora_config.lora_dropout = adapters['dropout']
     # saved configs have inference_mode=True, which would freeze the adapter
     lora_config.inference_mode = False
     # PEFT triggers a deprecation warning of transformers
@@ -211,16 +195,33 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
     adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
+    if not adapters and not saved:
+        return model
+    # merge a saved adapter into the model, all of whose weights train then
     if not adapters:
-        return _merge_saved(model, saved, empty) if saved else model
+        say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
+        if empty:
+            return model
+        # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
+        wrapped = _peft_model(model, saved, None, task_type=None)
+        # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
+        embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
+            separate(wrapped, ties(wrapped))
+        _load_weights(wrapped, saved)
+        # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            model = wrapped.merge_and_unload()
+        correct_tie_config(model)
+        return model.requires_grad_(True)
+    # or go on with an adapter, the saved one or a new one
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
-    lora_config = _saved_config(saved) if saved else _new_config(model, adapters)
-    lora_config.lora_dropout = dropout
     task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
     # reward models, such as PPO's critic, have no reference
     with_frozen_copy = saved is not None and not is_reward and adapters.get('keeps_copy', True)
-    model = _peft_model(model, lora_config, task_type, seed, with_frozen_copy)
+    model = _peft_model(model, saved, adapters, task_type, seed, with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)
         if not empty:
@@ -235,13 +236,6 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     return quantize.quantize(model) if adapters.get('quantize') else model
 
 
-def _saved_config(saved):
-    """Return the peft.LoraConfig in the folder of a saved adapter."""
-    import peft
-
-    return peft.LoraConfig.from_pretrained(str(saved.folder))
-
-
 def _new_config(model, adapters):
     """Return the peft.LoraConfig of a new adapter on linear layers of the model's blocks. Raises UserError for unknown names.
 
@@ -249,16 +243,16 @@ def _new_config(model, adapters):
     import peft
 
     linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    # path -> its last part: model.layers.0.self_attn.q_proj -> q_proj
-    layer_names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}
-    known = sorted({layer_names[path] for path, module in model.named_modules() if module in linear})
+    # (path, its last part, module) of each: model.layers.0.self_attn.q_proj, q_proj
+    layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
+    known = sorted({name for _, name, module in layers if module in linear})
     targets = adapters['targets']
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = [path for path, module in model.named_modules() if layer_names[path] in wanted and module not in linear]
+    others = [path for path, name, module in layers if name in wanted and module not in linear]
     return peft.LoraConfig(
         r=adapters['rank'],
         lora_alpha=adapters['alpha'],
@@ -321,5 +315,6 @@ def describe(model):
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
     total += quantize.packed_weights(model)
-    layers = sorted({path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')})
+    adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A')]
+    layers = sorted({path.rpartition('.')[2] for path in adapted})
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'

@@ -12,11 +12,12 @@ from runtime.files import say
 
 def check(config):
     """Raise UserError if options about devices and attention exclude one another. Reports options without effect."""
-    if config['tp'] > 1 and config['lora_rank']:
+    uses_tp = config['tp'] > 1
+    if uses_tp and config['lora_rank']:
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
-    if config['tp'] > 1 and config['activation_checkpointing'] == 'selective':
+    if uses_tp and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
-    is_on = {'tp': config['tp'] > 1, 'cpu_offload': config['cpu_offload']}
+    is_on = {'tp': uses_tp, 'cpu_offload': config['cpu_offload']}
     if any(is_on.values()) and config['shard'] in ('none', 'grads'):
         names = ' and '.join(name for name in is_on if is_on[name])
         raise UserError(f'{names} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
@@ -37,21 +38,20 @@ def check(config):
 
 def choose_arithmetic(config, device):
     """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
-    on_gpu, in_float32 = device.type == 'cuda', config.dtype == 'float32'
-    if config.tf32:
-        if on_gpu and in_float32:
-            torch.set_float32_matmul_precision('high')
-        else:
-            config.report_unused(['tf32'], 'it is for float32 on a GPU')
-    if config.deterministic:
-        if on_gpu:
-            # read by cuBLAS at the first matmul
-            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-            torch.use_deterministic_algorithms(True)
-            # don't fill new tensors, which is slow: no code here reads uninitialized memory
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        else:
-            config.report_unused(['deterministic'], 'it is for a GPU')
+    on_gpu = device.type == 'cuda'
+    in_float32 = config.dtype == 'float32'
+    if config.tf32 and on_gpu and in_float32:
+        torch.set_float32_matmul_precision('high')
+    elif config.tf32:
+        config.report_unused(['tf32'], 'it is for float32 on a GPU')
+    if config.deterministic and on_gpu:
+        # read by cuBLAS at the first matmul
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        # don't fill new tensors, which is slow: no code here reads uninitialized memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    elif config.deterministic:
+        config.report_unused(['deterministic'], 'it is for a GPU')
     # device_map computes in float32 only, so there is no other choice
     if on_gpu and in_float32 and config.device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'

@@ -93,14 +93,20 @@ def deviation(model, batch, padded):
                 ours = model.response_scores(batch)
             else:
                 (ours,) = model.response_logps(batch)
-    # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument. Errors of the machine, or in our code,
-    # say nothing about the model
+    # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument
     except Exception as error:
-        if errors.out_of_memory(error) or (is_packed and _is_machine_or_bug(error)):
+        if errors.out_of_memory(error):
             raise
-        if is_packed:
-            return math.inf, first_line(error)
-        raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
+        if not is_packed:
+            raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
+        # errors of the machine, or programming errors in a file of this project, say nothing about the model
+        is_of_machine = isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error)
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        is_our_file = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
+        bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
+        if is_of_machine or (is_our_file and isinstance(error, bugs)):
+            raise
+        return math.inf, first_line(error)
     max_error = _difference(ours, expected)
     kind = 'scores' if _is_reward(model) else 'log-probs'
     return max_error, f'other {kind} than those of transformers, off by {max_error:.1%}'
@@ -118,17 +124,6 @@ def _transformers_numbers(model, padded):
     vocabulary_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
     token_logps = vocabulary_logps.gather(1, padded.target[:, None])[:, 0]  # (N,)
     return padded.sum(token_logps)
-
-
-def _is_machine_or_bug(error):
-    """Return whether an error of a packed forward comes from the machine or our own code, not from the architecture."""
-    if isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error):
-        return True
-    # our own bugs: a programming error raised in a file of this project
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    is_our_file = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
-    bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
-    return is_our_file and isinstance(error, bugs)
 
 
 def measure_loaded(model):

@@ -17,42 +17,38 @@ from runtime.files import say
 
 
 def use_cache(run, build, make_sharded, every_row):
-    """Set .ref of run.train and run.held_out: the reference's log-probs, from a file or by a pass over the reference.
+    """Set .ref of run.train and run.held_out to the reference's log-probs of all answers, from a file or by a pass over the reference.
 
+    .ref: (examples, answers of each) float32, sums over tokens; NaN in rows that the run does not use. All ranks call this together.
     build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called if there is no file
-    every_row: cache all training rows, not only those that this run trains on. All ranks call this together."""
-    all_rows = slice(None)
-    train_rows = all_rows if every_row else _used_rows(len(run.train), run.config)
+    every_row: cache all training rows, not only those that this run trains on"""
+    config = run.config
+    n = len(run.train)
+    all_rows = train_rows = slice(None)
+    if not every_row:
+        # those that the run visits: all, or fewer with a small n_examples. The first epoch suffices, since an epoch visits every row
+        total = min(n, config.n_examples or n)
+        first_epoch = steps(n, config.batch_size, total, config.seed)
+        train_rows = np.unique(np.concatenate([rows for _, rows in first_epoch]))
     for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
-        if len(examples):
-            _set_ref(run, build, make_sharded, examples, rows)
-    if run.config.sample_during_eval:
+        if not len(examples):
+            continue
+        used = examples.select(rows)
+        # rank 0 hashes the reference and reads the file; all ranks get the result
+        file, logps = ranks.shared(partial(_look_up, build, used, config.dtype))
+        if logps is None:
+            logps = _compute(run, make_sharded(), used)
+            # break the model's reference cycles (methods added by fsdp.py) to free its memory
+            gc.collect()
+            # the run goes on without a file
+            if failure := ranks.on_one_rank(partial(cache.write, file, {'logps': logps})):
+                say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
+        else:
+            say(f'reference log-probs of {len(used)} examples: read from {file}')
+        examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
+        examples.ref[rows] = logps
+    if config.sample_during_eval:
         say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
-
-
-def _used_rows(n, config):
-    """Return the sorted rows of n training examples that a run visits: all of them, or fewer with a small n_examples."""
-    # the steps of the first epoch suffice, because an epoch visits every row
-    total = min(n, config.n_examples or n)
-    first_epoch = steps(n, config.batch_size, total, config.seed)
-    return np.unique(np.concatenate([rows for _, rows in first_epoch]))
-
-
-def _set_ref(run, build, make_sharded, examples, rows):
-    """Set examples.ref to the log-probs (sums over tokens) of all answers under the reference: (examples, answers of each), float32.
-
-    rows: the examples that the run uses, all others get NaN. build, make_sharded: see use_cache"""
-    used = examples.select(rows)
-    file, logps = ranks.shared(partial(_look_up, build, used, run.config.dtype))
-    if logps is None:
-        logps = _compute(run, make_sharded(), used)
-        # break the model's reference cycles (methods added by fsdp.py) to free its memory
-        gc.collect()
-        ranks.on_one_rank(partial(_save, file, logps))
-    else:
-        say(f'reference log-probs of {len(used)} examples: read from {file}')
-    examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
-    examples.ref[rows] = logps
 
 
 def _look_up(build, examples, dtype):
@@ -64,12 +60,6 @@ def _look_up(build, examples, dtype):
     if file.exists():
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
     return file, None
-
-
-def _save(file, logps):
-    """Write log-probs to the cache file, on rank 0. Best effort: a failure only prints a note."""
-    if failure := cache.write(file, {'logps': logps}):
-        say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
 
 
 def _key(model, examples, dtype):

@@ -26,9 +26,9 @@ def tie_as(model, wanted):
     correct_tie_config(model)
 
 
-def separate(model, names=None):
-    """Untie these parameters, in place: each gets its own copy of the tensor. None: all tied parameters."""
-    for name in ties(model) if names is None else names:
+def separate(model, names):
+    """Untie the parameters of these names, in place: each gets its own copy of the tensor."""
+    for name in names:
         shared = model.get_parameter(name)
         _set_parameter(model, name, torch.nn.Parameter(shared.detach().clone(), shared.requires_grad))
 

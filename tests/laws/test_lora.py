@@ -169,7 +169,6 @@ PARTS = {'two/dpo': None, 'two/reward': 'score', 'two/ppo': 'value_head', 'one/p
 
 @pytest.mark.parametrize('run', PARTS)
 def test_checkpoint_holds_what_trains(runs, run):
-    """The adapters, and the one part that trains without them."""
     names, whole = tensors(runs / run / 'checkpoints', '*/*.safetensors').keys(), PARTS[run]
     others = {name for name in names if 'lora_' not in name}
     assert names > others and bool(others) == bool(whole) and all(f'.{whole}.' in name for name in others)
@@ -202,7 +201,6 @@ OPTIONS = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
 
 
 def trained(policy):
-    """B is 0 before training: now it is not."""
     for name, p in policy.named_parameters():
         if 'lora_B' in name:
             torch.nn.init.normal_(p.data, 0.0, 0.1)
@@ -228,7 +226,6 @@ def test_adapters_off_equal_the_base_exactly(tmp_path):
     for name, p in policy.named_parameters():
         moves = p.grad is not None and p.grad.full_tensor().abs().sum() > 0
         assert moves == p.requires_grad == ('lora_' in name), name
-
     # frozen weights are kept in the compute type; adapters are drawn from the seed
     build = partial(build, adapters=OPTIONS)
     for name, p in fsdp.shard(build, device, dtype='bfloat16').named_parameters():
@@ -253,20 +250,15 @@ def test_head_beside_the_adapters(tmp_path):
     assert any('score' in name for name in adapter(tmp_path))
 
 
-REFUSED = [
+@pytest.mark.parametrize(('flags', 'words'), [
     ('--lora_rank=2 --lora_targets=q_proj,nothing', 'the linear layers in the blocks of LlamaForCausalLM are down_proj gate'),
-    ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"),
-    ('--lora_rank=2 --lora_targets=', "cannot put adapters on "),
-    ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_rank'),
-    ('--lora_rank=0', 'lora_rank must be at least 1'),
+    ('--lora_rank=2 --lora_targets=lm_head', "cannot put adapters on 'lm_head'"), ('--lora_rank=0', 'lora_rank must be at least 1'),
+    ('--lora_rank=2 --lora_targets=', 'cannot put adapters on '), ('--lora_alpha=2', '--lora_alpha has no effect: there is no --lora_'),
     ('--quantize=4bit', 'weights of 4 bits do not train; add --lora_rank'),
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
     ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
     ('--lora_rank=2 --quantize=4bit', 'needs bitsandbytes .*: pip install bitsandbytes, or leave it out'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(('flags', 'words'), REFUSED)
+])  # fmt: skip
 def test_sentences(tmp_path, monkeypatch, flags, words):
     monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
     with pytest.raises(UserError, match=words):

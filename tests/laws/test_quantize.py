@@ -80,7 +80,6 @@ def test_runs(tmp_path):
     assert metrics(tmp_path / 'again') == metrics(tmp_path / 'full')
     assert all(same_bits(tmp_path / 'again' / part, tmp_path / 'full' / part) for part in ('adapter', 'model'))
     assert {v.dtype for v in tensors(tmp_path / 'none/model').values()} == {torch.bfloat16}
-
     # what goes on from the adapter computes what the merged model does
     ids = torch.arange(5, 29).view(2, 12)
     policy = load_model(str(tmp_path / 'one/adapter'), adapters=ADAPTERS)

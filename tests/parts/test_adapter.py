@@ -18,7 +18,7 @@ from runtime import hub, ranks
 from text import toy
 
 RANK = {'rank': 4, 'alpha': 16.0, 'dropout': 0.0, 'targets': None}
-IDS = torch.arange(5, 29).view(2, 12)
+IDS, CONFIG = torch.arange(5, 29).view(2, 12), Path('run/adapter/adapter_config.json')
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,6 @@ def write(kind='llama', reward=False, folder='run/adapter', **options):
     model.save_pretrained(folder)
     with torch.no_grad():
         return model(IDS[:1] if reward else IDS).logits
-
-
-CONFIG = Path('run/adapter/adapter_config.json')
 
 
 def change(**options):
@@ -94,8 +91,7 @@ def test_reward_model(adapters, capsys):
     expected = write(reward=True)
     tokenizer = load.separate_pad(load.load_tokenizer('run/adapter'))
     model = load.load_reward('run/adapter', tokenizer, adapters=adapters)
-    with torch.no_grad():
-        assert model(IDS[:1]).logits.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model(IDS[:1]).logits.item() == pytest.approx(expected.item(), rel=1e-5)
     assert 'drawn from seed' not in capsys.readouterr().out
     with pytest.raises(UserError, match='is a reward model: a language model is needed'):
         load.load_model('run/adapter')
@@ -129,43 +125,38 @@ def test_its_files():
     assert lora.weights_hash('run/adapter') != content
 
 
-def said():
-    """The sentence with which the adapter is refused."""
-    with pytest.raises(UserError) as info:
-        load.load_model('run/adapter')
-    assert '\n' not in str(info.value)
-    return str(info.value)
+UNSUPPORTED = {'use_dora': True, 'bias': 'lora_only', 'init_lora_weights': 'pissa', 'peft_type': 'IA3', 'task_type': 'TOKEN_CLS',
+               'use_magic': {'a': 1}}  # fmt: skip
+INCOMPLETE = {'base_model_name_or_path': '', 'r': 0, 'lora_alpha': None}
+MISSING = {'gone': "model of the adapter 'run/adapter' is missing: there is no model folder 'gone'",
+           'run/adapter': "'run/adapter' has no config.json, so it is no model folder"}  # fmt: skip
 
 
-INCOMPLETE = 'does not say its r, its lora_alpha and its model'
-OPTIONS = [
-    ({'use_dora': True}, 'has use_dora=True, which is not supported here: name the whole model'),
-    ({'bias': 'lora_only'}, "has bias='lora_only', which"),
-    ({'init_lora_weights': 'pissa'}, "has init_lora_weights='pissa', which"),
-    ({'peft_type': 'IA3'}, "has peft_type='IA3', which"),
-    ({'task_type': 'TOKEN_CLS'}, "has task_type='TOKEN_CLS', which"),
-    ({'use_magic': {'a': 1}}, "has use_magic={'a': 1}, which"),
-    ({'base_model_name_or_path': ''}, INCOMPLETE),
-    ({'r': 0}, INCOMPLETE),
-    ({'lora_alpha': None}, INCOMPLETE),
-    ({'base_model_name_or_path': 'gone'}, "model of the adapter 'run/adapter' is missing: there is no model folder 'gone'"),
-    ({'base_model_name_or_path': 'run/adapter'}, "'run/adapter' has no config.json, so it is no model folder"),
-]  # fmt: skip
+def test_refused():
+    """In a sentence each: options, then weights, then what goes on."""
 
+    def said():
+        with pytest.raises(UserError) as info:
+            load.load_model('run/adapter')
+        assert '\n' not in str(info.value)
+        return str(info.value)
 
-def test_options_that_are_refused():
     write()
-    good = CONFIG.read_text()
-    for options, words in OPTIONS:
-        CONFIG.write_text(good)
-        change(**options)
+    good, incomplete = CONFIG.read_text(), 'does not say its r, its lora_alpha and its model'
+    cases = [
+        (key, value, f'has {key}={value!r}, which is not supported here: name the')
+        for key, value in UNSUPPORTED.items()
+    ]
+    cases += [(key, value, incomplete) for key, value in INCOMPLETE.items()]
+    cases += [('base_model_name_or_path', base, words) for base, words in MISSING.items()]
+    for key, value, words in cases:
+        change(**{key: value})
         assert words in said()
+        CONFIG.write_text(good)
     CONFIG.write_text(good[:20])
-    assert INCOMPLETE in said()
+    assert incomplete in said()
+    CONFIG.write_text(good)
 
-
-def test_weights_that_are_refused():
-    write()
     file, good = Path('run/adapter/adapter_model.safetensors'), tensors('run/adapter')
     first = min(good)
     for weights, words in (
@@ -186,7 +177,6 @@ def test_weights_that_are_refused():
 
 
 def test_of_a_hub(monkeypatch):
-    """Adapter and model by hub ids: the files come from the hub's cache."""
     write()
     change(base_model_name_or_path='some/base')
     monkeypatch.setattr(hub, 'reachable', lambda: False)
@@ -217,7 +207,10 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     # a frozen copy only where it is the reference
     assert load.load_model('run/adapter', adapters=RANK).peft_config.keys() == {'default', 'reference'}
     assert load.load_model('run/adapter', adapters=RANK | {'keeps_copy': False}).peft_config.keys() == {'default'}
-    options = {'model': 'toy', 'quantize': None, 'lora_rank': 2, 'lora_alpha': 1, 'lora_dropout': 0, 'lora_targets': None}  # fmt: skip
+    options = dict.fromkeys(('quantize', 'lora_alpha', 'lora_dropout', 'lora_targets')) | {
+        'model': 'toy',
+        'lora_rank': 2,
+    }
     for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
         assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps
 

@@ -3,7 +3,6 @@
 What a step must do is computed here from the plain transformers model, one unpadded sequence at a time."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import transformers as hf
 from helpers import metrics, run_script, write_jsonl
 from test_model import ALL, GROUPED, NONE, PACKED, randomise
 
-from configurator import UserError
 from hf import attention
 from text import toy
 
@@ -36,22 +34,6 @@ ANSWERS = [(' clean', ' dusty and dull and horrid .'), (' the room was very clea
 ROWS = [{'prompt': f'Review of the {place}:' * (i + 1), 'chosen': chosen, 'rejected': rejected}
         for i, (place, (chosen, rejected)) in enumerate(zip(toy.PLACES, ANSWERS, strict=False))]
 # fmt: on
-
-
-def make(folder, name):
-    """A folder with a tiny random model of this architecture and the toy tokenizer."""
-    options = (ALL | OTHERS)[name] | ({'tie_word_embeddings': True} if name in TIED else {})
-    settings = hf.AutoConfig.for_model(name, **options | {'vocab_size': 512})
-    randomise(hf.AutoModelForCausalLM.from_config(settings)).save_pretrained(folder)
-    toy.tokenizer().save_pretrained(folder)
-
-
-def train(folder):
-    """dpo.py: one SGD step on the four pairs. Returns its globals."""
-    file = write_jsonl(folder / 'pairs.jsonl', ROWS)
-    options = {'model': folder / 'base', 'data': file, 'eval_data': file, 'beta': BETA, 'batch_size': 4, 'lr': LR,
-               'warmup_steps': 0, 'optimizer': 'SGD', 'max_grad_norm': 1e9, 'out_dir': folder / 'out'}  # fmt: skip
-    return run_script('dpo.py', *(f'--{k}={v}' for k, v in options.items()))
 
 
 def plain_logp(net, tokenizer, prompt, answer):
@@ -81,8 +63,16 @@ def step(folder):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_one_step_and_the_folder_it_leaves(name, tmp_path, capsys):
-    make(tmp_path / 'base', name)
-    policy, said = train(tmp_path)['run'].policy, capsys.readouterr().out
+    settings = {'tie_word_embeddings': True} if name in TIED else {}
+    config = hf.AutoConfig.for_model(name, **(ALL | OTHERS)[name] | settings | {'vocab_size': 512})
+    randomise(hf.AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / 'base')
+    toy.tokenizer().save_pretrained(tmp_path / 'base')
+    # one SGD step on the four pairs
+    file = write_jsonl(tmp_path / 'pairs.jsonl', ROWS)
+    options = {'model': tmp_path / 'base', 'data': file, 'eval_data': file, 'beta': BETA, 'batch_size': 4, 'lr': LR,
+               'warmup_steps': 0, 'optimizer': 'SGD', 'max_grad_norm': 1e9, 'out_dir': tmp_path / 'out'}  # fmt: skip
+    policy = run_script('dpo.py', *(f'--{k}={v}' for k, v in options.items()))['run'].policy
+    said = capsys.readouterr().out
     assert ('cannot be packed' in said) == (name not in PACKED), said
     rows = {row['split']: row for row in metrics(tmp_path / 'out')}
     row, before = rows['train'], rows['check']
@@ -91,7 +81,6 @@ def test_one_step_and_the_folder_it_leaves(name, tmp_path, capsys):
     expected, size, logps = step(tmp_path)
     assert [row['logps_train/chosen'], row['logps_train/rejected']] == pytest.approx(logps, rel=1e-5)
     assert row['grad_norm'] * LR == pytest.approx(size.item(), rel=1e-3) and size > 0.05
-
     # the folder
     options = {'attn_implementation': 'eager', 'output_loading_info': True}
     loaded, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / 'out/model', **options)
@@ -105,10 +94,3 @@ def test_one_step_and_the_folder_it_leaves(name, tmp_path, capsys):
     with torch.no_grad(), attention.padded_attention(policy):
         ours = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         assert (loaded(ids, use_cache=False).logits - ours).abs().max() < 1e-4 * ours.abs().max()
-
-
-def test_a_model_that_cannot_run_says_so(tmp_path, monkeypatch):
-    make(tmp_path / 'base', 'llama')
-    monkeypatch.setattr(hf.LlamaModel, 'forward', mock.Mock(side_effect=ValueError('only on Tuesdays')))
-    with pytest.raises(UserError, match='LlamaForCausalLM cannot be trained here: its forward says only on Tuesdays'):
-        train(tmp_path)

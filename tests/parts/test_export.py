@@ -16,7 +16,6 @@ STEPS = ['--batch_size=12', '--n_examples=24', '--n_eval_examples=8', '--do_firs
 
 
 def base(folder, dtype, **options):
-    """A tiny model whose file has this type, in files of at most so many bytes."""
     tiny_model(folder, 'llama')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     Path(folder, 'model.safetensors').unlink()
@@ -73,12 +72,10 @@ def test_runs_leave_what_came_in(monkeypatch, capsys):
         assert half[name].dtype == torch.bfloat16 and half[name].float().allclose(value, rtol=2**-7, atol=0), name
     checkpoint = tensors('half/checkpoints', '*/*.safetensors').values()
     assert {v.dtype for v in checkpoint if v.dim() > 1} == {torch.float32}
-
     # several files with an index, and a config and a card that say the type
     assert len(list(Path('half/model').glob('model-0*.safetensors'))) > 2
     assert json.loads(Path('half/model/config.json').read_text())['dtype'] == 'bfloat16'
     assert 'trained in float32, and are kept in bfloat16' in Path('half/model/README.md').read_text()
-
     # the next in the chain: a reference of its own, or adapters
     for name, flag in {'pair': '--ref_model=half/model', 'lora': '--lora_rank=2'}.items():
         run_script('dpo.py', *STEPS, '--model=half/model', f'--out_dir={name}', flag)
@@ -103,7 +100,6 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
 
 
 def test_only_the_value_head_of_ppo_is_left_out():
-    """A model's own part of that name, of code that came with it, stays."""
     model, own = load.load_model('toy'), load.load_model('toy')
     own.value_head = torch.nn.Linear(2, 1)
     load.add_value_head(model)

@@ -67,7 +67,6 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(name, options):
 
 
 def watch(net):
-    """The shapes of ids that its forward gets from now on."""
     shapes = []
     net.register_forward_pre_hook(lambda net, args, how: shapes.append(tuple(how['input_ids'].shape)), with_kwargs=True)
     return shapes
@@ -93,24 +92,24 @@ def test_rows_come_and_go(name, monkeypatch):
     assert name == 'mamba' or {rows for rows, columns in shapes if columns == 1} == {24}
 
 
-def test_one_prompt_of_many_answers_is_read_once():
+@pytest.mark.parametrize('before', ['packed', 'eager', 'sdpa'])
+def test_one_prompt_of_many_answers_is_read_once(before):
+    """And the model stays as it was."""
     net = build()
-    shapes = watch(net)
+    net.set_attn_implementation(before)
+    own, shapes = net.generation_config, watch(net)
     answers = sample(net, [PROMPTS[1]] * 6 + [PROMPTS[3]] * 6, range(12))
     assert shapes[:2] == [(2, len(PROMPTS[1]) - 1), (12, 1)]
     assert answers[5:7] == [sample(net, [PROMPTS[1]], [5])[0], sample(net, [PROMPTS[3]], [6])[0]]
+    assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
 @pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2'])
 def test_caches_that_cannot_be_put_together(name):
-    """Of states that mix tokens, or of chunks that are counted from a row's first column."""
     options = {'layer_types': ['conv', 'full_attention']} if name == 'lfm2' else {}
     config = transformers.AutoConfig.for_model(name, num_hidden_layers=2, **options)
     with torch.device('meta'):
         assert not generate.can_refill(transformers.AutoModelForCausalLM.from_config(config))
-
-
-# ---- the distribution ----
 
 
 def nucleus(p, temperature=1.0, top_p=1.0):
@@ -164,9 +163,6 @@ def test_draws_follow_the_scores(vocabulary):
         assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
 
 
-# ---- the model ----
-
-
 def test_stops_at_the_end_of_text():
     net = build()
     long = sample(net, PROMPTS * 8, range(32))
@@ -179,15 +175,6 @@ def test_stops_at_the_end_of_text():
         net.generation_config.eos_token_id = own
         assert sample(net, PROMPTS * 8, range(32)) == short
         assert net.generation_config.eos_token_id == own
-
-
-@pytest.mark.parametrize('before', ['packed', 'eager', 'sdpa'])
-def test_leaves_the_model_as_it_was(before):
-    net = build()
-    net.set_attn_implementation(before)
-    own = net.generation_config
-    sample(net, PROMPTS, range(4))
-    assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
 def test_sharded(tmp_path, monkeypatch):
@@ -205,7 +192,6 @@ def test_sharded(tmp_path, monkeypatch):
         assert sample(net, PROMPTS, range(4)) == sample(plain, PROMPTS, range(4))
         assert not any(sharded for sharded, _ in state())
     assert state() == before and net.config._attn_implementation == 'packed'
-
     # the work shared, prompts of similar length side by side
     seeds = [5 * 1_000_003 + i for i in range(4)]
     expected = sample(plain, PROMPTS, seeds)
@@ -214,7 +200,6 @@ def test_sharded(tmp_path, monkeypatch):
         monkeypatch.setattr(ranks, 'data_rank', lambda r=r: (r, 3))
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
-
     # of two models, in a file that is not there at first
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
@@ -230,7 +215,6 @@ def test_sharded(tmp_path, monkeypatch):
 
 
 def test_a_trained_step_after_sampling():
-    """Sampling between two steps changes neither their gradients nor what the optimizer sees."""
     batch = data.pack([(np.array(PROMPTS[1]), [np.array(PROMPTS[3])])], [0])
     norms = []
     for sampling in (False, True):

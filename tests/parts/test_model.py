@@ -13,7 +13,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.utils
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 import transformers as hf
@@ -41,21 +40,14 @@ ALTERNATING = SLIDING | {'layer_types': ['sliding_attention', 'full_attention']}
 OLD = {'vocab_size': VOCAB, 'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 64, **NONE}
 EXPERTS = {'num_experts_per_tok': 2, 'moe_intermediate_size': 8, 'shared_expert_intermediate_size': 8}
 PACKED = {
-    'gpt_neox': BASE,
-    'gpt2': OLD,
-    'llama': GROUPED,
-    'qwen2': GROUPED,
+    'gpt_neox': BASE, 'gpt2': OLD, 'llama': GROUPED, 'qwen2': GROUPED, 'mistral': SLIDING,
     'qwen2 sliding': SLIDING | {'model_type': 'qwen2', 'use_sliding_window': True, 'max_window_layers': 1},
-    'qwen3': GROUPED | {'head_dim': 8},
-    'mistral': SLIDING,
-    'gemma': GROUPED | {'head_dim': 8},
+    'qwen3': GROUPED | {'head_dim': 8}, 'gemma': GROUPED | {'head_dim': 8},
     'gemma2': ALTERNATING | {'head_dim': 8, 'query_pre_attn_scalar': 5, 'attn_logit_softcapping': 0.5,
                              'final_logit_softcapping': 0.7},
     'gemma3_text': ALTERNATING | {'head_dim': 8, 'query_pre_attn_scalar': 5},
-    'phi': BASE,  # its head has a bias
-    'phi3': SLIDING,
-    'mixtral': GROUPED | {'num_local_experts': 4, 'num_experts_per_tok': 2},
-    'qwen2_moe': GROUPED | EXPERTS | {'num_experts': 4},
+    'phi': BASE, 'phi3': SLIDING,  # phi's head has a bias
+    'mixtral': GROUPED | {'num_local_experts': 4, 'num_experts_per_tok': 2}, 'qwen2_moe': GROUPED | EXPERTS | {'num_experts': 4},
     'cohere': GROUPED | {'logit_scale': 0.3},
     'granite': GROUPED | {'logits_scaling': 3.0, 'attention_multiplier': 0.4, 'residual_multiplier': 0.5},
 }
@@ -87,9 +79,8 @@ def config(name):
 def randomise(net, seed=0):
     """Weights far from zero, and no bias or norm left as it starts, so that all of them matter."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + ('norm' in name and 'weight' in name))
+    for name, p in net.named_parameters():
+        p.data.copy_(0.3 * torch.randn(p.shape, generator=generator) + ('norm' in name and 'weight' in name))
     return net
 
 
@@ -151,9 +142,7 @@ def assert_same_direction(grads, expected, tolerance=1e-5):
     assert (grads - expected).norm() <= tolerance * expected.norm(), (grads - expected).norm() / expected.norm()
 
 
-# ---- packed = padded = the model's own forward ----
-
-
+# packed = padded = the model's own forward
 CASES = [(name, layout, shape) for name in PACKED for layout in LAYOUTS for shape in ('pairs', 'singles', 'triples')]
 CASES += [(name, 'padded', 'pairs') for name in NOT_PACKED]
 
@@ -187,25 +176,11 @@ def test_a_filler_changes_nothing(layout):
         assert all(p.grad is not None and not p.grad.any() for p in net.parameters())  # zero, but it took part
 
 
-@pytest.mark.parametrize('name', ALL)
-def test_blocks(name):
-    net = tiny(name)
-    found, head = parts.blocks(net), net.get_output_embeddings()
-    assert len(found) == 2 and len({type(block) for block in found}) == 1
-    outside = [m for m in net.modules() if isinstance(m, torch.nn.Embedding) or m is head]
-    rest = {*net.parameters()} - {p for module in [*found, *outside] for p in module.parameters()}
-    assert sum(p.numel() for p in rest) <= 4 * 16  # norms at both ends
-
-
-# ---- architectures that cannot be packed are recognised ----
-
-
 PROBED = data.Examples.of(examples([(6, (9, 4)), (3, (5, 8))]))
 LAYOUTS_PROBED = probe.two_layouts(PROBED, 'cpu')
 
 
 def can_pack(net, **options):
-    """(whether it can, the one note that says why not, if there is one)."""
     said = []
     with mock.patch.object(probe, 'say', said.append):
         found = probe.can_pack(net, PROBED, 'cpu', **options)
@@ -215,8 +190,13 @@ def can_pack(net, **options):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('name', ALL)
-def test_can_pack(name, dtype):
+def test_blocks_and_whether_they_can_be_packed(name, dtype):
     net = tiny(name, dtype=dtype)
+    blocks, head = parts.blocks(net), net.get_output_embeddings()
+    assert len(blocks) == 2 and len({type(block) for block in blocks}) == 1
+    outside = [m for m in net.modules() if isinstance(m, torch.nn.Embedding) or m is head]
+    rest = {*net.parameters()} - {p for module in [*blocks, *outside] for p in module.parameters()}
+    assert sum(p.numel() for p in rest) <= 4 * 16  # norms at both ends
     before = net.config._attn_implementation
     found, *said = can_pack(net)
     assert found == (name in PACKED) == (not said) and net.config._attn_implementation == before
@@ -228,7 +208,7 @@ def test_can_pack(name, dtype):
 
 @pytest.fixture
 def register():
-    """Another function in place of packed_attention, for a while."""
+    """Register another function in place of packed_attention, for a while."""
     yield partial(hf.AttentionInterface.register, 'packed')
     attention.register_attention()
 
@@ -237,22 +217,20 @@ def register():
     (RuntimeError('CUDA error: device-side assert triggered'), RuntimeError), (ImportError('no kernel'), ImportError),
     (MemoryError('out of memory'), UserError),  # a sentence wherever it happens
     (ValueError('unknown mask'), None), (RuntimeError('shapes do not match'), None),
+    (None, TypeError),  # 'NoneType' object is not callable: a bug of ours
 ])  # fmt: skip
-def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, register):
+def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, register, monkeypatch):
     net = tiny('llama')
-    register(mock.Mock(side_effect=error))
+    if error is None:
+        monkeypatch.setattr(attention, '_attend', None)
+    else:
+        register(mock.Mock(side_effect=error))
     if raised is None:
         found, said = can_pack(net)
         assert not found and str(error) in said
     else:
         with pytest.raises(raised, match=str(error)):
             can_pack(net)
-
-
-def test_a_bug_of_ours_is_raised(monkeypatch):
-    monkeypatch.setattr(attention, '_attend', None)
-    with pytest.raises(TypeError):
-        can_pack(tiny('llama'))
 
 
 @pytest.mark.parametrize(('name', 'option', 'wrong', 'most'), [
@@ -279,8 +257,6 @@ def test_an_unknown_head_is_an_error(name, monkeypatch):
             can_pack(net, wanted=wanted)
 
 
-# ---- long sequences ----
-
 FACTORS = {'long_factor': [4.0, 9.0], 'short_factor': [1.0, 1.5]}  # one for each pair of a head's 4 dimensions
 SCALED = {
     'longrope': ('phi3', {'rope_type': 'longrope', 'original_max_position_embeddings': 20, **FACTORS}, 20),
@@ -296,7 +272,6 @@ SCALED = {
 
 
 def scaled(which):
-    """(the config, the longest sequence that does not change what others give)."""
     name, rope, limit = SCALED[which]
     rope = dict(rope) if 'full_attention' in rope or 'type' in rope else {'rope_theta': 1e4, **rope}
     own = {'original_max_position_embeddings': 20} if name == 'phi3' else {}  # counts for more than the one in rope
@@ -324,12 +299,20 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
             probe.check_positions(net, limit + 1, 'the examples')
 
 
-def test_positions():
-    net = tiny('gpt2')
+def test_models_of_no_use(monkeypatch):
+    """Too few positions, another head, or a forward that fails."""
+    net, other = tiny('gpt2'), tiny('llama')
     probe.check_positions(net, 64, 'the examples')
     with pytest.raises(UserError, match='has 64 positions, and the examples take 65 tokens'):
         probe.check_positions(net, 65, 'the examples')
-    probe.check_positions(tiny('llama'), 10**6, 'the examples')  # rotary: it can be longer than it has been
+    probe.check_positions(other, 10**6, 'the examples')  # rotary: it can be longer than it has been
+    probe.check_heads(net, other)
+    other.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(UserError, match='policy and reference predict'):
+        probe.check_heads(net, other)
+    monkeypatch.setattr(hf.LlamaModel, 'forward', mock.Mock(side_effect=ValueError('only on Tuesdays')))
+    with pytest.raises(UserError, match='LlamaForCausalLM cannot be trained here: its forward says only on Tuesdays'):
+        can_pack(other)
 
 
 @pytest.mark.parametrize('half', [False, True])
@@ -339,8 +322,6 @@ def test_scaled_rotary_positions_when_sharded(half, saved, device):
     net = fsdp.shard(build, device, cpu_offload=True, dtype='bfloat16' if half else 'float32')
     assert_close(net.response_logps(pack(shape))[0], plain_logps(build(), shape), 0.1 if half else 1e-5)
 
-
-# ---- divergences ----
 
 DIVERGENCES = {'kl': divergences.kl, 'cvar': divergences.cvar(0.6), 'erm': divergences.erm(0.9)}
 DIVERGENCES['released'] = divergences.released(0.7)
@@ -367,17 +348,6 @@ def test_divergences(name, which, layout):
     assert_close(values[2], ref_logps, tolerance)
     assert_same_direction(gradients(policy, values[:2]), gradients(policy, expected), tolerance)
     assert not values[2].detach().equal(values[0].detach()) and all(p.grad is None for p in ref.parameters())
-
-
-def test_a_divergence_needs_heads_of_one_size():
-    net, other = tiny('llama'), tiny('llama')
-    probe.check_heads(net, other)
-    other.resize_token_embeddings(VOCAB + 3)
-    with pytest.raises(UserError, match='policy and reference predict'):
-        probe.check_heads(net, other)
-
-
-# ---- the head: test_losses.py has its values and gradients, in chunks of every size ----
 
 
 def cut_into(size, monkeypatch):
@@ -451,9 +421,6 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
     assert [n for n, _ in asked if n > size] == [100, 100] and {v for _, v in asked} == {vocabulary}
 
 
-# ---- sharded models ----
-
-
 @pytest.fixture(scope='module')
 def device():
     return ranks.setup()[2]
@@ -486,7 +453,6 @@ def same_grads(net, batch):
 # one process in float32 uses FSDP only where cpu_offload asks for it
 @pytest.mark.parametrize('name', ['gpt_neox', 'llama', 'gpt2', 'gemma2', 'stablelm', 'gpt_oss', 'lfm2'])
 def test_sharded_model_is_the_plain_one(name, saved, device):
-    """Also where packing has been tried in vain."""
     build, packed = saved(name), name in PACKED
     plain, net = build(), fsdp.shard(build, device, cpu_offload=True)
     plain.response_logps = types.MethodType(model.response_logps, plain)
@@ -639,9 +605,7 @@ def test_an_update_scales_and_clips(saved, device, scale, max_norm):
     net = fsdp.shard(saved('llama'), device)
     optimizer = fsdp.make_optimizer('SGD', net, 7.0, 0.0)
     net.response_logps(pack(PAIRS))[0].sum().backward()
-    before, grads = [
-        [x.detach().double() for x in found] for found in (net.parameters(), [p.grad for p in net.parameters()])
-    ]
+    before, grads = zip(*((p.detach().double(), p.grad.double()) for p in net.parameters()), strict=True)
     norm = scale * torch.cat([grad.flatten() for grad in grads]).norm()
     assert fsdp.update(net, optimizer, 0.1, scale, max_norm) == pytest.approx(norm.item(), rel=1e-5)
     factor = 0.1 * scale * min(1.0, max_norm / norm.item())
@@ -664,7 +628,6 @@ def test_export(name, tied, saved, device, tmp_path):
         export.write_model(net, tokenizer, build, out)
     assert {file.name for file in tmp_path.iterdir()} == {'model'}
     assert {file.suffix for file in out.iterdir()} <= {'.safetensors', '.json', '.jinja', '.txt'}
-
     # what transformers makes of it (test_architectures.py: what it finds missing)
     loaded, names = hf.AutoModelForCausalLM.from_pretrained(out), tensors(out).keys()
     assert names == tensors(build.args[0]).keys() and ('lm_head.weight' in names) == (name == 'llama' and not tied)
@@ -673,7 +636,6 @@ def test_export(name, tied, saved, device, tmp_path):
     assert all(p.equal(weights[key]) for key, p in loaded.named_parameters())
     assert any(not p.equal(q) for p, q in zip(loaded.parameters(), build().parameters(), strict=True))
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
-
     # and we
     again, text = load.load_model(str(out)), 'Review of the hotel: the room was rotten, naïve\n'
     again.set_attn_implementation('packed')
@@ -681,14 +643,8 @@ def test_export(name, tied, saved, device, tmp_path):
     assert load.load_tokenizer(str(out)).encode(text) == tokenizer.encode(text)
 
 
-# ---- a head that is not the embedding, under a config that says it is ----
-
-SHARDED = {
-    'alone': {},
-    'sharded': {'cpu_offload': True},
-    'half': {'dtype': 'bfloat16'},
-    'mapped': {'device_map': 'balanced'},
-}
+SHARDED = {'alone': {}, 'sharded': {'cpu_offload': True}, 'half': {'dtype': 'bfloat16'}}
+SHARDED['mapped'] = {'device_map': 'balanced'}
 ADAPTERS = {'rank': 2, 'alpha': 4.0, 'dropout': 0.0, 'targets': None}
 
 
@@ -743,9 +699,7 @@ def test_a_sharded_model_that_is_another_is_found_out(with_own_head, device, mon
     assert 'warning: the sharded LlamaForCausalLM gives other log-probs' in capsys.readouterr().out
     with pytest.raises(UserError, match='LlamaForCausalLM gives other log-probs than the loaded one: off by'):
         fsdp.shard(build, device, cpu_offload=True)
-
-
-def test_ties_follow_what_was_loaded():
+    # ties follow what was loaded
     both = (hf.LlamaConfig(**GROUPED, tie_word_embeddings=tied) for tied in (True, False))
     tied, apart = map(hf.AutoModelForCausalLM.from_config, both)
     wanted = ties.ties(tied)
@@ -753,9 +707,6 @@ def test_ties_follow_what_was_loaded():
     ties.tie_as(tied, {})
     ties.tie_as(apart, wanted)
     assert ties.ties(tied) == {} and ties.ties(apart) == wanted and not tied.config.tie_word_embeddings
-
-
-# ---- the kernel on CUDA ----
 
 
 class OnCuda(torch.Tensor):
@@ -824,8 +775,7 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_gathered_keys(dtype, strided, width):
     """Rows, and the sums of their gradients, as by plain indexing: keys lie as a rotary embedding leaves them, values inside qkv."""
-    layout = attention.Varlen([(3, (2, 4)), (5, (1,)), (2, (2, 1, 3))])
-    n = 3 + 6 + 6 + 2 + 6
+    layout, n = attention.Varlen([(3, (2, 4)), (5, (1,)), (2, (2, 1, 3))]), 3 + 6 + 6 + 2 + 6
     x = torch.randn(1, n, 4, 3 * width).to(dtype)
     x = x[..., 2 * width :] if strided else x[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
     ours, plain = (x[0].detach().requires_grad_() for _ in range(2))

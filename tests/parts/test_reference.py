@@ -70,7 +70,6 @@ def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, caps
     again = run('second', '--loss=ipo', '--beta=0.3', '--cache_ref')
     assert [file.stat().st_mtime_ns for file in caches(tmp_path)] == times
     assert 'read from' in capsys.readouterr().out and len(again) == 6
-
     # a damaged file is found out
     one, two = caches(tmp_path)
     content, logps = one.read_bytes(), load_file(one)['logps'].tolist()
