@@ -228,7 +228,8 @@ class Run:
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
         verb = 'resuming' if self.seen else 'training'
         what = f'{verb} {method}' if method else verb
-        epochs = f' ({round(self.total / len(self.train), 2):g} epochs)' if self.total > len(self.train) else ''
+        n_epochs = self.total / len(self.train)
+        epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
         log.say(f'{what} on {processes}: {self.total} {units}')

@@ -81,10 +81,14 @@ def hint(name, options):
         return '--help lists the options'
     if matches[0] == plain:
         return f'here it is {theirs.get(plain, plain)}'
+
     # several may be equally near: bata is beta or data
-    alike = [difflib.SequenceMatcher(None, match, plain).ratio() for match in matches]
-    nearest = {theirs.get(match, match) for match, ratio in zip(matches, alike, strict=True) if ratio == alike[0]}
-    return f'did you mean {" or ".join(sorted(nearest))}?'
+    def similarity(match):
+        return difflib.SequenceMatcher(None, match, plain).ratio()
+
+    nearest = [match for match in matches if similarity(match) == similarity(matches[0])]
+    ours = {theirs.get(match, match) for match in nearest}
+    return f'did you mean {" or ".join(sorted(ours))}?'
 
 
 def did_you_mean(word, known):

@@ -10,6 +10,7 @@ import os
 import re
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -211,7 +212,10 @@ def _splits_by_name(path):
         splits = {'train': unnamed, **splits}
     # the same rows may lie there twice
     for split, split_files in splits.items():
-        formats = {next((end for end in FORMATS if end in Path(file).name.lower()), '') for file in split_files}
+        formats = set()
+        for file in split_files:
+            name = Path(file).name.lower()
+            formats.update(islice((ending for ending in FORMATS if ending in name), 1))
         if len(formats) > 1:
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
             say_once(f'note: {twice}: if they hold the same rows, name those of one format')

@@ -61,12 +61,13 @@ RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt'}
 STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
-SCORED = [(*pair, *scores) for pair in COMPARED for scores in ([f'score_{name[-1]}' for name in pair], [f'{name}_rating' for name in pair])]
+SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
+SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
-# columns where null has a meaning: not labelled, no winner, or no score, which is an error
-NULL_SAYS = {*LABELS, *VERDICTS, 'output_1', *(name for _, _, *scores in SCORED for name in scores)}
+# columns where null has a meaning: not labelled, or no winner
+NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
@@ -151,8 +152,12 @@ def layout_of(row):
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
+
     # the layout of whose columns the row has the largest share
-    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & row.keys()) / len(layout.columns))
+    def share(layout):
+        return len(layout.columns & row.keys()) / len(layout.columns)
+
+    nearest = max(LAYOUTS, key=share)
     hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     has_a_column = not nearest.columns.isdisjoint(row)
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
@@ -186,9 +191,11 @@ def unified(row, columns=None):
             row[our_name] = row.pop(name)
     # if no column is known, the only one with messages is the chat: dialogue, items, data, turns, ...
     if KNOWN.isdisjoint(row.keys() - {'system', 'tools'}):
-        has_role = {'role', 'from'}.intersection
-        lists = [name for name, value in row.items() if isinstance(value, list) and value]
-        chats = [name for name in lists if all(isinstance(turn, dict) and has_role(turn) for turn in row[name])]
+        chats = []
+        for name, value in row.items():
+            turns = value if isinstance(value, list) else []
+            if turns and all(isinstance(turn, dict) and turn.keys() & {'role', 'from'} for turn in turns):
+                chats.append(name)
         if len(chats) == 1:
             row['messages'] = row.pop(chats[0])
     # a text 'context' is the question if nothing else asks
@@ -485,8 +492,8 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        scores = next(scores for one, two, *scores in SCORED if (one, two) == columns and set(scores) <= row.keys())
-        first_score, second_score = (field(row, name, NUMBER) for name in scores)
+        names = next(names for names in SCORED if names[:2] == columns and set(names) <= row.keys())
+        first_score, second_score = (field(row, name, NUMBER) for name in names[2:])
         lead = second_score - first_score
     if not lead and task != 'prompts':
         raise LeftOut('tie')

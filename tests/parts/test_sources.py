@@ -403,7 +403,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
 OF_COLUMNS = {  # what is said of a column, and (its name, a row)
     'is missing or of the wrong type': [
         ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
-        *(('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': x}) for x in ('x', None)),
+        ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
         ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
     'is missing': [
         ('prompt', {'response': 'a'}), ('prompt', {'data': ['q', 'a']}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),

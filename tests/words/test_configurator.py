@@ -417,7 +417,8 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
 ELSEWHERE = {
     '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$',
     '--num-train-epochs=1': 'here it is n_epochs$',
-    '--learning_rat=1': 'did you mean lr.$', '--bata=1': 'did you mean beta or data.$',
+    '--learning_rat=1': 'did you mean lr.$',
+    '--bata=1': 'did you mean beta or data.$',
     '--num_prompts=1': 'here it is n_examples$',
     '--dataset_path=x': 'did you mean data.$',
     '--reward_name=x': '--help lists the options$',
