@@ -171,7 +171,7 @@ def test_a_cache_without_a_home(monkeypatch):
 def test_home_and_patterns(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     write(tmp_path / 'mine', {'part-0': ROWS[:20], 'part-1': ROWS[20:]})
-    for source in ('~/mine', '~/mine/part-*.jsonl', '~/mine/part-[01].jsonl', f'{tmp_path}/**/*.jsonl'):
+    for source in ('~/mine', '~/mine/part-*.jsonl', '~/mine/part-[01].jsonl', f'{tmp_path}/mine/**/*.jsonl'):
         assert divided(source), source
         assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')

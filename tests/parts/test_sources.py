@@ -719,7 +719,7 @@ def test_clones_of_datasets(tmp_path):
 # ---- hashes ----
 
 
-def test_fingerprints(tmp_path):
+def test_fingerprints(tmp_path, monkeypatch):
     path = write(tmp_path / 'data.jsonl', [{'text': 'a'}])
     for name in ('train.jsonl', 'b_train.jsonl', 'test.jsonl'):
         write(tmp_path / name, [{'text': name}])
@@ -735,6 +735,10 @@ def test_fingerprints(tmp_path):
     assert [a == b for a, b in zip(before, stamps(), strict=True)] == [True, True, False]
     write(tmp_path / 'data.jsonl', [{'text': 'x'}])
     assert [a == b for a, b in zip(before, stamps(), strict=True)] == [False] * 3
+    # a file that cannot be opened is named, and not its folder
+    monkeypatch.setattr(sources, 'file_hash', lambda file: open(f'{file}/'))
+    with pytest.raises(UserError, match='cannot read .*/b_test.jsonl/: Not a directory'):
+        sources.fingerprint(str(tmp_path))
 
 
 def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_path, monkeypatch, capsys):
