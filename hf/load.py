@@ -357,31 +357,34 @@ def stored_dtype(name):
 
 
 def fingerprints(config):
-    """Hash all models named in a run's config, to detect changes on resume.
-
-    Returns option -> _hashes of its model; an adapter has those of its base model, too, as base/file."""
+    """Hash all models named in a run's config, to detect changes on resume. Returns option -> _model_hashes of its model."""
     hashes_of = {}
     for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
         if name in NO_MODEL:
             continue
-        saved, base = lora.adapter_and_base(name)
-        hashes = _hashes(saved.folder if saved else name)
-        if saved:
-            hashes |= {f'base/{key}': value for key, value in _hashes(base).items()}
+        hashes = _model_hashes(name)
         # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
-    # several reward models in one sum, see rl/reward_functions.py: their files together
+    # a sum of reward models, 'DIR1 + DIR2*0.5', whose names rl/reward_functions.py has listed: their files together
     option = 'reward' if config.get('reward') else 'reward_model'
     for name in getattr(config, 'reward_models', ()):
-        for file, digest in fingerprints({'reward_model': name}).get('reward_model', {}).items():
+        for file, digest in _model_hashes(name).items():
             hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
     return hashes_of
 
 
+def _model_hashes(name):
+    """Return the hashes of a model; an adapter has those of its base model, too, as base/file."""
+    saved, base = lora.adapter_and_base(name)
+    if not saved:
+        return _hashes(name)
+    return _hashes(saved.folder) | {f'base/{key}': value for key, value in _hashes(base).items()}
+
+
 def _hashes(name):
-    """Return {file: SHA-256} for a folder, or {'commit': hash} for a hub id that has been loaded."""
+    """Return {file: SHA-256} for a folder, {'commit': hash} for a hub id that has been loaded, {} for others."""
     if os.path.isdir(name):
         # the files that define a model
         suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')

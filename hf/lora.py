@@ -180,10 +180,10 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options for loading the reference: those of the policy (adapters), or None to load a plain model.
+    """Return the adapter options for loading the reference: those of the policy (adapters), or None for a model without new adapters.
 
-    By default the reference is the policy before training: the model of --model, under adapters_off()."""
-    # a new adapter starts as zero, so the plain model is the same; but 4-bit weights or a saved adapter change the model
+    A policy with adapters is its own reference, under adapters_off(). It is loaded once more only for --cache_ref, which hashes it."""
+    # a new adapter starts as zero, so the model without it is the same; but 4-bit weights or a saved adapter change the model
     is_changed = config['quantize'] or find_adapter(config['model'])
     return adapters if is_changed and config['ref_model'] is None else None
 

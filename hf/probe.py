@@ -61,7 +61,9 @@ def two_layouts(examples, device):
 
 
 def _tolerance(model):
-    """Return the largest error that rounding can explain. Call it after a forward, which under FSDP leaves gathered parameters."""
+    """Return the largest error of a log-prob or score, relative or below 1 absolute (_difference), that rounding can explain.
+
+    Call it after a forward, which under FSDP leaves gathered parameters."""
     # gathered parameters have the dtype of the forward; sharded ones are always float32
     in_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     in_tf32 = torch.get_float32_matmul_precision() != 'highest'

@@ -106,9 +106,10 @@ class Reward:
         return columns
 
     def _call_function(self, part, examples, split, uids):
-        """Call a part's function on all answers, on rank 0. Return two lists: scores, and whether each call was late (score 0).
+        """Call a part's function on all answers. Return two lists: scores, and whether each call was late (score 0).
 
-        Prints a note if there were late calls. Raises UserError if the function fails."""
+        Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. Prints a note if there were
+        late calls. Raises UserError if the function fails."""
         prompts, responses, rows = [], [], []
         for uid, (_, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data

@@ -64,8 +64,8 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
-    examples': hash}. neutral: options to ignore. What an older version did not record counts as equal. place: start of the message,
-    such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
+    examples': hash}. neutral: options to ignore. Options that only one of them has do not count, unless run's is not at its default.
+    place: start of the message, such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
     differences = []
     # '': an older version recorded no script
     if recorded_run['script'] not in ('', run['script']):
@@ -86,7 +86,7 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
             continue
         difference = f'the {name} have changed since: their tokens, labels or order'
         if isinstance(hashes, dict):
-            # the files of a model: name the first that differs
+            # the files of a model: name the first that differs; ^: (file, hash) of only one of the two
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
             difference = f'{name} {here.get(name)!r} has changed since: {file}'
         differences.append(difference)

@@ -28,6 +28,8 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
 ABOUT = 'context history options choices article passage starter_code'.split()
+# columns that are each one of a question's options: A and B, option_a, opb, choice1
+OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
 DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
@@ -275,34 +277,30 @@ def prompt_of(row, given_answer=None):
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
     in place of a ValueError."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
-    # a conversation that ends with a question is the prompt
     if chat_column and column != 'prompt':
         # under the key 'prompt', text_or_chat accepts any last role
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
+        # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat_column, turns)
+            check_nothing_lost(row, chat_column, turns, texts_in=(*QUESTIONS, *DOCUMENTS))
             return turns
+        # one that ends with an answer is none: then the given answer must begin with its question
         column = None
     if column is None and given_answer is None:
         raise ValueError("'prompt' is missing")
     if column is None:
         return None
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
-    # if another column asks, a 'prompt' such as 'Q: ... A: the answer' is no question but the whole text
-    if column == 'prompt' and isinstance(given_answer, str) and first_of(QUESTIONS[1:], row):
-        # rpartition needs a separator: a line break in place of an empty answer
-        before, _, after = str(prompt).rpartition(given_answer.strip() or '\n')
-        if before.rstrip().endswith(':') and not after.strip():
-            return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
+    # if another column asks, a 'prompt' that holds the answer, too, is no question
+    if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
+        return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # other question columns may be part of a full chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    # columns that are each one of a question's options: A and B, option_a, opb, choice1; 'a' alone is none
-    option = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
-    options = [name for name in row if option.fullmatch(name)]
+    options = [name for name in row if OPTION.fullmatch(name)]
     if len(options) == 1:
         options = []
     check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
@@ -314,19 +312,28 @@ def prompt_of(row, given_answer=None):
     return prompt if stays_text else turns
 
 
-def check_nothing_lost(row, column, turns, names=()):
-    """Raise ValueError if a column with one of the names, or of DOCUMENTS, has content that the messages do not include.
-    column: the one that the messages are from."""
+def _ends_with(prompt, given_answer):
+    """Return whether a prompt is a whole text, question and answer: 'Q: 2 + 2? A: 4' with the given answer '4'."""
+    if not isinstance(prompt, str) or not isinstance(given_answer, str):
+        return False
+    # rpartition needs a separator: a line break in place of an empty answer
+    before, _, after = prompt.rpartition(given_answer.strip() or '\n')
+    return before.rstrip().endswith(':') and not after.strip()
+
+
+def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
+    """Raise ValueError if a column has content that the messages do not include, and that would be lost.
+    column: the one that the messages are from. names: columns to look at. texts_in: columns that may also hold names or
+    numbers, of which only texts of four words or more count."""
     text = '\n'.join(turn['content'] for turn in turns)
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
         value = row.get(name)
         if value and name != column and not is_history(value):
             found.append((name, value if isinstance(value, list) else [value]))
-    for name in DOCUMENTS:
-        # a name or a number, which has fewer than four words, is no document
-        documents = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
-        found.append((name, documents))
+    for name in texts_in:
+        texts = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
+        found.append((name, texts))
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')

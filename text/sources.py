@@ -136,10 +136,8 @@ def locate(source):
     # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
     path = os.path.expanduser(path)
-    if path:
-        # raises UserError if it has no files
-        files.data_files(path)
     if getter and path:
+        files.data_files(path)  # raises UserError if it has no files
         return getter, path, None
     if getter:
         if os.path.exists(name):

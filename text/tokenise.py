@@ -119,7 +119,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
-    read_args: arguments of read_examples. both: yield train and test rows. left_out: Counter of skipped rows."""
+    read_args: arguments of read_examples, of which 'undivided' says that no part of a source is held out for testing.
+    both: yield train and test rows. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             left_out_before, unusable = left_out.copy(), Counter()
@@ -130,7 +131,7 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
                     is_usable = bool(as_parts(row, task, unusable))
                 bar.update()
                 yield row
-            # a test split may have no usable rows
+            # the held-out part of a source may have no usable rows
             if not is_usable and (split == 'train' or read_args['undivided']):
                 raise sources.vanished(source, split, left_out - left_out_before + unusable)
 

@@ -175,6 +175,7 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         assert divided(source), source
         assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')
+    assert divided(write(tmp_path, {'a:b': ROWS}) + '/a:b.jsonl')
 
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
