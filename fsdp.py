@@ -42,10 +42,10 @@ def gather_columns(columns, slots, total):
     own_values = torch.stack([columns[name].detach().double() for name in names]).cpu()
     slots = torch.as_tensor(slots, dtype=torch.long)
     # all ranks of a tensor-parallel group have the same columns: count only the first rank's
-    counts = (slots >= 0) & (dist.get_rank() % ranks.tp_size() == 0)
+    is_counted = (slots >= 0) & (dist.get_rank() % ranks.tp_size() == 0)
     # every rank fills in its own slots and leaves zeros elsewhere: the sum over ranks is the whole
     table = torch.zeros(len(names), total, dtype=torch.float64)
-    table[:, slots[counts]] = own_values[:, counts]
+    table[:, slots[is_counted]] = own_values[:, is_counted]
     dist.all_reduce(table)
     return dict(zip(names, table, strict=True))
 

@@ -124,7 +124,7 @@ def read_prompts():
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
         # an empty source is an error; if it is the only one, it is reported below
         if not new_rows and source != data:
-            raise sources.vanished(source, wanted_split, new_left_out)
+            raise sources.nothing_left(source, wanted_split, new_left_out)
         rows += new_rows
         left_out.update(new_left_out)
     row_of_hash = {}  # the first row with each prompt
@@ -274,6 +274,7 @@ def append_rows(rows):
     """Append new rows to this rank's samples file, which collect() merges at the end, and update the progress bar."""
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
+    # of this rank; tokens is None where an endpoint does not say
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
     speed = log.per_second(counts['tokens'], time.time() - started)
     bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)

@@ -326,6 +326,7 @@ class Run:
 
     def crossed(self, every, first, seen):
         """Return whether the step from `first` to `seen` examples crosses a multiple of `every`. Not at the end, which is due anyway."""
+        # 'auto' is replaced by a number after a few steps
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every

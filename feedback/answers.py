@@ -96,7 +96,7 @@ def collect(out_dir, wanted):
     rank_files = sorted(Path(out_dir).glob('samples-*.jsonl'))
     rows = {}
     for path in (merged, *rank_files):
-        # if two files have the same answer, keep the first: the right operand of | wins
+        # read_back gives {} for a missing file. If two files have the same answer, keep the first: the right operand of | wins
         rows = read_back(path, key_of) | rows
     rows = dict(sorted(rows.items()))
     files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))

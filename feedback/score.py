@@ -35,7 +35,7 @@ from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
 from text.files import content_hash, data_files
 from text.show import task_of
-from text.sources import locate, read_examples, vanished
+from text.sources import locate, nothing_left, read_examples
 from text.tokenise import tokenise
 
 # model and data
@@ -193,7 +193,7 @@ def main():
             rows += new_rows
             bar.update(len(chunk))
     if not rows:
-        raise vanished(data, split or 'test', left_out)
+        raise nothing_left(data, split or 'test', left_out)
     changed, notes = in_words(left_out)
     at_most = f', at most {limit:,} tokens each' if limit < UNLIMITED else ''
     counts = f'{len(rows):,} of {len(examples):,} scored{at_most}'
@@ -224,7 +224,7 @@ def read():
         for example in read_examples(source, part, left_out, task=task, **options):
             examples.append((task, example))
     if not examples:
-        raise vanished(data, part, left_out)
+        raise nothing_left(data, part, left_out)
     return examples, left_out
 
 

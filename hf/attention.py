@@ -137,9 +137,8 @@ def blocks_of(groups):
 
 
 class Block:
-    """Consecutive small groups of a packed row, which attend in one call under a mask, or a single group, with a call per answer.
-
-    sizes: tokens of each piece into which the row is cut: all groups as one piece, or the prompt and each answer of the single one."""
+    """Consecutive groups of a packed row. Several small ones are one piece, which attends in one call under a mask; a single
+    group has a piece for its prompt and for each answer, and a call per answer. sizes: tokens of each piece."""
 
     def __init__(self, groups):
         self.groups = groups
@@ -229,7 +228,7 @@ def _attend_varlen(query, key, value, scaling, sliding_window, layout):
 
 
 class Gather(torch.autograd.Function):
-    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen."""
+    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen, with its copies."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -243,6 +242,7 @@ class Gather(torch.autograd.Function):
         (_, first_places), *further_copies = ctx.layout.copies
         total = _rows(grad.contiguous(), first_places)  # (T, H, D)
         for tokens, places in further_copies:
+            # plain assignment adds up: no list has a token twice
             total[tokens] = _rows(total, tokens) + _rows(grad, places)
         return total, None
 

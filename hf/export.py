@@ -100,7 +100,9 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), rounded at random to dtype, with model's class and config. Empty weights; return the written dtype."""
+    """Save weights (name -> tensor), stochastically rounded to dtype, with model's class and config. Returns the dtype written.
+
+    Frees memory: it clears `weights` and moves the model to the meta device."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
     for name in weights:

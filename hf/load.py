@@ -266,9 +266,9 @@ def add_value_head(model, critic=None):
 
 @contextlib.contextmanager
 def without_value_head(model):
-    """Within the block, the model lacks what add_value_head added, if it did: it is exported as a plain causal LM."""
+    """Within the block, the model lacks what add_value_head added, if it did, so that it is exported as a plain causal LM."""
     inner = core(model)
-    name = getattr(inner, 'value_estimator', None)
+    name = getattr(inner, 'value_estimator', None)  # of the submodule that was added
     added = inner._modules.pop(name, None)
     try:
         yield

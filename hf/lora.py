@@ -314,7 +314,7 @@ def describe(model):
     """Return a one-line summary of a PeftModel: its trainable and total weights, and its adapted layers."""
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
-    total += quantize.packed_weights(model)
+    total += quantize.count_packed_weights(model)
     adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A')]
     layers = sorted({path.rpartition('.')[2] for path in adapted})
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'

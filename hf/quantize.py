@@ -82,7 +82,7 @@ class Linear4bit(torch.nn.Module):
 
 
 def quantize(model):
-    """Replace the linear layers in the blocks of a PeftModel, except its adapters, by Linear4bit. Returns the model."""
+    """Replace the linear layers in the blocks of a PeftModel, except its adapters, by our Linear4bit, in place. Returns the model."""
     for block in blocks(model):
         # list(), as the loop replaces modules
         for path, parent in list(block.named_modules()):
@@ -104,6 +104,6 @@ def dequantize(model):
     return model
 
 
-def packed_weights(model):
+def count_packed_weights(model):
     """Return the number of 4-bit weights of a model; as buffers they are missing from model.parameters()."""
     return sum(module.shape.numel() for module in model.modules() if isinstance(module, Linear4bit))

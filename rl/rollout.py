@@ -49,12 +49,12 @@ class Round:
                 yield order[start : start + size]
 
 
-def sample(run, source, rows, *, answers_each, first_seed):
-    """Sample `answers_each` answers to each of the prompts source[rows] from the policy. Return them as Examples.
+def sample(run, source, indices, *, answers_each, first_seed):
+    """Sample `answers_each` answers to each of the prompts source[indices] from the policy. Return them as Examples.
 
     Answer k has seed first_seed + k, so it depends neither on the number of ranks nor on where a run was resumed. Answers keep
     their end token. Raises UserError if memory runs out."""
-    prompts = [prompt.tolist() for prompt, _ in source.select(rows)]
+    prompts = [prompt.tolist() for prompt, _ in source.select(indices)]
     repeated = [prompt for prompt in prompts for _ in range(answers_each)]  # one for each answer
     seeds = range(first_seed, first_seed + len(repeated))
     # rows: how many answers a rank samples side by side

@@ -75,7 +75,7 @@ def unlock():
 
 
 def append(path, text):
-    """Append whole lines to a file. On a full disk, warn and keep them in memory, to be retried by the next call."""
+    """Append whole rows to a file. If it cannot be written (a full disk), warn and keep them in memory, for the next call to retry."""
     path = Path(path)
     with _append_lock:
         # rows of earlier calls that are still in memory come first

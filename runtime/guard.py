@@ -75,7 +75,7 @@ def watch(name):
 
 @contextlib.contextmanager
 def unblocked():
-    """Context manager that unblocks signals around user code: its child processes would inherit the blocked signals."""
+    """Context manager that unblocks the signals that watch() has blocked, around user code: its child processes would inherit that."""
     blocked_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield

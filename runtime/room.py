@@ -22,7 +22,7 @@ from configurator import UserError
 from data import pack, tokens_taken
 from hf import lean, sharded
 from hf.parts import blocks, core
-from hf.quantize import packed_weights
+from hf.quantize import count_packed_weights
 from model import Head
 from runtime import ranks
 from runtime.files import say
@@ -45,7 +45,7 @@ def check_room(run, frozen_models=()):
     exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if config['save_dtype'] == 'float32' else 2
     # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
-    model_bytes = bytes_each * (_count(exported) + packed_weights(policy))
+    model_bytes = bytes_each * (_count(exported) + count_packed_weights(policy))
     # a checkpoint has the trained weights and the optimizer state, in float32
     numbers_each = 1 + MOMENTS[config['optimizer']]
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)

@@ -73,9 +73,10 @@ def choose_splits(names, wanted, source):
             say_which = f"say which: --data='{source}[{example}]' ({HELP})"
             raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         train = likely[0]
-    # train_prefs is tested on test_prefs; with a single train split, test, validation and so on are candidates, too
+    # train_prefs is tested on test_prefs
     held_out_names = ['test', 'validation', 'valid', 'dev', 'val']
     test_names = [train.replace('train', name, 1) for name in held_out_names]
+    # the only train split is tested on any of them
     if sum(name.startswith('train') for name in names) == 1:
         test_names += held_out_names
     # name != train: a split must not be its own test split

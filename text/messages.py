@@ -279,9 +279,11 @@ def as_chats(example, system=None):
 
 
 def instruction(prompt):
-    """Return a prompt as AlpacaEval's instruction: the text of a single question, or a whole dialogue as text."""
+    """Return a prompt, in Anthropic's format or messages, as AlpacaEval's instruction: a single question's text, or the whole
+    dialogue as text. A system message is left out."""
     if isinstance(prompt, str):
         text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
+        # ask() gives the prompt back
         is_single_question = ask(text) == prompt and ASSISTANT not in text
         return text if is_single_question else prompt
     turns = [turn for turn in prompt if turn['role'] != 'system']
@@ -296,7 +298,7 @@ def strip_html(markup):
     blocks = 'p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split()
     # a tag, with groups for its slash and name; quoted attributes may contain >
     tag_pattern = r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>"""
-    # [text before the first tag, slash, name, text after this tag, slash, name, ...]
+    # [slash, name, text after this tag, slash, name, ...]; the text before the first tag gets '', '' for slash and name
     pieces = ['', '', *re.split(tag_pattern, re.sub('(?s)<!--.*?-->', '', markup))]
     for slash, tag, data in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
         if tag == 'pre':

@@ -178,7 +178,7 @@ def fingerprint(source):
     return content_hash(source, content) if content else None
 
 
-def vanished(source, split, left_out):
+def nothing_left(source, split, left_out):
     """Return the UserError for a source without any examples left."""
     reasons, _ = in_words(left_out)
     return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')

@@ -113,7 +113,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     if data_fraction < 1:
         examples = examples.select(uniform_hash(examples.uid, seed + 2) < data_fraction)
     if not len(examples) and split == 'train':
-        raise sources.vanished(data, split, examples.left_out)
+        raise sources.nothing_left(data, split, examples.left_out)
     return examples
 
 
@@ -133,7 +133,7 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
                 yield row
             # the held-out part of a source may have no usable rows
             if not is_usable and (split == 'train' or read_args['undivided']):
-                raise sources.vanished(source, split, left_out - left_out_before + unusable)
+                raise sources.nothing_left(source, split, left_out - left_out_before + unusable)
 
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):

@@ -42,7 +42,7 @@ def test_log_probs(tmp_path):
         load_model(tiny_model(tmp_path / 'gpt2', 'gpt2'), adapters=ADAPTERS | {'targets': None})
     base = tiny_model(tmp_path / 'llama', 'llama')
     loaded = trained(load_model(base, adapters=ADAPTERS))
-    assert quantize.packed_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
+    assert quantize.count_packed_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
     whole = quantize.dequantize(copy.deepcopy(loaded))
     batch = data.pack([(torch.arange(5, 9).numpy(), [torch.arange(9, 20).numpy(), torch.arange(30, 34).numpy()])], [0])
     found = []
