@@ -21,7 +21,7 @@ from text.examples import bos_of
 
 # maximum size of a weights file; larger models are sharded
 SHARD = '5GB'
-# Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/examples.py).
+# Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/tokenise.py).
 # {first} is replaced by the ids at the start of every prompt: [BOS], or [] if the tokenizer adds no BOS.
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
 answer; with it the score would be another one. `python -m feedback.score` of nanopref scores whole files so.
