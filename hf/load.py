@@ -370,7 +370,8 @@ def fingerprints(config):
     # a sum of reward models, 'DIR1 + DIR2*0.5', whose names rl/reward_functions.py has listed: their files together
     option = 'reward' if config.get('reward') else 'reward_model'
     for name in getattr(config, 'reward_models', ()):
-        for file, digest in _model_hashes(name).items():
+        hashes = {} if name in NO_MODEL else _model_hashes(name)
+        for file, digest in hashes.items():
             hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
     return hashes_of
 

@@ -43,6 +43,7 @@ def watch(name):
     for name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, name) is None:
             stream = open(os.devnull, 'r' if name == 'stdin' else 'w')
+            os.set_inheritable(stream.fileno(), True)  # children need it, too
             setattr(sys, name, stream)
             setattr(sys, f'__{name}__', stream)
     # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any

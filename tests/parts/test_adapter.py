@@ -144,7 +144,7 @@ def test_refused():
     write()
     good, incomplete = CONFIG.read_text(), 'does not say its r, its lora_alpha and its model'
     cases = [
-        (key, value, f'has {key}={value!r}, which is not supported here: name the')
+        (key, value, f'has {key}={value!r}, which is not supported here: name the whole model')
         for key, value in UNSUPPORTED.items()
     ]
     cases += [(key, value, incomplete) for key, value in INCOMPLETE.items()]

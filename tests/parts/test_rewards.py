@@ -77,7 +77,7 @@ def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('option, other', [('reward', 'reward_model'), ('reward_model', 'reward')])
 def test_files_of_two_reward_models_are_hashed(tmp_path, monkeypatch, option, other):
     monkeypatch.chdir(tmp_path)
-    for name in ('a', 'b'):
+    for name in ('a', 'b', 'gold'):  # gold is no model, whatever lies in a folder of that name
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text('{}')
     config = Config({option: 'a + b*0.5 + gold', other: None, 'data': 'toy', 'offline': False})

@@ -10,7 +10,7 @@ from helpers import ROOT, assistant, run_script, system, user, write_jsonl
 from test_chat import EOS, NO_SYSTEM, tokenizer_of
 
 import text.show
-from configurator import UserError
+from configurator import Config, UserError
 from runtime.files import say_once
 from tests import forks
 from text import toy
@@ -109,7 +109,7 @@ def test_the_first_example_of_a_run():
 
     def first(answers, task, n_eval=0, n_notes=0):
         run = SimpleNamespace(train=Examples.of([(ids['a '], answers)]), held_out=[], total=1)
-        run.tokenizer, run.task, run.config = tokenizer, task, SimpleNamespace(n_examples=None, batch_size=1)
+        run.tokenizer, run.task, run.config = tokenizer, task, Config(n_examples=None, batch_size=1)
         _, *notes, shown = text.show.summary(run, n_eval)
         assert str(notes).count('note: there is nothing to evaluate on') == len(notes) == n_notes
         return shown
