@@ -117,7 +117,7 @@ def read_prompts():
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        if source.endswith('.txt'):  # one prompt per line
+        if source.lower().endswith('.txt'):  # one prompt per line
             lines = read_text(source).splitlines()
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue

@@ -117,7 +117,7 @@ def data_files(path):
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # next to other data files, a .txt is a licence or the like
-        return [file for file in found if '.txt' not in Path(file).suffixes] or found
+        return [file for file in found if '.txt' not in Path(file.lower()).suffixes] or found
     # lexists: a broken link is not a pattern
     if not os.path.lexists(path):
         matches = sorted(glob.glob(path, recursive=True))

@@ -45,7 +45,7 @@ COLUMNS = ('prompt question system chosen rejected response label messages text 
            'response_a response_b response_0 response_1 response_2 winner').split()
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
 SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject'),
-         ('preferred', 'dispreferred'), ('winning', 'losing'), ('better', 'worse')]
+         ('preferred', 'dispreferred'), ('winning', 'losing')]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
@@ -55,7 +55,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response', 'demonstration=response',
+    'generated_solution=response', 'output_text=response',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt'}
@@ -198,8 +198,9 @@ def unified(row, columns=None):
             turns = value if isinstance(value, list) else []
             if turns and all(isinstance(turn, dict) and turn.keys() & {'role', 'from'} for turn in turns):
                 chats.append(name)
-        if len(chats) == 1:
-            row['messages'] = row.pop(chats[0])
+        name = chats[0] if len(chats) == 1 else first_of(('items', 'dialogue', 'data'), chats)
+        if name:
+            row['messages'] = row.pop(name)
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
@@ -499,9 +500,8 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        names = next(names for names in SCORED if names[:2] == columns and set(names) <= row.keys())
-        first_score, second_score = (field(row, name, NUMBER) for name in names[2:])
-        lead = second_score - first_score
+        *columns, first, second = next(names for names in SCORED if set(names) <= row.keys())
+        lead = field(row, second, NUMBER) - field(row, first, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')
     chosen, rejected = columns[::-1] if lead > 0 else columns

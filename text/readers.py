@@ -70,7 +70,8 @@ def read_file(file):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
     # the reader of data.jsonl.gz is that of .jsonl
     path = Path(file.lower())
-    read = READERS[Path(path.stem).suffix if path.suffix in PACKED else path.suffix]
+    name = path.stem if path.suffix in PACKED else path.name
+    read = READERS['.' + name.rpartition('.')[2]]
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()

@@ -148,7 +148,7 @@ def locate(source):
     local_path = os.path.expanduser(source)
     if os.path.exists(local_path) or glob(local_path, recursive=True):
         return None, local_path, None
-    looks_like_path = source.endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
+    looks_like_path = source.lower().endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
     if looks_like_path or source.count('/') != 1:
         readers = sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_'))
         known = ', '.join(readers) + did_you_mean(source, readers)

@@ -24,7 +24,7 @@ from experiments import ROOT
 from experiments.claims.grid import FULL, QUICK, SEARCH_SEED, SEARCHES, Grid, best_of, key, search_trials
 from experiments.claims.report import write, write_page
 from experiments.claims.trial import run_trial, train_reference
-from runtime.files import append
+from runtime.files import append, append_kept
 
 seeds = '1 2 3 4 5'  # of the SFT model, the pairs, their order, the flips and the samples; 0 is the search's
 quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
@@ -66,6 +66,7 @@ def run(trials, file, work):
             minutes = (time.time() - began) / i * (len(left) - i) / 60
             done = f'{i:4d}/{len(left)}  seed {result["seed"]}'
             print(f'{done}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
+    append_kept()  # raises UserError if the disk is still full
 
 
 if __name__ == '__main__':

@@ -47,9 +47,11 @@ def test_every_format_and_compression(tmp_path, ending):
     assert found == ROWS
     # a quoted line break makes two lines of one row
     assert int(found[1].where.rpartition(' ')[2]) == (4 if ending.startswith(('.csv', '.tsv')) else 2)
+    (tmp_path / 'LICENSE.TXT').write_text('free')
     in_capitals = (tmp_path / f'data{ending}').rename(tmp_path / f'DATA{ending.upper()}')
-    for source in (in_capitals, tmp_path):
-        assert answers(str(source), undivided=True) == ALL
+    assert answers(str(in_capitals), undivided=True) == answers(str(tmp_path), undivided=True) == ALL
+    without_a_name = in_capitals.rename(tmp_path / ending)
+    assert answers(str(without_a_name), undivided=True) == ALL
 
 
 @pytest.mark.parametrize('name, content, rows, lines', [

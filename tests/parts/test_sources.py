@@ -305,7 +305,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
         'user and assistant as columns': {'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'},
-        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': QA, 'tags': ['x']}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
+        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': [QA[0] | {'replies': 3}, QA[1]], 'tags': ['x']},
+        'two columns of messages': {'system': 'Be brief.', 'raw': TWO_TURNS, 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
     ('sft', SFT | {'prompt': ASKS}, {
         'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
@@ -351,6 +352,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in (two, -1, -1.0)], [PAIR], {'tie': 2}) for one, two in ((0, 1), (1, 2))),
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
+    ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
