@@ -118,7 +118,8 @@ def read_prompts():
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
         if source.lower().endswith('.txt'):  # one prompt per line
-            lines = read_text(source).splitlines()
+            # not splitlines, which divides a prompt at U+2028 or a form feed
+            lines = read_text(source).split('\n')
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
@@ -313,8 +314,11 @@ rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
     n_cut = sum(row['finish'] == 'length' for row in rows_by_key.values())
+    # an endpoint's refusals, calls of tools, and thoughts that took all tokens
+    n_empty = sum(not row['response'].strip() for row in rows_by_key.values())
+    empty = f', {n_empty} empty' if n_empty else ''
     saved = f'{out_dir}/samples.jsonl, {counted(len(rows_by_key), "answers")}'
-    log.say(f'done: {saved}, {n_cut} of them cut at {max_new_tokens} tokens')
+    log.say(f'done: {saved}, {n_cut} of them cut at {max_new_tokens} tokens{empty}')
     log.say(f'{out_dir}/model_outputs.json: the first answer to each prompt')
 
 
@@ -326,13 +330,17 @@ def score_answers():
     data_rows = [getattr(prompts[i], 'raw', prompts[i]) for i, _ in rows_by_key]
     # a line has the value of each function, and in 'score' their weighted sum
     lines = [{'index': i, 'sample': sample, 'score': 0.0} for i, sample in rows_by_key]
-    for part in reward_parts:
+    # a function may have the name of one of these three
+    columns = [
+        f'score_{part.name}' if part.name in ('index', 'sample', 'score') else part.name for part in reward_parts
+    ]
+    for part, column in zip(reward_parts, columns, strict=True):
         values, _ = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
-            line[part.name] = value
+            line[column] = value
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-    for name in ('score', *(part.name for part in reward_parts)):
+    for name in ('score', *columns):
         mean = sum(line[name] for line in lines) / max(1, len(lines))
         log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
 

@@ -59,7 +59,8 @@ def read_back(path, key_of):
 def read_text(path, name=None):
     """Return the content of a text file. Raises UserError, calling the file `name` if given, else by its path."""
     try:
-        return Path(path).read_text('utf-8')
+        # utf-8-sig: without the mark that Windows editors write before the first character
+        return Path(path).read_text('utf-8-sig')
     except (OSError, ValueError) as error:
         # OSError has strerror; a ValueError means that the bytes are not UTF-8
         reason = getattr(error, 'strerror', None) or 'not a text file'

@@ -153,7 +153,7 @@ def load_function(file, name):
         # dataclasses need their module in sys.modules during execution
         sys.modules[spec.name] = module
         try:
-            with guard.unblocked():
+            with _user_code():
                 spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[spec.name]
@@ -175,11 +175,21 @@ def load_function(file, name):
     return function
 
 
+@contextlib.contextmanager
+def _user_code():
+    """Context manager: signals are unblocked; afterwards the current folder and torch's gradient mode are as before."""
+    torch = sys.modules.get('torch')  # not imported in workers
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
+    # the run's paths are relative to the current folder
+    with guard.unblocked(), contextlib.chdir('.'), gradients:
+        yield
+
+
 def call(part, prompts, responses, rows):
     """Call a part's function on n answers in this process. Return n floats. Raises Failed."""
     function = load_function(part.file, part.function_or_model)
     try:
-        with guard.unblocked():
+        with _user_code():
             result = function(prompts, responses, rows)
             if inspect.iscoroutine(result):
                 result = asyncio.run(result)
@@ -191,7 +201,8 @@ def call(part, prompts, responses, rows):
         raise Failed(f'it returned {shorten(repr(result), 60)}, where a list of {len(responses)} numbers is wanted')
     values = [value.item() if hasattr(value, 'item') else value for value in values]
     for value in values:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        # not math.isfinite, which raises for an int beyond a float's range; NaN fails the comparison
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise Failed(f'it returned {shorten(repr(value), 60)}, where a finite number is wanted')
     return [float(value) for value in values]
 
