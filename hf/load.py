@@ -167,6 +167,7 @@ def _read_config(name, *, trust_remote_code=False, **_others):
             generation_config.validate(strict=True)
     except (TypeError, ValueError):
         # the export could not save contradictory options: keep the token ids alone
+        say_once(f'note: the generation config of {name!r} contradicts itself: only its token ids are kept')
         token_ids = {key: getattr(generation_config, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
         generation_config = transformers.GenerationConfig(**token_ids)
     _configs[name] = config
@@ -190,8 +191,12 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
         else:
             _check_files(name, config)
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
+            options |= {'ignore_mismatched_sizes': True}  # they are named below
             model, info = auto.from_pretrained(name, config=config, **options)
             missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
+            for key, in_file, in_config in sorted(info['mismatched_keys']):
+                shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
+                raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')
     # device_map offloads to the CPU or the disk (meta tensors) what the GPUs cannot hold
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:

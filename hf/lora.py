@@ -7,6 +7,7 @@ passes without gradients, such as one for a step's statistic, have no dropout.""
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,14 @@ def _load_weights(model, saved, adapter_name='default'):
     import peft
 
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
-    result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    try:
+        result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    # a module that it holds whole has other sizes than the model's: its embedding was resized for new tokens
+    except RuntimeError as error:
+        # of load_state_dict's list, the first mismatch
+        _, *mismatches = str(error).strip().splitlines()
+        mismatch = ' '.join(' '.join(mismatches[:1]).split())[:300].rstrip('.')
+        raise UserError(f'the adapter {saved.name!r} does not fit {saved.base}: {mismatch}: {WAY_OUT}') from None
     # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
     problem = 'lacks' if missing else 'has, without a place in its model,'
@@ -272,6 +280,9 @@ def _check_trainable(model, saved):
     outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]
     # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
+    # weights of the model itself, which PEFT writes beside the adapter where an embedding was resized: the export leaves them out
+    keys = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
+    outside += sorted(key for key in keys if '.lora_' not in key and not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:

@@ -258,6 +258,11 @@ def write(chat, tools, tokenizer, **options):
     # a template may raise any exception
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        # no row can be written then
+        if type(error).__name__ == 'TemplateSyntaxError':
+            raise UserError(
+                f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}: {reason}'
+            ) from None
         raise Refused(f'the chat template refuses an example: {reason}') from None
     for role in unknown:
         # texts[1]: the chat without contents

@@ -254,6 +254,10 @@ def as_parts(row, task, left_out, last_turn_only=False):
         return []
     if len(answers) == 1:
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
+        # a chat with a single answer, whose tokens the template may mark itself: no other answer of it is trained on
+        is_chat = isinstance(prompt, list) and isinstance(answers[0], list) and len(answers[0]) == 1
+        if task == 'sft' and not conversation and is_chat and prompt and prompt[-1]['role'] != 'assistant':
+            conversation = [*(turn | {'weight': 0} for turn in prompt), *answers[0]]
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
     chosen, rejected = answers
     if chosen == rejected:
@@ -278,6 +282,8 @@ def _render_part(part, tools, tokenizer, left_out):
     if segments is not None:
         # []: all answers are empty (already counted)
         return [(segments, part)] if segments else []
+    if len(trained) == 1:
+        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
     # the template cannot render it as one text: one example per answer, with all earlier messages as its prompt
     left_out[turns.APART] += 1
     return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), plain) for i in trained]

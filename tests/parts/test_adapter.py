@@ -162,11 +162,15 @@ def test_refused():
     for weights, words in (
         ({k: w for k, w in good.items() if k != first}, 'lacks weights: ' + first.removesuffix('.weight')),
         (good | {'base_model.model.x.lora_A.weight': torch.ones(2)}, 'without a place in its model'),
-        (good | {first: torch.ones(4, 7)}, "cannot load the model 'run/adapter': Error"),
+        (good | {first: torch.ones(4, 7)}, "the adapter 'run/adapter' does not fit base: size mismatch"),
     ):
         save_file(weights, file)
         assert words in said()
     dpo = 'dpo.py', '--model=run/adapter', '--out_dir=out'
+    # the base model's own embedding beside the adapter, as PEFT saves it where that was resized: an export would lose it
+    embedding = 'model.embed_tokens.weight'
+    save_file(good | {f'base_model.model.{embedding}': tensors('base')[embedding] + 1}, file)
+    assert 'outside the blocks' in refused(*dpo, '--lora_rank=4')
     save_file(good | {first: good[first].fill_(torch.nan)}, file)
     assert 'before the first step the loss is no number: weights of the model' in refused(*dpo)
     assert 'has rank 4: --lora_rank=4 goes on with it' in refused(*dpo, '--lora_rank=8')

@@ -467,6 +467,7 @@ CONFIGS = {
     'plain': {},
     'soft cap': {'final_logit_softcapping': 3.0},
     'scale': {'logit_scale': 0.3},
+    'multiplier': {'lm_head_multiplier': 0.7},
     'inverse scale and cap': {'logits_scaling': 2.0, 'final_logit_softcapping': 3.0},
 }
 
@@ -474,7 +475,8 @@ CONFIGS = {
 def plainly(hidden, weight, bias, config):
     """Log-probs of the whole vocabulary in one piece, from the formulas."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
-    logits = logits * config.get('logit_scale', 1.0) / config.get('logits_scaling', 1.0)
+    factor = config.get('logit_scale', 1.0) * config.get('lm_head_multiplier', 1.0)
+    logits = logits * factor / config.get('logits_scaling', 1.0)
     cap = config.get('final_logit_softcapping')
     return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
 

@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+import torch
 from helpers import ROOT, metrics, read_jsonl, refused, run_script, sentence, system, user, write_jsonl
 
 from configurator import Config, UserError
@@ -111,6 +112,14 @@ def test_functions_of_all_kinds(text, expected, score, tmp_path):
     assert score(text) == ([expected] * 40, [False] * 40)
 
 
+def test_user_code_leaves_the_run_as_it_was(score, tmp_path):
+    """Wherever it goes, and whatever it does to gradients: also while the file is loaded."""
+    text = 'import os, torch\nos.chdir("/")\ntorch.set_grad_enabled(False)\ndef f(p, r, rows):\n    {}\n    return [1.0] * len(r)'
+    before = os.getcwd()
+    score(text.format('os.chdir("/"); torch.set_grad_enabled(False)'))
+    assert os.getcwd() == before and torch.is_grad_enabled()
+
+
 MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "37" else 1.0 for row in rows]'
 
 
@@ -120,7 +129,7 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
      r"f of .*py fails at data, line 0: KeyError: 'solution' \(line 2: return .*\); its columns are prompt, answer"),
     (MIXED.format('1 / 0'), r'fails at data, line 37: ZeroDivisionError: division by zero \(line 2: '),
     (MIXED.format('None'), 'fails at data, line 37: it returned None, where a finite number is wanted'),
-    (MIXED.format('float("nan")'), r'line 37: it returned nan, '),
+    (MIXED.format('float("nan")'), r'line 37: it returned nan, '), (MIXED.format('10**400'), r'line 37: it returned \[\.\.\.\], where a finite'),
     (MIXED.format('"1"'), r"line 37: it returned '1', "),
     (MIXED.format('exit()'), 'line 37: SystemExit'),
     ('def f(p, responses, rows): return 0.5', r'it returned 0\.5, where a list of 1 numbers'),

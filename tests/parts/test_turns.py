@@ -82,6 +82,18 @@ def test_a_template_that_marks_its_answers(template, length):
     assert ids == own_ids[:end] and mask == own_mask[:end] and sum(mask) == sum(own_mask)
 
 
+@pytest.mark.parametrize('template', [GENERATES, MARKS_ALL])
+def test_a_single_answer_that_the_template_marks(template):
+    """Readers give no turns to a chat with one answer; an earlier one in the prompt is not trained on."""
+    tokenizer = tokenizer_of(template, '<|im_end|>')
+    one, last = ({'prompt': chat[:-1], 'response': chat[-1:]} for chat in (CHAT[:2], CHAT[:4]))
+    weighed = [turn | ({'weight': 0} if turn is CHAT[1] else {}) for turn in CHAT[:4]]
+    found = tokenise([one, last], tokenizer, 'sft', 256, 128, 'start', Counter())
+    assert [ids_and_mask(found[i]) for i in (0, 1)] == [
+        ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)
+    ]
+
+
 @pytest.mark.parametrize('chats, last_only, trained, num_turns, reasons', [
     # a call alone, where the template knows of none: its end of turn by itself is not trained on
     ([[*CHAT[:3], CALLS, TOOL, CHAT[3]]], False, ['clean .', 'very fine .'], 6, {'empty answers': 1}),
