@@ -150,7 +150,8 @@ def _read_file(path, options):
         source = Path(path).read_text('utf-8')
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'not a text file')
-        near = values.did_you_mean(path, map(str, Path(os.path.dirname(path) or 'config').glob('*.py')))
+        there = Path(os.path.dirname(path) or 'config').glob('*.py')
+        near = '' if os.path.exists(path) else values.did_you_mean(path, map(str, there))
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
     # run it statement by statement, to know the line of each assignment or error
     namespace = {}  # variables of the file

@@ -294,7 +294,8 @@ for name, (column, clusters) in rates.items():
 n_judged = len(set(questions))
 rate = error = interval = effect = None
 if n_judged >= winrate.ENOUGH:
-    rate, error, interval, effect = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
+    differences = lengths[:, 0] - lengths[:, 1]
+    rate, error, interval, effect = winrate.length_controlled(wins, differences, questions)
 report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
 report['length_controlled_interval'] = interval
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None

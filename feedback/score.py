@@ -301,7 +301,8 @@ def accuracy(pairs):
     prompts = [content_hash(row['prompt']) for row in pairs]
     share = float(np.mean(is_right))
     low, high = winrate.interval(is_right, clusters=prompts)
-    counts = f'over {counted(len(set(prompts)), "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
+    n_prompts = len(set(prompts))
+    counts = f'over {counted(n_prompts, "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
     return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f} {counts}'
 
 

@@ -106,7 +106,9 @@ def _save_weights(model, weights, dtype, folder):
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
     for name in weights:
-        largest = torch.linalg.vector_norm(weights[name].float(), torch.inf) if weights[name].numel() else 0.0
+        largest = 0.0
+        if weights[name].numel():
+            largest = torch.linalg.vector_norm(weights[name].float(), torch.inf)
         if limit < largest < torch.inf:
             cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
             say(f'note: {cause}: the model is kept in float32')
@@ -196,7 +198,8 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
-        table = [f'| {name} | {value:.4g} |' for name, value in evaluations[-1].items() if isinstance(value, float)]
+        numbers = {name: value for name, value in evaluations[-1].items() if isinstance(value, float)}
+        table = [f'| {name} | {value:.4g} |' for name, value in numbers.items()]
         text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
     listed = '\n'.join(f'{name} = {value!r}' for name, value in options.items())
     text += f'\nOptions:\n\n```python\n{listed}\n```\n'

@@ -69,7 +69,8 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
         for i, answer in enumerate(answers[:n_written]):
             row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': decode(prompts[i])}
             row |= {'response': decode(without_end(answer, stop)), 'tokens': len(answer)}
-            row |= {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
+            for column, values in measured.get(name, {}).items():
+                row[column] = round(values[i].item(), 6)
             lines.append(json.dumps(row) + '\n')
     ranks.on_one_rank(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
     return measured

@@ -394,8 +394,8 @@ def _hashes(name):
     if os.path.isdir(name):
         # the files that define a model
         suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
-        files = [file for file in sorted(Path(name).iterdir()) if file.suffix in suffixes and file.is_file()]
-        return {file.name: file_hash(file) for file in files}
+        files = [file for file in Path(name).iterdir() if file.suffix in suffixes and file.is_file()]
+        return {file.name: file_hash(file) for file in sorted(files)}
     # from_pretrained stores the commit in the config
     commit = getattr(_configs.get(name), '_commit_hash', None)
     return {'commit': commit} if commit else {}

@@ -62,7 +62,8 @@ def sample(run, source, indices, *, answers_each, first_seed):
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
     starts = range(0, len(answers), answers_each)  # of the answers to each prompt
-    return Examples.of([(prompt, answers[i : i + answers_each]) for prompt, i in zip(prompts, starts, strict=True)])
+    groups = [answers[start : start + answers_each] for start in starts]
+    return Examples.of(list(zip(prompts, groups, strict=True)))
 
 
 def token_indices(batch, rows, starts, per_prompt):

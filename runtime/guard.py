@@ -264,9 +264,11 @@ def bad_step(run, first, rows, columns):
     for place in places:
         index = int(rows[place])
         row = {'examples': last, 'what': quantity, 'place': place, 'index': index, 'uid': int(run.train.uid[index])}
-        numbers = {name: values[place].item() for name, values in columns.items()} | {'grad_norm': run.norm}
+        numbers = {name: values[place].item() for name, values in columns.items()}
+        numbers['grad_norm'] = run.norm
         # JSON has no NaN or infinity: write them as strings
-        row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
+        for name, number in numbers.items():
+            row[name] = number if math.isfinite(number) else str(number)
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
     run.state['bad_steps'] += 1

@@ -63,7 +63,8 @@ def check_there(name):
     if not _may_be_hub_id(name):
         # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command
         run = Path(name).parent.name
-        is_ours = name == f'out/{run}/model' and Path(__file__).parents[1].joinpath('config', f'{run}.py').exists()
+        config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
+        is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
         raise UserError(f'there is no model folder {name!r} {where}: train it first{how}, or name another one')
     # offline, file_of() finds only what is in the cache

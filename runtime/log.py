@@ -334,7 +334,8 @@ def schedule(step, steps, warmup, shape):
     warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
     # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
     remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
-    decay = {'constant': 1.0, 'linear': remaining, 'cosine': (1 - math.cos(math.pi * remaining)) / 2}[shape]
+    cosine = (1 - math.cos(math.pi * remaining)) / 2
+    decay = {'constant': 1.0, 'linear': remaining, 'cosine': cosine}[shape]
     # + 1: the first step has a rate above 0
     rising = (step + 1) / (warmup + 1)
     return min(1.0, rising, decay)

@@ -272,7 +272,8 @@ def bytes_per_token(policy, forward, train, packed):
 
     forward(batch): the policy's training forward, run here on the example of median length."""
     median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
-    batch = pack([train[median]], [0], pad=not packed, device=next(policy.parameters()).device)
+    device = next(policy.parameters()).device
+    batch = pack([train[median]], [0], pad=not packed, device=device)
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):

@@ -133,15 +133,20 @@ class Examples:
         own_uid = self.uid + self.good.astype(np.uint64)
         fractions = np.where(self.good, frac_good, frac_bad)
         # seed + 1: flip draws with seed
-        is_kept = uniform_hash(own_uid, seed + 1) < fractions
-        if not is_kept.any():
-            raise UserError('no train examples are left: raise frac_good or frac_bad')
-        return self.select(is_kept)
+        return self.drawn(uniform_hash(own_uid, seed + 1) < fractions, 'frac_good or frac_bad')
+
+    def drawn(self, is_drawn, option):
+        """Return the examples of a mask that follows from an option, and count the others. Raises UserError if none is left."""
+        if not is_drawn.any():
+            raise UserError(f'no train examples are left: raise {option}')
+        not_drawn = Counter({f'examples not drawn, by {option}': int((~is_drawn).sum())})
+        return replace(self.select(is_drawn), left_out=self.left_out + not_drawn)
 
     @cached_property
     def prompt_hashes(self):
         """(n,) hash of each prompt; comparable within this process only."""
-        return np.array([hash(self.ids[start:end].tobytes()) for start, end in self.spans[:, 0]], np.int64)
+        prompts = [self.ids[start:end] for start, end in self.spans[:, 0]]
+        return np.array([hash(ids.tobytes()) for ids in prompts], np.int64)
 
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.

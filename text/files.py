@@ -197,7 +197,10 @@ def _splits_by_name(path):
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # names are relative to the folder, or to the folder before the first wildcard of a pattern
-    root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
+    root = path
+    if not os.path.isdir(path):
+        before_wildcard = re.split(r'[*?\[]', path)[0]
+        root = os.path.dirname(before_wildcard)
     splits = {}
     for file in data_files(path):
         name = os.path.relpath(file, root or '.')

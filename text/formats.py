@@ -128,7 +128,9 @@ def parse_any(row, task=None, columns=None):
         # chat templates must not see the weights
         prompt = example['prompt']
         if isinstance(prompt, list):
-            example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
+            example['prompt'] = [turn | {} for turn in prompt]
+            for turn in example['prompt']:
+                turn.pop('weight', None)
         if row.get('tools'):
             example['tools'] = field(row, 'tools', list)
         if not row.get('system'):

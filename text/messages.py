@@ -161,7 +161,11 @@ def as_messages(value, must_be_chat=False):
         parsed = parse_literal(value)
         turns = parsed if isinstance(parsed, list) else [parsed]
         fields = ({'role', 'content'}, {'from', 'value'}, {'messages'})
-        are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in fields) for turn in turns)
+
+        def is_message(turn):
+            return isinstance(turn, dict) and any(keys <= turn.keys() for keys in fields)
+
+        are_messages = all(map(is_message, turns))
         # a text that is something else stays text
         if isinstance(parsed, list | dict) and turns and (are_messages or are_texts(turns)):
             value = parsed

@@ -155,7 +155,8 @@ def _print_text(left_out):
         for item in items:
             # in characters of the prompt and the longest answer; of chats only their contents count
             texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
-            of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
+            contents = [[turn['content'] for turn in _messages(text)] for text in texts]
+            of_prompt, *of_answers = [sum(map(len, parts)) for parts in contents]
             lengths.append(of_prompt + max(of_answers, default=0))
     _print_summary(counts, lengths, left_out)
 

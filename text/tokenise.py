@@ -106,12 +106,15 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                 _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
         examples = tokenised[split]
     examples = examples.select(slice(enough.get(split)))
+    # an evaluation takes the first ones: mix those of several sources, by a hash
+    if split == 'test' and len(names) > 1:
+        examples = examples.select(uniform_hash(examples.uid, 0).argsort(kind='stable'))
     # so that the exported tokenizer formats chats as in training
     if NO_TEMPLATE in examples.left_out:
         tokenizer.chat_template = PLAIN_CHAT
     # seed + 2: flip hashes with seed, and would flip exactly the pairs that are kept
-    if data_fraction < 1:
-        examples = examples.select(uniform_hash(examples.uid, seed + 2) < data_fraction)
+    if data_fraction < 1 and len(examples):
+        examples = examples.drawn(uniform_hash(examples.uid, seed + 2) < data_fraction, 'data_fraction')
     if not len(examples) and split == 'train':
         raise sources.nothing_left(data, split, examples.left_out)
     return examples
@@ -255,8 +258,9 @@ def as_parts(row, task, left_out, last_turn_only=False):
     if len(answers) == 1:
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
         # a chat with a single answer, whose tokens the template may mark itself: no other answer of it is trained on
-        is_chat = isinstance(prompt, list) and isinstance(answers[0], list) and len(answers[0]) == 1
-        if task == 'sft' and not conversation and is_chat and prompt and prompt[-1]['role'] != 'assistant':
+        is_chat = isinstance(prompt, list) and isinstance(answers[0], list)
+        is_turn = is_chat and len(answers[0]) == 1 and prompt and prompt[-1]['role'] != 'assistant'
+        if task == 'sft' and not conversation and is_turn:
             conversation = [*(turn | {'weight': 0} for turn in prompt), *answers[0]]
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
     chosen, rejected = answers
@@ -373,7 +377,8 @@ class Builder:
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        arrays = np.asarray(self.ids), spans, np.array(self.good, bool), np.asarray(self.uid)
+        good = np.array(self.good, bool)
+        arrays = np.asarray(self.ids), spans, good, np.asarray(self.uid)
         return Examples(*arrays, +self.left_out, margin=margin)
 
 

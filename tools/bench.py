@@ -322,7 +322,10 @@ if data == 'synthetic':
     pairs = []
     for _ in range(steps.size):
         # fixed lengths override the drawn ones
-        drawn = [np.clip(rng.lognormal(math.log(median), sigma), 2, most) for median, sigma, most in LENGTHS]
+        drawn = []
+        for median, sigma, most in LENGTHS:
+            length = rng.lognormal(math.log(median), sigma)
+            drawn.append(np.clip(length, 2, most))
         lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
         prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
         pairs.append((prompt, answers))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import data
+import training
 from configurator import UserError
 from hf import attention, probe
 from runtime.prefetch import prefetch
@@ -400,6 +401,7 @@ def test_load_examples(write):
     assert kept[0.2] < kept[0.5] < kept[1.0] == set(load(source).uid.tolist())
     assert 300 < len(kept[0.2]) < 500 and 900 < len(kept[0.5]) < 1100
     assert set(load(source, data_fraction=0.5, seed=1).uid.tolist()) != kept[0.5]
+    assert load(source, data_fraction=0.2).left_out['examples not drawn, by data_fraction'] == 2000 - len(kept[0.2])
     some = load(source, data_fraction=0.5)
     assert 150 < some.flip(0.2, 0).left_out['labels flipped'] < 250  # a fifth of what is kept, not of the low hashes
 
@@ -422,7 +424,7 @@ def test_every_source_must_give_something(write, rows, words):
             load(source, split=split, skip_bad_rows=True)
     for _ in range(2):
         assert len(load(bad, split='test', undivided=False, skip_bad_rows=True)) == 0
-    with pytest.raises(UserError, match='no train examples are left'):
+    with pytest.raises(UserError, match='no train examples are left: raise data_fraction'):
         load(good, data_fraction=0.0)
 
 
@@ -569,6 +571,24 @@ def test_scripts_flip_training_examples_alone(train, capsys):
     assert '120 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--loss=kto', '--frac_good=0', '--frac_bad=0.5', out='kept')
     assert not run.train.good.any() and 15 < len(run.train) < 45 and len(run.held_out) == 8
+    assert f'{120 - len(run.train)} examples not drawn, by frac_good or frac_bad' in capsys.readouterr().out
+
+
+def test_several_sources_all_take_part(tmp_path, monkeypatch):
+    """In training, however few examples are enough, and in evaluation."""
+    monkeypatch.setattr(training, 'ENOUGH', 40)
+    files = [
+        write_jsonl(tmp_path / f'{name}.jsonl', [pair(f'{name} {i}', ' a', ' b') for i in range(60)]) for name in 'pq'
+    ]
+    sizes = '--model=toy --n_examples=4 --batch_size=4 --n_eval_examples=8 --warmup_steps=0'.split()
+    of_p = load(files[0], toy.tokenizer()).uid
+    for source, n_train in ((str(files[0]), 40), (f'{files[0]}+{files[1]}', 120)):
+        run = run_script(
+            'dpo.py', *sizes, f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path}/{n_train}'
+        )['run']
+        assert len(run.train) == n_train
+        shares = [np.isin(examples.uid, of_p).mean() for examples in (run.train, run.held_out)]
+        assert shares == [1, 1] if n_train == 40 else shares[0] == 0.5 and 0 < shares[1] < 1
 
 
 @pytest.mark.parametrize(('n_examples', 'n_eval'), [(3, 1), (4, 2), (5, 3)])

@@ -305,7 +305,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
         'user and assistant as columns': {'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'},
-        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': [QA[0] | {'replies': 3}, QA[1]], 'tags': ['x']},
+        'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': QA, 'tags': ['x']},
         'two columns of messages': {'system': 'Be brief.', 'raw': TWO_TURNS, 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
     ('sft', SFT | {'prompt': ASKS}, {
@@ -320,6 +320,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', {'prompt': 'POST: p\nTL;DR:', 'response': ' a'}, {'CarperAI, summaries': {'prompt': 'POST: p\nTL;DR:', 'label': ' a'}}),
     ('sft', {'prompt': [user('x'), assistant('y'), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}, {'OpenAI, one of three not trained on': {'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}}),
     ('sft', SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}, {'XTuner, answers not trained on': {'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}}),
+    ('sft', SFT | {'prompt': [user('q?') | {'replies': 3}]}, {'a number of replies': {'messages': [QA[0] | {'replies': 3}, QA[1]]}}),
     ('sft', SFT | {'response': [assistant('a') | {'loss': 0.3}]}, {'a number called loss': {'messages': [user('q?'), assistant('a') | {'loss': 0.3}]}}),
     ('sft', SFT | {'response': [assistant('<think>so</think>a')]}, {'a thought in both': {'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}}),
     ('sft', SFT | {'prompt': [user('a b c d e. q?')]}, {'documents that are asked about': {'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}}),
