@@ -47,7 +47,9 @@ def folder(tmp_path_factory):
         tokenizer.chat_template = template
         net.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    (folder / 'prompts.txt').write_text('Review of the hotel:\n\nWhy?\nReview of the hotel:\n' + 'long ' * 300 + '\n')
+    # as Windows editors begin a file, and with a line separator inside of a prompt
+    lines = ['Review of the hotel:', '', 'Why?', 'Review of the hotel:', 'long\u2028' + ' long' * 300, '']
+    (folder / 'prompts.txt').write_text('\n'.join(lines), 'utf-8-sig')
     questions = [{'instruction': f' What is {i}?\n', 'dataset': 'x'} for i in range(4)]
     (folder / 'alpaca_eval.json').write_text(json.dumps(questions))
     return folder
@@ -218,18 +220,19 @@ def test_tools_begun_answers_and_prompts_that_the_template_refuses(folder, capsy
 def test_functions_score_answers(folder, capsys):
     """Also those of a run that is done: samples.jsonl stays as it is."""
     functions = 'def f(p, responses, rows): return [len(r) for r in responses]\n'
+    functions += 'def score(p, r, rows): return [1.0] * len(r)\n'  # it has the name of a column
     Path('own.py').write_text(functions + 'def g(p, r, rows): return [row["n"] for row in rows]')
     write_jsonl('data.jsonl', [{'prompt': f'Say {i}:', 'n': i} for i in range(3)])
     flags = f'--model={folder}/model --data=data.jsonl --n=2 --max_new_tokens=4'.split()
     _, before = run(*flags)
-    run_script('sample.py', '--out_dir=out', *flags, '--reward=own.py:f + own.py:g*2')
+    run_script('sample.py', '--out_dir=out', *flags, '--reward=own.py:f + own.py:g*2 + own.py:score*3')
     assert read_jsonl('out/samples.jsonl') == before
     scores = {(row['index'], row['sample']): row for row in read_jsonl('out/rewards.jsonl')}
     assert len(scores) == len(before) == 6
     for row in before:
         found = scores[row['index'], row['sample']]
         assert (found['f'], found['g']) == (len(row['response']), row['index'])
-        assert found['score'] == found['f'] + 2 * found['g']
+        assert found['score'] == found['f'] + 2 * found['g'] + 3 and found['score_score'] == 1
     assert 'rewards.jsonl: mean g 1.0000' in capsys.readouterr().out
 
 
@@ -252,7 +255,7 @@ def test_prompts_as_chats():
 def test_sources(folder, capsys):
     """A text file, cut to what the model's 256 positions leave; AlpacaEval's questions as they are in its file."""
     _, rows = run(f'--data={folder}/prompts.txt', '--max_new_tokens=6')
-    assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long l']
+    assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long\u2028 ']
     assert 'changed: 1 time the same prompt again, 1 prompt cut' in capsys.readouterr().out
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]

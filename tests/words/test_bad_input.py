@@ -46,10 +46,12 @@ def world(tmp_path_factory):
     config = toy.model_config()
     config.vocab_size = 100  # the toy tokenizer has more ids
     model, tokenizer = transformers.LlamaForCausalLM(config), toy.tokenizer()
-    for name in ('small', 'no_tokenizer', 'no_eos', 'damaged'):
+    for name in ('small', 'no_tokenizer', 'no_eos', 'damaged', 'shapes'):
         model.save_pretrained(folder / name)
-    for name in ('small', 'only_tokenizer', 'damaged'):
+    for name in ('small', 'only_tokenizer', 'damaged', 'shapes'):
         tokenizer.save_pretrained(folder / name)
+    wider = config.to_dict() | {'intermediate_size': 2 * config.intermediate_size}
+    (folder / 'shapes/config.json').write_text(json.dumps(wider))
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder / 'no_eos')
     (folder / 'damaged/model.safetensors').write_bytes(b'damaged')
@@ -100,6 +102,7 @@ DPO = [
     ('--model={world}/no_tokenizer', 'tokenizer'),
     ('--model={world}/only_tokenizer', 'only_tokenizer. has no config.json'),
     ('--model={world}/damaged', 'cannot load the model'),
+    ('--model={world}/shapes', r'other shapes than its config says: .* is \(.*\) in the file and \(.*\) by its config.json'),
     ('--model={world}/no_eos', 'eos_token'),
     ('--model={world}/small', r'the tokenizer has \d+ ids but the model .* embeds 100'),
     ('--ref_model={world}/nothing', 'nothing'),
