@@ -501,6 +501,7 @@ def test_keep():
         assert abs(kept.good.sum() - 1000 * good) < 50 and abs((~kept.good).sum() - 1000 * bad) < 50
     kept, less, other = labels(found[0.5, 0.5]), labels(found[0.2, 0.2]), labels(examples.keep(0.5, 0.5, seed=1))
     assert less.items() < kept.items() and kept != other
+    assert (len(kept), len(less), len(other)) == (974, 391, 982)  # the same always
     good, bad = ({uid for (uid, _), is_good in kept.items() if is_good == thumb} for thumb in (True, False))
     assert good != bad  # the two answers of a pair are drawn apart
 
@@ -563,6 +564,7 @@ def test_scripts_flip_training_examples_alone(train, capsys):
     assert '60 labels flipped' in capsys.readouterr().out
     run = train('dpo.py', 60, '--noise_rate=0.2', '--seed=3', out='part')
     assert items(run.train) == items(pairs.flip(0.2, 3)) and items(run.held_out) == clean[:8]
+    assert torch.initial_seed() == 3 * 1_000_003  # of dropout
     run = train('sft.py', 60, '--noise_rate=1', out='sft')
     assert items(run.train) == [(p, [b]) for p, (_, b) in clean]
     assert items(run.held_out) == [(p, [a]) for p, (a, _) in clean[:8]]

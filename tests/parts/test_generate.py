@@ -163,7 +163,7 @@ def test_draws_follow_the_scores(vocabulary):
         assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
 
 
-def test_stops_at_the_end_of_text():
+def test_stops_at_the_end_of_text(monkeypatch):
     net = build()
     long = sample(net, PROMPTS * 8, range(32))
     assert any(len(answer) < 12 for answer in long) and any(len(answer) == 12 for answer in long)
@@ -175,6 +175,11 @@ def test_stops_at_the_end_of_text():
         net.generation_config.eos_token_id = own
         assert sample(net, PROMPTS * 8, range(32)) == short
         assert net.generation_config.eos_token_id == own
+    # or at a signal, but not in a tensor-parallel group, whose ranks go on together
+    monkeypatch.setattr(generate.guard, 'asked_here', lambda: True)
+    for size in (1, 2):
+        monkeypatch.setattr(ranks, 'tp_size', lambda size=size: size)
+        assert (sample(net, PROMPTS * 8, range(32)) == short) == (size == 2)
 
 
 def test_sharded(tmp_path, monkeypatch):

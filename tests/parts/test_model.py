@@ -593,7 +593,9 @@ def test_activation_checkpointing(name, dropout, mode, saved, device, register):
 
 
 def test_selective_checkpointing_copies_parts_of_activations_but_not_of_weights():
-    pack = lean.LeanBlock(torch.nn.Linear(2, 2)).pack
+    block = lean.LeanBlock(torch.nn.Linear(2, 2))
+    pack, output = block.pack, block.recomputed(torch.exp, torch.ones(4, 8, requires_grad=True))
+    assert pack(output)[1] == (4, 8) and pack(first := output[0]) is first
     weights = torch.nn.Parameter(torch.ones(4, 8))
     expert, values = weights[1], (2 * weights)[1]
     assert pack(expert) is expert and pack(2 * weights).shape == (4, 8)

@@ -133,6 +133,10 @@ def test_slots_and_speeds_of_a_round():
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
     speeds = {'counters/step_examples': 2, 'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
     assert rollout.speeds(torch.tensor([3, 5]), elapsed=4.0, sampling=1.0) == speeds
+    # every pass covers all
+    of_five = rollout.Round(0, None, range(5), {}, {}, {})
+    one, two, three, *more = of_five.minibatches(2, passes=2, seed=0)
+    assert sorted([*one, *two, *three]) == [0, 1, 2, 3, 4] and list(map(len, more)) == [2, 2, 1]
 
 
 def test_weights_of_tokens(tmp_path):

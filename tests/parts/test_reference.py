@@ -24,7 +24,7 @@ FLAGS = ['--data=train.jsonl', '--eval_data=test.jsonl', '--n_examples=24', '--b
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs dpo.py in a folder of its own; returns its training rows."""
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'two/new'))  # neither is there
     monkeypatch.chdir(tmp_path)
     for split in ('train', 'test'):
         write_jsonl(f'{split}.jsonl', toy.pairs(split, 200))
@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch):
 
 
 def caches(tmp_path):
-    return sorted((tmp_path / 'cache').glob('reference-*.safetensors'))
+    return sorted((tmp_path / 'two/new').glob('reference-*.safetensors'))
 
 
 @pytest.mark.parametrize('loss', ['dpo', 'kto_zero'])

@@ -21,7 +21,7 @@ from feedback.answers import append
 from hf import generate, load, sharded
 from hf.attention import set_attention
 from runtime import ranks
-from runtime.files import lock
+from runtime.files import lock, move_folder
 from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
@@ -123,7 +123,9 @@ def asked(monkeypatch):
 @pytest.mark.parametrize('most, max_tokens', [(64, 40), (64, 1), (2, 4000)])
 def test_rows_at_a_time(asked, most, max_tokens):
     """As many as batch_size says, fewer if the longest prompts with their answers would exceed max_tokens, but one at least."""
-    run('--n=2', '--max_new_tokens=10', f'--batch_size={most}', f'--max_tokens={max_tokens}')
+    flags = ['--n=2', '--max_new_tokens=10', f'--batch_size={most}', f'--max_tokens={max_tokens}']
+    bar = run_script('sample.py', '--out_dir=out', *flags)['bar']
+    assert bar.postfix.endswith(' tokens/s') and not bar.postfix.startswith('0 ')
     assert asked.rows and all(rows == min(most, max(1, max_tokens // (longest + 10))) for rows, longest in asked.rows)
 
 
@@ -157,6 +159,9 @@ def test_resume(asked, monkeypatch):
     monkeypatch.setattr('os.fsync', synced.append)
     append('synced.jsonl', [{}])
     assert len(synced) == 1
+    Path('new.tmp/folder').mkdir(parents=True)
+    move_folder(Path('new.tmp'), Path('new'))
+    assert len(synced) == 4  # both folders, and where the name stands
 
 
 def test_stops_and_greedy(folder):

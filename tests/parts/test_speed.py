@@ -190,14 +190,18 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert rows['head']['estimated_memory_gb'] > 0 and written['limit_pairs_per_second'] > 0
 
 
-def test_bench_of_a_folder_and_of_a_divergence(tmp_path, capsys):
+def test_bench_of_a_folder_and_of_a_divergence(tmp_path, capsys, monkeypatch):
     """A model with fewer words than a published shape."""
     once = '--batch_size=2', '--n_steps=1', '--variants=head'
     run_script('tools/bench.py', f'--model={tiny_model(tmp_path, "llama")}', *once)
     assert '\nhead ' in capsys.readouterr().out
-    run_script(*SMALL, '--loss=tdpo2', *once)
+    script = run_script(*SMALL, '--loss=tdpo2', *once)
     printed = capsys.readouterr().out
     assert '\nhead ' in printed and 'MFU' in printed.splitlines()[2] and 'MFU: ' not in printed
+    script['build'].__globals__['model'] = 'llama-8b'  # another architecture takes --vocabulary, too
+    assert script['build'](empty=True).config.vocab_size == 512
+    monkeypatch.setattr(script['Path'], 'read_text', lambda _: '')  # a system without /proc
+    assert 0.01 < script['peak_memory']() < 1000
 
 
 @pytest.mark.parametrize('flags, words', [
