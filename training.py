@@ -114,14 +114,16 @@ class Run:
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
         common['undivided'] = eval_data is not None  # then no part of data is held out
-        # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions. Of several
-        # sources, all of them would be of the first
-        is_mixed = '+' in f'{config.data}{eval_data}'
-        fraction = data_fraction * min(config.get('frac_good', 1), config.get('frac_bad', 1))
-        if config.n_examples and not is_mixed and 10 * config.n_examples <= fraction * ENOUGH:
-            common['enough'] = {'train': ENOUGH, 'test': n_eval_examples}
+        # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions
+        fractions = (data_fraction, config.get('frac_good', 1), config.get('frac_bad', 1))
+        fraction = math.prod(share for share in fractions if share > 0)
+        is_short = config.n_examples and 10 * config.n_examples <= fraction * ENOUGH
+        enough = {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
         for_eval = common | options | (held_out or {})
+        # of several sources, all of these examples would be of the first
+        for_train['enough'] = None if '+' in config.data else enough
+        for_eval['enough'] = None if '+' in (eval_data or config.data) else enough
         self.task = for_train['task']
         # one process per host tokenises, the others read its cache
         self.train = ranks.first_of_host(lambda: load_examples(config.data, 'train', **for_train))

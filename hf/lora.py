@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
@@ -124,6 +125,8 @@ def _load_weights(model, saved, adapter_name='default'):
         result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     # a module that it holds whole has other sizes than the model's: its embedding was resized for new tokens
     except RuntimeError as error:
+        if 'size mismatch' not in str(error):
+            raise
         # of load_state_dict's list, the first mismatch
         _, *mismatches = str(error).strip().splitlines()
         mismatch = ' '.join(' '.join(mismatches[:1]).split())[:300].rstrip('.')
@@ -281,7 +284,8 @@ def _check_trainable(model, saved):
     # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     # weights of the model itself, which PEFT writes beside the adapter where an embedding was resized: the export leaves them out
-    keys = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
+    with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
+        keys = list(file.keys())
     outside += sorted(key for key in keys if '.lora_' not in key and not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model

@@ -203,7 +203,8 @@ def call(part, prompts, responses, rows):
     for value in values:
         # not math.isfinite, which raises for an int beyond a float's range; NaN fails the comparison
         if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-            raise Failed(f'it returned {shorten(repr(value), 60)}, where a finite number is wanted')
+            shown = 'an integer beyond all floats' if isinstance(value, int) else shorten(repr(value), 60)
+            raise Failed(f'it returned {shown}, where a finite number is wanted')
     return [float(value) for value in values]
 
 

@@ -259,7 +259,7 @@ def write(chat, tools, tokenizer, **options):
     except Exception as error:
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         # no row can be written then
-        if type(error).__name__ == 'TemplateSyntaxError':
+        if any(kind.__name__ == 'TemplateSyntaxError' for kind in type(error).__mro__):
             raise UserError(
                 f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}: {reason}'
             ) from None

@@ -97,7 +97,7 @@ def read_message(turn):
     'function_call' becomes a tool call. An answer that 'weight' or a field of TRAINS says not to train on has 'weight': 0."""
     if not isinstance(turn, dict):
         raise BadValue('a message is no object with a role and content')
-    if isinstance(turn.get('replies'), list) and turn['replies']:
+    if isinstance(turn.get('replies'), list | dict) and turn['replies']:
         raise BadValue("a message has 'replies': a tree of messages in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
     names = {} if 'role' in turn else {'from': 'role'}
