@@ -27,7 +27,7 @@ def in_words(left_out):
     # unary + drops zero counts
     for reason, count in (+left_out).items():
         if reason.startswith('note: '):
-            notes.append(f'{reason} ({count:,} times)')
+            notes.append(f'{reason} ({counted(count, "times")})')
         else:
             # formats.py counts 'tie'; 'same prompt again' needs a noun before it
             noun = 'ties' if reason == 'tie' else re.sub('^same', 'times the same', reason)
