@@ -37,6 +37,9 @@ def report(kind, error, trace):
     if main_rank() or getattr(error, 'of_this_rank', False):
         sys.__stderr__.write(f'error: {error}\n')
         sys.__stderr__.flush()
+    else:
+        # torchrun stops all ranks as soon as one has ended: let rank 0 print first
+        time.sleep(2)
     # not sys.exit: threads of the process group can abort a normal exit and change the exit code
     os._exit(2)
 
