@@ -282,12 +282,12 @@ def _render_part(part, tools, tokenizer, left_out):
     needs_segments = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
     if not needs_segments:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
-    # counted: of a single answer only if it is used; render counts for itself
-    counted = Counter() if len(trained) == 1 else left_out
-    segments = turns.segments(conversation, tools, tokenizer, counted)
+    # a single answer may go to render after all, which counts by itself: keep these counts only if segments are used
+    counts = left_out if len(trained) > 1 else Counter()
+    segments = turns.segments(conversation, tools, tokenizer, counts)
     if segments is not None:
-        if counted is not left_out:
-            left_out.update(counted)
+        if counts is not left_out:
+            left_out.update(counts)
         # []: all answers are empty (already counted)
         return [(segments, part)] if segments else []
     if len(trained) == 1:
