@@ -125,7 +125,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
 
     batches = []
     for slots in plans[rank]:
-        items = [examples[row] for row in rows[slots]]
+        items = [examples[row] for row in rows[slots]]  # (prompt ids, [ids of each answer]) each
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=n_answers, device=device)
         # the reference's log-probs, if cached; pack has put a filler, which has none, into an empty microbatch
         if examples.ref is not None:

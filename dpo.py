@@ -283,7 +283,7 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():  # data.py: steps, then make_batches
     columns, new_state = run.within_memory(run_step, step, backward=True)
-    if run.update(step, columns, weight=columns['step_weight'].sum()):
+    if run.update(step, columns, weight=columns['step_weight'].sum()):  # fsdp.py: update, by gradient / weight
         run.state['statistic'] = new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

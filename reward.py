@@ -103,7 +103,7 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():  # data.py: steps, then make_batches
     columns = run.within_memory(run_step, step, backward=True)
-    run.update(step, columns, weight=len(step.rows))
+    run.update(step, columns, weight=len(step.rows))  # fsdp.py: update, by gradient / weight
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         evaluate(step.seen)

@@ -116,7 +116,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    rows = read_rows(hub_id, chosen, splits[chosen], name=config)
+    rows = read_rows(hub_id, chosen, splits[chosen], name=config)  # dicts with .where, their file and line
     return rows, None, test is None
 
 

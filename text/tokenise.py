@@ -1,7 +1,7 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
-sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> fit -> Builder.
+sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
 Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
 """
 
@@ -273,7 +273,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 
 def _render_part(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], one per example, chats through the template; texts is None if the answer is empty. Raises Refused."""
+    """Return [(texts, Part)], one per example: chats by the template, texts only marked; texts is None for an empty answer. Raises Refused."""
     conversation = part.conversation or []
     # Builder.add takes the texts of a Part with a conversation as segments, of one without as prompt and answers
     plain = part._replace(conversation=None)
@@ -380,7 +380,7 @@ class Builder:
         # about answers, which prompts do not use; a Counter ignores del of a missing key
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
-        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
+        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)  # start and end of each in ids
         good = np.array(self.good, bool)
         arrays = np.asarray(self.ids), spans, good, np.asarray(self.uid)
         return Examples(*arrays, +self.left_out, margin=margin)
