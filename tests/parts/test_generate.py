@@ -208,6 +208,7 @@ def test_sharded(tmp_path, monkeypatch):
     # of two models, in a file that is not there at first
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
+    monkeypatch.setattr(generate, 'decode_answer', lambda ids, prompt_ids, tokenizer: tokenizer.decode(ids))
     for seen in (0, 64):
         models, examples = {'reference': net, 'policy': net}, [(prompt, []) for prompt in PROMPTS]
         assert generate.sample_held_out(run, models, examples, seen, max_new_tokens=12) == {}
