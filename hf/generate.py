@@ -16,7 +16,7 @@ from hf.attention import padded_attention
 from hf.lora import adapters_off
 from hf.parts import core
 from runtime import guard, ranks
-from runtime.files import append
+from runtime.files import append, say_once
 from text.chat import decode_answer
 from text.examples import GOLDEN_STEP, splitmix64
 
@@ -56,6 +56,9 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
+    if measure and any(settings.get(name, 1) != 1 for name in ('temperature', 'top_p')):
+        why = "at this temperature and top_p the samples are not the policy's own"
+        say_once(f'note: kl_eval/samples is a mean log-ratio and no KL: {why}')
     measured = {}
     lines = []  # of samples.jsonl
     for name, model in sorted(models.items()):

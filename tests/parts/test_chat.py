@@ -452,13 +452,14 @@ GENERATION = '{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}'
 
 
 @pytest.mark.parametrize('content', [GENERATION, '{broken', None])
-def test_odd_generation_configs(instruct, tmp_path, content):
-    """One that cannot be written again keeps its tokens; a broken or a missing one is passed over."""
+def test_odd_generation_configs(instruct, tmp_path, content, capsys):
+    """One that cannot be written again keeps its tokens, with a note; a broken or a missing one is passed over."""
     shutil.copytree(instruct / 'base', tmp_path / 'm')
     (tmp_path / 'm/generation_config.json').unlink()
     if content:
         (tmp_path / 'm/generation_config.json').write_text(content)
     shell = load.load_model(str(tmp_path / 'm'), empty=True)
+    assert ('contradicts itself: only its token ids are kept' in capsys.readouterr().out) == (content == GENERATION)
     assert shell.generation_config.eos_token_id == ([3, 4] if content and 'eos' in content else None)
     shell.generation_config.save_pretrained(tmp_path)
 
