@@ -41,8 +41,6 @@ def concerns_user(record):
     return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
 
 
-# get_logger() installs the default handler as a side effect
-transformers.utils.logging.get_logger()
 for handler in logging.getLogger('transformers').handlers:
     handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
