@@ -34,6 +34,7 @@ from rl import reward_functions
 from runtime import errors, log, ranks
 from runtime.files import lock, replace_text
 from text import sources, tokenise
+from text.chat import decode_answer
 from text.examples import counted, in_words, uniform_hash
 from text.files import content_hash
 from text.messages import answer, as_chat, as_chats
@@ -229,8 +230,8 @@ def generate_all():
         with errors.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
 
-        for row, answer_ids in zip(rows, answers, strict=True):
-            text = tokenizer.decode(answer_ids, skip_special_tokens=True)
+        for row, prompt, answer_ids in zip(rows, prompt_ids, answers, strict=True):
+            text = decode_answer(answer_ids, prompt, tokenizer, skip_special_tokens=True)
             # chat templates add white space around messages; plain text continues the prompt
             is_chat = not isinstance(row['prompt'], str)
             row['response'] = text.strip() if is_chat else text

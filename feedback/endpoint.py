@@ -188,6 +188,9 @@ class _Endpoint:
             try:
                 # content is null if the model refused, or ran out of tokens while thinking
                 text = raw['choices'][0]['message']['content'] or ''
+                # or a list of parts, of which some are thoughts
+                if isinstance(text, list):
+                    text = ''.join(part['text'] for part in text if part['type'] == 'text')
                 # replace lone surrogates, which neither files nor tokenizers accept
                 return text.encode('utf-8', 'replace').decode(), raw
             except (LookupError, TypeError, AttributeError):

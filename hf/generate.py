@@ -16,7 +16,8 @@ from hf.attention import padded_attention
 from hf.lora import adapters_off
 from hf.parts import core
 from runtime import guard, ranks
-from runtime.files import append
+from runtime.files import append, say_once
+from text.chat import decode_answer
 from text.examples import GOLDEN_STEP, splitmix64
 
 # Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
@@ -50,25 +51,29 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
     measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields for samples.jsonl. n_written: how many answers
     of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without
     measure, or after a stop signal, which truncates answers: nothing is written then."""
-    decode = run.tokenizer.decode
+    tokenizer = run.tokenizer
     prompts = [prompt for prompt, _ in examples]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
+    if measure and any(settings.get(name, 1) != 1 for name in ('temperature', 'top_p')):
+        why = "at this temperature and top_p the samples are not the policy's own"
+        say_once(f'note: kl_eval/samples is a mean log-ratio and no KL: {why}')
     measured = {}
     lines = []  # of samples.jsonl
     for name, model in sorted(models.items()):
         # the reference may be the policy itself without its adapters; adapters_off(None) changes nothing
         with adapters_off(model if name == 'reference' else None):
-            answers = sample(model, run.tokenizer, prompts, seeds, keep_end=True, **settings)
+            answers = sample(model, tokenizer, prompts, seeds, keep_end=True, **settings)
         if guard.stop_asked():
             return {}
         if measure and prompts:
             measured[name] = measure(prompts, answers)
-        stop = stop_tokens(model, run.tokenizer)
+        stop = stop_tokens(model, tokenizer)
         for i, answer in enumerate(answers[:n_written]):
-            row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': decode(prompts[i])}
-            row |= {'response': decode(without_end(answer, stop)), 'tokens': len(answer)}
+            row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
+            row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
+            row['tokens'] = len(answer)
             for column, values in measured.get(name, {}).items():
                 row[column] = round(values[i].item(), 6)
             lines.append(json.dumps(row) + '\n')

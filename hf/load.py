@@ -41,8 +41,6 @@ def concerns_user(record):
     return main_rank() and not any(part in record.getMessage() for part in HARMLESS)
 
 
-# get_logger() installs the default handler as a side effect
-transformers.utils.logging.get_logger()
 for handler in logging.getLogger('transformers').handlers:
     handler.addFilter(concerns_user)
 transformers.utils.logging.disable_progress_bar()
@@ -72,7 +70,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     options: empty (no weights, on the meta device), trust_remote_code, seed (of new weights), device_map"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
-    if _is_classifier(config) or (saved and saved.is_reward):
+    if _is_classifier(config, base) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
     if _generation_configs.get(base):  # set by _read_config
@@ -102,13 +100,14 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     new_head: also accept a causal LM, and replace its LM head by a new scalar head"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
-    is_lm = not _is_classifier(config)
+    is_lm = not _is_classifier(config, base)
     # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
     problem = None
     if is_lm and not (new_head or has_head):
         problem = 'is no reward model but a language model: train one from it with reward.py'
-    elif not is_lm and config.num_labels != 1:
+    # a config without architectures may lack this, too
+    elif config.architectures and not is_lm and config.num_labels != 1:
         problem = f'has {config.num_labels} outputs; a reward model has one'
     # transformers reads the score at the last token that is not the pad token: here, not at the end of text
     elif not is_lm and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
@@ -213,8 +212,12 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     return model
 
 
-def _is_classifier(config):
-    return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+def _is_classifier(config, name):
+    """Return whether a model is a sequence classifier: by its config or, if that names no architecture, by its weights."""
+    if config.architectures or name == 'toy':
+        return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+    metadata = _weights_on_disk(name)
+    return metadata is not None and 'score.weight' in metadata.weight_map
 
 
 def _check_code(name):
@@ -349,14 +352,20 @@ def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_co
         raise UserError(f'{other_role} reads other tokens than the model {policy_name} writes: {differences}')
 
 
+def _weights_on_disk(name):
+    """Return what the headers of a model's .safetensors files say, or None if there is no file."""
+    file = hub.file_of(name, 'model.safetensors') or hub.file_of(name, 'model.safetensors.index.json')
+    return get_local_safetensors_metadata(Path(file).parent) if file else None
+
+
 def stored_dtype(name):
     """Return the dtype of most weights on disk: 'bfloat16', 'float16', or else 'float32', also if there is no file."""
     _, base = lora.adapter_and_base(name)
-    file = hub.file_of(base, 'model.safetensors') or hub.file_of(base, 'model.safetensors.index.json')
-    if file is None:
+    metadata = _weights_on_disk(base)
+    if metadata is None:
         return 'float32'
     # count weights, not tensors: the many small norms often have another dtype
-    counts = get_local_safetensors_metadata(Path(file).parent).parameter_count
+    counts = metadata.parameter_count
     most_common = max(counts, key=counts.get)
     return {'BF16': 'bfloat16', 'F16': 'float16'}.get(most_common, 'float32')
 

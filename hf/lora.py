@@ -249,6 +249,7 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
 
 def _new_config(model, adapters):
     """Return the peft.LoraConfig of a new adapter on linear layers of the model's blocks. Raises UserError for unknown names.
+    By its task type, PEFT also trains the head of a reward model, whole.
 
     adapters: dict from options(), with targets such as 'q_proj v_proj', or None for all linear layers"""
     import peft
@@ -269,8 +270,6 @@ def _new_config(model, adapters):
         lora_alpha=adapters['alpha'],
         target_modules=wanted,
         exclude_modules=others or None,
-        # train the new head of a reward model in full
-        modules_to_save=['score'] if hasattr(model, 'score') else None,
         # Conv1D, the linear layer of GPT-2, stores its weight transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
     )

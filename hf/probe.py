@@ -170,12 +170,15 @@ def compare(model, expected, device, in_bfloat16):
 
 def check_positions(model, length, what):
     """Raise UserError if sequences of length tokens are too long for the model. what: their name in the message."""
-    # max_positions is a hard limit only for learned position embeddings, not for rotary ones
-    embeddings = [name for name, module in core(model).named_modules() if isinstance(module, torch.nn.Embedding)]
-    learns_positions = any(re.search('wpe|position', name) for name in embeddings)
+    # max_positions is a hard limit only where every position has a row in a table, which rotary embeddings lack
+    inner = core(model)
+    tables = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
+    # those of GPT-J, CodeGen and CTRL are buffers; MPT makes one for each forward
+    tables += [name for name, _ in inner.named_buffers() if name.endswith(('embed_positions', 'pos_encoding'))]
+    has_table = inner.config.model_type == 'mpt' or any(re.search('wpe|position|pos_encoding', name) for name in tables)
     max_positions, max_unscaled = _length_limits(model)
     too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
-    if learns_positions and length > max_positions:
+    if has_table and length > max_positions:
         raise UserError(f'{_name(model)} has {max_positions} positions, and {too_long}')
     if length > max_unscaled:
         why = 'encodes every position by the longest sequence of a batch, so results would depend on max_tokens'
@@ -192,7 +195,9 @@ def _length_limits(model):
 
     Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
     config = core(model).config.get_text_config()
-    max_positions = getattr(config, 'max_position_embeddings', None) or math.inf
+    # max_seq_len: MPT's
+    names = ('max_position_embeddings', 'max_seq_len')
+    max_positions = next(filter(None, (getattr(config, name, None) for name in names)), math.inf)
     rope_options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     max_unscaled = math.inf
     # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}

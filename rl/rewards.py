@@ -14,6 +14,7 @@ from rl import reward_functions
 from runtime import ranks
 from runtime.log import say
 from text import toy
+from text.chat import decode_answer
 from text.tokenise import source_rows
 
 
@@ -111,11 +112,11 @@ class Reward:
         Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. Prints a note if there were
         late calls. Raises UserError if the function fails."""
         prompts, responses, rows = [], [], []
-        for uid, (_, answers) in zip(uids.tolist(), examples, strict=True):
+        for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
             for answer in answers:
-                response = self.tokenizer.decode(answer, skip_special_tokens=True)
+                response = decode_answer(answer, prompt_ids, self.tokenizer, skip_special_tokens=True)
                 # chat templates add white space around messages; in plain text it is part of the answer
                 if is_chat:
                     response = response.strip()

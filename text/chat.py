@@ -340,8 +340,42 @@ def count_unwritten(turns, tools, text, write_again, left_out):
         left_out[f'messages with {name!r}, which the chat template does not write'] += len(indices)
 
 
-def encode_texts(texts, tokenizer):
-    """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks."""
+def encode_texts(texts, tokenizer, before=None):
+    """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks.
+    before: the text that each one continues, if any. What a tokenizer puts before every text is then left out, as in the whole."""
+    if before is None or not puts_space(tokenizer):
+        return _encode_all(texts, tokenizer)
+    # a text's ids are what those of the whole have behind those of the text before it
+    wholes = [start + text for start, text in zip(before, texts, strict=True)]
+    different = list(dict.fromkeys([*before, *wholes]))
+    ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
+    all_ids = []
+    for start, text, whole in zip(before, texts, wholes, strict=True):
+        ids, start_ids = ids_of[whole], ids_of[start]
+        # unless a token of the whole goes over the border, and a prompt must be the same without an answer
+        goes_on = ids[: len(start_ids)] == start_ids
+        all_ids.append(ids[len(start_ids) :] if goes_on else _encode_marked(text, tokenizer, at_start=False))
+    return all_ids
+
+
+def puts_space(tokenizer):
+    """Return whether a tokenizer puts a space before every text, as that of Llama 2 does."""
+    ids = tokenizer('a', add_special_tokens=False)['input_ids']
+    # as a space is written in SentencePiece's tokens, and in those of bytes
+    return any(str(token).startswith(('▁', 'Ġ')) for token in tokenizer.convert_ids_to_tokens(ids[:1]))
+
+
+def decode_answer(ids, prompt_ids, tokenizer, **options):
+    """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning.
+    options: for tokenizer.decode."""
+    if not puts_space(tokenizer):
+        return tokenizer.decode(ids, **options)
+    prompt = tokenizer.decode(prompt_ids, **options)
+    return tokenizer.decode([*prompt_ids, *ids], **options).removeprefix(prompt)
+
+
+def _encode_all(texts, tokenizer):
+    """Return the token ids of each text by itself; see encode_texts()."""
     unmarked = [text for text in texts if MARK not in text]
     ids_of_unmarked = []
     if unmarked and tokenizer.is_fast:
@@ -352,25 +386,24 @@ def encode_texts(texts, tokenizer):
     elif unmarked:
         ids_of_unmarked = tokenizer(unmarked, add_special_tokens=False)['input_ids']
     next_ids = iter(ids_of_unmarked)
-    all_ids = []
-    for text in texts:
-        if MARK not in text:
-            all_ids.append(next(next_ids))
-            continue
-        # re.split puts the marked pieces at odd positions
-        pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
-        ids = []
-        for i, piece in enumerate(pieces):
-            # remove unpaired marks, whose counterpart the chat template has cut off
-            piece = piece.replace(MARK, '').replace(UNMARK, '')
-            as_text = i % 2 == 1
-            piece_ids = _encode_piece(piece, tokenizer, as_text, at_start=i == 0)
-            # Unigram may have the special token in its vocabulary, too: split it after the first letter
-            if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
-                piece_ids = _encode_piece(piece[:1], tokenizer, as_text) + _encode_piece(piece[1:], tokenizer, as_text)
-            ids += piece_ids
-        all_ids.append(ids)
-    return all_ids
+    return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
+
+
+def _encode_marked(text, tokenizer, at_start=True):
+    """Return the ids of a text with marks. at_start: see _encode_piece()."""
+    # re.split puts the marked pieces at odd positions
+    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    ids = []
+    for i, piece in enumerate(pieces):
+        # remove unpaired marks, whose counterpart the chat template has cut off
+        piece = piece.replace(MARK, '').replace(UNMARK, '')
+        as_text = i % 2 == 1
+        piece_ids = _encode_piece(piece, tokenizer, as_text, at_start=at_start and i == 0)
+        # Unigram may have the special token in its vocabulary, too: split it after the first letter
+        if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
+            piece_ids = _encode_piece(piece[:1], tokenizer, as_text) + _encode_piece(piece[1:], tokenizer, as_text)
+        ids += piece_ids
+    return ids
 
 
 def _encode_piece(text, tokenizer, as_text, at_start=False):

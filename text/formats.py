@@ -21,6 +21,8 @@ NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
+LATER = 'messages behind a first question, which go on from an answer'
+WHOLE = 'note: texts of several answers in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
 # fmt: off
@@ -55,7 +57,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response',
+    'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt'}
@@ -76,6 +78,8 @@ SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scor
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]')
+# how a whole text begins that a chat template has written
+TEMPLATE_TEXT = re.compile(r'\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(\[INST\]|<\|(im_start|start_header_id|user|system)\|>|<start_of_turn>)')
 TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
 # fmt: on
@@ -187,6 +191,11 @@ def unified(row, columns=None):
         if is_media and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
+    # Gemini: the system message is one, perhaps without a role
+    system = row.get('system')
+    parts = system if isinstance(system, list) else [system]
+    if parts and all(isinstance(part, dict) for part in parts):
+        row['system'] = '\n'.join(messages.read_message({'role': 'system'} | part)['content'] for part in parts)
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
@@ -194,7 +203,7 @@ def unified(row, columns=None):
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
     # if no column is known, the only one with messages is the chat: dialogue, items, data, turns, ...
-    if KNOWN.isdisjoint(row.keys() - {'system', 'tools'}):
+    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns'}):
         chats = []
         for name, value in row.items():
             turns = value if isinstance(value, list) else []
@@ -834,9 +843,15 @@ def read_text(row, task):
         turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
         if {turn['role'] for turn in turns} == {'user', 'assistant'}:
             return read_chat({'messages': turns}, task)
+    # a single answer behind the marker of a chat template
+    marker = first_of(TEMPLATE_MARKERS, text)
+    is_chat = marker is not None and TEMPLATE_TEXT.match(text)
+    if is_chat and text.count(marker) == 1:
+        question, _, reply = text.partition(marker)
+        return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
-    return [{'prompt': '', 'response': text}]
+    return [{'prompt': '', 'response': text}] + [{'drop': WHOLE}] * bool(is_chat)
 
 
 def read_prompt(row, task):
@@ -850,7 +865,20 @@ def read_prompt(row, task):
     # CarperAI's answers are texts in the column 'label'
     if 'prompt' in row and isinstance(row.get('label'), str):
         return read_answer(row, task)
+    # as the hub has MT-Bench
+    if are_texts(row.get('prompt')):
+        return read_turns({'turns': row['prompt']}, task)
     return [{'prompt': prompt_of(row)}]
+
+
+def read_turns(row, task):
+    """Read MT-Bench's questions of one user, texts or (Arena-Hard) {'content': text}. The later ones need answers to the first."""
+    turns = field(row, 'turns', list)
+    texts = [turn['content'] if isinstance(turn, dict) and turn.keys() == {'content'} else turn for turn in turns]
+    if not are_texts(texts):
+        raise ValueError("'turns' is no list of questions")
+    first, *later = texts
+    return [{'prompt': [message('user', first)]}] + [{'drop': LATER}] * len(later)
 
 
 def unread_answers(rows):
@@ -888,9 +916,10 @@ READERS = (
     ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('UltraFeedback', 'instruction completions', read_completions),
-    ('answer', 'question answer, problem solution, problem answer', read_answer),
+    ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),
+    ('questions', 'turns', read_turns),
 )
 LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')]
 # fmt: on

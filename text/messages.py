@@ -93,8 +93,8 @@ def no_answer_error(key, last_role):
 
 def read_message(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
-    'from' and 'value' (or 'text') are renamed, nulls are removed, and a list of content parts is joined to one text. A
-    'function_call' becomes a tool call. An answer that 'weight' or a field of TRAINS says not to train on has 'weight': 0."""
+    'from' and 'value' (or 'text', or Gemini's 'parts') are renamed, nulls are removed, and a list of content parts is joined to
+    one text. A 'function_call' becomes a tool call. An answer not to train on, by 'weight' or a field of TRAINS, has 'weight': 0."""
     if not isinstance(turn, dict):
         raise BadValue('a message is no object with a role and content')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
@@ -102,7 +102,7 @@ def read_message(turn):
     turn = {key: value for key, value in turn.items() if value is not None}
     names = {} if 'role' in turn else {'from': 'role'}
     if 'content' not in turn:
-        names['value' if 'value' in turn else 'text'] = 'content'
+        names[next((name for name in ('value', 'parts') if name in turn), 'text')] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
     # with None for what is missing, field() blames the message, and not a column's name
     written_role = field({'role': None, **turn}, 'role')
@@ -134,8 +134,10 @@ def read_message(turn):
         for part in turn['content']:
             # what is neither a dict nor a string is rejected by field()
             part = part if isinstance(part, dict) else {'text': part}
-            if part.get('type') not in (None, 'text', 'input_text', 'output_text'):
-                raise BadValue(f'a message has a part of the type {str(part["type"])[:24]!r}, and only text is read')
+            # Gemini flags thoughts
+            kind = 'thought' if part.get('thought') else part.get('type')
+            if kind not in (None, 'text', 'input_text', 'output_text'):
+                raise BadValue(f'a message has a part of the type {str(kind)[:24]!r}, and only text is read')
             texts.append(field(part, 'text'))
         turn['content'] = ''.join(texts)
     return turn | message(role, field({'content': None, **turn}, 'content'))

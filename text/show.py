@@ -15,6 +15,7 @@ from json import dumps
 import numpy as np
 
 from configurator import UserError, configure
+from text.chat import decode_answer
 from text.examples import in_words
 from text.messages import BESIDE, as_chats, is_trained
 from text.sources import LOOK_AHEAD, describe, read_examples
@@ -232,10 +233,13 @@ def _decode_example(examples, i, tokenizer, task):
     for answer in answers:
         # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
         changes = np.flatnonzero(np.diff(answer < 0)) + 1
-        text = ''
+        text, before = '', prompt_ids
         for ids in np.split(answer, changes):
             is_untrained = ids[0] < 0
-            text += tokenizer.decode(~ids) if is_untrained else mark(tokenizer.decode(ids))
+            ids = ~ids if is_untrained else ids
+            part = decode_answer(ids, before, tokenizer)
+            text += part if is_untrained else mark(part)
+            before = [*before, *ids]
         texts.append(text)
     if len(texts) == 2:
         return f'{prompt}\nchosen: {texts[0]}\nrejected: {texts[1]}'

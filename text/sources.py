@@ -401,7 +401,11 @@ def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
     file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
-    rows = read_rows('json', 'train', files.data_files(path) if path else None, data_files=file)
+    # of local files those of the split, or all where it cannot be said which ones these are
+    local = files.data_files(path) if path else None
+    with suppress(UserError):
+        local = local and files.local_files(path, split)
+    rows = read_rows('json', 'train', local, data_files=file)
     return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

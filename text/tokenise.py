@@ -2,13 +2,14 @@
 
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
 sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
-Prompt and answers are tokenised separately. Every answer ends with EOS, even if truncated.
+No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated.
 """
 
 import math
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -88,8 +89,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # PLAIN_CHAT is set below where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    # 13: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = content_hash(13, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
+    # 14: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
+    key = content_hash(14, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
@@ -313,7 +314,15 @@ def _encode_in_chunks(items, tokenizer):
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
-        ids = iter(encode_texts([text for _, texts, _ in chunk for text in texts], tokenizer))
+        flat, before = [], []
+        for _, texts, part in chunk:
+            flat += texts
+            # answers go on from their prompt, a segment of a conversation from the last one that is not empty
+            starts = [texts[0]] * (len(texts) - 1)
+            if part.conversation:
+                starts = accumulate(texts[:-1], lambda last, text: text or last)
+            before += ['', *starts]
+        ids = iter(encode_texts(flat, tokenizer, before))
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
@@ -469,7 +478,7 @@ def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation,
         texts = render(prompt, [answer], tools=None, tokenizer=tokenizer, left_out=left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
-    prompt_ids, answer_ids = encode_texts(texts, tokenizer)
+    prompt_ids, answer_ids = encode_texts(texts, tokenizer, before=['', texts[0]])
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], limits, left_out)
     return prompt_ids, answer_ids

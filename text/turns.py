@@ -32,9 +32,9 @@ def segments(turns, tools, tokenizer, left_out):
     write = partial(chat.write, tokenizer=tokenizer)
     full_text = write(turns, tools)
     # do not train on an answer without content if the template writes none of its other fields, such as tool calls
-    for i in answers:
+    for i in sorted(trained):
         content_only = message('assistant', turns[i]['content'])
-        if content_only['content'].strip() or turns[i] == content_only:
+        if content_only['content'].strip():
             continue
         if write([*turns[:i], content_only, *turns[i + 1 :]], tools) == full_text:
             left_out['empty answers'] += 1
@@ -50,6 +50,10 @@ def segments(turns, tools, tokenizer, left_out):
         options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
         with_thoughts = [chat.with_thoughts(turn) for turn in turns]
         _, (spans,) = render_jinja_template([with_thoughts], **options, **tokenizer.special_tokens_map)
+        # unless an answer is asked for otherwise than it is written: with an opened thought, say, that it lacks
+        asked = [write(turns[:i], tools, add_generation_prompt=True) for i in sorted(trained)]
+        if not all(map(full_text.startswith, asked)):
+            return None
     else:
         spans = [_span(turns, i, tools, full_text, write, special.stop) for i in answers]
     if None in spans or len(spans) != len(answers):
@@ -57,7 +61,10 @@ def segments(turns, tools, tokenizer, left_out):
     chat.count_unwritten(turns, tools, full_text, write, left_out)
     texts, position = [], 0
     for i, (start, end) in zip(answers, spans, strict=True):
-        if i in trained:
+        # an end of turn alone, behind a thought that the template leaves out, say
+        is_blank = not special.split(full_text[start:end])[0].strip()
+        left_out['empty answers'] += is_blank and i in trained
+        if i in trained and not is_blank:
             texts += [full_text[position:start], full_text[start:end]]
             position = end
     left_out[chat.KEPT] += sum(chat.MARK in text for text in texts)

@@ -14,8 +14,8 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import sources, toy
-from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, encode_texts
-from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
+from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer, encode_texts
+from text.tokenise import NO_CHAT, encode, tokenise, tokenise_prompts
 
 # fmt: off
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -258,10 +258,36 @@ def tokenizers_of_all_kinds():
         options = {'vocab_size': 120, 'special_tokens': special, 'show_progress': False} | more
         inner.train_from_iterator(text, getattr(trainers, f'{kind}Trainer')(**options))
         yield name, transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='</s>', unk_token='<unk>')
-    yield 'byte level', tokenizer_of(CHATML, '<|im_end|>')
+    for name, adds in {'byte level': False, 'byte level with a space': True}.items():
+        t = tokenizer_of(CHATML, '<|im_end|>')
+        t.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds)
+        yield name, t
 
 
-@pytest.mark.parametrize('name, t', list(tokenizers_of_all_kinds()), ids=lambda x: x if isinstance(x, str) else '')
+KINDS = dict(tokenizers_of_all_kinds())
+
+
+@pytest.mark.parametrize('name', sorted(KINDS.keys() - {'wordpiece'}))
+@pytest.mark.parametrize('template', [CHATML, INST])
+def test_tokens_are_those_of_the_whole(name, template):
+    """Some tokenizers put a space before every text: there is none before answers and later turns that the whole text lacks."""
+    t = KINDS[name]
+    t.chat_template = template
+    chat = [user('hi'), assistant('yes no'), user('no'), assistant('hi')]
+    for turns in (chat[:2], chat):
+        examples = ids_of(t, {'prompt': turns[:-1], 'response': turns[-1:], 'turns': turns}, task='sft')
+        prompt, (answer,) = examples[0]
+        ids = [*prompt, *(max(x, ~x) for x in answer)][:-1]
+        assert ids == t.apply_chat_template(turns, return_dict=True)['input_ids'][: len(ids)]
+        assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
+    # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
+    for words, answer in (('hi no', ' yes'), ('hi ', 'no')):
+        prompt_ids, ids = encode(words, answer, t, 128, 64, 'start', Counter())
+        assert decode_answer(ids[:-1], prompt_ids, t) == answer
+        assert answer == 'no' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
+
+
+@pytest.mark.parametrize('name, t', KINDS.items(), ids=lambda x: x if isinstance(x, str) else '')
 def test_special_tokens_in_text_stay_text(name, t):
     t.chat_template = CHATML
     ids, end = set(t.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])), {t.eos_token_id}
@@ -426,13 +452,14 @@ GENERATION = '{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}'
 
 
 @pytest.mark.parametrize('content', [GENERATION, '{broken', None])
-def test_odd_generation_configs(instruct, tmp_path, content):
-    """One that cannot be written again keeps its tokens; a broken or a missing one is passed over."""
+def test_odd_generation_configs(instruct, tmp_path, content, capsys):
+    """One that cannot be written again keeps its tokens, with a note; a broken or a missing one is passed over."""
     shutil.copytree(instruct / 'base', tmp_path / 'm')
     (tmp_path / 'm/generation_config.json').unlink()
     if content:
         (tmp_path / 'm/generation_config.json').write_text(content)
     shell = load.load_model(str(tmp_path / 'm'), empty=True)
+    assert ('contradicts itself: only its token ids are kept' in capsys.readouterr().out) == (content == GENERATION)
     assert shell.generation_config.eos_token_id == ([3, 4] if content and 'eos' in content else None)
     shell.generation_config.save_pretrained(tmp_path)
 

@@ -6,11 +6,12 @@ import runpy
 import statistics
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, read_jsonl
 
 import losses
 from configurator import UserError
@@ -18,6 +19,7 @@ from experiments.claims import __main__ as claims
 from experiments.claims import grid, loglinear, report, rules, trial, verdict
 from experiments.claims.verdict import CONTRARY, HOLDS, NEGLIGIBLE, OPEN, SAME, SIZE_OPEN
 from hf import load
+from runtime import files
 from text import toy
 
 # the first setting of every search, as if it had won
@@ -290,6 +292,20 @@ def test_a_trial(tmp_path, monkeypatch):
     assert trial.run_trial(FULL.pull('tdpo2', 1.0, 3), tmp_path, 12)['kl_rejected'] > 0
     refused = trial.run_trial(grid.make(3, {'loss': 'nonsense'}), tmp_path, 12)
     assert 'loss must be one of' in refused['error'] and 'gold' not in refused
+
+
+def test_results_that_cannot_be_written_end_the_trials(tmp_path, monkeypatch):
+    """They wait for room until the last trial; then it is said that they are not there."""
+    monkeypatch.setattr(claims, 'ProcessPoolExecutor', lambda workers, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(claims, 'train_reference', lambda work, seed: None)
+    monkeypatch.setattr(claims, 'run_trial', lambda trial, work, n: trial | {'error': 'none'})
+    monkeypatch.setattr(files, '_kept', {})
+    trials, file = FULL.trials([1])[:2], tmp_path / 'no folder/results.jsonl'
+    with pytest.raises(UserError, match='results.jsonl: 2 rows wait for room'):
+        claims.run(trials, file, tmp_path)
+    file.parent.mkdir()
+    claims.run(trials, file, tmp_path)
+    assert len(read_jsonl(file)) == 4
 
 
 @pytest.mark.parametrize('flag, sentence', [

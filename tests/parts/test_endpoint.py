@@ -267,12 +267,14 @@ def packed(content):
 
 
 LONG = json.dumps(completion('a ' * 5000)).encode()
+PARTS = [{'type': 'thinking', 'thinking': 'hm'}, *({'type': 'text', 'text': text} for text in ('fi', 'ne'))]
 FORMS = [
     (packed(gzip.compress(LONG)), 'a a a'),  # though nobody asked for it
     (packed(gzip.compress(LONG)[:-20]), 'connection lost|no chat completion'),
     (packed(gzip.compress(b'0' * 250_000_000, 1)), 'the reply is larger than 64 MB'),
     (drip(OK + b'\r\n', b' ' * 2**20, every=0.0001), 'the reply is larger than 64 MB'),
     (OK + b'\r\n\xef\xbb\xbf' + json.dumps(completion('fine')).encode(), '"fine"'),
+    (OK + b'\r\n' + json.dumps(completion(PARTS)).encode(), '"fine"'),
     (OK + rb'{"choices": [{"message": {"content": "a\ud800"}}]}'.join([b'\r\n', b'']), r'"a\?"'),
     # the HTTP library quotes what it cannot read
     *((f'{head}\r\n\r\n{body}\r\n'.replace('KEY', KEY).encode(), '.') for head, body in (

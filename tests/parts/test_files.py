@@ -250,6 +250,11 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     source = 'alpaca_eval:' + write(tmp_path / 'prompts', splits)
     train, test = [{row['prompt'] for row in sources.load_rows(source, split)[0]} for split in ('train', 'test')]
     assert test and len(train | test) == len(ALL) and not train & test
+    # and otherwise takes each as it is
+    asked = [{'instruction': text} for text in ALL]
+    halves = {'train': asked[:9], 'test': asked[9:]}
+    source = 'alpaca_eval:' + write(tmp_path / 'halves', halves)
+    assert [len(sources.load_rows(source, split)[0]) for split in ('train', 'test')] == [9, len(ALL) - 9]
 
 
 def test_save_to_disk(tmp_path):

@@ -182,7 +182,7 @@ def test_stops_at_the_end_of_text(monkeypatch):
         assert (sample(net, PROMPTS * 8, range(32)) == short) == (size == 2)
 
 
-def test_sharded(tmp_path, monkeypatch):
+def test_sharded(tmp_path, monkeypatch, capsys):
     plain, net = build(), fsdp.shard(build, ranks.setup()[2], cpu_offload=True)
     modules = [m for m in net.modules() if hasattr(m, 'unshard')]
 
@@ -208,6 +208,7 @@ def test_sharded(tmp_path, monkeypatch):
     # of two models, in a file that is not there at first
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
+    monkeypatch.setattr(generate, 'decode_answer', lambda ids, prompt_ids, tokenizer: tokenizer.decode(ids))
     for seen in (0, 64):
         models, examples = {'reference': net, 'policy': net}, [(prompt, []) for prompt in PROMPTS]
         assert generate.sample_held_out(run, models, examples, seen, max_new_tokens=12) == {}
@@ -217,6 +218,10 @@ def test_sharded(tmp_path, monkeypatch):
     tokens = len(sample(plain, PROMPTS, seeds, keep_end=True)[1])
     written = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1])), 'tokens': tokens}
     assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
+    # the mean of what is measured is a KL only on samples of the policy itself
+    for settings in ({}, {'temperature': 1.0, 'top_p': 1.0}, {'temperature': 0.7}, {'top_p': 0.9}):
+        generate.sample_held_out(run, {'policy': net}, examples, 0, lambda *_: {}, max_new_tokens=1, **settings)
+        assert ('no KL' in capsys.readouterr().out) == (settings == {'temperature': 0.7})  # once
 
 
 def test_a_trained_step_after_sampling():

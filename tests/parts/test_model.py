@@ -305,6 +305,19 @@ def test_models_of_no_use(monkeypatch):
     probe.check_positions(net, 64, 'the examples')
     with pytest.raises(UserError, match='has 64 positions, and the examples take 65 tokens'):
         probe.check_positions(net, 65, 'the examples')
+    # tables that are no embedding, where a forward beyond them ends with an error of its own
+    small = {'vocab_size': 8, 'n_positions': 16, 'n_embd': 32, 'n_layer': 1, 'n_head': 4, 'rotary_dim': 4, **NONE}
+    mpt = {'vocab_size': 8, 'max_seq_len': 16, 'd_model': 16, 'n_layers': 1, 'n_heads': 2}
+    for name, sizes in {'gptj': small, 'codegen': small, 'ctrl': small, 'mpt': mpt}.items():
+        config = hf.AutoConfig.for_model(name, **sizes)
+        table = hf.AutoModelForCausalLM.from_config(config)
+        probe.check_positions(table, 16, 'the examples')
+        assert probe.max_sequence_length(table) == 16
+        table(input_ids=torch.zeros((1, 16), dtype=torch.long))
+        with pytest.raises((IndexError, RuntimeError)):
+            table(input_ids=torch.zeros((1, 17), dtype=torch.long))
+        with pytest.raises(UserError, match='has 16 positions, and the examples take 17 tokens'):
+            probe.check_positions(table, 17, 'the examples')
     probe.check_positions(other, 10**6, 'the examples')  # rotary: it can be longer than it has been
     probe.check_heads(net, other)
     other.resize_token_embeddings(VOCAB + 3)

@@ -170,6 +170,14 @@ def test_heads(folders, tmp_path, capsys):
     again, saved = make(tmp_path, seed=9)
     assert again.score.weight.equal(net.score.weight) and len(saved) == len(tokenizer) == FULL + 1
     assert net.get_input_embeddings().weight[FULL].eq(0).all() and 'new' not in capsys.readouterr().out
+    # also where the config says nothing of it
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for key in ('architectures', 'id2label', 'label2id'):
+        del config[key]
+        (tmp_path / 'config.json').write_text(json.dumps(config))
+        assert make(tmp_path)[0].score.weight.equal(net.score.weight) and 'new' not in capsys.readouterr().out
+    with pytest.raises(UserError, match='is a reward model: a language model is needed here'):
+        load.load_model(str(tmp_path))
 
 
 def without(net, name):

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, metrics, read_jsonl, refused, run_script, sentence, system, user, write_jsonl
+from helpers import ROOT, metrics, read_jsonl, refused, run_script, sentence, system, tiny_model, user, write_jsonl
+from tokenizers import decoders, pre_tokenizers
 
 from configurator import Config, UserError
 from experiments import rewards, sums
@@ -13,6 +14,7 @@ from hf import load
 from rl import reward_functions
 from runtime import log
 from tests import forks
+from text import toy
 from text.readers import Row
 
 ROWS = [{'prompt': f'Say {i}:', 'answer': str(i)} for i in range(40)]
@@ -222,6 +224,9 @@ def seen(prompts, responses, rows):
 def characters(prompts, responses, rows):
     return [len(response) for response in responses]
 
+def spaces(prompts, responses, rows):
+    return [response.startswith(' ') for response in responses]
+
 def slow(prompts, responses, rows):
     time.sleep(60 * (len(responses[0]) % 2))
     return [1]
@@ -264,6 +269,25 @@ def test_rows_come_with_their_columns(here, chat):
         assert score == pytest.approx(0.5 * one + 0.25 * other) and f'late/{row["split"]}' not in row
     shown = read_jsonl('run/samples.jsonl')
     assert all(row['score_characters'] == len(row['response'].strip() if chat else row['response']) for row in shown)
+
+
+def test_answers_keep_their_first_space(here):
+    """Of a tokenizer that takes off the space at the beginning of a text: in rewards, samples.jsonl, sample.py and on the screen."""
+    model = tiny_model(here / 'model', 'llama')
+    tokenizer = toy.tokenizer()
+    strip = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(' ', 1, 0)])
+    tokenizer.backend_tokenizer.pre_tokenizer, tokenizer.backend_tokenizer.decoder = pre_tokenizers.ByteLevel(), strip
+    tokenizer.save_pretrained(model)
+    write_jsonl('data.jsonl', ROWS)
+    run_script(*RUN, f'--model={model}', '--data=data.jsonl', '--reward=own.py:spaces')
+    assert any(row['score/train'] > 0 for row in metrics('run', 'train'))
+    shown = read_jsonl('run/samples.jsonl')
+    flags = '--data=data.jsonl --split=train --n_examples=8 --max_new_tokens=2 --out_dir=s'.split()
+    run_script('sample.py', f'--model={model}', *flags)
+    for rows in (shown, read_jsonl('s/samples.jsonl')):
+        assert any(row['response'].startswith(' ') for row in rows)
+    write_jsonl('pair.jsonl', [{'prompt': 'Say 1:', 'response': ' one'}])
+    assert 'Say 1:[[ one<' in forks.python(ROOT / 'data.py', '--data=pair.jsonl', f'--model={model}', cwd=here).stdout
 
 
 def test_mistakes_in_a_run(here):

@@ -360,6 +360,10 @@ def test_endpoint(capsys):
         _, rows = run(*flags, f'--data={data}', out_dir='tools')
         assert not any('tools' in row for row in rows + bodies())
         assert 'which are not sent to an endpoint' in capsys.readouterr().out
+    # replies of nothing but a refusal or blanks
+    with serve(lambda n, body: (200, completion((None, ' \n', 'x')[n % 3]))) as server:
+        run(f'--endpoint={server.url}', '--endpoint_model=m', '--concurrency=1', out_dir='empty')
+    assert 'samples.jsonl, 6 answers, 0 of them cut at 512 tokens, 4 empty\n' in capsys.readouterr().out
 
 
 def test_unsharded_ends_well(folder):

@@ -211,6 +211,10 @@ ASKS, SAYS, QA = TWO_TURNS[:3], TWO_TURNS[3:], TWO_TURNS[2:]
 SKY, COLOURS, F = 'The sky is', [user('What colour?')], {'name': 'f'}
 PARTED = messages.alternating(['a', 'x', 'y', 'z'])  # from TWO_TURNS
 MULTI = {'prompt': ASKS, 'response': SAYS, 'turns': TWO_TURNS}
+GEMINI = [{'role': role, 'parts': [{'text': text}]} for role, text in (('user', 'q?'), ('model', 'a'))]
+WRITTEN = [('<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n', 'a<|im_end|>\n'), ('<s>[INST] q? [/INST]', ' a </s>'),
+           ('<|user|>\nq?</s>\n<|assistant|>\n', 'a</s>'), ('<bos><start_of_turn>user\nq?<end_of_turn>\n<start_of_turn>model\n', 'a'),
+           ('<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq?<|start_header_id|>assistant<|end_header_id|>\n\n', 'a')]  # fmt: skip
 ANSWERS = {'chosen': 'a', 'rejected': 'b'}
 MARKUP = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 
@@ -291,7 +295,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
-        'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
+        'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
+        'Gemini': {'contents': GEMINI}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
         'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
@@ -307,7 +312,10 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'user and assistant as columns': {'system': 'Be brief.', 'user': 'q?', 'assistant': 'a'},
         'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': QA, 'tags': ['x']},
         'two columns of messages': {'system': 'Be brief.', 'raw': TWO_TURNS, 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
-        'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')}}),
+        'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')},
+        'Gemini': {'systemInstruction': {'role': 'system', 'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}, 'Gemini, no role': {'system_instruction': {'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}}),
+    # one answer of a whole text that a chat template has written
+    *(('sft', {'prompt': asks, 'response': replies}, {'written by a template': {'text': asks + replies}}) for asks, replies in WRITTEN),
     ('sft', SFT | {'prompt': ASKS}, {
         'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
@@ -340,6 +348,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('prompts', {'prompt': ASKS}, {'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
 ]
 
+WHOLE = '<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>'
 DATA_SETS = [  # columns as these data sets have them: name, task, rows, the examples, what is left out
     ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
     ('annotations, no verdict', 'pairs', [{'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': math.nan}], [], {'no verdict': 1}),
@@ -387,6 +396,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('ShareGPT, pieces', 'sft', [{'conversations': [said('', 'x')[1], *said('q?', 'a')]}, {'conversations': []}], [SFT], {formats.UNASKED: 1, 'conversations without a question and its answer': 1}),
     ('WebGPT', 'pairs', [{'question': {'id': '1', 'full_text': 'q?'}, 'answer_0': 'b', 'score_0': -n, 'answer_1': 'a', 'score_1': n} for n in (0.5, 0.0)], [PAIR], {'tie': 1}),
     ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
+    *(('MT-Bench, questions', 'prompts', [{'question_id': 81, 'category': 'x', name: ['q?', 'why?', 'how?'], 'reference': []}], [{'prompt': [user('q?')]}], {formats.LATER: 2}) for name in ('turns', 'prompt')),
+    ('Arena-Hard, questions', 'prompts', [{'question_id': 'x', 'turns': [{'content': 'q?'}]}], [{'prompt': [user('q?')]}], {}),
+    ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 1}),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
     ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
@@ -444,6 +456,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("'tools' has a text that is no JSON", [{'prompt': 'p', 'response': 'a', 'tools': '[1'}, {'prompt': 'p', 'response': 'a', 'tools': ['def f(x)']}]),
     ('not an object with named fields', [[], None]),
     ("'chosen' is text and 'rejected' is chat", [{'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}]),
+    ("a message has a part of the type 'thought'", [{'messages': [GEMINI[0], {'role': 'model', 'parts': [{'text': 'a', 'thought': True}]}]}]),
+    ("'turns' is no list of questions", [{'turns': QA, 'label': 'x'}, {'turns': [{'content': 'q?'}, QA[1]], 'label': 'x'}]),
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),

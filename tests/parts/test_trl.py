@@ -28,3 +28,14 @@ def test_every_step_is_what_trl_says(kind, name, tmp_path, monkeypatch):
     assert len(ours) == len(run['steps']) >= 5
     for step, (our, their) in enumerate(zip(ours, run['steps'], strict=True)):
         assert our == pytest.approx(their, rel=0, abs=1e-4), f'step {step + 1}'
+
+
+@pytest.mark.parametrize('off, agrees', [(0.0, True), (0.001, False), (float('nan'), False)])
+def test_no_number_is_no_agreement(off, agrees, tmp_path, monkeypatch):
+    kind = steps.KINDS['dpo']
+    row = dict.fromkeys(kind.columns, 1.0)
+    monkeypatch.setattr(steps, 'with_trl', lambda *_: ([row, row], []))
+    monkeypatch.setattr(steps, 'with_nanopref', lambda *_: [row, row | {next(iter(kind.columns)): 1.0 + off}])
+    monkeypatch.setattr(steps, 'order', lambda *_: [])
+    found, _ = steps.compare(kind, 'SGD', NUMBERS['dpo']['pairs'], tmp_path)
+    assert found == agrees

@@ -13,6 +13,7 @@ from test_chat import BARE, CALL, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, to
 
 import data
 import model as models
+from configurator import UserError
 from hf import attention
 from text import turns
 from text.messages import alternating
@@ -92,6 +93,28 @@ def test_a_single_answer_that_the_template_marks(template):
     assert [ids_and_mask(found[i]) for i in (0, 1)] == [
         ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)
     ]
+
+
+def test_marks_behind_a_prompt_that_opens_more():
+    """Sampling begins with what the prompt opens; so does training, or it is refused. An end alone is no answer."""
+    opens = "'<|im_start|>assistant\n{}\n'".format
+    thinks = tokenizer_of(GENERATES.replace("'<|im_start|>assistant\n'", opens('<think>')), '<|im_end|>')
+    unmarked = tokenizer_of(OPENS, '<|im_end|>')
+    for length in (2, 4):
+        row = {'prompt': CHAT[: length - 1], 'response': CHAT[length - 1 : length], 'turns': CHAT[:length]}
+        found, expected = (tokenise([row], t, 'sft', 256, 128, 'start', Counter()) for t in (thinks, unmarked))
+        assert [ids_and_mask(example) for example in found] == [ids_and_mask(example) for example in expected]
+        assert found.left_out == expected.left_out and len(found) == length // 2
+    other = tokenizer_of(GENERATES.replace("'<|im_start|>assistant\n'", opens('<answer>')), '<|im_end|>')
+    with pytest.raises(UserError, match='writes an answered chat differently from the prompt'):
+        tokens(other, CHAT[:2])
+    # the last answer is a thought, which the template leaves out
+    says = SAYS.replace('m.content', 'm.content.split("</think>")[-1]')
+    marks = tokenizer_of(GENERATES.replace(SAYS, says), '<|im_end|>')
+    empty = [assistant('<|im_end|>'), assistant('<|im_end|>\n'), assistant('<think>hm</think>')]
+    examples = tokens(marks, [CHAT[0], empty[0]], *([*CHAT[:3], answer] for answer in empty[1:]))
+    assert len(examples) == 2 and examples.left_out['empty answers'] == 3
+    assert [shown(marks, examples, i)[1] for i in (0, 1)] == [['clean .<|im_end|>']] * 2
 
 
 @pytest.mark.parametrize('chats, last_only, trained, num_turns, reasons', [
