@@ -66,11 +66,47 @@ def check_there(name):
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        raise UserError(f'there is no model folder {name!r} {where}: train it first{how}, or name another one')
+        raise UserError(
+            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        )
     # offline, file_of() finds only what is in the cache
-    if not reachable() and file_of(name, 'config.json') is None:
+    if folder_of(name) is not None:
+        return
+    if not reachable():
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
+    _check_access(name)
+
+
+def _check_access(name):
+    """Raise UserError if the hub refuses a model's config.json or does not answer; a repo without that file is fine."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    sign_in = 'set HF_TOKEN to a token of yours'
+    try:
+        huggingface_hub.hf_hub_download(name, 'config.json')
+        return
+    # of a tokenizer or an adapter
+    except errors.RemoteEntryNotFoundError:
+        return
+    except errors.GatedRepoError:
+        address = f'{huggingface_hub.constants.ENDPOINT}/{name}'
+        reason = f'its owner gives it to those who ask: ask at {address}, and {sign_in}'
+    except errors.RepositoryNotFoundError:
+        reason = f'there is none, or it is private: correct the name, or {sign_in}'
+    # an invalid name, an overloaded server, a full disk, ...
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+    raise UserError(f'cannot read {name!r} from the hub: {reason}')
+
+
+def folder_of(name):
+    """Return the folder of a model as a Path, which is in the cache for a hub id, or None if there is none."""
+    if os.path.isdir(name):
+        return Path(name)
+    file = file_of(name, 'config.json') or file_of(name, 'adapter_config.json')
+    return Path(file).parent if file else None
 
 
 def file_of(name, file):

@@ -1,11 +1,14 @@
-"""What happens where the hub of models and datasets cannot be reached."""
+"""What happens where the hub of models and datasets cannot be reached, or refuses."""
 
 import os
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from configurator import UserError
+from hf import load
 from runtime import hub
 
 
@@ -40,3 +43,30 @@ def test_the_hub_is_asked_once(cut_off, capsys):
         with pytest.raises(UserError, match='there is no model folder .*: train it first, or name another one'):
             hub.check_there(name)
     assert len(cut_off) == 1
+
+
+REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/b, and set HF_TOKEN', 'RepositoryNotFoundError': 'correct the name, or',
+            'HfHubHTTPError': 'the hub: 503 for you', 'RemoteEntryNotFoundError': None}  # fmt: skip
+
+
+@pytest.mark.parametrize('name, says', REFUSALS.items())
+def test_what_the_hub_refuses(monkeypatch, name, says):
+    """Each in a sentence of its own; a repo of a tokenizer has no config.json."""
+
+    def refuse(*_):
+        raise getattr(errors, name)('503 for you', response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', refuse)
+    monkeypatch.setattr(hub, 'reachable', lambda: True)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    if says is None:
+        return hub.check_there('a/b')
+    with pytest.raises(UserError, match=says):
+        hub.check_there('a/b')
+
+
+def test_a_pickle_of_the_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(hub, 'reachable', lambda: True)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
+        load._check_files('a/b', SimpleNamespace())
