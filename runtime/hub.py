@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 from configurator import UserError
@@ -15,22 +14,19 @@ from runtime.values import looked_in
 @functools.cache
 def reachable():
     """Return whether the hub answers. If not, switch its libraries to offline mode: each would retry for a minute."""
-    import huggingface_hub
+    from huggingface_hub import constants, utils
 
-    constants = huggingface_hub.constants
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=10)
+        utils.get_session().head(constants.ENDPOINT, timeout=10)
         return True
     # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
-    # libraries read the environment variable when they are imported; in those that are already, set their constant
+    # libraries read the environment variable when they are imported; in this one, which is already, set its constant
     os.environ['HF_HUB_OFFLINE'] = '1'
     constants.HF_HUB_OFFLINE = True
-    if 'datasets' in sys.modules:
-        sys.modules['datasets'].config.HF_HUB_OFFLINE = True
     say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
     return False
 
@@ -81,7 +77,7 @@ def check_there(name):
 def _check_access(name):
     """Raise UserError if the hub refuses a model's config.json or does not answer; a repo without that file is fine."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     sign_in = 'set HF_TOKEN to a token of yours'
     try:
@@ -91,7 +87,7 @@ def _check_access(name):
     except errors.RemoteEntryNotFoundError:
         return
     except errors.GatedRepoError:
-        address = f'{huggingface_hub.constants.ENDPOINT}/{name}'
+        address = f'{constants.ENDPOINT}/{name}'
         reason = f'its owner gives it to those who ask: ask at {address}, and {sign_in}'
     except errors.RepositoryNotFoundError:
         reason = f'there is none, or it is private: correct the name, or {sign_in}'

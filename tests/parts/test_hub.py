@@ -10,6 +10,10 @@ from huggingface_hub import errors
 from configurator import UserError
 from hf import load
 from runtime import hub
+from text import files, sources
+
+# before conftest.py puts another one in its place
+from text.files import hub_commit
 
 
 @pytest.fixture
@@ -70,3 +74,31 @@ def test_a_pickle_of_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
     with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
         load._check_files('a/b', SimpleNamespace())
+
+
+def test_a_dataset_is_read_again_without_the_hub(request, monkeypatch, tmp_path):
+    """As it was seen last, and known by the same hash; what was not read, and a file that never came, are named."""
+    fake = request.getfixturevalue('hub')
+    fake.rows = [{'prompt': f'p{i}', 'response': 'a'} for i in range(3)]
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    monkeypatch.setattr(files, 'hub_commit', hub_commit)
+    monkeypatch.setattr(
+        huggingface_hub, 'HfApi', lambda: SimpleNamespace(dataset_info=lambda *_, **__: SimpleNamespace(sha='c0'))
+    )
+
+    def read():
+        hub_commit.cache_clear()
+        files.hub_files.cache_clear()
+        return sources.fingerprint('o/n'), sources.load_rows('o/n', 'train')
+
+    before = read()
+    assert before[0] and len(before[1][0]) == 3 and {commit for *_, commit in fake.asked} == {'c0'}
+    monkeypatch.setattr(hub, 'reachable', lambda: False)
+    fake.load_dataset_builder = None
+    assert read() == before
+    with pytest.raises(UserError, match="the hub cannot be reached, and 'o/m' was not read here before"):
+        sources.load_rows('o/m', 'train')
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="cannot read {}/train.json of 'o/n' from the hub: division by zero"):
+        read()
+    hub_commit.cache_clear()
