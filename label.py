@@ -125,7 +125,7 @@ if reward_model is not None:
     from text.tokenise import encode
 
     *_, device = ranks.setup()
-    record['content of reward_model'] = lora.weights_hash(reward_model)
+    record['content of reward_model'] = lora.content_of(reward_model)
 
 # out_dir must be new, or hold a run with the same answers and options except these
 neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}

@@ -28,7 +28,7 @@ from feedback.answers import append, collect, raise_if_missing, read_text, write
 from feedback.endpoint import ask, completions_url
 from hf import generate, sharded
 from hf.load import load_model, load_tokenizer
-from hf.lora import weights_hash
+from hf.lora import content_of
 from hf.probe import max_sequence_length
 from rl import reward_functions
 from runtime import errors, log, ranks
@@ -171,7 +171,7 @@ def expected_row(i, sample):
 # compare weights by content: another model under the same name makes another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = ranks.shared(partial(weights_hash, model))
+    record['weights'] = ranks.shared(partial(content_of, model))
 # these options may change when a run is resumed
 neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
 ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))

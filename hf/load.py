@@ -251,9 +251,14 @@ def _check_files(name, config):
         if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
             source = f'the index or config.json of {name!r} names {file[:100]!r}'
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
-    # transformers would fall back to unpickling
-    if os.path.isdir(name) and not any(Path(name).glob('*.safetensors')):
-        has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
+    # transformers would fall back to unpickling, or have a bot convert the hub's repo
+    is_local = os.path.isdir(name)
+    if is_local:
+        has_weights = any(Path(name).glob('*.safetensors'))
+    else:
+        has_weights = files or not hub.reachable() or hub.file_of(name, 'model.safetensors')
+    if not has_weights:
+        has_pickle = not is_local or any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
         way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
         raise UserError(f'{name!r} has no .safetensors file: {way_out}')
 
@@ -290,7 +295,8 @@ def load_tokenizer(name, trust_remote_code=False):
     if name == 'toy':
         return toy.tokenizer()
     adapter, base = lora.adapter_and_base(name)
-    if not (adapter and any(adapter.folder.glob('*token*'))):
+    # file_of: of an adapter on the hub, only what has been asked for is in the folder
+    if not (adapter and (hub.file_of(name, 'tokenizer_config.json') or any(adapter.folder.glob('*token*')))):
         name = base
     hub.check_there(name)
     if not trust_remote_code:
@@ -395,16 +401,15 @@ def _model_hashes(name):
     saved, base = lora.adapter_and_base(name)
     if not saved:
         return _hashes(name)
-    return _hashes(saved.folder) | {f'base/{key}': value for key, value in _hashes(base).items()}
+    return _hashes(str(saved.folder)) | {f'base/{key}': value for key, value in _hashes(base).items()}
 
 
 def _hashes(name):
-    """Return {file: SHA-256} for a folder, {'commit': hash} for a hub id that has been loaded, {} for others."""
-    if os.path.isdir(name):
-        # the files that define a model
-        suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
-        files = [file for file in Path(name).iterdir() if file.suffix in suffixes and file.is_file()]
-        return {file.name: file_hash(file) for file in sorted(files)}
-    # from_pretrained stores the commit in the config
-    commit = getattr(_configs.get(name), '_commit_hash', None)
-    return {'commit': commit} if commit else {}
+    """Return {file: SHA-256} for a folder, or for the files of a hub id that have been loaded; {} for others."""
+    folder = hub.folder_of(name)
+    if folder is None:
+        return {}
+    # the files that define a model
+    suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
+    files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
+    return {file.name: file_hash(file) for file in sorted(files)}

@@ -116,6 +116,13 @@ def weights_hash(folder):
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
+def content_of(name):
+    """Return weights_hash() of a folder, the commit of a hub id, or None."""
+    folder = hub.folder_of(name)
+    # the cache of the hub has a folder for each commit
+    return weights_hash(name) or (folder.name if folder else None)
+
+
 def _load_weights(model, saved, adapter_name='default'):
     """Load a saved adapter into the adapter of this name in a PeftModel. UserError for wrong keys; warns of another base model."""
     import peft

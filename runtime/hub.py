@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 from configurator import UserError
@@ -15,22 +14,19 @@ from runtime.values import looked_in
 @functools.cache
 def reachable():
     """Return whether the hub answers. If not, switch its libraries to offline mode: each would retry for a minute."""
-    import huggingface_hub
+    from huggingface_hub import constants, utils
 
-    constants = huggingface_hub.constants
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=10)
+        utils.get_session().head(constants.ENDPOINT, timeout=10)
         return True
     # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
-    # libraries read the environment variable when they are imported; in those that are already, set their constant
+    # libraries read the environment variable when they are imported; in this one, which is already, set its constant
     os.environ['HF_HUB_OFFLINE'] = '1'
     constants.HF_HUB_OFFLINE = True
-    if 'datasets' in sys.modules:
-        sys.modules['datasets'].config.HF_HUB_OFFLINE = True
     say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
     return False
 
@@ -66,11 +62,47 @@ def check_there(name):
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        raise UserError(f'there is no model folder {name!r} {where}: train it first{how}, or name another one')
+        raise UserError(
+            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        )
     # offline, file_of() finds only what is in the cache
-    if not reachable() and file_of(name, 'config.json') is None:
+    if folder_of(name) is not None:
+        return
+    if not reachable():
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
+    _check_access(name)
+
+
+def _check_access(name):
+    """Raise UserError if the hub refuses a model's config.json or does not answer; a repo without that file is fine."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    sign_in = 'set HF_TOKEN to a token of yours'
+    try:
+        huggingface_hub.hf_hub_download(name, 'config.json')
+        return
+    # of a tokenizer or an adapter
+    except errors.RemoteEntryNotFoundError:
+        return
+    except errors.GatedRepoError:
+        address = f'{constants.ENDPOINT}/{name}'
+        reason = f'its owner gives it to those who ask: ask at {address}, and {sign_in}'
+    except errors.RepositoryNotFoundError:
+        reason = f'there is none, or it is private: correct the name, or {sign_in}'
+    # an invalid name, an overloaded server, a full disk, ...
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+    raise UserError(f'cannot read {name!r} from the hub: {reason}')
+
+
+def folder_of(name):
+    """Return the folder of a model as a Path, which is in the cache for a hub id, or None if there is none."""
+    if os.path.isdir(name):
+        return Path(name)
+    file = file_of(name, 'config.json') or file_of(name, 'adapter_config.json')
+    return Path(file).parent if file else None
 
 
 def file_of(name, file):

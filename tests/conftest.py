@@ -1,6 +1,7 @@
 """Surroundings of every test: one thread, a cache of the session's own, no process group left from another file."""
 
 import gc
+import json
 import os
 import sys
 from functools import cache
@@ -23,6 +24,7 @@ from helpers import collect_garbage, end_process_group, shrink_toy
 
 from runtime import values
 from tests import forks
+from text import files
 
 SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log attack claims trl endpoint reward sample'.split()
 
@@ -73,17 +75,28 @@ def small_toy(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for datasets: hub.rows are its rows, hub.splits its splits, hub.asked what load_dataset was asked for."""
-    fake = SimpleNamespace(rows=[], splits=['train', 'test'], asked=[])
+def hub(monkeypatch, tmp_path_factory):
+    """A stand-in for the hub: hub.rows are a dataset's rows, hub.splits its splits; hub.asked: (id, split, what part, commit) of reads."""
+    splits = ['train', 'validation', 'test', 'train_prefs', 'test_prefs', 'train_sft', 'test_sft']
+    fake = SimpleNamespace(rows=[], splits=splits, asked=[])
 
-    def load_dataset(hub_id, split, **options):
-        fake.asked.append((hub_id, split, options))
-        return fake.rows
+    def load_dataset_builder(address, revision, **options):
+        part = json.dumps({key: value for key, value in options.items() if value is not None})
+        data_files = {split: [f'{address}@{revision}/{part}/{split}.json'] for split in fake.splits}
+        return SimpleNamespace(config=SimpleNamespace(data_files=data_files))
 
-    fake.load_dataset = load_dataset
-    fake.get_dataset_split_names = lambda *_, **__: fake.splits
+    def hf_hub_download(hub_id, name, repo_type, revision):
+        part, _, file = name.rpartition('/')
+        fake.asked.append((hub_id, file.removesuffix('.json'), json.loads(part or '{}'), revision))
+        path = tmp_path_factory.mktemp('hub') / file
+        path.write_text(json.dumps(fake.rows))
+        return str(path)
+
+    fake.load_dataset_builder = load_dataset_builder
     monkeypatch.setitem(sys.modules, 'datasets', fake)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', hf_hub_download)
+    monkeypatch.setattr('runtime.hub.reachable', lambda: True)
+    files.hub_files.cache_clear()
     return fake
 
 

@@ -16,7 +16,8 @@ from textwrap import shorten
 
 from configurator import UserError
 from runtime import hub
-from runtime.files import say_once
+from runtime.cache import path_of
+from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
@@ -84,28 +85,74 @@ def choose_splits(names, wanted, source):
     return train, test
 
 
-def hub_splits(hub_id, config):
-    """Return the split names of a hub dataset. config None: its default or only config. Raises UserError."""
+@cache
+def hub_files(hub_id, **options):
+    """Return ({split: names of its files} of a hub dataset, their commit). Offline: as they were seen last. Raises UserError.
+
+    options: those of load_dataset that say which part is meant, such as name, its config; if that is None, the default or only one."""
+    commit = hub_commit(hub_id)
+    # what a commit has does not change
+    with suppress(OSError, ValueError):
+        return json.loads(_note(hub_id, commit or 'unknown', options).read_text()), commit
+    if not hub.reachable():
+        raise UserError(
+            f'the hub cannot be reached, and {hub_id!r} was not read here before: read it once with the hub'
+        )
     import datasets
 
     try:
-        return datasets.get_dataset_split_names(hub_id, config_name=config, revision=hub_commit(hub_id))
-    except Exception as error:  # no network, no such dataset, several configs, ...
+        # hf://: not a folder of that name here
+        address = f'hf://datasets/{hub_id}'
+        found = datasets.load_dataset_builder(address, revision=commit, **options).config.data_files
+        # hf://datasets/OWNER/NAME@COMMIT/FILE
+        places = {str(split): [file.partition('@')[2].partition('/') for file in found[split]] for split in found}
+        splits = {split: [name for _, _, name in parts] for split, parts in places.items()}
+        commit = next(commit for parts in places.values() for commit, _, _ in parts)
+    except Exception as error:  # no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
-        raise UserError(f'cannot find {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
+        raise UserError(f'cannot read {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
+    _write_note(_note(hub_id, commit, options), json.dumps(splits))
+    return splits, commit
+
+
+def hub_download(hub_id, commit, name):
+    """Return the local path of a file of a hub dataset, downloaded if needed. commit None: the newest. Raises UserError."""
+    import huggingface_hub
+
+    hub.reachable()  # turns offline mode on if the hub does not answer
+    try:
+        return huggingface_hub.hf_hub_download(hub_id, name, repo_type='dataset', revision=commit)
+    except Exception as error:  # offline and not in the cache, a full disk, ...
+        reason = hub.first_line(error.__cause__ or error)
+        raise UserError(f'cannot read {name} of {hub_id!r} from the hub: {reason}') from None
 
 
 @cache
 def hub_commit(hub_id):
     """Return the commit of a hub dataset, or None if unknown. Cached: all reads of a process use the same commit."""
+    newest = _note(hub_id)
     # ignore errors here: reading the rows will report them
     with suppress(Exception):
+        if not hub.reachable():
+            return newest.read_text()
         import huggingface_hub
 
-        # 'json' is not a dataset, but the loader of `datasets` for JSON files
-        if hub_id != 'json' and hub.reachable():
-            return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
+        commit = huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
+        _write_note(newest, commit)
+        return commit
     return None
+
+
+def _note(*parts):
+    """Return the path of a file that keeps what the hub has said, for runs without it."""
+    return path_of('hub', f'{content_hash(*parts):016x}').with_suffix('.txt')
+
+
+def _write_note(file, text):
+    """Write such a file; a run goes on without it."""
+    with suppress(OSError, UserError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
 
 
 def data_files(path):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from configurator import UserError
-from runtime import hub
 from text import files
 from text.files import ENDINGS, FORMATS, HELP, PACKED
 
@@ -45,23 +44,20 @@ class Row(dict):
 def read_rows(hub_id, split, path, **options):
     """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a list of files to read, or a file or folder, of which the split is read. options: of load_dataset, for the hub."""
+    path: a list of files to read, or a file or folder, of which the split is read. options: of files.hub_files, for the hub."""
     if path is not None:
         for file in path if isinstance(path, list) else files.local_files(path, split):
             yield from read_file(file)
         return
-    import datasets
-
-    # 'json' is the loader of a single file, whose address says more
-    name = options['data_files'] if hub_id == 'json' else hub_id
-    options['revision'] = files.hub_commit(hub_id)
-    given = {key: value for key, value in options.items() if value is not None}
-    try:
-        rows = datasets.load_dataset(hub_id, split=split, **given)
-    except Exception as error:  # no network, no such dataset, no such split, ...
-        raise UserError(f'cannot load {name!r}, split {split!r}, from the hub: {hub.first_line(error)}') from None
-    for number, raw in enumerate(rows, 1):
-        yield Row.of(_without_inner_nulls(raw), f'{name} [{split}], row {number}')
+    splits, commit = files.hub_files(hub_id, **options)
+    if split not in splits:
+        raise UserError(f'{hub_id!r} on the hub has no split {split!r}; there are {", ".join(splits)}')
+    for name in splits[split]:
+        file = files.hub_download(hub_id, commit, name)
+        for row in read_file(file):
+            # not its path in the cache
+            row.where = row.where.replace(file, f'{hub_id}/{name}', 1)
+            yield row
 
 
 def read_file(file):

@@ -25,7 +25,7 @@ from runtime.files import file_hash, say_once
 from runtime.values import did_you_mean, looked_in
 from text import files, formats
 from text.examples import in_words
-from text.files import ENDINGS, HELP, content_hash, hub_splits
+from text.files import ENDINGS, HELP, content_hash
 from text.formats import Layout, each
 from text.messages import BadValue, answer, ask, field, message
 from text.readers import Row, read_rows
@@ -108,15 +108,16 @@ def _opened(source, split, num_turns=1, undivided=False):
                 # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
                 has_no_test_part = not is_of_hub
         return rows, parse, has_no_test_part
-    # {split: its files, or None on the hub}
-    splits = files.folder_splits(path, config) if path else dict.fromkeys(hub_splits(hub_id, config))
+    # {split: its files}
+    splits = files.folder_splits(path, config) if path else files.hub_files(hub_id, name=config)[0]
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    rows = read_rows(hub_id, chosen, splits[chosen], name=config)  # dicts with .where, their file and line
+    # dicts with .where, their file and line
+    rows = read_rows(hub_id, chosen, splits[chosen] if path else None, name=config)
     return rows, None, test is None
 
 
@@ -321,7 +322,7 @@ class HubDataset(NamedTuple):
     parse: object = None
     train: str = 'train'
     test: str | None = 'test'
-    options: dict = {}  # for load_dataset
+    options: dict = {}  # of files.hub_files
 
     def __call__(self, split, path=None):
         part = self.train if split == 'train' else self.test or self.train
@@ -400,13 +401,11 @@ def get_toy(split, path=None):
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     # its JSON file, since the hub has a loading script there
-    file = 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'
+    found = files.data_files(path) if path else [files.hub_download('tatsu-lab/alpaca_eval', None, 'alpaca_eval.json')]
     # of local files those of the split, or all where it cannot be said which ones these are
-    local = files.data_files(path) if path else None
     with suppress(UserError):
-        local = local and files.local_files(path, split)
-    rows = read_rows('json', 'train', local, data_files=file)
-    return rows, lambda row: [{'prompt': ask(field(row, 'instruction'))}]
+        found = files.local_files(path, split) if path else found
+    return read_rows(None, 'train', found), lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
 def get_annotations(split, path=None):

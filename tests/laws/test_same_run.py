@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write
 
 import configurator
 from hf import load
-from runtime import checkpoint, files, log
+from runtime import checkpoint, files, hub, log
 from text import toy
 from text.examples import Examples
 
@@ -183,17 +182,27 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
     assert 'is of another model or optimizer' in sentence(run, 'lora', 'lora')
 
 
-def test_hub_models_are_known_by_their_commit(monkeypatch, tmp_path):
-    for name, commit in ('a/b', 'abc'), ('a/c', None):
-        monkeypatch.setitem(load._configs, name, SimpleNamespace(_commit_hash=commit))
-    found = load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})
-    assert found == {'model': {'commit': 'abc'}}
-    run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': found}
-    other = run | {'contents': {'model': {'commit': 'abd'}}}
+def test_hub_models_are_known_by_their_files(monkeypatch, tmp_path):
+    """Those that were loaded; another README is no other model."""
+    for file, text in (('config.json', '{}'), ('model.safetensors', 'weights'), ('README.md', 'one')):
+        (tmp_path / file).write_text(text)
+    monkeypatch.setattr(
+        hub, 'file_of', lambda name, file: str(tmp_path / file) if (name, file) == ('a/b', 'config.json') else None
+    )
+
+    def found():
+        return load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})
+
+    before = found()
+    (tmp_path / 'README.md').write_text('two')
+    assert found() == before and before['model'].keys() == {'config.json', 'model.safetensors'} and len(before) == 1
+    (tmp_path / 'model.safetensors').write_text('others')
+    run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': before}
     log.check_same('here', run, run)
-    said = sentence(log.check_same, 'here', other, run)
-    assert said.startswith("here a different run (model 'a/b' has changed since: commit): ")
-    (tmp_path / 'model.safetensors').mkdir()
+    said = sentence(log.check_same, 'here', run, run | {'contents': found()})
+    assert said.startswith("here a different run (model 'a/b' has changed since: model.safetensors): ")
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / 'config.json').unlink()
     assert load.fingerprints({'model': str(tmp_path)}) == {'model': {}}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import peft
@@ -188,6 +189,28 @@ def test_of_a_hub(monkeypatch):
     monkeypatch.setattr(hub, 'file_of', lambda name, file: next(map(str, Path(places[name]).glob(file)), None))
     found = lora.find_adapter('some/adapter')
     assert (found.base, found.folder) == ('some/base', Path('run/adapter'))
+    # the cache has no more than what has been asked for: of an adapter's tokenizer nothing before
+    toy.tokenizer().save_pretrained('run/adapter')
+    Path('cache').mkdir()
+
+    def fetch(name, file):
+        found = Path(places[name], file)
+        if not found.exists():
+            return None
+        return shutil.copy(found, 'cache') if name == 'some/adapter' else str(found)
+
+    monkeypatch.setattr(hub, 'file_of', fetch)
+    monkeypatch.setattr(lora, '_found', {})
+    asked = []
+    monkeypatch.setattr(
+        load.transformers.AutoTokenizer, 'from_pretrained', lambda name, **_: asked.append(name) or toy.tokenizer()
+    )
+    load.load_tokenizer('some/adapter')
+    assert (
+        asked == ['some/adapter']
+        and lora.content_of('some/adapter') == 'cache'
+        and lora.content_of('some/base') == 'base'
+    )
     places['some/base'] = 'nowhere'
     monkeypatch.setattr(lora, '_found', {})
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):

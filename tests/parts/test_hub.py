@@ -1,12 +1,19 @@
-"""What happens where the hub of models and datasets cannot be reached."""
+"""What happens where the hub of models and datasets cannot be reached, or refuses."""
 
 import os
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from configurator import UserError
+from hf import load
 from runtime import hub
+from text import files, sources
+
+# before conftest.py puts another one in its place
+from text.files import hub_commit
 
 
 @pytest.fixture
@@ -40,3 +47,58 @@ def test_the_hub_is_asked_once(cut_off, capsys):
         with pytest.raises(UserError, match='there is no model folder .*: train it first, or name another one'):
             hub.check_there(name)
     assert len(cut_off) == 1
+
+
+REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/b, and set HF_TOKEN', 'RepositoryNotFoundError': 'correct the name, or',
+            'HfHubHTTPError': 'the hub: 503 for you', 'RemoteEntryNotFoundError': None}  # fmt: skip
+
+
+@pytest.mark.parametrize('name, says', REFUSALS.items())
+def test_what_the_hub_refuses(monkeypatch, name, says):
+    """Each in a sentence of its own; a repo of a tokenizer has no config.json."""
+
+    def refuse(*_):
+        raise getattr(errors, name)('503 for you', response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', refuse)
+    monkeypatch.setattr(hub, 'reachable', lambda: True)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    if says is None:
+        return hub.check_there('a/b')
+    with pytest.raises(UserError, match=says):
+        hub.check_there('a/b')
+
+
+def test_a_pickle_of_the_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(hub, 'reachable', lambda: True)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
+        load._check_files('a/b', SimpleNamespace())
+
+
+def test_a_dataset_is_read_again_without_the_hub(request, monkeypatch, tmp_path):
+    """As it was seen last, and known by the same hash; what was not read, and a file that never came, are named."""
+    fake = request.getfixturevalue('hub')
+    fake.rows = [{'prompt': f'p{i}', 'response': 'a'} for i in range(3)]
+    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path))
+    monkeypatch.setattr(files, 'hub_commit', hub_commit)
+    monkeypatch.setattr(
+        huggingface_hub, 'HfApi', lambda: SimpleNamespace(dataset_info=lambda *_, **__: SimpleNamespace(sha='c0'))
+    )
+
+    def read():
+        hub_commit.cache_clear()
+        files.hub_files.cache_clear()
+        return sources.fingerprint('o/n'), sources.load_rows('o/n', 'train')
+
+    before = read()
+    assert before[0] and len(before[1][0]) == 3 and {commit for *_, commit in fake.asked} == {'c0'}
+    monkeypatch.setattr(hub, 'reachable', lambda: False)
+    fake.load_dataset_builder = None
+    assert read() == before
+    with pytest.raises(UserError, match="the hub cannot be reached, and 'o/m' was not read here before"):
+        sources.load_rows('o/m', 'train')
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="cannot read {}/train.json of 'o/n' from the hub: division by zero"):
+        read()
+    hub_commit.cache_clear()

@@ -156,34 +156,40 @@ def test_strip_html(html, text):
 
 HH, SHAREGPT = 'Anthropic/hh-rlhf', 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'
 IMDB = 'insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english'
-ASKED = {  # name -> what load_dataset is asked for
+ASKED = {  # name -> what the hub is asked for
     'hh': (HH, 'test', {}), 'hh_helpful': (HH, 'test', {'data_dir': 'helpful-base'}), 'hh_harmless': (HH, 'test', {'data_dir': 'harmless-base'}),
     'shp': ('stanfordnlp/SHP', 'test', {}), 'se': ('HuggingFaceH4/stack-exchange-preferences', 'train', {}), 'imdb': (IMDB, 'test', {}),
     'sharegpt': ('anon8231489123/ShareGPT_Vicuna_unfiltered', 'train', {'data_files': SHAREGPT}), 'oasst': ('OpenAssistant/oasst1', 'validation', {}),
     'ultrafeedback': ('HuggingFaceH4/ultrafeedback_binarized', 'test_prefs', {}), 'owner/name': ('owner/name', 'test', {}),
     'ultrafeedback_hybrid': ('wzhouad/gemma-2-ultrafeedback-hybrid', 'test', {}), 'ultrachat': ('HuggingFaceH4/ultrachat_200k', 'test_sft', {}),
-    'alpaca_eval': ('json', 'train', {'data_files': 'hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json'}),
+    'alpaca_eval': ('tatsu-lab/alpaca_eval', 'alpaca_eval', {}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('source, asked', ASKED.items())
 def test_what_is_asked_of_the_hub(hub, source, asked):
-    assert sources.load_rows(source, 'test') == ([], {}) and hub.asked and all(call == asked for call in hub.asked)
+    assert sources.load_rows(source, 'test') == ([], {}) and hub.asked and all(call[:3] == asked for call in hub.asked)
     assert sources.fingerprint(source) is None
 
 
-def test_hub_rows_and_errors(hub):
+def test_hub_rows_and_errors(hub, monkeypatch):
     good = pair('p', 'a', 'b')
     hub.rows = [good, {'prompt': 'p', 'chosen': 'a'}]
     assert sources.load_rows('owner/name', 'test', skip_bad_rows=True)[0] == [good]
-    assert refusal('owner/name').startswith("owner/name [train], row 2: 'rejected' is missing")
+    assert refusal('owner/name').startswith("owner/name/{}/train.json, row 2: 'rejected' is missing")
+    hub.splits = ['train', 'test']
+    assert refusal('ultrachat').endswith("ultrachat_200k' on the hub has no split 'train_sft'; there are train, test")
 
-    def refuse(hub_id, split):
+    def refuse(*_, **__):
         raise ConnectionError('no network\nat all')
 
-    hub.load_dataset = refuse
-    assert refusal('owner/name') == "cannot load 'owner/name', split 'train', from the hub: no network at all"
-    assert re.match('cannot load .*/alpaca_eval.json', refusal('alpaca_eval'))
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', refuse)
+    assert refusal('owner/name') == "cannot read {}/train.json of 'owner/name' from the hub: no network at all"
+    assert refusal('alpaca_eval').startswith(
+        "cannot read alpaca_eval.json of 'tatsu-lab/alpaca_eval' from the hub: no net"
+    )
+    hub.load_dataset_builder = refuse
+    assert refusal('owner/other').startswith("cannot read 'owner/other' on the hub: no network at all (a config")
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
@@ -194,7 +200,7 @@ def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
     assert len(set(before)) == 4 and None not in before
     for name in names:
         sources.load_rows(name, 'test')
-    assert [call[2].pop('revision') for call in hub.asked] == ['aaa', 'aaa', 'aaa', 'bbb']
+    assert [commit for *_, commit in hub.asked] == ['aaa', 'aaa', 'aaa', 'bbb']
     commits['Anthropic/hh-rlhf'] = 'xxx'
     after = [sources.fingerprint(name) for name in names]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True]
