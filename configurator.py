@@ -128,7 +128,7 @@ def _declared(scope):
 
 def _print_help(doc, options):
     """Print a script's docstring, then its options (name -> Option) with default, types and comment, grouped by heading."""
-    lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
+    lines = [doc.strip(), '', 'options, as --name=value, or in a config file where the script takes one:']
     # no sort: options of a heading are neighbours in the source
     for heading, group in itertools.groupby(options.items(), key=lambda item: item[1].heading):
         lines += ['', heading]
@@ -147,14 +147,14 @@ def _read_file(path, options):
         data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
     try:
-        source = Path(path).read_text('utf-8')
+        source = Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', 'not a text file')
+        reason = getattr(error, 'strerror', 'no text in UTF-8')
         there = Path(os.path.dirname(path) or 'config').glob('*.py')
         near = '' if os.path.exists(path) else values.did_you_mean(path, map(str, there))
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
     # run it statement by statement, to know the line of each assignment or error
-    namespace = {}  # variables of the file
+    namespace = {'__file__': path}  # variables of the file
     settings = {}  # name -> what is returned for it
     line = 1
     try:
@@ -175,7 +175,7 @@ def _read_file(path, options):
             line = error.lineno
         message = ' '.join(str(getattr(error, 'msg', error)).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
-    return list(settings.values())
+    return [setting for name, setting in settings.items() if name in namespace]  # del takes a name back
 
 
 def _read_flag(word, options):
@@ -208,7 +208,11 @@ def _kind(value):
 def _check(name, value, options, where):
     """Return an option's value, converted from int to float if necessary. Raises UserError if name or value is invalid."""
     if name not in options:
-        raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}')
+        own = '' if where.endswith(COMMAND_LINE) else ' (names of your own begin with _ in a config file)'
+        raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}{own}')
+    # the shell leaves the ~ of --out_dir=~/x as it is
+    if isinstance(value, str) and value.startswith('~/'):
+        value = os.path.expanduser(value)
     allowed = options[name].types
     # a larger int may not fit into a float: it stays an int, and is rejected below
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:

@@ -180,12 +180,13 @@ def without_effect(config):
     # only text/sources.py's reader of the dataset sharegpt takes num_turns
     if 'sharegpt' not in f'{config.data} {config.eval_data}':
         found.append((['num_turns'], 'it is for sharegpt'))
+    if not config.n_eval_examples:
+        names = ['eval_every', 'do_first_eval', 'sample_during_eval']
+        found.append(([name for name in names if name in config], 'there is nothing to evaluate on (n_eval_examples is 0)'))
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         found.append((given, 'sample_during_eval is off'))
-    elif 'sample_during_eval' in config and not config.n_eval_examples:
-        found.append((['sample_during_eval'], 'there are no held-out prompts (n_eval_examples is 0)'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))
     return found

@@ -53,7 +53,11 @@ def main():
     out = sys.stdout
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
-        configure(globals())
+        config = configure(globals())
+        if json:
+            config.report_unused(['model'], 'with --json texts stand as they are')
+        if json or not model:
+            config.report_unused(['max_length', 'max_prompt_length', 'truncation'], 'nothing is cut without --model')
         left_out = Counter()  # reason -> how many rows
         try:
             if json:
