@@ -181,8 +181,8 @@ def without_effect(config):
     if 'sharegpt' not in f'{config.data} {config.eval_data}':
         found.append((['num_turns'], 'it is for sharegpt'))
     if not config.n_eval_examples:
-        names = ['eval_every', 'do_first_eval', 'sample_during_eval']
-        found.append(([name for name in names if name in config], 'there is nothing to evaluate on (n_eval_examples is 0)'))
+        names = [name for name in ('eval_every', 'do_first_eval', 'sample_during_eval') if name in config]
+        found.append((names, 'there is nothing to evaluate on (n_eval_examples is 0)'))
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')

@@ -217,7 +217,7 @@ if flag:
     limit = [x for x in (3, 4)][-1]
 '''
     scope = script(file(text))
-    set_here = {'steps': 2051, 'rate': math.sqrt(2048) / 32, 'name': 'a/b', 'flag': True, 'limit': 4, 'note': 'config.py'}
+    set_here = dict(steps=2051, rate=math.sqrt(2048) / 32, name='a/b', flag=True, limit=4, note='config.py')
     assert scope['config'] == DEFAULTS | set_here and '_tokens' not in scope and 'math' not in scope
 
 
