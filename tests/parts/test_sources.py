@@ -291,7 +291,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
-        'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
+        'OpenChat': {'id': 'x', 'items': said('q?', 'a')}, 'output': {'question': 'q?', 'output': 'a'}, 'generation': {'question': 'q?', 'generation': 'a'},
         'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
