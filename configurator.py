@@ -44,9 +44,9 @@ class Config(dict):
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
     def report_unused(self, options, why):
-        """Report options without effect: raise UserError if set on the command line, print a note if set in a config file."""
+        """Report options without effect, if the script has them: raise UserError for one of the command line, print a note of a config file's."""
         for name in options:
-            origin = self.origin[name]
+            origin = self.origin.get(name, 'default')
             if origin == COMMAND_LINE:
                 raise UserError(f'--{name} has no effect: {why}')
             if origin != 'default' and main_rank():
@@ -180,7 +180,8 @@ def _read_file(path, options):
 
 def _read_flag(word, options):
     """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
-    name, equals, text = word.removeprefix('--').partition('=')
+    written = word.removeprefix('--')
+    name, equals, text = written.partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
     # an unknown name passes here, with or without a value: _check rejects it
@@ -208,11 +209,7 @@ def _kind(value):
 def _check(name, value, options, where):
     """Return an option's value, converted from int to float if necessary. Raises UserError if name or value is invalid."""
     if name not in options:
-        own = '' if where.endswith(COMMAND_LINE) else ' (names of your own begin with _ in a config file)'
-        raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}{own}')
-    # the shell leaves the ~ of --out_dir=~/x as it is
-    if isinstance(value, str) and value.startswith('~/'):
-        value = os.path.expanduser(value)
+        raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}')
     allowed = options[name].types
     # a larger int may not fit into a float: it stays an int, and is rejected below
     if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:

@@ -54,10 +54,9 @@ def main():
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
         config = configure(globals())
-        if json:
-            config.report_unused(['model'], 'with --json texts stand as they are')
         if json or not model:
-            config.report_unused(['max_length', 'max_prompt_length', 'truncation'], 'nothing is cut without --model')
+            names = 'model max_length max_prompt_length truncation'
+            config.report_unused(names.split(), 'texts are shown as they stand')
         left_out = Counter()  # reason -> how many rows
         try:
             if json:
