@@ -124,9 +124,9 @@ def problem(name, value):
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
-    # such as --out_dir=$UNSET; files would land in the working directory, or in the root folder
-    if name in ('out_dir', 'out') and value == '':
-        return 'is empty: give it a name'
+    # such as --out_dir=$UNSET, whose files would land in the working directory, or --against=$UNSET, as if it were left out
+    if value == '' and name in 'out_dir out eval_data ref_model against reward endpoint columns wandb'.split():
+        return 'is empty: give it a name, or leave it out'
     # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
         known = [str(choice) for choice in CHOICES[name] if choice]
