@@ -44,9 +44,9 @@ class Config(dict):
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
     def report_unused(self, options, why):
-        """Report options without effect: raise UserError if set on the command line, print a note if set in a config file."""
+        """Report options without effect, if the script has them: raise UserError for one of the command line, print a note of a config file's."""
         for name in options:
-            origin = self.origin[name]
+            origin = self.origin.get(name, 'default')
             if origin == COMMAND_LINE:
                 raise UserError(f'--{name} has no effect: {why}')
             if origin != 'default' and main_rank():
@@ -128,7 +128,7 @@ def _declared(scope):
 
 def _print_help(doc, options):
     """Print a script's docstring, then its options (name -> Option) with default, types and comment, grouped by heading."""
-    lines = [doc.strip(), '', 'options, to be set in a config file or as --name=value:']
+    lines = [doc.strip(), '', 'options, as --name=value, or in a config file where the script takes one:']
     # no sort: options of a heading are neighbours in the source
     for heading, group in itertools.groupby(options.items(), key=lambda item: item[1].heading):
         lines += ['', heading]
@@ -147,14 +147,14 @@ def _read_file(path, options):
         data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
     try:
-        source = Path(path).read_text('utf-8')
+        source = Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', 'not a text file')
+        reason = getattr(error, 'strerror', 'no text in UTF-8')
         there = Path(os.path.dirname(path) or 'config').glob('*.py')
         near = '' if os.path.exists(path) else values.did_you_mean(path, map(str, there))
         raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
     # run it statement by statement, to know the line of each assignment or error
-    namespace = {}  # variables of the file
+    namespace = {'__file__': path}  # variables of the file
     settings = {}  # name -> what is returned for it
     line = 1
     try:
@@ -175,12 +175,13 @@ def _read_file(path, options):
             line = error.lineno
         message = ' '.join(str(getattr(error, 'msg', error)).split())
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {message}') from None
-    return list(settings.values())
+    return [setting for name, setting in settings.items() if name in namespace]  # del takes a name back
 
 
 def _read_flag(word, options):
     """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
-    name, equals, text = word.removeprefix('--').partition('=')
+    written = word.removeprefix('--')
+    name, equals, text = written.partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
     # an unknown name passes here, with or without a value: _check rejects it

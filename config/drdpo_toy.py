@@ -1,4 +1,4 @@
-# Dr. DPO on the toy world (toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
+# Dr. DPO on the toy world (text/toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
 # When beta' helps: many flipped labels and a run that is too long for DPO; a smaller beta does nearly the same. At beta' = 1 nothing stops the
 # margins, so stop early or add --beta_prime=4 or more (docs/evidence.md).
 #     torchrun --nproc_per_node=2 dpo.py config/drdpo_toy.py

@@ -1,4 +1,4 @@
-# One-step PPO on labelled answers, as in HALOs, on the toy world (toy.py), from the model of sft_toy.py. Not a paper's experiment.
+# One-step PPO on labelled answers, as in HALOs, on the toy world (text/toy.py), from the model of sft_toy.py. Not a paper's experiment.
 #     torchrun --nproc_per_node=2 ppo.py config/ppo_offline_toy.py
 model = 'out/sft_toy/model'
 data = 'toy'

@@ -1,4 +1,4 @@
-# Online PPO on the toy world (toy.py) with its gold reward, from the model of sft_toy.py: a minute on a laptop. Not a paper's experiment.
+# Online PPO on the toy world (text/toy.py) with its gold reward, from the model of sft_toy.py: a minute on a laptop. Not a paper's experiment.
 #     torchrun --nproc_per_node=2 ppo.py config/ppo_toy.py
 model = 'out/sft_toy/model'
 data = 'toy'

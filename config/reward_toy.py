@@ -1,4 +1,4 @@
-# A reward model on the toy world (toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
+# A reward model on the toy world (text/toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
 #     torchrun --nproc_per_node=2 reward.py config/reward_toy.py
 model = 'out/sft_toy/model'
 data = 'toy'

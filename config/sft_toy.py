@@ -1,4 +1,4 @@
-# SFT on the toy world (toy.py): half a minute on a laptop. Not a paper's experiment.
+# SFT on the toy world (text/toy.py): half a minute on a laptop. Not a paper's experiment.
 #     torchrun --nproc_per_node=2 sft.py config/sft_toy.py
 model = 'toy'
 data = 'toy'

@@ -1,4 +1,4 @@
-# TDPO2 on the toy world (toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
+# TDPO2 on the toy world (text/toy.py), from the model of sft_toy.py: 20 seconds on a laptop. Not a paper's experiment.
 #     torchrun --nproc_per_node=2 dpo.py config/tdpo2_toy.py
 model = 'out/sft_toy/model'
 data = 'toy'

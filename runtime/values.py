@@ -78,7 +78,7 @@ def hint(name, options):
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
-        return '--help lists the options'
+        return '--help lists the options, and names of your own begin with _ in a config file'
     if matches[0] == plain:
         return f'here it is {theirs.get(plain, plain)}'
 
@@ -124,9 +124,9 @@ def problem(name, value):
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
-    # such as --out_dir=$UNSET; files would land in the working directory, or in the root folder
-    if name in ('out_dir', 'out') and value == '':
-        return 'is empty: give it a name'
+    # such as --out_dir=$UNSET, whose files would land in the working directory, or --against=$UNSET, as if it were left out
+    if value == '' and name in 'out_dir out eval_data ref_model against reward endpoint columns wandb'.split():
+        return 'is empty: give it a name, or leave it out'
     # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
         known = [str(choice) for choice in CHOICES[name] if choice]
@@ -156,6 +156,9 @@ def looked_in(path):
 def settle(config):
     """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []
+    for name, value in config.items():
+        if str(value).startswith('~/'):
+            config[name] = os.path.expanduser(value)  # the shell leaves the ~ of --out_dir=~/x as it is
     # --model=out/dpo, the out_dir of a run, means out/dpo/model; but not if out/dpo has weights itself
     for name in MODELS:
         folder = config.get(name)
@@ -180,12 +183,13 @@ def without_effect(config):
     # only text/sources.py's reader of the dataset sharegpt takes num_turns
     if 'sharegpt' not in f'{config.data} {config.eval_data}':
         found.append((['num_turns'], 'it is for sharegpt'))
+    if not config.n_eval_examples:
+        names = 'eval_every do_first_eval sample_during_eval'
+        found.append((names.split(), 'there is nothing to evaluate on (n_eval_examples is 0)'))
     # scripts that cannot sample have no such option
     if not config.get('sample_during_eval', True):
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         found.append((given, 'sample_during_eval is off'))
-    elif 'sample_during_eval' in config and not config.n_eval_examples:
-        found.append((['sample_during_eval'], 'there are no held-out prompts (n_eval_examples is 0)'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))
     return found
@@ -194,14 +198,9 @@ def without_effect(config):
 def conflict(config):
     """Return a sentence about options that exclude each other, or None."""
     # ppo.py uses these lengths only with answers from the data (offline), not with sampled ones
-    has_lengths = 'max_length' in config and 'max_prompt_length' in config
-    if has_lengths and config.get('offline', True):
-        return no_room(config['max_length'], config['max_prompt_length'])
-    return None
-
-
-def no_room(max_length, max_prompt_length):
-    """Return a sentence if these lengths leave no room for an answer of one token and its end token, else None."""
-    if max_length < max_prompt_length + 2:
-        return f'max_length {max_length} leaves no room for an answer behind max_prompt_length {max_prompt_length}'
+    length = config.get('max_length')
+    of_prompt = config.get('max_prompt_length')
+    has_both = length and of_prompt and config.get('offline', True)
+    if has_both and length < of_prompt + 2:  # an answer has at least a token and its end token
+        return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}'
     return None

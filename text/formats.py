@@ -912,7 +912,7 @@ READERS = (
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
-    ('answer', 'response, completion, instruction output, input output, prompt output', read_answer),
+    ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
     ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('UltraFeedback', 'instruction completions', read_completions),

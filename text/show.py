@@ -54,7 +54,10 @@ def main():
     out = sys.stdout
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
     with redirect_stdout(sys.stderr if json else out):
-        configure(globals())
+        config = configure(globals())
+        if json or not model:
+            names = 'model max_length max_prompt_length truncation'
+            config.report_unused(names.split(), 'texts are shown as they stand')
         left_out = Counter()  # reason -> how many rows
         try:
             if json:

@@ -17,7 +17,6 @@ import numpy as np
 from configurator import UserError
 from runtime import cache
 from runtime.log import progress, say
-from runtime.values import no_room
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, encode_texts, render
 from text.examples import Examples, bos_of, spans_of, uniform_hash
@@ -74,8 +73,6 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     last_turn_only: SFT trains on a conversation's last answer only. data_fraction: fraction to keep, by a text hash.
     margins: keep the pairs' margins. enough: {'train': count, 'test': count}, to stop there; None: read all.
     Sets tokenizer.chat_template to PLAIN_CHAT if chats need one and it has none. Raises UserError."""
-    if problem := no_room(max_length, max_prompt_length):
-        raise UserError(problem)
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     read_args = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     render_args = {'skip_bad_rows': skip_bad_rows, 'chat': chat, 'system': system, 'last_turn_only': last_turn_only}

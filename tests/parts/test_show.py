@@ -93,10 +93,15 @@ def test_columns_that_nobody_reads(show):
     assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
 
 
-def test_lengths(show, monkeypatch):
+def test_lengths(show, tmp_path, monkeypatch):
     """Half of the length is the prompt's; only the first examples are measured."""
-    out, err = show(PAIRS, '--max_length=30', '--json')
-    assert 'max_prompt_length is 15' in err and all(map(json.loads, out.splitlines()))
+    (tmp_path / 'short.py').write_text('max_length = 30')
+    out, err = show(PAIRS, f'{tmp_path}/short.py', '--json')
+    assert 'max_prompt_length is 15' in err and 'of short.py has no effect' in err.replace(f'{tmp_path}/', '')
+    assert all(map(json.loads, out.splitlines()))
+    for flags in (['--truncation=end'], ['--max_length=30', '--json'], ['--model=toy', '--json']):
+        with pytest.raises(UserError, match=f'{flags[0].split("=")[0]} has no effect'):
+            show(PAIRS, *flags)
     monkeypatch.setattr(text.show, 'MEASURED', 3)
     assert 'lengths in characters, of the first 3 examples: median' in show(PAIRS)[0]
 

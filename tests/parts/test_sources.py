@@ -303,6 +303,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
         'Gemini': {'contents': GEMINI}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
+        'output': {'question': 'q?', 'output': 'a'}, 'generation': {'question': 'q?', 'generation': 'a'},
         'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),

@@ -122,6 +122,7 @@ VALUES = [
     ('--name=a=b==c', 'a=b==c'), ('--name=', ''), ('--name=1', '1'), ('--name=true', 'true'), ('--name=é ü', 'é ü'),
     ('--name=None', 'None'),  # a name that may not be None is text
     ('--name=--rate=3', '--rate=3'), ('--note=none', None), ('--note=1', '1'),
+    ('--name=~/x', os.path.expanduser('~/x')),  # as bash leaves it
     ('--flag', True), ('--flag=True', True), ('--on=false', False),
     ('--limit=5', 5), ('--limit=none', None), ('--share=null', None), ('--share=1', 1.0),
     ('--sure', True), ('--sure=false', False), ('--sure=none', None),
@@ -131,7 +132,7 @@ VALUES = [
 ]
 REFUSED_FILES = [  # text, line, words
     ('rate = 1.0\n\nstpes = 3\n', 3, "'stpes'", 'did you mean steps?'),
-    ('steps = 3\ndouble = 6\n', 2, "'double'"),
+    ('steps = 3\ndouble = 6\n', 2, "'double'"), ('from math import sqrt\n', 1, "'sqrt'", 'begin with _ in a config file'),
     ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
     ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
     ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
@@ -162,7 +163,7 @@ KNOWN = [  # what values an option of this name can have
     ('seed', 2**32 - 1, None), ('top_p', 0.0, 'must be above 0 and at most 1, not 0.0'),
     ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
     ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
-    ('save_every', 'auto', None), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
+    ('against', '', 'is empty'), ('ref_model', '', 'is empty'), ('system', '', None), ('save_every', 'auto', None), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
 ]
 # fmt: on
 
@@ -197,7 +198,7 @@ def test_values_of_known_options(name, value, words):
 
 
 def test_a_config_file_may_compute(script):
-    text = '''"""What this reproduces."""
+    text = '''\ufeff"""What this reproduces."""
 import math
 import os as system
 _tokens = 4096
@@ -206,15 +207,17 @@ def _half(x):
 
 steps = _half(_tokens)
 rate = math.sqrt(steps) / 2 ** 5
-for _i in range(3):
-    steps += _i
+for i in range(3):
+    steps += i
+del i
+note = __file__
 name = system.path.join('a', 'b')
 flag = steps > 2000
 if flag:
     limit = [x for x in (3, 4)][-1]
 '''
     scope = script(file(text))
-    set_here = {'steps': 2051, 'rate': math.sqrt(2048) / 32, 'name': 'a/b', 'flag': True, 'limit': 4}
+    set_here = dict(steps=2051, rate=math.sqrt(2048) / 32, name='a/b', flag=True, limit=4, note='config.py')
     assert scope['config'] == DEFAULTS | set_here and '_tokens' not in scope and 'math' not in scope
 
 
@@ -426,7 +429,7 @@ ELSEWHERE = {
     '--bata=1': 'did you mean beta or data.$',
     '--num_prompts=1': 'here it is n_examples$',
     '--dataset_path=x': 'did you mean data.$',
-    '--reward_name=x': '--help lists the options$',
+    '--reward_name=x': '--help lists the options, and names',
     '--system_pro=x': 'did you mean system.$',
     '--n_prompt=1': 'did you mean n_examples.$',
     '--bf16': 'here it is dtype=bfloat16$',
