@@ -101,10 +101,11 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
 
 def test_what_transformers_keeps_in_float32_is_not_rounded():
     """DeepSeek V3's bias at the experts' scores: between 4 and 8, bfloat16 numbers are 1/32 apart, and that chooses other experts."""
-    sizes = {'hidden_size': 16, 'intermediate_size': 16, 'moe_intermediate_size': 8, 'kv_lora_rank': 8, 'q_lora_rank': 8}
-    sizes |= {'num_attention_heads': 2, 'num_key_value_heads': 2, 'qk_rope_head_dim': 4, 'qk_nope_head_dim': 4, 'v_head_dim': 4}
-    experts = {'n_routed_experts': 4, 'n_group': 1, 'topk_group': 1, 'num_experts_per_tok': 2, 'first_k_dense_replace': 0}
-    config = transformers.DeepseekV3Config(vocab_size=32, num_hidden_layers=1, **sizes, **experts)
+    names = 'vocab_size hidden_size intermediate_size moe_intermediate_size kv_lora_rank q_lora_rank'
+    sizes = dict.fromkeys(names.split(), 32)
+    sizes |= dict.fromkeys('qk_rope_head_dim qk_nope_head_dim v_head_dim n_routed_experts'.split(), 4)
+    sizes |= dict.fromkeys('num_hidden_layers num_attention_heads num_key_value_heads n_group'.split(), 1)
+    config = transformers.DeepseekV3Config(first_k_dense_replace=0, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     bias = torch.tensor([7.01, 7.0, 7.03, 6.99])
     model.model.layers[0].mlp.gate.e_score_correction_bias.copy_(bias)

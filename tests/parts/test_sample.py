@@ -310,7 +310,8 @@ def test_another_run_is_refused(folder):
     net.save_pretrained('broken')
     toy.tokenizer().save_pretrained('broken')
     for temperature in (1, 0):
-        assert 'scores are not numbers' in refused('--model=broken', *flags[1:], f'--temperature={temperature}', out_dir=f'at-{temperature}')
+        flag = f'--temperature={temperature}'
+        assert 'scores are not numbers' in refused('--model=broken', *flags[1:], flag, out_dir=f'at-{temperature}')
 
 
 def test_endpoint(capsys):
