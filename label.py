@@ -106,6 +106,7 @@ if endpoint is not None:
     turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
     system = [turn for turn in turns if turn['role'] == 'system']
     left_out['system messages, which the judge is not shown'] = len(system)
+    left_out['tools, which the judge is not shown'] = sum('tools' in pair for pair in pairs)
 
 # heavy modules are imported only if needed
 if gold is not None:
@@ -158,12 +159,12 @@ def ask_judge(todo):
 
 
 def items_of(pair):
-    """Return (prompt, answer) of the two answers of a pair, as dpo.py will read them from annotations.json."""
+    """Return (prompt, answer, tools) of the two answers of a pair, as dpo.py will read them from annotations.json."""
     outputs = pair['outputs']
     # behind a prompt that is a single question, '\n\nHuman: ...\n\nAssistant:', an answer is the text ' ...'
     if is_plain(pair):
         outputs = map(answer, outputs)
-    return [(pair['prompt'], output) for output in outputs]
+    return [(pair['prompt'], output, pair.get('tools')) for output in outputs]
 
 
 def compare_rewards(todo):
@@ -175,7 +176,7 @@ def compare_rewards(todo):
         items = {str(item): item for i in indices for item in items_of(pairs[i])}
         cut_of = {key: Counter() for key in items}  # what was cut of each answer and its prompt: {what: times}
         if gold is not None:
-            rewards = [toy.gold(prompt, text) for prompt, text in items.values()]
+            rewards = [toy.gold(prompt, text) for prompt, text, _ in items.values()]
         else:
             lengths = (max_length, max_prompt_length, truncation)
             # encode() returns (prompt ids, answer ids), and adds what it cuts to the counter
@@ -237,7 +238,7 @@ for i, pair in enumerate(pairs):
     row |= {'annotator': annotator, 'preference': preference}
     # not a field of AlpacaEval's: the original prompt, if the instruction does not determine it
     if not is_plain(pair):
-        row['prompt'] = pair['prompt']
+        row |= {name: pair[name] for name in ('prompt', 'tools') if name in pair}
     rows.append(row)
 replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 
@@ -311,7 +312,7 @@ def percent(name, why_none='too few verdicts'):
     return f'{report[name]:.1%} (95% interval {low:.1%} to {high:.1%})'
 
 
-equal_length = percent('length_controlled', why_none='no finite fit')
+equal_length = percent('length_controlled', why_none='no finite fit, or an exact one')
 if n_judged < winrate.ENOUGH:
     found = counted(n_judged, 'prompts')
     equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'

@@ -138,15 +138,17 @@ def read_prompts():
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction
     rows = list(itertools.compress(row_of_hash.values(), is_chosen))[:n_examples]
+    left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     if not rows:
         raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
-    left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     for row in rows:
         # --system is added only where the data has no system message of its own, as in training
         if chat or system:
             row['prompt'] = as_chats({'prompt': row['prompt']}, system)['prompt']
         if endpoint and row.pop('tools', None):
             left_out['tools, which are not sent to an endpoint'] += 1
+        if endpoint and as_chat(row['prompt'])[-1]['role'] == 'assistant':
+            left_out['begun answers, which an endpoint may answer instead of going on'] += 1
     return rows, left_out
 
 

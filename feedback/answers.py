@@ -156,7 +156,7 @@ def make_pairs(answers_file, against_file=None):
 
     One file: all pairs of answers to the same prompt, lower sample number first. Two files: the k-th answers to a prompt in
     each form a pair. A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the
-    prompt), outputs (two texts) and generators (two model names). Raises UserError if there are no pairs."""
+    prompt), outputs (two texts), generators (two model names) and perhaps tools. Raises UserError if there are no pairs."""
     ours = read_answers(answers_file)
     theirs = read_answers(against_file) if against_file else []
     our_groups = _by_question(ours)
@@ -167,8 +167,10 @@ def make_pairs(answers_file, against_file=None):
         counterparts = zip(group, their_groups.get(question, []), strict=False)
         for first, second in counterparts if against_file else combinations(group, 2):
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
-            prompt = second['prompt'] if is_plain(first) else first['prompt']
-            pair = {'prompt': prompt, 'instruction': first['instruction'], 'question': number}
+            asked = second if is_plain(first) else first
+            pair = {'prompt': asked['prompt'], 'instruction': first['instruction'], 'question': number}
+            if asked['tools']:
+                pair['tools'] = asked['tools']
             pair['outputs'] = [first['response'], second['response']]
             pair['generators'] = [first['generator'], second['generator']]
             pairs.append(pair)
@@ -176,9 +178,7 @@ def make_pairs(answers_file, against_file=None):
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
         raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
-    # answers with tools are paired, but the judge does not see the tools
-    with_tools = sum(bool(row['tools']) for row in ours + theirs)
-    left_out = Counter({'tools, which no judge is shown': with_tools})
+    left_out = Counter()
     if against_file:
         # each pair uses one answer of each file
         left_out['answers without a counterpart'] = len(ours) - len(pairs)

@@ -54,7 +54,8 @@ def length_controlled(wins, difference, clusters):
     Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
     rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
     losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs. The interval [low, high]
-    holds the rate with 95%, and is symmetric in log odds; it and the error are None if there is only one cluster.
+    holds the rate with 95%, and is symmetric in log odds; it and the error are None if there is only one cluster. An exact fit has
+    no interval.
 
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
     square s. clusters (n,): as for mean(), for the sandwich covariance."""
@@ -80,8 +81,9 @@ def length_controlled(wins, difference, clusters):
     # delta method: d rate / d a
     slope = rate * (1 - rate)
     error = _sqrt(slope**2 * covariance[0, 0])
-    if error is None:
-        return rate, None, None, effect
+    # an error of 0 only means that the fit is exact, as of ties alone
+    if error is None or error < 1e-6:
+        return rate, error, None, effect
     log_odds = np.log(rate / (1 - rate))
     half_width = Z * error / slope
     interval = _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()

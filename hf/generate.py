@@ -267,14 +267,21 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
 
 def _processors(seeds, n_sampled, temperature, top_p):
     """Return the LogitsProcessorList that makes greedy decoding sample, given each row's seed and number of tokens so far."""
-    processors = transformers.LogitsProcessorList()
     # 0 is greedy; temperature before top_p, as in transformers
-    if temperature > 0:
-        processors.append(transformers.TemperatureLogitsWarper(temperature))
-        if top_p < 1:
-            processors.append(transformers.TopPLogitsWarper(top_p))
-        processors.append(_Draw(seeds, n_sampled))
+    if temperature == 0:
+        return transformers.LogitsProcessorList([_checked])
+    processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
+    if top_p < 1:
+        processors.append(transformers.TopPLogitsWarper(top_p))
+    processors.append(_Draw(seeds, n_sampled))
     return processors
+
+
+def _checked(ids, scores):
+    """Return scores as they are. Raises UserError if one is NaN, of which the largest is none or any token."""
+    if scores.isnan().any():
+        raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
+    return scores
 
 
 class _Draw(transformers.LogitsProcessor):
@@ -299,9 +306,7 @@ class _Draw(transformers.LogitsProcessor):
         block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
         self.step += np.uint64(1)
         # draw a block of each row, then a token of this block
-        block_scores = blocks.logsumexp(2)  # (rows, side)
-        if block_scores.isnan().any():
-            raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
+        block_scores = _checked(ids, blocks.logsumexp(2))  # (rows, side)
         block = (block_scores + block_noise).argmax(1)  # (rows,)
         token_scores = blocks[torch.arange(n_rows, device=block.device), block]  # (rows, side)
         token_in_block = (token_scores + token_noise).argmax(1)  # (rows,)

@@ -8,6 +8,7 @@ import torch
 
 from configurator import UserError
 from feedback import score
+from hf.generate import without_end
 from hf.load import check_same_tokens
 from hf.probe import max_sequence_length
 from rl import reward_functions
@@ -86,7 +87,7 @@ class Reward:
         for part in self.parts:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
-                call = partial(self._call_function, part, examples, split, uids)
+                call = partial(self._call_function, part, examples, split, uids, ends)
                 # called on rank 0, returned on all
                 values, late = ranks.shared(call)
                 late_by_part.append(late)
@@ -106,17 +107,19 @@ class Reward:
             columns['late'] = torch.tensor(late_by_part).any(0).double()
         return columns
 
-    def _call_function(self, part, examples, split, uids):
+    def _call_function(self, part, examples, split, uids, ends):
         """Call a part's function on all answers. Return two lists: scores, and whether each call was late (score 0).
 
-        Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. Prints a note if there were
-        late calls. Raises UserError if the function fails."""
+        Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. ends: as in score_columns.
+        Prints a note if there were late calls. Raises UserError if the function fails."""
         prompts, responses, rows = [], [], []
         for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
             for answer in answers:
-                response = decode_answer(answer, prompt_ids, self.tokenizer, skip_special_tokens=True)
+                # not every tokenizer knows its end of turn as a special token
+                tokens = without_end(answer.tolist(), ends)
+                response = decode_answer(tokens, prompt_ids, self.tokenizer, skip_special_tokens=True)
                 # chat templates add white space around messages; in plain text it is part of the answer
                 if is_chat:
                     response = response.strip()

@@ -468,11 +468,11 @@ def truncate_prompt(prompt, limits, left_out):
 # ---- the same for sample.py and label.py ----
 
 
-def encode(prompt, answer, tokenizer, max_length, max_prompt_length, truncation, left_out):
+def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
     """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
-        texts = render(prompt, [answer], tools=None, tokenizer=tokenizer, left_out=left_out, blank=True)
+        texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
     prompt_ids, answer_ids = encode_texts(texts, tokenizer, before=['', texts[0]])

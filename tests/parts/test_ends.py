@@ -107,6 +107,20 @@ def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_pat
         assert answered.answers['score'][i].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_functions_score_answers_without_their_ends(folders, raw, tmp_path, monkeypatch):
+    """Also without one that the tokenizer does not know as a special token."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own.py').write_text("""import json
+def f(prompts, responses, rows):
+    with open('told.jsonl', 'a') as file:
+        file.writelines(json.dumps(response) + '\\n' for response in responses)
+    return [1.0] * len(rows)""")
+    flags = f'{SIZES} --loss=grpo --group_size=4 --reward=own.py:f --model={folders}/policy --out_dir=run'
+    run_script('ppo.py', *flags.split())
+    assert any(sampled(row)[-1] in STOPS for row in raw)
+    assert sorted(read_jsonl('told.jsonl')) == sorted(shown(sampled(row)) for row in raw)
+
+
 def test_scores_know_other_ends(folders):
     """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
     ranks.setup()

@@ -99,6 +99,23 @@ def test_a_weight_that_does_not_fit_becomes_no_infinity(flags, capsys):
     assert 'are kept in float32' in Path('run/model/README.md').read_text()
 
 
+def test_what_transformers_keeps_in_float32_is_not_rounded():
+    """DeepSeek V3's bias at the experts' scores: between 4 and 8, bfloat16 numbers are 1/32 apart, and that chooses other experts."""
+    names = 'vocab_size hidden_size intermediate_size moe_intermediate_size kv_lora_rank q_lora_rank'
+    sizes = dict.fromkeys(names.split(), 32)
+    sizes |= dict.fromkeys('qk_rope_head_dim qk_nope_head_dim v_head_dim n_routed_experts'.split(), 4)
+    sizes |= dict.fromkeys('num_hidden_layers num_attention_heads num_key_value_heads n_group'.split(), 1)
+    config = transformers.DeepseekV3Config(first_k_dense_replace=0, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    bias = torch.tensor([7.01, 7.0, 7.03, 6.99])
+    model.model.layers[0].mlp.gate.e_score_correction_bias.copy_(bias)
+    export._save_weights(model, model.state_dict(), torch.bfloat16, 'run')
+    found = tensors('run')
+    assert found.pop('model.layers.0.mlp.gate.e_score_correction_bias').equal(bias)
+    assert {weights.dtype for weights in found.values()} == {torch.bfloat16}
+    assert json.loads(Path('run/config.json').read_text())['dtype'] == 'bfloat16'
+
+
 def test_only_the_value_head_of_ppo_is_left_out():
     model, own = load.load_model('toy'), load.load_model('toy')
     own.value_head = torch.nn.Linear(2, 1)

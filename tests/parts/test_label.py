@@ -178,7 +178,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert report | expected == report and report['agreement'] == 0.6
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
-    for said in ('left out: 16 tools, which no judge is shown', 'at equal length    not told: 6 prompts', '65.0%',
+    for said in ('left out: 8 tools, which the judge is not shown', 'at equal length    not told: 6 prompts', '65.0%',
                  'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
         assert said in screen
     assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
@@ -449,6 +449,23 @@ def test_reward_model(reward_folder):
     state.write_text(text + '\n')
     refused('content of reward_model', *flags)
     state.write_text(text)
+
+
+def test_tools_are_in_the_prompt_of_scores_and_annotations(reward_folder, tmp_path):
+    """As they were when the answers were sampled."""
+    shutil.copytree(reward_folder, 'reward')
+    tokenizer = load_tokenizer('reward')
+    tokenizer.chat_template = '{{ tools | tojson }}' + tokenise.PLAIN_CHAT
+    tokenizer.save_pretrained('reward')
+    tools = [{'name': 'look'}]
+    file = write_samples([0], prompt=[user('Why?')], tools=tools)
+    _, annotations = label('--reward_model=reward', '--max_length=200')
+    with_tools = verdicts()
+    write_jsonl(file, [row | {'tools': None} for row in read_jsonl(file)])
+    label('--reward_model=reward', '--max_length=200', '--out_dir=without')
+    assert with_tools[0]['rewards'] != read_jsonl('without/verdicts.jsonl')[0]['rewards']
+    (row,), _ = sources.load_rows('out/annotations.json', 'train', undivided=True)
+    assert row['tools'] == tools and 'tools' not in json.loads(Path('without/annotations.json').read_text())[0]
 
 
 def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypatch, capsys):

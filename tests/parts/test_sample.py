@@ -279,6 +279,7 @@ def test_sources(folder, capsys):
     *(([f'--temperature={text}'], 'temperature') for text in ('hot', '', '0.5 -1', '1 1.0', 'nan', 'inf', '-1')),
     (['--data=nowhere.txt'], 'cannot read nowhere.txt'),
     (['--data=none.txt'], 'there are no prompts'),
+    (['--data_fraction=1e-9'], '6 prompts beyond n_examples or data_fraction'),
     (['--data=toy+bad.jsonl', '--skip_bad_rows'], 'no test examples are left'),
 ])  # fmt: skip
 def test_mistakes(flags, words):
@@ -308,7 +309,9 @@ def test_another_run_is_refused(folder):
     net.lm_head.weight.data.fill_(float('nan'))
     net.save_pretrained('broken')
     toy.tokenizer().save_pretrained('broken')
-    assert 'scores are not numbers' in refused('--model=broken', *flags[1:], out_dir='other')
+    for temperature in (1, 0):
+        flag = f'--temperature={temperature}'
+        assert 'scores are not numbers' in refused('--model=broken', *flags[1:], flag, out_dir=f'at-{temperature}')
 
 
 def test_endpoint(capsys):
@@ -356,10 +359,10 @@ def test_endpoint(capsys):
         text = run(*(flag for flag in flags if 'system' not in flag), out_dir='text')[1][0]
         assert text['response'] == f' {text["prompt"]} {text["seed"]}'
         # tools are not sent
-        data = write_jsonl('tools.jsonl', [{'prompt': [USER], 'tools': [{'name': 'look'}]}])
+        data = write_jsonl('tools.jsonl', [{'prompt': [USER, assistant('I')], 'tools': [{'name': 'look'}]}])
         _, rows = run(*flags, f'--data={data}', out_dir='tools')
         assert not any('tools' in row for row in rows + bodies())
-        assert 'which are not sent to an endpoint' in capsys.readouterr().out
+        assert 'not sent to an endpoint, 1 begun answer, which an endpoint may answer' in capsys.readouterr().out
     # replies of nothing but a refusal or blanks
     with serve(lambda n, body: (200, completion((None, ' \n', 'x')[n % 3]))) as server:
         run(f'--endpoint={server.url}', '--endpoint_model=m', '--concurrency=1', out_dir='empty')

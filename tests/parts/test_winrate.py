@@ -76,6 +76,8 @@ def test_ties_are_half_wins_and_equal_lengths_change_nothing():
     wins = [1, 1, 0, 0.5]
     rate, error, _, b = winrate.length_controlled(wins, [0] * 4, range(4))
     assert (rate, error) == pytest.approx(winrate.mean(wins, range(4))) and b == 0
+    # ties alone: an error of 0 is no interval of no width
+    assert winrate.length_controlled([0.5] * 40, [3, -2] * 20, range(40)) == (0.5, 0.0, None, 0.0)
     # a variance that rounds below zero
     assert winrate.length_controlled([0, 0.5, 1], [-2, 0, -2], range(3))[1] == pytest.approx(0, abs=1e-6)
 
