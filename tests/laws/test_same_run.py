@@ -11,7 +11,7 @@ from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write
 
 import configurator
 from hf import load
-from runtime import checkpoint, files, log
+from runtime import checkpoint, files, log, ranks
 from text import toy
 from text.examples import Examples
 
@@ -219,3 +219,9 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
     monkeypatch.setattr(checkpoint, 'gather_objects', lambda value: [value, theirs])
     monkeypatch.setattr(checkpoint.dist, 'get_rank', lambda: 0)
     assert 'rank 1 has read other data than rank 0' in sentence(checkpoint.identify, config, dict, one, one)
+
+
+def test_ranks_that_have_other_options_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, 'gather_objects', lambda options: [options, options | {'lr': 0.5}])
+    monkeypatch.setattr(ranks.dist, 'get_rank', lambda: 0)
+    assert 'lr is 0.5 on rank 1 and 0.1 on rank 0' in sentence(ranks.setup, 1, {'beta': 0.1, 'lr': 0.1})
