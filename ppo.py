@@ -349,8 +349,7 @@ prompts_per_round = batch_size // answers_per_prompt
 prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)
-    # the scores may have taken minutes
-    run.obey_signals(this_round.first, saved=this_round.first == 0)
+    run.obey_signals(this_round.first, saved=this_round.first == 0)  # the scores may have taken minutes
     sampled = time.time()
     metrics = this_round.metrics | train_round(this_round)
     # log the round; speeds include everything since the previous row

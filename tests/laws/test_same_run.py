@@ -10,7 +10,7 @@ import pytest
 from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
 import configurator
-from hf import load
+from hf import export, load
 from runtime import checkpoint, files, log, ranks
 from text import toy
 from text.examples import Examples
@@ -132,6 +132,19 @@ def test_what_has_changed_is_refused(here, case, attack, words):
 
     before = contents()
     assert words in sentence(run, case, case) and contents() == before
+
+
+def test_the_model_changes_while_adapters_train(here, monkeypatch):
+    """They would be merged into another model than theirs. They are kept in a checkpoint, and the model can be put back."""
+    write = export.write_model
+    with monkeypatch.context() as patch:
+        patch.setattr(export, 'write_model', lambda *how: [flip_a_bit('model'), write(*how)])
+        said = sentence(run, 'lora', 'lora')
+    assert "model 'model' has changed since: model.safetensors" in said and 'the same command writes the model' in said
+    assert not (here / 'lora/model').exists()
+    flip_a_bit('model')
+    run('lora', 'lora')
+    assert (here / 'lora/model').exists()
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
