@@ -183,7 +183,9 @@ def test_held_out_prompts_of_bad_answers_are_answered_too(tmp_path, small_toy):
 def test_a_signal_while_sampling_saves(tmp_path, monkeypatch, small_toy):
     """In the second round: answers that wait for a free row are empty then, and no reward function sees them."""
     file = tmp_path / 'own.py'
-    file.write_text('def inverse(prompts, responses, rows):\n    return [1 / len(response) for response in responses]\n')
+    file.write_text(
+        'def inverse(prompts, responses, rows):\n    return [1 / len(response) for response in responses]\n'
+    )
     sample, rounds = rollout.sample, []
 
     def stopped(*arguments, **options):
@@ -197,7 +199,9 @@ def test_a_signal_while_sampling_saves(tmp_path, monkeypatch, small_toy):
     monkeypatch.setattr(ranks, 'leave', leave)
     flags = '--n_examples=8 --batch_size=4 --minibatch_size=4 --ppo_epochs=1 --max_new_tokens=2 --sample_batch=1 --eval_every=none'
     with pytest.raises(SystemExit, match=str(guard.SAVED)):
-        run_script('ppo.py', *flags.split(), '--do_first_eval=false', f'--reward={file}:inverse', f'--out_dir={tmp_path}/run')
+        run_script(
+            'ppo.py', *flags.split(), '--do_first_eval=false', f'--reward={file}:inverse', f'--out_dir={tmp_path}/run'
+        )
     assert len(rounds) == 2 and (tmp_path / 'run/latest').read_text() == 'checkpoints/0000000004\n'
 
 
