@@ -174,14 +174,15 @@ run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.v
 def make_round(first, rows):
     """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together. After a
-    stop signal the answers are truncated, and the caller must not train on them."""
+    first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together."""
     # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
         examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
+        # a signal has cut answers short: save and exit. The resumed run repeats this round; before the first there is nothing to save
+        run.obey_signals(first, saved=first == 0)
 
     # columns of all tokens (log-probs pi and ref, values) and of all answers: name -> (tokens,), name -> (answers,)
     tokens, answers = rollout.measure(run, ref, examples, stop_ids)
@@ -348,8 +349,7 @@ prompts_per_round = batch_size // answers_per_prompt
 prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)
-    # on a signal, save and exit; the resumed run repeats this round. Before the first round there is nothing to save
-    run.obey_signals(this_round.first, saved=this_round.first == 0)
+    run.obey_signals(this_round.first, saved=this_round.first == 0)  # the scores may have taken minutes
     sampled = time.time()
     metrics = this_round.metrics | train_round(this_round)
     # log the round; speeds include everything since the previous row

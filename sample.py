@@ -101,7 +101,7 @@ reward_parts = reward_functions.parse(reward) if reward else []
 if not all(part.is_function for part in reward_parts):
     others = 'label.py and feedback.score read reward models'
     raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
-rank, world_size, device = ranks.setup()
+rank, world_size, device = ranks.setup(options=config)
 if endpoint and world_size > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
 

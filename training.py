@@ -94,7 +94,7 @@ class Run:
         for names, why in values.without_effect(config):
             config.report_unused(names, why)
         # rank and world count groups of tp processes: those of a group take the same examples
-        self.rank, self.world, self.device = ranks.setup(tp)
+        self.rank, self.world, self.device = ranks.setup(tp, config)
         if config.batch_size < self.world:
             raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {self.world} ranks')
         parallel.choose_arithmetic(config, self.device)

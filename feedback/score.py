@@ -171,7 +171,7 @@ def main():
     if by in SCORES:
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
     # the data first: what is wrong with it is told before the model is loaded
-    _, _, device = ranks.setup()
+    _, _, device = ranks.setup(options=config)
     examples, left_out = ranks.first_of_host(read)
     # a missing column is an error only if the user asked for it
     has_column = any(by in example.raw for _, example in examples)

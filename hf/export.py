@@ -12,10 +12,12 @@ import yaml
 
 from configurator import UserError
 from hf import lora, quantize
+from hf.load import model_hashes
 from hf.parts import core
 from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import clear_path, move_folder, say, writing
+from runtime.log import check_same, recorded
 from runtime.ranks import on_one_rank
 from text.examples import bos_of
 
@@ -74,6 +76,11 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 clear_path(temporary)
                 # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
                 if has_adapters:
+                    # the model is read from its folder again: it must be the one that they were trained on
+                    run = recorded(folder.parent)
+                    if run and 'model' in run['contents']:
+                        now = {'model': model_hashes(run['options']['model'])}
+                        check_same(f'{folder.parent} holds', run, run | {'contents': now})
                     adapted = build(empty=False)
                     lora.write(adapted, trained_weights, adapter_temporary)
                     plain_model = quantize.dequantize(adapted).merge_and_unload()

@@ -377,26 +377,26 @@ def stored_dtype(name):
 
 
 def fingerprints(config):
-    """Hash all models named in a run's config, to detect changes on resume. Returns option -> _model_hashes of its model."""
+    """Hash all models named in a run's config, to detect changes on resume. Returns option -> model_hashes of its model."""
     hashes_of = {}
     for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
         if name in NO_MODEL:
             continue
-        hashes = _model_hashes(name)
+        hashes = model_hashes(name)
         # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
     # a sum of reward models, 'DIR1 + DIR2*0.5', whose names rl/reward_functions.py has listed: their files together
     option = 'reward' if config.get('reward') else 'reward_model'
     for name in getattr(config, 'reward_models', ()):
-        hashes = {} if name in NO_MODEL else _model_hashes(name)
+        hashes = {} if name in NO_MODEL else model_hashes(name)
         for file, digest in hashes.items():
             hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
     return hashes_of
 
 
-def _model_hashes(name):
+def model_hashes(name):
     """Return the hashes of a model; an adapter has those of its base model, too, as base/file."""
     saved, base = lora.adapter_and_base(name)
     if not saved:

@@ -89,8 +89,9 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
                     clear_path(unfinished)
 
     on_one_rank(remove_unfinished)
-    # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     tensors = _live_tensors(model, optimizer)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
@@ -99,7 +100,12 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
     state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
-    _pending = _writer.submit(_write, folder, copies, state_text, keep_last, _writer_group(dist.group.WORLD))
+    _pending = _writer.submit(_write, folder, copies, shapes, state_text, keep_last, _writer_group(dist.group.WORLD))
+
+
+def _saved_shapes(reader):
+    """Return name -> shape of the tensors in a checkpoint. reader: a HuggingFaceStorageReader of its folder."""
+    return {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
 
 
 def failed():
@@ -118,10 +124,11 @@ def wait():
         on_ranks(True, pending.result)
 
 
-def _write(folder, copies, state_text, keep_last, group):
+def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
 
-    copies: name -> CPU tensor, emptied as soon as they are written; group: process group of the writer threads."""
+    copies: name -> CPU tensor, emptied as soon as they are written; shapes: of the tensors of all ranks; group: process group of
+    the writer threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -131,6 +138,8 @@ def _write(folder, copies, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
+        if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
+            raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
         # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
@@ -243,8 +252,7 @@ def load(folder, model, optimizer):
     optimizer.zero_grad()
 
     reader = HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
-    saved_shapes = {name: tuple(tensor.size) for name, tensor in saved.items()}
+    saved_shapes = _saved_shapes(reader)
     # the optimizer has state for all parameters now: drop it for those that had none in the checkpoint, as layers that never run
     with_state = {name.rpartition('.')[0] for name in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():

@@ -21,6 +21,11 @@ def report(kind, error, trace):
     # print() on a full disk: such an error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         error = UserError(f'cannot print: {error.strerror}')
+    # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
+    is_of_torch = 'RANK' in os.environ and isinstance(error, RuntimeError)
+    if is_of_torch and re.search('by peer|Broken pipe|remote process exited', str(error)):
+        time.sleep(2)
+        error = UserError('another rank has ended: what it printed, or the report of torchrun, says why')
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')

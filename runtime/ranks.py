@@ -18,11 +18,11 @@ PATIENCE = timedelta(hours=12)
 _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the matrices of each block; set by setup
 
 
-def setup(tp=1):
+def setup(tp=1, options=None):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
-    tp: this many neighbouring ranks count as one data rank. UserError if the number of ranks is no multiple of it, or if this
-    machine has fewer GPUs than processes."""
+    tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value. UserError if ranks have different
+    options, if their number is no multiple of tp, or if this machine has fewer GPUs than processes."""
     global _tp_size
     # of this process on its own machine, as torchrun says
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
@@ -54,6 +54,14 @@ def setup(tp=1):
             store = dist.PrefixStore(f'start{restarts}', store)
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
+    ours = dict(options or {})
+    for rank, theirs in enumerate(gather_objects(ours)):
+        different = [name for name in ours if theirs.get(name) != ours[name]]
+        if different:
+            name = different[0]
+            values = f'{name} is {theirs.get(name)!r} on rank {rank} and {ours[name]!r} on rank {dist.get_rank()}'
+            raise UserError(f'{values}: start the same command, with the same config file, on all hosts')
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')

@@ -9,8 +9,8 @@ import pytest
 from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
 import configurator
-from hf import load
-from runtime import checkpoint, files, hub, log
+from hf import export, load
+from runtime import checkpoint, files, hub, log, ranks
 from text import toy
 from text.examples import Examples
 
@@ -133,6 +133,19 @@ def test_what_has_changed_is_refused(here, case, attack, words):
     assert words in sentence(run, case, case) and contents() == before
 
 
+def test_the_model_changes_while_adapters_train(here, monkeypatch):
+    """They would be merged into another model than theirs. They are kept in a checkpoint, and the model can be put back."""
+    write = export.write_model
+    with monkeypatch.context() as patch:
+        patch.setattr(export, 'write_model', lambda *how: [flip_a_bit('model'), write(*how)])
+        said = sentence(run, 'lora', 'lora')
+    assert "model 'model' has changed since: model.safetensors" in said and 'the same command writes the model' in said
+    assert not (here / 'lora/model').exists()
+    flip_a_bit('model')
+    run('lora', 'lora')
+    assert (here / 'lora/model').exists()
+
+
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
     record = json.loads((world / 'ppo/config.json').read_text())
     names = {'model', 'ref_model', 'reward_model', 'critic', 'training examples', 'evaluation examples'}
@@ -228,3 +241,9 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
     monkeypatch.setattr(checkpoint, 'gather_objects', lambda value: [value, theirs])
     monkeypatch.setattr(checkpoint.dist, 'get_rank', lambda: 0)
     assert 'rank 1 has read other data than rank 0' in sentence(checkpoint.identify, config, dict, one, one)
+
+
+def test_ranks_that_have_other_options_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, 'gather_objects', lambda options: [options, options | {'lr': 0.5}])
+    monkeypatch.setattr(ranks.dist, 'get_rank', lambda: 0)
+    assert 'lr is 0.5 on rank 1 and 0.1 on rank 0' in sentence(ranks.setup, 1, {'beta': 0.1, 'lr': 0.1})

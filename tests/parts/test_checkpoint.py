@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import cut_short, metrics, parse, read_jsonl, run_script, same_bits, shrink_toy, tensors
+from helpers import cut_short, metrics, parse, read_jsonl, run_script, same_bits, sentence, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import data
@@ -298,6 +298,16 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
     assert 'What was trained is in a checkpoint: the same command writes the model' in said and 'lost' not in said
     assert read_jsonl(kept / 'metrics.jsonl')[-1]['counters/examples'] == 60
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
+
+
+def test_what_a_rank_wrote_elsewhere_is_missed(tmp_path):
+    """Where each host has an out_dir of its own, no checkpoint is complete."""
+    ranks.setup()
+    group, one = checkpoint._writer_group(dist.group.WORLD), torch.ones(2)
+    said = sentence(
+        checkpoint._write, tmp_path / '0000000005', {'one': one}, {'one': (2,), 'other': (3,)}, '{}', 1, group
+    )
+    assert 'all hosts must see one out_dir' in said and not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_pause):

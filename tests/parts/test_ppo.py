@@ -15,6 +15,7 @@ from configurator import Config
 from rl import formulas, rewards, rollout
 from rl.reward_functions import Part
 from rl.rewards import Reward, texts
+from runtime import guard, ranks
 from text import toy
 from text.examples import Examples
 
@@ -177,6 +178,31 @@ def test_held_out_prompts_of_bad_answers_are_answered_too(tmp_path, small_toy):
     run_script('ppo.py', *flags.split(), f'--data={file}', f'--eval_data={file}', f'--out_dir={tmp_path}/run')
     samples = read_jsonl(tmp_path / 'run/samples.jsonl')
     assert [(row['examples'], row['sample']) for row in samples] == [(n, i) for n in (0, 4) for i in range(4)]
+
+
+def test_a_signal_while_sampling_saves(tmp_path, monkeypatch, small_toy):
+    """In the second round: answers that wait for a free row are empty then, and no reward function sees them."""
+    file = tmp_path / 'own.py'
+    file.write_text(
+        'def inverse(prompts, responses, rows):\n    return [1 / len(response) for response in responses]\n'
+    )
+    sample, rounds = rollout.sample, []
+
+    def stopped(*arguments, **options):
+        rounds.append(monkeypatch.setattr(guard, '_code', guard.SAVED * len(rounds)))
+        return sample(*arguments, **options)
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(rollout, 'sample', stopped)
+    monkeypatch.setattr(ranks, 'leave', leave)
+    flags = '--n_examples=8 --batch_size=4 --minibatch_size=4 --ppo_epochs=1 --max_new_tokens=2 --sample_batch=1 --eval_every=none'
+    with pytest.raises(SystemExit, match=str(guard.SAVED)):
+        run_script(
+            'ppo.py', *flags.split(), '--do_first_eval=false', f'--reward={file}:inverse', f'--out_dir={tmp_path}/run'
+        )
+    assert len(rounds) == 2 and (tmp_path / 'run/latest').read_text() == 'checkpoints/0000000004\n'
 
 
 # ---- a user's mistakes ----
