@@ -81,7 +81,7 @@ config = configure(globals(), shared=training)
 # ---- what the loss asks for: its signature says ----
 
 objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
-paired, needs_ref = objective.paired, objective.needs_ref
+paired, needs_ref, is_mixed = objective.paired, objective.needs_ref, objective.is_mixed
 beta_prime = objective.options['beta_prime']
 divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None  # from the reference, at each position
 
@@ -93,8 +93,7 @@ if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_examples
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
-is_kto = loss == 'kto'  # its KL estimate pairs prompts with answers to other prompts
-longest = min(max_length, max(run.train.longest(mixed=is_kto), run.held_out.longest(mixed=is_kto)))
+longest = min(max_length, max(run.train.longest(mixed=is_mixed), run.held_out.longest(mixed=is_mixed)))
 # a policy with adapters is its own reference while they are switched off
 is_policy = run.adapters and ref_model is None
 is_loaded = needs_ref and not cache_ref and not is_policy
@@ -114,8 +113,8 @@ if cache_ref:
 run.train = run.train.flip(noise_rate, seed)
 if not paired:
     run.train = run.train.keep(frac_good, frac_bad, seed)
-if is_kto and len(run.train) == 1:
-    raise UserError(f'kto compares an answer with that of another example, and the training data {data!r} has one only')
+if is_mixed and len(run.train) == 1:
+    raise UserError(f'{loss} compares an answer with that of another example, and {data!r} has one only to train on')
 run.count_data()
 run.check_room(ref)
 
@@ -157,7 +156,7 @@ def step_statistic(step, parts=None):
     further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
     batches, suffix = step.batches, ''
     # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
-    if is_kto:
+    if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
         batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
         suffix = '_kl'
@@ -171,7 +170,7 @@ def step_statistic(step, parts=None):
     inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     inputs['state'] = run.state['statistic']
     statistic, new_state = objective.call(objective.statistic, inputs)
-    return {name: values.float() for name, values in statistic.items()}, new_state
+    return {name: values.float().expand(len(step.rows)) for name, values in statistic.items()}, new_state
 
 
 def loss_and_weight(measured, step_columns, slots):
@@ -199,7 +198,7 @@ def run_step(step, backward=False, shift=None):
     step_columns, new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
         # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
-        if backward and len(step.batches) == 1 and not is_kto:
+        if backward and len(step.batches) == 1 and not is_mixed:
             measured_before = [measure(step.batches[0])]
         step_columns, new_state = step_statistic(step, measured_before)
     if not paired:
@@ -218,7 +217,7 @@ def run_step(step, backward=False, shift=None):
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
         if backward:
-            (step_weight * loss * batch.real).sum().backward()
+            (step_weight.detach() * loss * batch.real).sum().backward()
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights

@@ -232,8 +232,9 @@ def update(model, optimizer, lr, scale, max_norm):
         factor = scale * min(1.0, max_norm / (total_norm + 1e-6))
         for grads in grads_by_mesh.values():
             torch._foreach_mul_(grads, factor)
-        for param_group in optimizer.param_groups:
-            param_group['lr'] = lr
+        for group in optimizer.param_groups:
+            # a group with a rate of its own keeps its share of the optimizer's
+            group['lr'] = lr * group.setdefault('share', group['lr'] / (optimizer.defaults['lr'] or 1.0))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total_norm

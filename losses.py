@@ -124,7 +124,7 @@ def kto(ratio, good, z=0.0, *, beta, w_good, w_bad):
 # ---- what goes on top of any loss, and what a loss reports ----
 def drdpo_weight(losses, shift, *, beta_prime):
     """w of Dr. DPO, -beta' log mean exp(-loss / beta'), arXiv:2407.07880 eq. 12; a shift common to the step cancels."""
-    return ((shift - losses) / beta_prime).clamp(max=80).exp()
+    return ((shift - losses).detach() / beta_prime).clamp(max=80).exp()
 
 def importance(ratio_l, *, importance_max):
     """sg exp(r), at most importance_max: multiplies the loss as if y_l came from the policy. arXiv:2402.12366."""
@@ -138,7 +138,7 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
     The state is mean and std of d: running, momentum 0.9, this step included, starting at the first step's own."""
-    d = ratio_w - ratio_l
+    d = (ratio_w - ratio_l).detach()
     now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # std of a single pair: 0
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
     keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
@@ -157,11 +157,11 @@ def keep_near(d, mean, std, generator, *, rho):
 
 def kto_statistic(ratio_kl, state, generator):
     """z = max(0, mean log-ratio of mismatched answers, y_{i+1} given x_i): an estimate of KL(policy || reference)."""
-    return {'z': ratio_kl.mean().clamp(min=0).expand_as(ratio_kl)}, state
+    return {'z': ratio_kl.detach().mean().clamp(min=0).expand_as(ratio_kl)}, state
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     """shift: from a pair's own reference margin to the one that has the same rank as its policy margin."""
-    ref_margin = (pi_w - ratio_w) - (pi_l - ratio_l)
+    ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()
     rank = (pi_w - pi_l).argsort().argsort()  # of each pair: 0 for the smallest policy margin
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 

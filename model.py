@@ -5,6 +5,7 @@ is applied where an answer token is predicted, in chunks, and again in backward:
 
 import torch
 
+from hf.attention import packed_layout
 from hf.parts import core, trunk
 
 
@@ -39,7 +40,7 @@ def body(model, batch):
     layout = {'attention_mask': batch.mask}
     # only a packed batch has groups; transformers hands it on to packed_attention (hf/attention.py): each answer sees its prompt and itself
     if batch.groups:
-        layout = {'position_ids': batch.position, 'packed': batch}
+        layout = packed_layout(model, batch)
     return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 

@@ -209,6 +209,7 @@ class Run:
         method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples, batch_size. n_steps:
         optimizer steps of the run; None: one for batch_size examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
+        sharded.check_trained(self.policy, self.optimizer)
         # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
@@ -227,7 +228,6 @@ class Run:
             advice = '--max_tokens=NUMBER if it does not fit here'
             log.say(f'memory: going on with max_tokens={self.max_tokens}, as before: {advice}')
 
-        # from here on out_dir belongs to this run
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)

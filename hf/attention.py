@@ -54,6 +54,14 @@ def padded_attention(model):
         core(model).set_attn_implementation(before)
 
 
+def packed_layout(model, batch):
+    """Return what a model is called with beside the ids of a packed batch. Raises UserError where answers would see one another."""
+    if core(model).config._attn_implementation != 'packed':
+        advice = 'call register_attention() and set_attention(model, packed=True) of hf/attention.py'
+        raise UserError(f'answers of a packed batch see one another, without packed attention: {advice}')
+    return {'position_ids': batch.position, 'packed': batch}
+
+
 def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **options):
     """Compute attention in a row of groups [prompt | answer | answer ...]: each answer sees itself and its group's prompt.
 

@@ -5,6 +5,8 @@ import types
 
 import torch.distributed as dist
 
+from configurator import UserError
+
 
 def stays_gathered(model, mode):
     """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
@@ -33,6 +35,15 @@ def abandon_backward(model):
     if fsdp_modules(model):
         # what FSDP runs at the end of a backward, and otherwise would not run again: it takes the broken one for unfinished
         model._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def check_trained(model, optimizer):
+    """Raise UserError where an optimizer trains what is no parameter of the model: it would be neither averaged over ranks nor saved."""
+    model.reshard()
+    own = set(map(id, model.parameters()))
+    if not all(id(p) in own for group in optimizer.param_groups for p in group['params']):
+        advice = 'let the function that load_policy() takes add it to the model'
+        raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
 
 
 def fsdp_modules(model):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from configurator import UserError
+
 
 def mean_z(log_pi, log_ref, mass):
     """Return the sum of mass Z: the mean of Z, if mass are probabilities."""
@@ -117,4 +119,13 @@ RISKS = {'cvar': cvar, 'erm': erm, 'released': released}
 
 def divergence_of(loss, risk, mu):
     """Return the Divergence of a loss with these options: a risk measure for Ra-DPO, else the KL."""
-    return RISKS[risk](mu) if loss.startswith('radpo') else kl
+    divergence = RISKS[risk](mu) if loss.startswith('radpo') else kl
+    # backward trusts its mass: try it, on a few positions of a small vocabulary
+    log_pi, log_ref = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(
+        -1
+    )
+    value, mass = divergence(log_pi.requires_grad_(), log_ref)
+    (slope,) = torch.autograd.grad(value.sum(), log_pi)
+    if not torch.allclose(mass, -slope):
+        raise UserError(f'the mass of {risk} in rl/divergences.py is not minus the slope of its value in log_pi')
+    return divergence

@@ -241,13 +241,10 @@ def load(folder, model, optimizer):
 
     Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
     of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
-    # have the optimizer allocate its state tensors, which it does in its first step: do one with lr = 0, which leaves the weights
-    # unchanged. Each later step sets lr
+    # have the optimizer allocate its state tensors, which it does in its first step; what that does to the weights is overwritten
     model.reshard()
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    for group in optimizer.param_groups:
-        group['lr'] = 0.0
     optimizer.step()
     optimizer.zero_grad()
 

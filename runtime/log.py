@@ -238,7 +238,7 @@ class Log:
         row = {'split': split, 'counters/examples': examples}
         # leave NaN and infinity out, which JSON has not
         row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
-        append(self.path, json.dumps(row) + '\n')
+        append(self.path, json.dumps(row, default=float) + '\n')  # float: of tensors
         # failed names trackers that could not be opened, too
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]

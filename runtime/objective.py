@@ -38,17 +38,19 @@ def _find(name, losses, statistics, options):
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]
     statistic = statistics.get(name)
-    for p in inspect.signature(fn).parameters.values():
-        # a statistic adds columns, whose names are not known here; a default stands in for what is missing
-        if statistic or p.default is not p.empty:
-            continue
+    for p in [p for function in (fn, statistic) if function for p in inspect.signature(function).parameters.values()]:
         # in a signature, options stand after a *, columns before it
-        is_option = p.kind is p.KEYWORD_ONLY
-        if is_option and p.name not in options:
+        is_option, has_default = p.kind is p.KEYWORD_ONLY, p.default is not p.empty
+        if is_option and p.name in options and has_default:
+            advice = 'leave it out there, and set the option'
+            raise UserError(f'the loss {name} has a default for {p.name!r}, and dpo.py has its own: {advice}')
+        # a default stands in for what is missing
+        if is_option and p.name not in options and not has_default:
             advice = f'declare it in dpo.py, as in {p.name} = 1.0'
             raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
-        if not is_option and p.name not in PAIRS | SINGLES:
-            known = 'those at the top of losses.py, and options after a *'
+        # a statistic adds columns, whose names are not known here
+        if not (is_option or statistic or has_default or p.name in PAIRS | SINGLES):
+            known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
 
     takes_pairs = not PAIRS.isdisjoint(inputs(fn))
@@ -71,6 +73,7 @@ class Objective(NamedTuple):
     needs_ref: bool  # it compares policy and reference, so its rewards are log-ratios
     has_divergence: bool  # it takes the divergence of the policy from the reference, at each position
     is_per_token: bool  # it compares means over tokens
+    is_mixed: bool = False  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
         """Call fn, a function of losses.py, with the options, columns and log-ratios that its signature asks for.
@@ -87,10 +90,11 @@ class Objective(NamedTuple):
     def loss_of_reference(self, columns):
         """Return the mean loss that a step would have if the reference were equal to the policy. columns: those of the step."""
         # ref_w = pi_w, ref_l = pi_l, ...: all log-ratios are 0
-        ref_as_policy = {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
-        # only the loss aot takes a shift; then it is 0, too
-        no_shift = {'shift': torch.zeros_like(columns['loss'])}
-        return self.call(self.fn, no_shift | columns | ref_as_policy).mean()
+        columns = columns | {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        if self.statistic:
+            columns |= {'ratio_kl': torch.zeros_like(columns['loss']), 'state': {}, 'generator': torch.Generator()}
+            columns |= self.call(self.statistic, columns)[0]
+        return self.call(self.fn, columns).mean()
 
 
 def objective_of(config, losses, statistics):
@@ -119,8 +123,10 @@ def objective_of(config, losses, statistics):
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
 
-    is_per_token = 'n_l' in asks_for and (name != 'ipo' or config.average)
-    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token)
+    table(name, fn, statistic, options)
+    is_mixed = 'ratio_kl' in asks_for
+    arguments = (needs_ref, has_divergence, _is_per_token(fn, statistic, options), is_mixed)
+    objective = Objective(name, fn, statistic, options, uses, paired, *arguments)
     # an option without effect is refused on the command line, and noted where a config file sets it
     unused = [option for option in config if not uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
@@ -131,7 +137,6 @@ def objective_of(config, losses, statistics):
     if not needs_ref:
         config.report_unused(['ref_model'], 'there is no reference')
     _reject_conflicts(objective)
-    table(name, fn, statistic, options)
     return objective
 
 
@@ -142,20 +147,55 @@ def _reject_conflicts(objective):
     importance, cache = options['importance'], options['cache_ref']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
-    is_alone = name == 'kto' and options['batch_size'] < 2
+    is_alone = objective.is_mixed and options['batch_size'] < 2
     # the cache has log-probs of the data's answers: no divergences, and none of the mismatched answers of kto
-    not_in_cache = objective.has_divergence or name == 'kto'
+    not_in_cache = objective.has_divergence or objective.is_mixed
     mistakes = [  # (whether it is made, message)
         (bad_smoothing, f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}'),
         (bad_mu, f'mu must lie between 0 and 1 for the risk {risk}, not {mu}'),
         (importance and not needs_ref, '--importance is a ratio to the reference: leave out --reference_free'),
         (cache and not needs_ref, f'--cache_ref: the loss {name} has no reference to cache'),
         (cache and not_in_cache, f'--cache_ref: the loss {name} needs the live reference'),
-        (is_alone, 'kto compares examples of a step with one another: batch_size must be 2 or more'),
+        (is_alone, f'{name} compares examples of a step with one another: batch_size must be 2 or more'),
     ]
     for is_made, message in mistakes:
         if is_made:
             raise UserError(message)
+
+
+def _made_up(fn, statistic, options):
+    """Return (columns of an example at each of MARGINS, their log-ratios, which require gradients), and those of the statistic."""
+    # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
+    is_paired = not PAIRS.isdisjoint(inputs(fn))
+    margin = torch.tensor(MARGINS)
+    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
+    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
+    # typical values: a divergence of 0.3 nats, and for any column that has been added
+    columns = dict.fromkeys(PAIRS | SINGLES, torch.full_like(margin, 0.3, requires_grad=True))
+    columns['good'] = torch.ones_like(margin, dtype=torch.bool)
+    for suffix, ratio in ratios.items():
+        columns[f'ratio{suffix}'] = ratio.requires_grad_()
+        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
+        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
+        # ten tokens per answer
+        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
+    # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
+    if statistic:
+        step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': margin}
+        new_columns, state = call(statistic, options | columns | step_inputs)
+        columns |= {column: values.detach().float().expand(len(margin)) for column, values in new_columns.items()}
+        if not all(type(number) in (int, float) for number in state.values()):
+            raise TypeError('the state of its statistic must be a dict of numbers, such as d.mean().item()')
+    return columns, list(ratios.values())
+
+
+@torch.no_grad()
+def _is_per_token(fn, statistic, options):
+    """Return whether a loss compares means over tokens: twice the tokens with twice the log-probs are the same to it."""
+    columns, _ = _made_up(fn, statistic, options)
+    twice = {name: 2 * columns[name] for name in (PAIRS | SINGLES) - {'good'}}
+    takes_lengths = not inputs(fn).isdisjoint(('n', 'n_w', 'n_l'))
+    return takes_lengths and torch.allclose(call(fn, options | columns), call(fn, options | columns | twice))
 
 
 def table(name, fn, statistic, options):
@@ -163,28 +203,13 @@ def table(name, fn, statistic, options):
 
     fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
     ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
-    loss fails, or does not return one number per example, with a gradient."""
-    # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
-    is_paired = not PAIRS.isdisjoint(inputs(fn))
-    margin = torch.tensor(MARGINS)
-    # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
-    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
-    columns = {'good': torch.ones_like(margin, dtype=torch.bool)}
-    for suffix, ratio in ratios.items():
-        columns[f'ratio{suffix}'] = ratio.requires_grad_()
-        # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
-        columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
-        # typical values: ten tokens per answer, a divergence of 0.3 nats
-        columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
-        columns[f'div{suffix}'] = torch.full_like(ratio, 0.3)
-    # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
-    if statistic:
-        step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': columns.get('ratio')}
-        new_columns, _state = call(statistic, options | columns | step_inputs)
-        columns |= {column: values.detach().float() for column, values in new_columns.items()}
+    loss fails, or does not return one number per example, with a gradient, whatever the other examples are."""
     try:
+        columns, ratios = _made_up(fn, statistic, options)
         # columns override options of the same name
         losses = call(fn, options | columns)
+        with torch.no_grad():
+            alone = [call(fn, options | {key: x[i : i + 1] for key, x in columns.items()}) for i in range(len(MARGINS))]
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),):
@@ -193,6 +218,11 @@ def table(name, fn, statistic, options):
     if not losses.requires_grad:
         advice = 'it must be computed from the columns that it asks for, without detach'
         raise UserError(f'the loss {name} has no gradient: {advice}')
+    if not torch.allclose(torch.cat(alone), losses, rtol=1e-4, atol=1e-5, equal_nan=True):
+        advice = 'what it needs of the whole step belongs into a function of STATISTICS'
+        raise UserError(
+            f'the loss {name} of an example depends on the others of its microbatch, or on chance: {advice}'
+        )
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
-    slopes = torch.autograd.grad(losses.sum(), list(ratios.values()), allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(losses.sum(), ratios, allow_unused=True, materialize_grads=True)
     return torch.stack([torch.tensor(MARGINS), losses, *slopes], dim=1).tolist()

@@ -10,12 +10,14 @@ from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from configurator import UserError
 from runtime import cache
+from runtime.files import file_hash
 from runtime.log import progress, say
 from text import sources, turns
 from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, encode_texts, render
@@ -86,8 +88,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # PLAIN_CHAT is set below where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    # 14: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = content_hash(14, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
+    # this code, and the readers of rows, which somebody may have changed
+    code = [file_hash(path) for path in sorted(Path(__file__).parent.glob('*.py'))]
+    key = content_hash(code, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass

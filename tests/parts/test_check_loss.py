@@ -5,9 +5,12 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, parse, refused
+from helpers import LOSSES, parse, read_jsonl, refused, run_script
+from ties import same_runs
 
 import losses
+from configurator import UserError
+from runtime import metrics, objective
 from runtime.objective import MARGINS, objective_of, table
 from tests import forks
 
@@ -33,12 +36,77 @@ def test_every_loss_is_ready(name, monkeypatch):
     (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., not tensor'),
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
+    # a mean, a rank, the number of examples, chance: other ones on two ranks, or in two microbatches
+    *((fn, 'depends on the others of its microbatch, or on chance: what it needs of the whole step belongs into a function of STATISTICS')
+      for fn in (lambda ratio_w: ratio_w - ratio_w.mean().detach(), lambda ratio_w: ratio_w * ratio_w.argsort(),
+                 lambda ratio_w: ratio_w / len(ratio_w), lambda ratio_w: ratio_w * torch.rand(len(ratio_w)))),
+    # dpo.py's gamma is 1
+    (lambda ratio_w, *, gamma=0.5: gamma * ratio_w, "has a default for 'gamma', and dpo.py has its own: leave it out there"),
 ])
 # fmt: on
 def test_mistakes_are_told_before_a_model_is_loaded(fn, words, tmp_path, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, 'mine', fn)
     sentence = refused('dpo.py', '--loss=mine', '--model=nowhere', '--data=nowhere', f'--out_dir={tmp_path}/run')
     assert re.search(words, sentence) and not (tmp_path / 'run').exists()
+
+
+def centred(ratio_w, ratio_l, center, *, beta):
+    return losses.dpo(ratio_w - center, ratio_l, beta=beta)
+
+
+# fmt: off
+@pytest.mark.parametrize('statistic, words', [
+    (lambda ratio_w, state, generator, *, kappa: ({}, state), "asks for 'kappa', which is no option"),
+    (lambda ratio_w, state, generator: ({'center': ratio_w.mean()}, {'m': ratio_w.mean()}), 'must be a dict of numbers, such as'),
+    (lambda ratio_w, state, generator: ({'center': ratio_w[:2]}, state), 'the loss mine fails: RuntimeError: The expanded size'),
+    (lambda ratio_w, state, generator: {'center': ratio_w}, 'the loss mine fails: ValueError: not enough values'),
+])
+# fmt: on
+def test_mistakes_of_a_statistic(statistic, words, monkeypatch):
+    config = parse('dpo.py --loss=mine', monkeypatch)
+    with pytest.raises(UserError, match=words):
+        objective_of(config, losses.LOSSES | {'mine': centred}, {'mine': statistic})
+
+
+def test_a_loss_with_a_statistic_of_its_own_trains(tmp_path, monkeypatch, capsys):
+    """A number of the whole step will do for a column; and kto's statistic serves any loss that asks for its z. A weight of one's
+    own has no gradient, and a metric may be a tensor."""
+    weight, leaf, of_dpo = losses.drdpo_weight, torch.zeros(1, requires_grad=True), metrics.of_dpo
+    monkeypatch.setattr(losses, 'drdpo_weight', lambda *columns, **keywords: weight(*columns, **keywords) * leaf.exp())
+    monkeypatch.setattr(metrics, 'of_dpo', lambda *of: of_dpo(*of) | {'mine': torch.tensor(0.5)})
+    mine = {'centred': centred, 'my_kto': lambda ratio, good, z, *, beta: losses.kto(ratio, good, z, beta=beta, w_good=2, w_bad=1)}
+    center = lambda ratio_w, ratio_l, state, generator: ({'center': (ratio_w - ratio_l).mean()}, state)  # noqa: E731
+    for name, statistic in (('centred', center), ('my_kto', losses.kto_statistic)):
+        monkeypatch.setitem(losses.LOSSES, name, mine[name])
+        monkeypatch.setitem(losses.STATISTICS, name, statistic)
+        for size in (110, 4096):
+            flags = f'--n_examples=24 --batch_size=12 --n_eval_examples=8 --max_tokens={size} --out_dir={tmp_path}/{name}-{size}'
+            run_script('dpo.py', f'--loss={name}', '--beta_prime=2', '--lr=1e-3', '--warmup_steps=1', *flags.split())
+        same_runs(*(tmp_path / f'{name}-{size}' for size in (110, 4096)), rel=5e-4, abs=5e-5)
+    printed = capsys.readouterr().out
+    assert 'loss 0.693147 (centred of a policy that is its reference: 0.693147)' in printed
+    assert '(my_kto of a policy that is its reference: 0.' in printed and leaf.grad is None
+    assert read_jsonl(tmp_path / 'centred-110/metrics.jsonl')[-1]['mine'] == 0.5
+
+
+@pytest.mark.parametrize('fn, is_per_token', [
+    (lambda ratio_w, ratio_l, n_w, n_l, *, beta: losses.dpo(ratio_w / n_w, ratio_l / n_l, beta=beta), True),
+    # R-DPO: the difference of lengths is a penalty, and the rewards are sums
+    (lambda ratio_w, ratio_l, n_w, n_l, *, beta: losses.dpo(ratio_w, ratio_l + n_l - n_w, beta=beta), False),
+    (lambda ratio, n, *, beta: beta * ratio / n, True),
+    *((losses.LOSSES[name], name in ('ipo', 'simpo', 'orpo', 'sigmoid_norm')) for name in LOSSES),
+])  # fmt: skip
+def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):
+    config = parse('dpo.py --loss=mine', monkeypatch)
+    statistics = {'mine': losses.aot_statistic if fn is losses.aot else None}
+    assert objective_of(config, losses.LOSSES | {'mine': fn}, statistics).is_per_token == is_per_token
+
+
+def test_a_column_that_somebody_adds_is_tried(monkeypatch):
+    """docs/code.md: its name goes into PAIRS."""
+    monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
+    rows = table('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
+    assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
 
 
 @pytest.mark.parametrize('fn, paired, has_divergence', [

@@ -211,11 +211,11 @@ def test_loads_into_a_model_that_has_run(tmp_path):
     """As a policy that was its own reference: after a forward alone FSDP shows parameters that the optimizer does not know."""
     trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
     trained.policy.reshard()
-    optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.0, 0.0)
+    optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.5, 0.0)
     with torch.no_grad():
         trained.policy.response_logps(trained.make_step(trained.train, np.arange(1)).batches[0])
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
-    assert state['examples'] == 48
+    assert state['examples'] == 48 and optimizer.param_groups[0]['lr'] == 0.5
 
 
 def test_ranks_wait_for_one_that_works_alone():

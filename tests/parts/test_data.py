@@ -18,6 +18,7 @@ import data
 import training
 from configurator import UserError
 from hf import attention, probe
+from runtime.files import file_hash
 from runtime.prefetch import prefetch
 from text import sources, tokenise, toy
 from text.examples import Examples, uniform_hash
@@ -284,7 +285,7 @@ def test_a_second_load_reads_the_cache(write, count, cache, task, chat):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_what_makes_another_cache_file(write, count, cache):
+def test_what_makes_another_cache_file(write, count, cache, monkeypatch):
     source, tokenizer = write(20), make_tokenizer()
     load(source, tokenizer)
     changes = [{'max_length': 63}, {'max_prompt_length': 31}, {'truncation': 'end'}, {'task': 'sft'}, {'task': 'singles'},
@@ -300,6 +301,10 @@ def test_what_makes_another_cache_file(write, count, cache):
     assert len(count) == len(changes) + 1
     write(10)
     assert len(load(source, tokenizer)) == 10
+    # a reader of rows, or this code, which somebody has changed since
+    monkeypatch.setattr(tokenise, 'file_hash', lambda path: 'changed' if path.name == 'sources.py' else file_hash(path))
+    load(source, tokenizer)
+    assert len(count) == len(changes) + 3
 
 
 DAMAGES = [lambda b: b[: len(b) // 2], lambda b: b'', lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]]

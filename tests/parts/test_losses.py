@@ -19,6 +19,7 @@ from helpers import with_ratios
 
 import losses
 import model
+from configurator import UserError
 from rl import divergences, formulas
 
 PAIR = {'pi_w': -10.0, 'pi_l': -14.0, 'ref_w': -11.0, 'ref_l': -12.0, 'n_w': 4.0, 'n_l': 8.0, 'div_w': 0.4, 'div_l': 1.0,
@@ -283,6 +284,14 @@ def test_statistics_of_kto_and_aot():
     torch.testing.assert_close(ours, losses.dpo(*margins(-27.0, -9.0, -18.0), beta=0.5))
 
 
+def test_weights_and_statistics_have_no_gradient():
+    x, zero = double([1.0, 3.0, 2.0], requires_grad=True), double([0.0] * 3)
+    columns = losses.beta_dpo_statistic(x, zero, {}, torch.Generator(), beta=0.1, a=0.6, rho=0.2)[0]
+    columns |= losses.kto_statistic(x, {}, None)[0] | losses.aot_statistic(x, zero, x / 2, zero, {}, None)[0]
+    columns['of Dr. DPO'] = losses.drdpo_weight(x, x.min(), beta_prime=1.0)
+    assert [name for name, values in columns.items() if values.requires_grad] == []
+
+
 # ---- extremes ----
 
 
@@ -416,6 +425,13 @@ def test_divergence_at_extremes(name, dtype):
     value, _ = DIVERGENCES[name](logits.log_softmax(-1), reference.log_softmax(-1))
     (grad,) = torch.autograd.grad(value.sum(), logits)
     assert value[:2].abs().max() < 1e-6 and value.isfinite().all() and grad.isfinite().all()
+
+
+def test_a_divergence_with_another_mass_than_its_value_is_refused(monkeypatch):
+    monkeypatch.setitem(divergences.RISKS, 'chi2', lambda mu: divergences.kl._replace(
+        value=lambda log_pi, log_ref, mass: (mass * torch.expm1(log_ref - log_pi)).sum(-1)))  # fmt: skip
+    with pytest.raises(UserError, match='the mass of chi2 .* is not minus the slope of its value'):
+        divergences.divergence_of('radpo1', 'chi2', 1.0)
 
 
 @pytest.mark.parametrize('name', DIVERGENCES)

@@ -206,6 +206,15 @@ def test_blocks_and_whether_they_can_be_packed(name, dtype):
         assert (probe.deviation(net, *LAYOUTS_PROBED)[0] == math.inf) == (name != 'phimoe')
 
 
+def test_a_packed_batch_is_refused_under_another_attention():
+    """Answers would see one another, and nobody would notice."""
+    net = tiny('llama')
+    net.set_attn_implementation('sdpa')
+    with pytest.raises(UserError, match=r'set_attention\(model, packed=True\)'):
+        net.response_logps(pack(PAIRS))
+    net.response_logps(pack(PAIRS, pad=True))
+
+
 @pytest.fixture
 def register():
     """Register another function in place of packed_attention, for a while."""
@@ -627,6 +636,14 @@ def test_an_update_scales_and_clips(saved, device, scale, max_norm):
     for p, old, grad in zip(net.parameters(), before, grads, strict=True):
         torch.testing.assert_close(p.double(), old - factor * grad, rtol=1e-5, atol=1e-6)
         assert p.grad is None
+    sharded.check_trained(net, optimizer)
+    # a group of somebody's own, as LoRA+ has, keeps its share of the rate; but what it trains has to be the model's
+    optimizer.add_param_group({'params': [torch.nn.Parameter(torch.ones(1))], 'lr': 14.0})
+    for rate in (0.1, 0.05):
+        fsdp.update(net, optimizer, rate, scale, max_norm)
+        assert [group['lr'] for group in optimizer.param_groups] == [rate, 2 * rate]
+    with pytest.raises(UserError, match='a parameter that the policy does not have'):
+        sharded.check_trained(net, optimizer)
 
 
 @pytest.mark.parametrize(('name', 'tied'), [('llama', True), ('llama', False), ('gpt_neox', False), ('gpt2', True)])
