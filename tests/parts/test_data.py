@@ -444,6 +444,19 @@ def test_which_prompts_are_held_out(write):
     assert len(there) == 1 and len(load(small, split='test', undivided=False)) == (there == ['test'])
 
 
+@pytest.mark.parametrize('chat, system, task', [(False, None, 'pairs'), (True, None, 'pairs'), (False, 's', 'pairs'), (False, None, 'singles')])  # fmt: skip
+def test_the_rows_behind_examples(write, chat, system, task):
+    """By uid: the prompt as it was tokenised, and the row with all its columns, of equal rows the first."""
+    rows = [pair(f'p{i}', ' a', f' b{i}', extra=n) for n, i in enumerate((0, 1, 1, 2, 0))]
+    source, read_args = write([*rows, {'prompt': 'p'}]), {'num_turns': 1, 'skip_bad_rows': False, 'columns': None}
+    examples = load(source, make_tokenizer(), task=task, chat=chat, system=system)
+    found = tokenise.source_rows(examples, source, 'train', task, chat=chat, system=system, undivided=True, **read_args)
+    turns = [{'role': 'system', 'content': system}] * bool(system)
+    prompts = [[*turns, user(f'p{i}')] if turns or chat else f'p{i}' for i in range(3)]
+    behind = [found[uid] for uid in dict.fromkeys(examples.uid.tolist())]
+    assert behind == list(zip(prompts, rows[:2] + rows[3:4], strict=True))
+
+
 # ---- noise and selection ----
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from configurator import UserError
 from runtime import cache
 from tests.helpers import assistant, user, write_data, write_jsonl
 from text import files, sources
+from text.files import hub_commit
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
 ALL = [row['response'] for row in ROWS]
@@ -349,3 +351,15 @@ def test_what_the_hub_asks_to_choose(hub):
     refused('hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out")
     hub.get_dataset_split_names = refuse
     refused('o/n', r"available configs: .'easy', 'hard'.*--data='o/n:CONFIG'")
+
+
+@pytest.mark.parametrize(
+    'hub_id, there, commit', [('o/n', True, 'a'), ('o/n', False, None), ('json', True, None), ('o/x', True, None)]
+)
+def test_the_commit_of_a_hub_dataset(monkeypatch, hub_id, there, commit):
+    """None of a loader of files, where the hub cannot be reached, and where it does not say."""
+    monkeypatch.setattr(files.hub, 'reachable', lambda: there)
+    known = {'o/n': SimpleNamespace(sha='a'), 'json': SimpleNamespace(sha='b')}
+    monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda api, hub_id, timeout: known[hub_id])
+    hub_commit.cache_clear()
+    assert hub_commit(hub_id) == commit
