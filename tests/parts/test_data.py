@@ -444,6 +444,23 @@ def test_which_prompts_are_held_out(write):
     assert len(there) == 1 and len(load(small, split='test', undivided=False)) == (there == ['test'])
 
 
+def test_what_is_not_asked_for_is_not_done(write, cache):
+    """Texts stay texts, margins are left out, a part is held out, every answer of a conversation is trained on, it is cached."""
+    rows, turns = [row | {'margin': 2} for row in many_pairs(400)], [*CHAT['prompt'], *CHAT['chosen']]
+    limits = {'max_length': 64, 'max_prompt_length': 32}
+    plain = tokenise.load_examples(write(rows), 'train', tok, 'pairs', **limits)
+    assert plain.margin is None and 350 < len(plain) < 400 and len(list(cache.iterdir())) == 2
+    assert (
+        plain.left_out == {'margins, which only reward.py uses': len(plain)} and tok.decode(plain[0][0]) == 'prompt 0'
+    )
+    chats = tokenise.load_examples(
+        write([{'messages': turns}]), 'train', make_tokenizer(), 'sft', **limits, undivided=True
+    )
+    assert (chats[0][1][0] < 0).any()
+    with pytest.raises(UserError, match='line 401'):
+        tokenise.load_examples(write([*rows, {'chosen': 1}]), 'train', tok, 'pairs', **limits)
+
+
 @pytest.mark.parametrize('chat, system, task', [(False, None, 'pairs'), (True, None, 'pairs'), (False, 's', 'pairs'), (False, None, 'singles')])  # fmt: skip
 def test_the_rows_behind_examples(write, chat, system, task):
     """By uid: the prompt as it was tokenised, and the row with all its columns, of equal rows the first."""

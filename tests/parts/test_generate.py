@@ -218,6 +218,19 @@ def test_sharded(tmp_path, monkeypatch):
     written = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1])), 'tokens': tokens}
     assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
 
+    # with a measure, of so many answers; nothing of no prompts, nor after a signal
+    def measure(prompts, answers):
+        return {'third': torch.full((len(answers),), 1 / 3)}
+
+    options = {'measure': measure, 'n_written': 2, 'max_new_tokens': 12}
+    found = generate.sample_held_out(run, {'policy': net}, examples, 70, **options)
+    assert found['policy']['third'].tolist() == measure(None, PROMPTS)['third'].tolist()
+    assert generate.sample_held_out(run, {'policy': net}, [], 80, **options) == {}
+    monkeypatch.setattr(generate.guard, 'stop_asked', lambda: True)
+    assert generate.sample_held_out(run, {'policy': net}, examples, 90, **options) == {}
+    more = read_jsonl(tmp_path / 'run/samples.jsonl')[len(lines) :]
+    assert [(line['examples'], line['third']) for line in more] == [(70, 0.333333)] * 2
+
 
 def test_a_trained_step_after_sampling():
     batch = data.pack([(np.array(PROMPTS[1]), [np.array(PROMPTS[3])])], [0])
