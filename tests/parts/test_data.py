@@ -178,6 +178,9 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
     for row in pairs:  # that answer, or its pair
         examples = tokens(tokenizer, [row, pair(prompt, full, full * 2)], 'singles')
         assert len(examples) in (2, 3) and examples.left_out['empty answers'] == 1
+    if empty:  # label.py and reward.py measure it all the same
+        _, ids = tokenise.encode(prompt, empty, tokenizer, 64, 32, 'start', Counter())
+        assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
 
 
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
@@ -569,7 +572,8 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     mixed = items(examples.mismatched(np.arange(3), 12, examples))
     assert mixed == [(list(range(10)), [[30, 31]]), ([1], [[7]]), (list(range(50, 62)), [[20]])]  # one token at least
     assert examples.spans[1, 1].tolist() == [13, 24]  # which the cut has left as it was
-    assert Examples.of([([1], [[2]])]).select(slice(0)).longest(mixed=True) == 0
+    none = Examples.of([([1], [[2]])]).select(slice(0))
+    assert none.longest(mixed=True) == none.longest() == none.longest_prompt() == 0
 
 
 # ---- what scripts train on ----
