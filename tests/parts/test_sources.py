@@ -583,6 +583,17 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
     assert sources.describe(f'imdb:{raw("imdb")}') == "the reader 'imdb'"
 
 
+def test_columns_that_may_be_answers():
+    """Texts of four words, different in most rows, that nothing reads and that are not refused by their names."""
+    texts = {'good': 'the answer is', 'system': 'be as brief as', 'my_output': 'one output of the', 'short': 'number'}
+    rows = [
+        {name: f'{text} {i}' for name, text in texts.items()} | {'topic': 'sums of two numbers', 'level': i}
+        for i in range(9)
+    ]
+    assert formats.unread_answers(rows) == formats.unread_answers(rows[:5] + [{}] * 4) == ['good']
+    assert formats.unread_answers(rows[:4] + [{}] * 4) == []
+
+
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
 @pytest.mark.parametrize('name', ['shp', 'se', 'oasst', 'ultrafeedback', 'hh'])
 def test_a_named_dataset_is_read_by_its_columns(tmp_path, name, task):
