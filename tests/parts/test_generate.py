@@ -161,6 +161,9 @@ def test_draws_follow_the_scores(vocabulary):
         assert chance(first.bincount(minlength=vocabulary), p) > UNLIKELY
         pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)
         assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
+    # of any size and sign, by their last 64 bits
+    keys = generate._Draw([-1, 2**64 - 1, 2**64 + 5, 5], [0] * 4).keys
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_stops_at_the_end_of_text(monkeypatch):
