@@ -826,3 +826,13 @@ def test_what_is_summed_over_ranks(monkeypatch):
     net = torch.nn.Linear(2, 1)
     net.reshard, net.shard_mode, net.weight.grad = lambda: None, 'none', torch.tensor([[4.0, 8.0]])
     assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[[3.0, 5.0]]] == [net.weight.grad.tolist()]
+
+
+@pytest.mark.parametrize('world, dtype, train, compared', [(1, 'float32', True, 0), (2, 'float32', True, 1), (1, 'bfloat16', True, 1), (1, 'bfloat16', False, 0)])  # fmt: skip
+def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype, train, compared, monkeypatch):
+    """To other ranks, or into FSDP."""
+    found, device = [], ranks.setup()[2]
+    monkeypatch.setattr(probe, 'compare', lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(**vars(fsdp.dist) | {'get_world_size': lambda: world}))
+    net = fsdp.shard(lambda empty: tiny('llama'), device, dtype=dtype, train=train, mode='none')
+    assert len(found) == compared and net.shard_mode == 'none'
