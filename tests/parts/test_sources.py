@@ -375,6 +375,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
        [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
     *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [F]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
     *(('OLMo 3', 'sft', [{'messages': [user('a'), x, *TWO_TURNS[2:]]}], [{'prompt': [user('a'), x, user('q?')], 'response': [assistant('a')], 'turns': [user('a'), x, *TWO_TURNS[2:]]}], {}) for x in [assistant('') | {'function_calls': 'f()'}]),
+    ('a question alone, and one after an answer', None, [{'messages': ASKS[:1]}, {'messages': ASKS}], [{'prompt': ASKS[:1]}, {'prompt': ASKS[:1], 'response': [assistant('b')]}], {formats.UNASKED: 1}),
     ('no tools', 'sft', [{'messages': QA, 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
