@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, parse, read_jsonl, refused, run_script
+from helpers import LOSSES, parse, read_jsonl, refused, run_script, sentence
 from ties import same_runs
 
 import losses
@@ -118,6 +118,24 @@ def test_any_column_says_what_a_loss_asks_for(fn, paired, has_divergence, monkey
     config = parse('dpo.py --loss=mine', monkeypatch)
     found = objective_of(config, losses.LOSSES | {'mine': fn}, losses.STATISTICS)
     assert (found.paired, found.has_divergence, found.needs_ref) == (paired, has_divergence, has_divergence)
+
+
+@pytest.mark.parametrize('flags, found', [
+    ('kto --batch_size=2', {'label_smoothing': 0.0}), ('kto --batch_size=1', 'batch_size must be 2 or more'),
+    ('cdpo', {'label_smoothing': 0.1}), ('cdpo --label_smoothing=0', {'label_smoothing': 0.0}), ('cdpo --label_smoothing=0.5', 'not 0.5'),
+    ('exo --label_smoothing=0', 'exo: above 0'), ('exo --label_smoothing=0.4', {'label_smoothing': 0.4}),
+    ('drdpo', {'beta_prime': 1.0, 'sft_coef': 0.0}), ('drdpo --beta_prime=2 --sft_coef=3', {'beta_prime': 2.0, 'sft_coef': 3.0}),
+    ('radpo1 --mu=1', {'mu': 1.0}), ('radpo1 --mu=1.5', 'for the risk cvar, not 1.5'), ('radpo1 --risk=erm --mu=1.5', {'mu': 1.5}),
+    ('simpo --cache_ref', 'simpo has no reference to cache'), ('kto_zero --cache_ref', {'cache_ref': True}),
+    *((f'{name} --cache_ref', 'needs the live reference') for name in ('kto', 'tdpo1')),
+    ('dpo --importance --reference_free', 'leave out --reference_free'), ('dpo --importance', {'importance': True}),
+])  # fmt: skip
+def test_options_of_a_loss(flags, found, monkeypatch):
+    arguments = parse(f'dpo.py --loss={flags}', monkeypatch), losses.LOSSES, losses.STATISTICS
+    if isinstance(found, str):
+        assert found in sentence(objective_of, *arguments)
+    else:
+        assert found.items() <= objective_of(*arguments).options.items()
 
 
 @pytest.mark.parametrize('words, status, printed', [

@@ -179,6 +179,9 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
     for row in pairs:  # that answer, or its pair
         examples = tokens(tokenizer, [row, pair(prompt, full, full * 2)], 'singles')
         assert len(examples) in (2, 3) and examples.left_out['empty answers'] == 1
+    if empty:  # label.py and reward.py measure it all the same
+        _, ids = tokenise.encode(prompt, empty, tokenizer, 64, 32, 'start', Counter())
+        assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
 
 
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
@@ -449,6 +452,36 @@ def test_which_prompts_are_held_out(write):
     assert len(there) == 1 and len(load(small, split='test', undivided=False)) == (there == ['test'])
 
 
+def test_what_is_not_asked_for_is_not_done(write, cache):
+    """Texts stay texts, margins are left out, a part is held out, every answer of a conversation is trained on, it is cached."""
+    rows, turns = [row | {'margin': 2} for row in many_pairs(400)], [*CHAT['prompt'], *CHAT['chosen']]
+    limits = {'max_length': 64, 'max_prompt_length': 32}
+    plain = tokenise.load_examples(write(rows), 'train', tok, 'pairs', **limits)
+    assert plain.margin is None and 350 < len(plain) < 400 and len(list(cache.iterdir())) == 2
+    assert (
+        plain.left_out == {'margins, which only reward.py uses': len(plain)} and tok.decode(plain[0][0]) == 'prompt 0'
+    )
+    chats = tokenise.load_examples(
+        write([{'messages': turns}]), 'train', make_tokenizer(), 'sft', **limits, undivided=True
+    )
+    assert (chats[0][1][0] < 0).any()
+    with pytest.raises(UserError, match='line 401'):
+        tokenise.load_examples(write([*rows, {'chosen': 1}]), 'train', tok, 'pairs', **limits)
+
+
+@pytest.mark.parametrize('chat, system, task', [(False, None, 'pairs'), (True, None, 'pairs'), (False, 's', 'pairs'), (False, None, 'singles')])  # fmt: skip
+def test_the_rows_behind_examples(write, chat, system, task):
+    """By uid: the prompt as it was tokenised, and the row with all its columns, of equal rows the first."""
+    rows = [pair(f'p{i}', ' a', f' b{i}', extra=n) for n, i in enumerate((0, 1, 1, 2, 0))]
+    source, read_args = write([*rows, {'prompt': 'p'}]), {'num_turns': 1, 'skip_bad_rows': False, 'columns': None}
+    examples = load(source, make_tokenizer(), task=task, chat=chat, system=system)
+    found = tokenise.source_rows(examples, source, 'train', task, chat=chat, system=system, undivided=True, **read_args)
+    turns = [{'role': 'system', 'content': system}] * bool(system)
+    prompts = [[*turns, user(f'p{i}')] if turns or chat else f'p{i}' for i in range(3)]
+    behind = [found[uid] for uid in dict.fromkeys(examples.uid.tolist())]
+    assert behind == list(zip(prompts, rows[:2] + rows[3:4], strict=True))
+
+
 # ---- noise and selection ----
 
 
@@ -544,7 +577,8 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     mixed = items(examples.mismatched(np.arange(3), 12, examples))
     assert mixed == [(list(range(10)), [[30, 31]]), ([1], [[7]]), (list(range(50, 62)), [[20]])]  # one token at least
     assert examples.spans[1, 1].tolist() == [13, 24]  # which the cut has left as it was
-    assert Examples.of([([1], [[2]])]).select(slice(0)).longest(mixed=True) == 0
+    none = Examples.of([([1], [[2]])]).select(slice(0))
+    assert none.longest(mixed=True) == none.longest() == none.longest_prompt() == 0
 
 
 # ---- what scripts train on ----

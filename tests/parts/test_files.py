@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from configurator import UserError
 from runtime import cache
 from tests.helpers import assistant, user, write_data, write_jsonl
 from text import files, sources
+from text.files import hub_commit
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
 ALL = [row['response'] for row in ROWS]
@@ -354,3 +356,15 @@ def test_what_the_hub_asks_to_choose(hub):
     refused('hh[x]', r"the reader 'hh' chooses the split itself: leave \[x\] out")
     hub.load_dataset_builder = refuse
     refused('o/m', r"available configs: .'easy', 'hard'.*--data='o/m:CONFIG'")
+
+
+def test_the_commit_of_a_hub_dataset(monkeypatch):
+    """Where the hub cannot be reached, the one that it named last; None where it does not say."""
+    seen = []
+    for there, sha in ((True, 'a'), (False, 'b'), (True, None)):
+        monkeypatch.setattr(files.hub, 'reachable', lambda there=there: there)
+        known = {'o/n': SimpleNamespace(sha=sha)} if sha else {}
+        monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda api, hub_id, timeout, it=known: it[hub_id])
+        hub_commit.cache_clear()
+        seen.append(hub_commit('o/n'))
+    assert seen == ['a', 'a', None]

@@ -161,6 +161,9 @@ def test_draws_follow_the_scores(vocabulary):
         assert chance(first.bincount(minlength=vocabulary), p) > UNLIKELY
         pairs = (first * vocabulary + second).bincount(minlength=vocabulary**2)
         assert chance(pairs, (p[:, None] * p).flatten()) > UNLIKELY  # steps are independent
+    # of any size and sign, by their last 64 bits
+    keys = generate._Draw([-1, 2**64 - 1, 2**64 + 5, 5], [0] * 4).keys
+    assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
 def test_stops_at_the_end_of_text(monkeypatch):
@@ -222,6 +225,19 @@ def test_sharded(tmp_path, monkeypatch, capsys):
     for settings in ({}, {'temperature': 1.0, 'top_p': 1.0}, {'temperature': 0.7}, {'top_p': 0.9}):
         generate.sample_held_out(run, {'policy': net}, examples, 0, lambda *_: {}, max_new_tokens=1, **settings)
         assert ('no KL' in capsys.readouterr().out) == (settings == {'temperature': 0.7})  # once
+
+    # with a measure, of so many answers; nothing of no prompts, nor after a signal
+    def measure(prompts, answers):
+        return {'third': torch.full((len(answers),), 1 / 3)}
+
+    options = {'measure': measure, 'n_written': 2, 'max_new_tokens': 12}
+    found = generate.sample_held_out(run, {'policy': net}, examples, 70, **options)
+    assert found['policy']['third'].tolist() == measure(None, PROMPTS)['third'].tolist()
+    assert generate.sample_held_out(run, {'policy': net}, [], 80, **options) == {}
+    monkeypatch.setattr(generate.guard, 'stop_asked', lambda: True)
+    assert generate.sample_held_out(run, {'policy': net}, examples, 90, **options) == {}
+    more = read_jsonl(tmp_path / 'run/samples.jsonl')[len(lines) :]
+    assert [(line['examples'], line['third']) for line in more] == [(70, 0.333333)] * 2
 
 
 def test_a_trained_step_after_sampling():

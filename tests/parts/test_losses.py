@@ -370,12 +370,12 @@ DIVERGENCES = {
 # fmt: off
 BY_HAND = [  # divergence, log-probs of the policy, how many of them, the value in units of log 2
     # Z = log ref - log pi = (1, 0, -1, -1): KL(ref || pi) = 0.5 - 0.125 - 0.125
-    (divergences.kl, PI, 4, 0.25),
+    *((d, PI, 4, 0.25) for d in (divergences.kl, divergences.divergence_of('tdpo1', 'erm', 2.0))),
     # the worst mass mu: 0.5 of Z = 1, then 0.25 of Z = 0, then 0.25 of Z = -1; mean over mu
     *((divergences.cvar(mu), PI, 4, value) for mu, value in (
         (0.25, 1.0), (0.5, 1.0), (0.6, 0.5 / 0.6), (0.75, 0.5 / 0.75), (0.8, (0.5 - 0.05) / 0.8), (1.0, 0.25))),
     # log(0.5 * 2 + 0.25 * 1 + 0.25 / 2); log(0.5 * 4 + 0.25 + 0.25 / 4) / 2
-    (divergences.erm(1.0), PI, 4, log(1.375) / log(2)),
+    (divergences.divergence_of('radpo1', 'erm', 1.0), PI, 4, log(1.375) / log(2)),
     (divergences.erm(2.0), PI, 4, log(2.3125) / 2 / log(2)),
     # pi = (1, 1, 2, 4) / 8, so Z = (2, 1, -1, -2), with p = (4, 2, 1, 1) / 8. Unsplit, mu = 0.7: the quantile at 0.3 has
     # rank 0.9, between -2 and -1: -1.1. Above it 1 + 1/4 - 1/8

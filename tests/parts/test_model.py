@@ -840,3 +840,29 @@ def test_rmsprop_by_one_kernel(weight_decay):
     for p, q, square in zip(theirs, ours, squares, strict=True):
         assert_close(q, p.detach(), 1e-6)
         assert_close(square, optimizer.state[p]['square_avg'], 1e-6)
+
+
+def test_what_is_summed_over_ranks(monkeypatch):
+    """As each of two ranks does it, of which the first alone counts where they hold a model together."""
+    reduced, values = [], torch.tensor([5.0, 6.0])
+    monkeypatch.setattr(fsdp.dist, 'all_reduce', lambda x, op=None: reduced.append(op) or x.add_(1))
+    monkeypatch.setattr(fsdp.dist, 'get_world_size', lambda: 2)
+    for rank, tp, whole in ((0, 1, [1, 6, 1]), (1, 1, [1, 6, 1]), (0, 2, [1, 6, 1]), (1, 2, [1, 1, 1])):
+        monkeypatch.setattr(fsdp.dist, 'get_rank', lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, 'tp_size', lambda tp=tp: tp)
+        found = fsdp.gather_columns({'b': values, 'a': -values}, [1, -1], 3)
+        assert found['b'].tolist() == whole and found['a'].tolist() == [2 - x for x in whole]
+    assert fsdp.smallest(values) == 6 and reduced[-1] == fsdp.dist.ReduceOp.MIN
+    net = torch.nn.Linear(2, 1)
+    net.reshard, net.shard_mode, net.weight.grad = lambda: None, 'none', torch.tensor([[4.0, 8.0]])
+    assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[[3.0, 5.0]]] == [net.weight.grad.tolist()]
+
+
+@pytest.mark.parametrize('world, dtype, train, compared', [(1, 'float32', True, 0), (2, 'float32', True, 1), (1, 'bfloat16', True, 1), (1, 'bfloat16', False, 0)])  # fmt: skip
+def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype, train, compared, monkeypatch):
+    """To other ranks, or into FSDP."""
+    found, device = [], ranks.setup()[2]
+    monkeypatch.setattr(probe, 'compare', lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(**vars(fsdp.dist) | {'get_world_size': lambda: world}))
+    net = fsdp.shard(lambda empty: tiny('llama'), device, dtype=dtype, train=train, mode='none')
+    assert len(found) == compared and net.shard_mode == 'none'

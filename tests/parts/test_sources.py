@@ -147,7 +147,7 @@ def test_toy():
 @pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'),
     ('a  \n b <b> c</b>d', 'a b cd'), ('<p>unclosed', 'unclosed'), ('<p>x <a href="u>v">link</a>, y</p><!-- <p>no -->', 'x link, y'),
     ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'), ('<H2>a</H2>2 < 3', 'a\n\n2 < 3'),
-    ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
+    ('<ul><li><p>a</p><p>b</p></li></ul>', '- a\n\nb'), ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
 def test_strip_html(html, text):
     assert messages.strip_html(html) == text
 
@@ -391,6 +391,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
        [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
     *(('tool calls as JSON', 'sft', [{'messages': [user('q?'), assistant('') | {'tool_calls': x}]}], [SFT | {'response': [assistant('') | {'tool_calls': [F]}]}], {}) for x in ('[{"name": "f"}]', "[{'name': 'f'}]")),
     *(('OLMo 3', 'sft', [{'messages': [user('a'), x, *TWO_TURNS[2:]]}], [{'prompt': [user('a'), x, user('q?')], 'response': [assistant('a')], 'turns': [user('a'), x, *TWO_TURNS[2:]]}], {}) for x in [assistant('') | {'function_calls': 'f()'}]),
+    ('a question alone, and one after an answer', None, [{'messages': ASKS[:1]}, {'messages': ASKS}], [{'prompt': ASKS[:1]}, {'prompt': ASKS[:1], 'response': [assistant('b')]}], {formats.UNASKED: 1}),
     ('no tools', 'sft', [{'messages': QA, 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
@@ -453,7 +454,8 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
 }
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
-    ('a message is no object', [{'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}]),
+    ('a message is no object', [{'winner': 'model_a', 'full_conversation': [{'user': ['q?'], 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
+        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
@@ -585,11 +587,33 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     for content, words in (
         ([{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}], 'the nearest layout, comparison, has answer_a, answer_b, winner'),
         ([{'winer': 'a'}], 'no other column is known; found'),
+        ([dict.fromkeys(map(str, range(12)), 1)], "'8' (number) and 3 more; the only row"),
+        ([{}, {}, {'prompt': 'p', 'response': 'r'}], 'of the 3 rows from there on, 2 are bad: 2 with no columns; mend it'),
         (rows[:30] + [{'prompt': 'p', 'response': 'r'}], '--skip_bad_rows'),  # not all of them after all
     ):  # fmt: skip
         assert words in refusal(write(tmp_path / 'data.jsonl', content))
     (tmp_path / 'data.jsonl').write_text('nonsense\n' * 3)
     assert re.search('line 1: not valid JSON.* none of the first 3 rows .* a row is a JSON object', refusal(path))
+
+
+@pytest.mark.parametrize('rows, words', [
+    ([], 'nothing, there are no rows in '), ([{'x': 1}, {'y': 1}], 'no known layout (columns: x, y)'), ([{}], 'no known layout (columns: none)'),
+    ([{'x': 1}] * 99 + [pair('p', 'a', 'b')], 'pair, told by chosen (columns: x, prompt, chosen, rejected)')])  # fmt: skip
+def test_how_a_source_is_read_is_said(tmp_path, rows, words):
+    path = write(tmp_path / 'data.jsonl', rows)
+    assert sources.describe(path) == words + path * words.endswith('in ')
+    assert sources.describe(f'imdb:{raw("imdb")}') == "the reader 'imdb'"
+
+
+def test_columns_that_may_be_answers():
+    """Texts of four words, different in most rows, that nothing reads and that are not refused by their names."""
+    texts = {'good': 'the answer is', 'system': 'be as brief as', 'my_output': 'one output of the', 'short': 'number'}
+    rows = [
+        {name: f'{text} {i}' for name, text in texts.items()} | {'topic': 'sums of two numbers', 'level': i}
+        for i in range(9)
+    ]
+    assert formats.unread_answers(rows) == formats.unread_answers(rows[:5] + [{}] * 4) == ['good']
+    assert formats.unread_answers(rows[:4] + [{}] * 4) == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
