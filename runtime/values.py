@@ -78,7 +78,7 @@ def hint(name, options):
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
-        return '--help lists the options, and names of your own begin with _ in a config file'
+        return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
         return f'here it is {theirs.get(plain, plain)}'
 
