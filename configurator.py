@@ -44,9 +44,9 @@ class Config(dict):
         return [name for name in options.split() if self.origin[name] == COMMAND_LINE]
 
     def report_unused(self, options, why):
-        """Report options without effect, if the script has them: raise UserError for one of the command line, print a note of a config file's."""
+        """Report options without effect: raise UserError if set on the command line, print a note if set in a config file."""
         for name in options:
-            origin = self.origin.get(name, 'default')
+            origin = self.origin[name]
             if origin == COMMAND_LINE:
                 raise UserError(f'--{name} has no effect: {why}')
             if origin != 'default' and main_rank():

@@ -47,7 +47,7 @@ gold: str | None = None  # toy: the toy world's gold reward
 # with an endpoint
 judge_model: str | None = None  # the name that the endpoint has for the judge
 judge_prompt = 'config/judge_pair.txt'  # a text with {instruction}, {answer_1}, {answer_2} and {mark}
-request = '{"temperature": 0, "max_tokens": 512}'  # what else goes into a request, as json
+request = '{"temperature": 0, "max_tokens": 512}'  # all else that goes into a request, as json
 concurrency = 8  # requests at a time
 timeout = 120.0  # seconds that a reply may take
 retries = 6  # how often a request that fails is tried again

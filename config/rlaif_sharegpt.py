@@ -3,7 +3,7 @@
 # and lr those of the DPO code, from which it comes: not checked against the paper.
 #     torchrun --nproc_per_node=4 dpo.py config/rlaif_sharegpt.py
 model = 'out/sft_sharegpt/model'
-data = 'out/labels/annotations.json'
+data = 'out/label/annotations.json'
 loss = 'dpo'
 beta = 0.05
 n_epochs = 3

@@ -11,6 +11,7 @@
 #
 # A finished step is not done again, and a killed one goes on: run the same command.
 set -eu
+[ $# -eq 0 ] || { echo "error: $0 takes variables, which its first lines list, and no arguments: $*" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/ai_feedback}      # where everything goes
 RUN=${RUN:-python}               # python, or torchrun --nproc_per_node=4 --

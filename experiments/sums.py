@@ -36,14 +36,14 @@ def write(folder):
     rng.shuffle(sums)
     held_out, known = sums[:256], sums[256:]
     demonstrations = [row(*pair, 'response', 0 if rng.random() < RIGHT else SLIP) for pair in known]
-    # prompts come with their answers, for the reward alone
     files = {'demonstrations': demonstrations}
     for name, part in (('prompts', known), ('held_out', held_out)):
-        files[name] = [row(*pair, 'answer') for pair in part]
+        files[name] = [row(*pair, 'answer') for pair in part]  # the answer is for the reward alone
     for name, rows in files.items():
         write_rows(Path(folder) / f'{name}.jsonl', rows)
 
 
 if __name__ == '__main__':
     configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
-    write(*[word for word in sys.argv[1:] if not word.startswith('-')] or ['out/sums'])
+    for folder in [word for word in sys.argv[1:] if not word.startswith('-')] or ['out/sums']:
+        write(folder)

@@ -78,7 +78,7 @@ def hint(name, options):
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
-        return '--help lists the options, and names of your own begin with _ in a config file'
+        return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
         return f'here it is {theirs.get(plain, plain)}'
 
@@ -125,7 +125,8 @@ def problem(name, value):
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
     # such as --out_dir=$UNSET, whose files would land in the working directory, or --against=$UNSET, as if it were left out
-    if value == '' and name in 'out_dir out eval_data ref_model against reward endpoint columns wandb'.split():
+    named = 'out_dir out eval_data ref_model against reward endpoint columns wandb'.split()
+    if value == '' and name in named:
         return 'is empty: give it a name, or leave it out'
     # options that are not in CHOICES may have any value
     if value not in CHOICES.get(name, (value,)):
@@ -180,14 +181,13 @@ def settle(config):
 def without_effect(config):
     """Return [(names of options, why they have no effect)] for the options of training.py and of samples."""
     found = []
-    # only text/sources.py's reader of the dataset sharegpt takes num_turns
-    if 'sharegpt' not in f'{config.data} {config.eval_data}':
+    if 'sharegpt' not in f'{config.data} {config.eval_data}':  # only its reader in text/sources.py takes num_turns
         found.append((['num_turns'], 'it is for sharegpt'))
     if not config.n_eval_examples:
-        names = 'eval_every do_first_eval sample_during_eval'
-        found.append((names.split(), 'there is nothing to evaluate on (n_eval_examples is 0)'))
-    # scripts that cannot sample have no such option
-    if not config.get('sample_during_eval', True):
+        names = [name for name in ('eval_every', 'sample_during_eval') if config.get(name)]
+        why = 'there is nothing to evaluate on (n_eval_examples is 0)'
+        found.append((names, why))
+    if not config.get('sample_during_eval', True):  # scripts that cannot sample have no such option
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         found.append((given, 'sample_during_eval is off'))
     elif config.get('temperature') == 0:

@@ -7,6 +7,7 @@
 #   PRINT=1             only print the commands
 # A step whose result is there is skipped, so the same command continues. The table row comes last, from experiments/papers/row.py.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
+[ $# -eq 0 ] || { echo "error: $0 takes variables, which the first lines of experiments/papers/paper.sh list, and no arguments: $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 NAME=$(basename "$0" .sh)

@@ -8,6 +8,7 @@
 # By FLOPs this is half an hour of an H200; a model of this size waits for its host, so expect 2 to 2.5 minutes a run, 1.5 to 2 hours in all.
 # What a run leaves is $OUT/results/NAME.jsonl (its metrics) and .config.json; its model goes. The table is written after every seed.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: this script needs bash: bash $0" >&2; exit 2; }
+[ $# -eq 0 ] || { echo "error: $0 takes variables, which its first lines list, and no arguments: $*" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python} PRINT=${PRINT:-0} DRY=${DRY:-0}

@@ -53,6 +53,14 @@ def test_what_is_missing_is_said(settings, words):
     assert found.returncode == 2 and words in found.stderr and 'done' not in found.stdout
 
 
+@pytest.mark.parametrize('script', ['ai_feedback', 'papers/drdpo_hh', 'papers/smollm2_flips'])
+def test_arguments_are_refused(script):
+    """They would do nothing: all is set by variables."""
+    command = ['timeout', '20', 'bash', f'experiments/{script}.sh', '--data=hh']
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | {'PRINT': '1'}, capture_output=True, text=True)
+    assert found.returncode == 2 and 'takes variables' in found.stderr
+
+
 @pytest.mark.parametrize('script, target', [
     ('ai_feedback.sh', 'labels report.json'), ('papers/paper.sh', '$OUT/labels/report.json'),
 ])  # fmt: skip

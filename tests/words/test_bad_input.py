@@ -129,7 +129,7 @@ DPO = [
     ('--num_turns=2', '--num_turns has no effect: it is for sharegpt'),
     ('--sample_during_eval --temperature=0 --top_p=0.5', '--top_p has no effect'),
     *((f'--{flag} --n_eval_examples=0', f'--{flag.split("=")[0]} has no effect: there is nothing to evaluate on')
-      for flag in ('sample_during_eval', 'eval_every=2', 'do_first_eval=false')),
+      for flag in ('sample_during_eval', 'eval_every=2')),
     ('--loss=beta_dpo --a=inf', 'a must be a finite number, not inf'),
     ('--temperature=0.3', '--temperature has no effect: sample_during_eval is off'),
 ]  # fmt: skip
@@ -235,7 +235,7 @@ def test_an_out_dir_that_is_no_run(refused, tmp_path, content):
 
 def test_without_evaluation(run, tmp_path):
     """And the learning rate of each step: 1, 2, 3 quarters."""
-    run('dpo.py', '--n_eval_examples=0', '--warmup_steps=3', '--lr=0.3')
+    run('dpo.py', '--n_eval_examples=0', '--eval_every=none', '--warmup_steps=3', '--lr=0.3')
     rows = metrics(tmp_path / 'out')
     assert {row['split'] for row in rows} <= {'train', 'check'} and rows[-1]['counters/examples'] == 6
     assert [row['lr'] for row in rows if row['split'] == 'train'] == pytest.approx([0.075, 0.15, 0.225])

@@ -132,7 +132,7 @@ VALUES = [
 ]
 REFUSED_FILES = [  # text, line, words
     ('rate = 1.0\n\nstpes = 3\n', 3, "'stpes'", 'did you mean steps?'),
-    ('steps = 3\ndouble = 6\n', 2, "'double'"), ('from math import sqrt\n', 1, "'sqrt'", 'begin with _ in a config file'),
+    ('steps = 3\ndouble = 6\n', 2, "'double'"), ('from math import sqrt\n', 1, "'sqrt'", 'in a config file begin with _'),
     ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
     ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
     ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
@@ -430,7 +430,7 @@ ELSEWHERE = {
     '--bata=1': 'did you mean beta or data.$',
     '--num_prompts=1': 'here it is n_examples$',
     '--dataset_path=x': 'did you mean data.$',
-    '--reward_name=x': '--help lists the options, and names',
+    '--reward_name=x': '--help lists the options ',
     '--system_pro=x': 'did you mean system.$',
     '--n_prompt=1': 'did you mean n_examples.$',
     '--bf16': 'here it is dtype=bfloat16$',
