@@ -90,18 +90,18 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 
 @errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
-def scores(model, tokenizer, items, max_tokens, ends=()) -> np.ndarray:
+def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     """Return the scores (n,), float32, of n answers; equal on all ranks, and all ranks must call this.
 
-    items: n tuples (prompt ids, answer ids); eos is appended to an answer without an end token, as in training. max_tokens:
-    tokens of a microbatch on one rank. ends: end tokens besides eos, such as the end of a turn. The score is read at the last
-    token. Raises UserError for an item that is too long for the model, and for scores that are not finite."""
+    items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training, also behind
+    the end of a turn. max_tokens: tokens of a microbatch on one rank. The score is read at eos. Raises UserError for an item that
+    is too long for the model, and for scores that are not finite."""
     net = core(model)
     device = net.device
     is_padded = net.config._attn_implementation != 'packed'
     # padded batches cannot share prompts: with a limit of 0 each answer gets a group of its own
     group_limit = 0 if is_padded else max_tokens
-    groups = _groups(items, tokenizer.eos_token_id, ends, max_sequence_length(model), group_limit)
+    groups = _groups(items, tokenizer.eos_token_id, max_sequence_length(model), group_limit)
     lengths = np.array([group.tokens for group in groups])
     # microbatches of this rank, as lists of indices into groups; every rank computes the same plan
     rank, world_size = ranks.data_rank()
@@ -139,17 +139,15 @@ class _Group(NamedTuple):
         return len(self.prompt) + sum(map(len, self.answers))
 
 
-def _groups(items, eos, ends, max_length, max_tokens):
+def _groups(items, eos, max_length, max_tokens):
     """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
 
-    Appends eos to answers without an end token. Raises UserError without a prompt, and for more than max_length tokens."""
-    endings = {eos, *ends}
+    Appends eos to answers that do not end with it. Raises UserError without a prompt, and for more than max_length tokens."""
     by_prompt = {}  # bytes of the prompt ids -> groups
     for slot, (prompt, answer) in enumerate(items):
         prompt = np.asarray(prompt, np.int64)
         answer = np.asarray(answer, np.int64)
-        has_end = len(answer) > 0 and answer[-1] in endings
-        if not has_end:
+        if not len(answer) or answer[-1] != eos:
             answer = np.append(answer, eos)
         if not len(prompt) or len(prompt) + len(answer) > max_length:
             takes = f'the reward model takes a prompt and at most {max_length} in all'

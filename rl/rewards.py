@@ -80,7 +80,7 @@ class Reward:
         """Score all answers of Examples. Return columns by name, (answers,) float64 each, equal on all ranks.
 
         split ('train' or 'test'), uids (examples,): keys of the prompts' data rows in self.rows. ends: token ids that end an
-        answer, besides the end of text. Columns: score, the weighted sum; score_NAME for each part, unweighted, if there are
+        answer, which functions do not see. Columns: score, the weighted sum; score_NAME for each part, unweighted, if there are
         several; late, 1.0 where a function exceeded --reward_timeout, if that option limits any function."""
         columns = {'score': 0.0}
         late_by_part = []
@@ -96,7 +96,7 @@ class Reward:
             else:
                 items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 reward_model, tokenizer = self.reward_models[part]
-                values = score.scores(reward_model, tokenizer, items, self.max_tokens, ends=ends)
+                values = score.scores(reward_model, tokenizer, items, self.max_tokens)
 
             values = torch.as_tensor(values, dtype=torch.float64)
             columns['score'] += part.weight * values

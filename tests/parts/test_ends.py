@@ -98,10 +98,10 @@ def test_what_was_sampled_is_trained_on_scored_and_counted(folders, raw, tmp_pat
     if loss == 'grpo':
         return
 
-    # a reward model reads at the end that was sampled; a cut answer gets the end of training
+    # a reward model reads at the end of text, as in training, also behind another end that was sampled
     net = transformers.AutoModelForSequenceClassification.from_pretrained(folders / 'reward').eval()
     for i, answer in enumerate(trained):
-        ids = [*answered.examples[i][0].tolist(), *answer] + [EOS] * (not ended[i])
+        ids = [*answered.examples[i][0].tolist(), *answer] + [EOS] * (answer[-1] != EOS)
         with torch.no_grad():
             expected = net(torch.tensor([ids])).logits.item()
         assert answered.answers['score'][i].item() == pytest.approx(expected, abs=1e-4)
@@ -121,17 +121,13 @@ def f(prompts, responses, rows):
     assert sorted(read_jsonl('told.jsonl')) == sorted(shown(sampled(row)) for row in raw)
 
 
-def test_scores_know_other_ends(folders):
-    """score.scores appends the end of text to an answer that does not end; what counts as an end is told."""
+def test_scores_are_read_at_the_end_of_text(folders):
+    """It is appended to an answer without it."""
     ranks.setup()
     scorer, tokenizer = score.load_scorer(str(folders / 'reward'), torch.device('cpu'))
-
-    def scores(*answers, **options):
-        return score.scores(scorer, tokenizer, [([1, 2], answer) for answer in answers], 4096, **options)
-
-    cut, ended, alone = scores([3, 100], [3, 100, EOS], [3, EOS])
-    other, cut_alone = scores([3, 100], [3], ends={100})
-    assert (cut, cut_alone) == pytest.approx((ended, alone), abs=1e-5) and abs(other - cut) > 1e-3
+    items = [([1, 2], answer) for answer in ([3, 100], [3, 100, EOS])]
+    without, ended = score.scores(scorer, tokenizer, items, 4096)
+    assert without == pytest.approx(ended, abs=1e-5)
 
 
 def test_kl_of_samples_is_of_what_was_sampled(folders, raw, tmp_path):

@@ -98,6 +98,10 @@ def test_pairs():
     assert [p['outputs'] for p in found] == [[f' answer 0 to {i}', f'their {i}'] for i in (0, 2)]
     assert found[0]['generators'] == ['ours', 'theirs']
     assert +left_out == {'answers without a counterpart': 4, 'answers of --against without a counterpart': 1}
+    # AlpacaFarm's: one instruction for several inputs is several questions
+    texts = [{'instruction': 'Translate.', 'input': text, 'output': k} for text in ('eins', 'zwei', '') for k in '01']
+    found, _ = make_pairs(write_jsonl('farm.jsonl', texts))
+    assert [p['instruction'] for p in found] == ['Translate.\n\neins', 'Translate.\n\nzwei', 'Translate.']
     # samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
     prompts = [talk, messages.ask('one turn'), [user('a chat')]]
