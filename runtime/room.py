@@ -47,7 +47,7 @@ def check_room(run, frozen_models=()):
     # 4-bit weights are exported unpacked; as buffers, parameters() lacks them
     model_bytes = bytes_each * (_count(exported) + count_packed_weights(policy))
     # a checkpoint has the trained weights and the optimizer state, in float32
-    numbers_each = 1 + MOMENTS[config['optimizer']]
+    numbers_each = 1 + MOMENTS.get(config['optimizer'], 2)
     checkpoint_bytes = 4 * numbers_each * _count(policy.parameters(), only_trained=True)
     checkpoints_fit = ranks.shared(lambda: _check_disk(config, model_bytes, checkpoint_bytes, run.total))
 
@@ -139,7 +139,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
         'activations': per_token * tokens,
         'weights': (4 * num_trained + fixed_bytes) / num_shards,
         'gradients': gradients,
-        'optimizer': MOMENTS[optimizer] * gradients,
+        'optimizer': MOMENTS.get(optimizer, 2) * gradients,
         'reference': bytes_each * frozen / num_shards,
         'buffers': 0,
     }

@@ -33,6 +33,8 @@ from text.readers import Row, read_rows
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
+TEXT = str | list  # a list of messages
+KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': bool, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
@@ -93,6 +95,7 @@ def _opened(source, split, num_turns=1, undivided=False):
         if named_split:
             raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{named_split}] out')
         rows, parse = getter(split, path)
+        rows = (row if isinstance(row, Row) else Row(row) for row in rows)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
         train, test = 'train', 'test'
@@ -251,6 +254,8 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_valid = any_valid or bool(examples)
+        if not isinstance(examples, list) or not all(map(_is_example, examples)):
+            raise UserError(f'{row.where}: no examples as text/sources.py describes them: {examples!r:.200}')
         for example in examples:
             if 'drop' in example:
                 left_out[example['drop']] += 1
@@ -259,6 +264,12 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
             # for error messages: tokenise may find out later that the chat template refuses the row
             example.where, example.raw = row.where, row
             yield example
+
+
+def _is_example(example):
+    """Return whether it is one as this file's docstring describes them."""
+    is_whole = isinstance(example, dict) and ('drop' in example or 'prompt' in example)
+    return is_whole and all(isinstance(example[name], kind) for name, kind in KINDS.items() if name in example)
 
 
 def _refusal(row, error, any_valid, following, source):
@@ -394,7 +405,7 @@ def get_toy(split, path=None):
     from text import toy
 
     rows = toy.pairs(split, 6000 if split == 'train' else 600)
-    return map(Row, rows), lambda row: [dict(row)]
+    return rows, lambda row: [dict(row)]
 
 
 def get_alpaca_eval(split, path=None):
