@@ -62,6 +62,9 @@ def _live_tensors(model, optimizer):
         weight = p.detach()
         tensors[f'model.{name}'] = local(weight) if is_replica else weight
         for key, value in optimizer.state[p].items():
+            # somebody's own optimizer may count in python; load() has to write into it
+            if isinstance(value, int | float):
+                value = optimizer.state[p][key] = torch.tensor(float(value))
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
             if value.dim() == 0:
                 value = value[None]

@@ -225,14 +225,25 @@ def test_ranks_wait_for_one_that_works_alone():
         assert group._get_backend(torch.device('cpu')).options._timeout == ranks.PATIENCE
 
 
-def test_layers_that_never_run_have_no_optimizer_state(tmp_path):
+class Counting(torch.optim.SGD):
+    """An optimizer that counts its steps in python."""
+
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]['params']:
+            if p.grad is not None:
+                self.state[p]['step'] = self.state[p].get('step', 0) + 1
+
+
+@pytest.mark.parametrize('own', [None, Counting])
+def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
     """As a multimodal model's image encoder, trained on texts: checkpoints lack their state, and load all the same."""
     ranks.setup()
     states = []
     for is_first in (True, False):
         net = torch.nn.ModuleDict({'runs': torch.nn.Linear(2, 2), 'never': torch.nn.Linear(2, 2)})
         net.shard_mode, net.reshard = 'none', lambda: None
-        optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
+        optimizer = own(net.parameters(), 0.1) if own else fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
         if not is_first:
             checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
         net['runs'](torch.ones(2)).sum().backward()

@@ -122,6 +122,23 @@ def test_turns_of_sharegpt(num_turns):
     assert second == {'prompt': asked, 'response': ' The Oder.'}
 
 
+TEXTS = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
+
+
+@pytest.mark.parametrize('made', [
+    # KTO's labels elsewhere; a label between 0 and 1; no prompt; numbers as texts and texts as numbers; no list
+    *([{'prompt': 'p', 'response': 'a', 'good': label}] for label in (-1, 0.2, 'no')), [{'chosen': 'a', 'rejected': 'b'}],
+    [TEXTS | {'margin': '2'}], [TEXTS | {'chosen': 3}], TEXTS, None,
+])  # fmt: skip
+def test_a_reader_of_ones_own(made, monkeypatch):
+    """Its rows may be plain dicts, and what it makes of them is checked: a label of -1 would count as good."""
+    monkeypatch.setattr(sources, 'get_mine', lambda split, path=None: ([{'a': 'b'}], lambda row: made), raising=False)
+    with pytest.raises(UserError, match=r'no examples as text/sources.py describes them: [\[{N]'):
+        sources.load_rows('mine', 'train', undivided=True)
+    made = [TEXTS | {'margin': 2}, {'drop': 'too short'}]
+    assert sources.load_rows('mine', 'train', undivided=True) == ([TEXTS | {'margin': 2}], Counter({'too short': 1}))
+
+
 def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
     """Whatever their names, and whatever configs the README has."""
     for name in ('train', 'more'):
