@@ -88,8 +88,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
     # PLAIN_CHAT is set below where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    # 13: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
-    key = content_hash(13, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
+    # 14: format version, to be raised when this code, or a reader of rows, produces other tokens for the same text
+    key = content_hash(14, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
         # if the test split is taken from the train rows, tokenise and cache both splits in one pass
