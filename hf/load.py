@@ -250,11 +250,8 @@ def _check_files(name, config):
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
     # transformers would fall back to unpickling, or have a bot convert the hub's repo
     is_local = os.path.isdir(name)
-    if is_local:
-        has_weights = any(Path(name).glob('*.safetensors'))
-    else:
-        has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
-    if not has_weights:
+    is_on_hub = not is_local and (files or not hub.reachable() or hub.is_there(name, 'model.safetensors'))
+    if not is_on_hub and not any(Path(name).glob('*.safetensors')):
         has_pickle = not is_local or any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
         way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
         raise UserError(f'{name!r} has no .safetensors file: {way_out}')
