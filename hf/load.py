@@ -253,11 +253,8 @@ def _check_files(name, config):
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
     # transformers would fall back to unpickling, or have a bot convert the hub's repo
     is_local = os.path.isdir(name)
-    if is_local:
-        has_weights = any(Path(name).glob('*.safetensors'))
-    else:
-        has_weights = files or not hub.reachable() or hub.file_of(name, 'model.safetensors')
-    if not has_weights:
+    is_on_hub = not is_local and (files or not hub.reachable() or hub.is_there(name, 'model.safetensors'))
+    if not is_on_hub and not any(Path(name).glob('*.safetensors')):
         has_pickle = not is_local or any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
         way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
         raise UserError(f'{name!r} has no .safetensors file: {way_out}')
@@ -312,6 +309,10 @@ def load_tokenizer(name, trust_remote_code=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
+    # where the hub fails for a moment, transformers goes on without the template
+    may_have_template = tokenizer.chat_template is None and not os.path.isdir(name) and hub.reachable()
+    if may_have_template and hub.is_there(name, 'chat_template.jinja'):
+        raise UserError(f'the chat template of {name!r} did not come from the hub: start again')
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
     return tokenizer

@@ -62,30 +62,29 @@ def check_there(name):
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        raise UserError(
-            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
-        )
+        way_out = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        raise UserError(f'there is no model folder {name!r} {where}: {way_out}')
     # offline, file_of() finds only what is in the cache
     if folder_of(name) is not None:
         return
     if not reachable():
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
-    _check_access(name)
+    # a repo of a tokenizer or an adapter has no such file, and that is fine
+    is_there(name, 'config.json')
 
 
-def _check_access(name):
-    """Raise UserError if the hub refuses a model's config.json or does not answer; a repo without that file is fine."""
+def is_there(name, file):
+    """Return whether a hub repo has a file, which is downloaded. Raises UserError if the hub refuses it or does not answer."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     sign_in = 'set HF_TOKEN to a token of yours'
     try:
-        huggingface_hub.hf_hub_download(name, 'config.json')
-        return
-    # of a tokenizer or an adapter
+        huggingface_hub.hf_hub_download(name, file)
+        return True
     except errors.RemoteEntryNotFoundError:
-        return
+        return False
     except errors.GatedRepoError:
         address = f'{constants.ENDPOINT}/{name}'
         reason = f'its owner gives it to those who ask: ask at {address}, and {sign_in}'

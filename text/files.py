@@ -95,9 +95,7 @@ def hub_files(hub_id, **options):
     with suppress(OSError, ValueError):
         return json.loads(_note(hub_id, commit or 'unknown', options).read_text()), commit
     if not hub.reachable():
-        raise UserError(
-            f'the hub cannot be reached, and {hub_id!r} was not read here before: read it once with the hub'
-        )
+        raise UserError(f'the hub cannot be reached, and {hub_id!r} was not read here before: read it once with it')
     import datasets
 
     try:
@@ -130,9 +128,9 @@ def hub_download(hub_id, commit, name):
 @cache
 def hub_commit(hub_id):
     """Return the commit of a hub dataset, or None if unknown. Cached: all reads of a process use the same commit."""
-    newest = _note(hub_id)
     # ignore errors here: reading the rows will report them
     with suppress(Exception):
+        newest = _note(hub_id)
         if not hub.reachable():
             return newest.read_text()
         import huggingface_hub

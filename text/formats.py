@@ -784,8 +784,8 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    good = 'true 1 1.0 yes good desirable chosen'.split()
-    bad = 'false 0 0.0 no bad undesirable rejected'.split()
+    good = 'true 1 1.0 yes good desirable chosen positive pos'.split()
+    bad = 'false 0 0.0 no bad undesirable rejected negative neg'.split()
     if value not in good + bad:
         raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
     return {'good': value in good}

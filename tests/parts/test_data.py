@@ -340,7 +340,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(write, cache, monkeypatch, cap
 
 
 def test_rows_of_the_hub_are_cached_by_their_content(cache, count, monkeypatch):
-    monkeypatch.setattr(sources, 'hub_splits', lambda *_: ['train', 'test'])
+    monkeypatch.setattr(sources.files, 'hub_files', lambda *_, **__: ({'train': [], 'test': []}, 'c'))
     for rows, tokenised in ((3, 1), (3, 1), (4, 2)):
         monkeypatch.setattr(sources, 'read_rows', lambda *_, n=rows, **__: map(sources.Row, many_pairs(n)))
         assert len(load('owner/name')) == rows and len(count) == tokenised

@@ -326,6 +326,22 @@ def test_the_configs_of_a_readme(tmp_path, capsys):
     refused(f'{tmp_path}:a', "none of the files that its README names for the config 'a': fetch them")
 
 
+def test_the_words_of_labels(tmp_path):
+    """`datasets` keeps them beside the numbers, in all its files; 0 may be good."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features(prompt=Value('string'), response=Value('string'), label=ClassLabel(names=['good', 'bad']))
+    rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2} for i in range(4)] + [
+        {'prompt': 'p', 'response': 'r', 'label': None}
+    ]
+    table = Dataset.from_list(rows, features=features)
+    table.to_parquet(str(tmp_path / 'a.parquet'))
+    table.save_to_disk(str(tmp_path / 'saved'))
+    for path in ('a.parquet', 'saved'):
+        found, _ = sources.load_rows(str(tmp_path / path), 'train', undivided=True, skip_bad_rows=True)
+        assert [row['good'] for row in found[:4]] == [True, False, True, False]
+
+
 # ---- the hub ----
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import errors
 from configurator import UserError
 from hf import load
 from runtime import hub
-from text import files, sources
+from text import files, sources, toy
 
 # before conftest.py puts another one in its place
 from text.files import hub_commit
@@ -72,8 +72,19 @@ def test_what_the_hub_refuses(monkeypatch, name, says):
 def test_a_pickle_of_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr(hub, 'reachable', lambda: True)
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    monkeypatch.setattr(hub, 'is_there', lambda *_: False)
     with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
         load._check_files('a/b', SimpleNamespace())
+
+
+def test_a_template_that_did_not_come_is_missed(monkeypatch):
+    monkeypatch.setattr(hub, 'reachable', lambda: True)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
+    monkeypatch.setattr(hub, 'check_there', lambda *_: None)
+    monkeypatch.setattr(load.transformers.AutoTokenizer, 'from_pretrained', lambda *_, **__: toy.tokenizer())
+    monkeypatch.setattr(hub, 'is_there', lambda name, file: file == 'chat_template.jinja')
+    with pytest.raises(UserError, match="the chat template of 'a/b' did not come from the hub: start again"):
+        load.load_tokenizer('a/b')
 
 
 def test_a_dataset_is_read_again_without_the_hub(request, monkeypatch, tmp_path):
