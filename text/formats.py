@@ -873,7 +873,7 @@ def read_prompt(row, task):
 
 def read_turns(row, task):
     """Read MT-Bench's questions of one user, texts or (Arena-Hard) {'content': text}. The later ones need answers to the first."""
-    turns = field(row, 'turns', list)
+    turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
     texts = [turn['content'] if isinstance(turn, dict) and turn.keys() == {'content'} else turn for turn in turns]
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")

@@ -483,7 +483,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ('not an object with named fields', [[], None]),
     ("'chosen' is text and 'rejected' is chat", [{'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}]),
     ("a message has a part of the type 'thought'", [{'messages': [GEMINI[0], {'role': 'model', 'parts': [{'text': 'a', 'thought': True}]}]}]),
-    ("'turns' is no list of questions", [{'turns': QA, 'label': 'x'}, {'turns': [{'content': 'q?'}, QA[1]], 'label': 'x'}]),
+    ("'turns' is no list of questions", [{'turns': QA, 'label': 'x'}, {'turns': [{'content': 'q?'}, QA[1]], 'label': 'x'}, {'turns': 3}]),
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
