@@ -398,6 +398,15 @@ def test_messages_have_a_limit(tmp_path, monkeypatch):
     for row in ({'messages': [user('a' * 999), assistant('b')]}, long_thought):
         with pytest.raises(UserError, match=r'line 1: .*characters; the limit is 1,000'):
             read(tmp_path, row)
+    assert read(tmp_path, {'prompt': 'a' * 1000, 'response': 'b'})
+    # so have templates
+    for length, words in (
+        (len(CHATML), None),
+        (len(CHATML) - 1, f'not a text of at most {len(CHATML) - 1} characters'),
+    ):
+        monkeypatch.setattr('text.chat.TEMPLATE_LENGTH', length)
+        with pytest.raises(UserError, match=words) if words else silent():
+            written(tokenizer_of(CHATML, EOS), pair())
 
 
 # ---- runs ----

@@ -820,6 +820,8 @@ def test_a_folder_that_is_called_like_a_dataset_is_not_its_fingerprint(hub, tmp_
     assert sources.fingerprint('hh') is None and len(sources.load_rows('hh', 'train')[0]) == 3
     assert capsys.readouterr().out.count("note: 'hh' is the dataset of that name") == 1
     assert sources.fingerprint('./hh') and len(load('./hh')[0]) == 1 and len(hub.asked) == 1
+    # nor is a path behind the name of a reader a config of that folder
+    assert len(load('hh:hh/train.jsonl')[0]) == 1 and len(hub.asked) == 1
 
 
 def test_content_hash():
