@@ -139,12 +139,12 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     return lora.adapt(model, saved, adapters, **options)
 
 
-def _read_config(name, *, trust_remote_code=False, **_others):
+def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     """Return a copy of a model's config; it and the GenerationConfig are cached. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
-    # read a folder anew each time, as it may have changed; but not if it is gone by now
-    if name in _configs and not os.path.exists(name):
+    # read a folder anew for each run, as it may have changed; an empty model, as for the export, goes with the one loaded before
+    if name in _configs and (empty or not os.path.exists(name)):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):

@@ -56,12 +56,11 @@ def setup(tp=1, options=None):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
     ours = dict(options or {})
-    for rank, theirs in enumerate(gather_objects(ours)):
-        different = [name for name in ours if theirs.get(name) != ours[name]]
-        if different:
-            name = different[0]
-            values = f'{name} is {theirs.get(name)!r} on rank {rank} and {ours[name]!r} on rank {dist.get_rank()}'
-            raise UserError(f'{values}: start the same command, with the same config file, on all hosts')
+    for other_rank, theirs in enumerate(gather_objects(ours)):
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                values = f'{theirs.get(name)!r} on rank {other_rank} and {ours[name]!r} on rank {dist.get_rank()}'
+                raise UserError(f'{name} is {values}: start the same command, with the same config file, on all hosts')
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')

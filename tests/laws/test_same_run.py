@@ -133,8 +133,8 @@ def test_what_has_changed_is_refused(here, case, attack, words):
     assert words in sentence(run, case, case) and contents() == before
 
 
-def test_the_model_changes_while_adapters_train(here, monkeypatch):
-    """They would be merged into another model than theirs. They are kept in a checkpoint, and the model can be put back."""
+def test_the_model_changes_while_it_trains(here, monkeypatch):
+    """Adapters would be merged into another model than theirs. They are kept in a checkpoint, and the model can be put back."""
     write = export.write_model
     with monkeypatch.context() as patch:
         patch.setattr(export, 'write_model', lambda *how: [flip_a_bit('model'), write(*how)])
@@ -144,6 +144,13 @@ def test_the_model_changes_while_adapters_train(here, monkeypatch):
     flip_a_bit('model')
     run('lora', 'lora')
     assert (here / 'lora/model').exists()
+    # a whole model is written with the config that it has had
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            export, 'write_model', lambda *how: [change('model/config.json', rms_norm_eps=0.5), write(*how)][1]
+        )
+        run('sft', 'sft')
+    assert json.loads((here / 'sft/model/config.json').read_text())['rms_norm_eps'] < 0.1
 
 
 def test_what_a_run_holds_together_with_options_is_in_config_and_checkpoint(world):
