@@ -119,13 +119,14 @@ RISKS = {'cvar': cvar, 'erm': erm, 'released': released}
 
 def divergence_of(loss, risk, mu):
     """Return the Divergence of a loss with these options: a risk measure for Ra-DPO, else the KL."""
-    divergence = RISKS[risk](mu) if loss.startswith('radpo') else kl
+    name = risk if loss.startswith('radpo') else 'kl'
+    divergence = kl if name == 'kl' else RISKS[risk](mu)
     # backward trusts its mass: try it, on a few positions of a small vocabulary
-    log_pi, log_ref = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(
-        -1
-    )
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 9, dtype=torch.float64, generator=generator)
+    log_pi, log_ref = logits.log_softmax(-1)
     value, mass = divergence(log_pi.requires_grad_(), log_ref)
     (slope,) = torch.autograd.grad(value.sum(), log_pi)
     if not torch.allclose(mass, -slope):
-        raise UserError(f'the mass of {risk} in rl/divergences.py is not minus the slope of its value in log_pi')
+        raise UserError(f'the mass of {name} in rl/divergences.py is not minus the slope of its value in log_pi')
     return divergence

@@ -282,7 +282,7 @@ def test_tokens_are_those_of_the_whole(name, template):
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
     for words, answer in (('hi no', ' yes'), ('hi ', 'no')):
-        prompt_ids, ids = encode(words, answer, t, 128, 64, 'start', Counter())
+        prompt_ids, ids = encode(words, answer, None, t, 128, 64, 'start', Counter())
         assert decode_answer(ids[:-1], prompt_ids, t) == answer
         assert answer == 'no' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
 

@@ -180,7 +180,7 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
         examples = tokens(tokenizer, [row, pair(prompt, full, full * 2)], 'singles')
         assert len(examples) in (2, 3) and examples.left_out['empty answers'] == 1
     if empty:  # label.py and reward.py measure it all the same
-        _, ids = tokenise.encode(prompt, empty, tokenizer, 64, 32, 'start', Counter())
+        _, ids = tokenise.encode(prompt, empty, None, tokenizer, 64, 32, 'start', Counter())
         assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
 
 
