@@ -180,8 +180,7 @@ def _read_file(path, options):
 
 def _read_flag(word, options):
     """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
-    written = word.removeprefix('--')
-    name, equals, text = written.partition('=')
+    name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
     # an unknown name passes here, with or without a value: _check rejects it
