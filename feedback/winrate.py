@@ -54,8 +54,7 @@ def length_controlled(wins, difference, clusters):
     Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
     rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
     losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs. The interval [low, high]
-    holds the rate with 95%, and is symmetric in log odds; it and the error are None if there is only one cluster. An exact fit has
-    no interval.
+    holds the rate with 95%, and is symmetric in log odds; it is None if the fit is exact, both if there is only one cluster.
 
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
     square s. clusters (n,): as for mean(), for the sandwich covariance."""
