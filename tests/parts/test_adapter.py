@@ -129,7 +129,7 @@ UNSUPPORTED = {'use_dora': True, 'bias': 'lora_only', 'init_lora_weights': 'piss
                'use_magic': {'a': 1}}  # fmt: skip
 INCOMPLETE = {'base_model_name_or_path': '', 'r': 0, 'lora_alpha': None}
 MISSING = {'gone': "model of the adapter 'run/adapter' is missing: there is no model folder 'gone'",
-           'run/adapter': "'run/adapter' has no config.json, so it is no model folder"}  # fmt: skip
+           'run/adapter': "the model of the adapter 'run/adapter' is itself an adapter"}  # fmt: skip
 
 
 def test_refused():
