@@ -146,8 +146,9 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
         return toy.model_config()
     # read a folder anew each time, as it may have changed; but not if it is gone by now, nor for an empty model, as for the export,
     # which goes with the one that was loaded before (from the same working directory)
-    is_known = name in _configs and (not os.path.exists(name) or (empty and _read_in[name] == os.getcwd()))
-    if is_known:
+    is_gone = not os.path.exists(name)
+    is_empty = empty and _read_in.get(name) == os.getcwd()
+    if name in _configs and (is_gone or is_empty):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):

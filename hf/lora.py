@@ -101,7 +101,8 @@ def _read_adapter(name, file):
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
     if hub.file_of(base, CONFIG_FILE):
-        raise UserError(f'the model of the adapter {name!r} is itself an adapter, {base!r}: {WAY_OUT}')
+        problem = f'the model of the adapter {name!r} is itself an adapter, {base!r}'
+        raise UserError(f'{problem}: {WAY_OUT}')
     return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 

@@ -256,8 +256,8 @@ def bad_step(run, first, rows, columns):
     import torch
 
     # without step_weight: Dr. DPO's weights of all examples are no numbers where one loss is none
-    own = [values for name, values in columns.items() if name != 'step_weight']
-    is_bad = torch.stack([~values.isfinite() for values in own]).any(0)  # (examples,)
+    own = columns.keys() - {'step_weight'}
+    is_bad = torch.stack([~columns[name].isfinite() for name in own]).any(0)  # (examples,)
     quantity = 'loss' if is_bad.any() else 'gradient'
     # a gradient cannot be traced to single examples: record them all
     places = is_bad.nonzero().flatten().tolist() or range(len(rows))
