@@ -50,7 +50,7 @@ skip_bad_steps = 0  # leave out a step whose loss or gradient is not finite, so 
 # LoRA
 lora_rank: int | None = None  # train adapters of this rank instead of the model's weights
 lora_alpha = 16.0  # their output is multiplied by alpha / rank
-lora_dropout = 0.0  # inside the adapters, in training; depends on the number of ranks
+lora_dropout = 0.0  # inside the adapters, in training; its result depends on the number of ranks and on max_tokens
 lora_targets: str | None = None  # linear layers that get one, such as 'q_proj,v_proj'; None: all in the blocks
 quantize: str | None = None  # 4bit: the weights beside the adapters in 4 bits, by bitsandbytes (QLoRA)
 # evaluation and saving

@@ -79,8 +79,9 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                     # the model is read from its folder again: it must be the one that they were trained on
                     run = recorded(folder.parent)
                     if run and 'model' in run['contents']:
-                        now = {'model': model_hashes(run['options']['model'])}
-                        check_same(f'{folder.parent} holds', run, run | {'contents': now})
+                        model_now = model_hashes(run['options']['model'])
+                        run_now = run | {'contents': {'model': model_now}}
+                        check_same(f'{folder.parent} holds', run, run_now)
                     adapted = build(empty=False)
                     lora.write(adapted, trained_weights, adapter_temporary)
                     plain_model = quantize.dequantize(adapted).merge_and_unload()

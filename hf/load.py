@@ -33,7 +33,7 @@ HARMLESS = (
     'sequence length is longer than the specified maximum',
 )
 # caches by model name: the export at the end of a run needs them again, and the folder may be gone by then
-_configs, _generation_configs = {}, {}
+_configs, _generation_configs, _read_in = {}, {}, {}
 
 
 def concerns_user(record):
@@ -143,8 +143,11 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     """Return a copy of a model's config; it and the GenerationConfig are cached. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
-    # read a folder anew for each run, as it may have changed; an empty model, as for the export, goes with the one loaded before
-    if name in _configs and (empty or not os.path.exists(name)):
+    # read a folder anew each time, as it may have changed; but not if it is gone by now, nor for an empty model, as for the export,
+    # which goes with the one that was loaded before (from the same working directory)
+    is_gone = not os.path.exists(name)
+    is_empty = empty and _read_in.get(name) == os.getcwd()
+    if name in _configs and (is_gone or is_empty):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
@@ -171,6 +174,7 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
         generation_config = transformers.GenerationConfig(**token_ids)
     _configs[name] = config
     _generation_configs[name] = generation_config
+    _read_in[name] = os.getcwd()
     return copy.deepcopy(config)
 
 

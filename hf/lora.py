@@ -1,8 +1,8 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
 The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
-frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the number of ranks;
-passes without gradients, such as one for a step's statistic, have no dropout."""
+frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the ranks and on
+max_tokens; passes without gradients, such as one for a step's statistic, have no dropout."""
 
 import contextlib
 import hashlib
@@ -101,7 +101,8 @@ def _read_adapter(name, file):
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
     if hub.file_of(base, CONFIG_FILE):
-        raise UserError(f'the model of the adapter {name!r} is itself an adapter, {base!r}: {WAY_OUT}')
+        problem = f'the model of the adapter {name!r} is itself an adapter, {base!r}'
+        raise UserError(f'{problem}: {WAY_OUT}')
     return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 

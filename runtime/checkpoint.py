@@ -108,7 +108,8 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 
 def _saved_shapes(reader):
     """Return name -> shape of the tensors in a checkpoint. reader: a HuggingFaceStorageReader of its folder."""
-    return {name: tuple(tensor.size) for name, tensor in reader.read_metadata().state_dict_metadata.items()}
+    saved = reader.read_metadata().state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in saved.items()}
 
 
 def failed():
@@ -141,7 +142,8 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
-        if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
+        reader = HuggingFaceStorageReader(str(temporary))
+        if _saved_shapes(reader) != shapes:
             raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))

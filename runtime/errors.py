@@ -22,8 +22,8 @@ def report(kind, error, trace):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         error = UserError(f'cannot print: {error.strerror}')
     # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
-    is_of_torch = 'RANK' in os.environ and isinstance(error, RuntimeError)
-    if is_of_torch and re.search('by peer|Broken pipe|remote process exited', str(error)):
+    of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
+    if of_another_rank and isinstance(error, RuntimeError):
         time.sleep(2)
         error = UserError('another rank has ended: what it printed, or the report of torchrun, says why')
     is_explained = isinstance(error, UserError)

@@ -255,7 +255,9 @@ def bad_step(run, first, rows, columns):
     there are more such steps than --skip_bad_steps."""
     import torch
 
-    is_bad = torch.stack([~values.isfinite() for values in columns.values()]).any(0)  # (examples,)
+    # without step_weight: Dr. DPO's weights of all examples are no numbers where one loss is none
+    own = columns.keys() - {'step_weight'}
+    is_bad = torch.stack([~columns[name].isfinite() for name in own]).any(0)  # (examples,)
     quantity = 'loss' if is_bad.any() else 'gradient'
     # a gradient cannot be traced to single examples: record them all
     places = is_bad.nonzero().flatten().tolist() or range(len(rows))

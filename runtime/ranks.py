@@ -18,7 +18,7 @@ PATIENCE = timedelta(hours=12)
 _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the matrices of each block; set by setup
 
 
-def setup(tp=1, options=None):
+def setup(tp=1, options=()):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
     tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value. UserError if ranks have different
@@ -55,12 +55,14 @@ def setup(tp=1, options=None):
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
-    ours = dict(options or {})
+    ours = dict(options)
     for other_rank, theirs in enumerate(gather_objects(ours)):
         for name in ours:
-            if theirs.get(name) != ours[name]:
-                values = f'{theirs.get(name)!r} on rank {other_rank} and {ours[name]!r} on rank {dist.get_rank()}'
-                raise UserError(f'{name} is {values}: start the same command, with the same config file, on all hosts')
+            there, here = theirs.get(name), ours[name]
+            if there != here:
+                way_out = 'start the same command, with the same config file, on all hosts'
+                problem = f'{name} is {there!r} on rank {other_rank}, and {here!r} on this one'
+                raise UserError(f'{problem}: {way_out}')
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')
