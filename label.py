@@ -107,8 +107,7 @@ if endpoint is not None:
     system = [turn for turn in turns if turn['role'] == 'system']
     left_out['system messages, which the judge is not shown'] = len(system)
 
-# heavy modules are imported only if needed
-if gold is not None:
+if gold is not None:  # heavy modules are imported only if needed
     from text import toy
 
     known_prompts = [f'Review of the {place}:' for place in toy.PLACES]
@@ -203,6 +202,8 @@ if verdicts:
     log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
 todo = [key for key in keys if key not in verdicts]
 
+if not keys:  # identical answers alone need no verdict
+    log.claim_out_dir(out_dir, record)
 # a signal stops at once and drops pending requests
 guard.on_stop(lambda: f'{len(verdicts)} of {len(keys)} verdicts are in {out_dir}; the same command goes on there')
 judge_pairs = ask_judge if endpoint is not None else compare_rewards
