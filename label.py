@@ -108,8 +108,7 @@ if endpoint is not None:
     left_out['system messages, which the judge is not shown'] = len(system)
     left_out['tools, which the judge is not shown'] = sum('tools' in pair for pair in pairs)
 
-# heavy modules are imported only if needed
-if gold is not None:
+if gold is not None:  # heavy modules are imported only if needed
     from text import toy
 
     known_prompts = [f'Review of the {place}:' for place in toy.PLACES]
@@ -204,6 +203,8 @@ if verdicts:
     log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
 todo = [key for key in keys if key not in verdicts]
 
+if not keys:  # identical answers alone need no verdict
+    log.claim_out_dir(out_dir, record)
 # a signal stops at once and drops pending requests
 guard.on_stop(lambda: f'{len(verdicts)} of {len(keys)} verdicts are in {out_dir}; the same command goes on there')
 judge_pairs = ask_judge if endpoint is not None else compare_rewards

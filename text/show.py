@@ -43,8 +43,7 @@ MEASURED = 2000
 NOTHING = 'no examples are left in {!r}: nothing can be trained on it'
 # line ends beside \n that JSON does not escape: a reader may split a row there
 LINE_ENDS = {ord(end): dumps(end)[1:-1] for end in '\x85\u2028\u2029'}
-# what an item may have beside its prompt
-ANSWERS = ('chosen', 'rejected', 'response')
+ANSWERS = ('chosen', 'rejected', 'response')  # what an item may have beside its prompt
 
 
 def main():

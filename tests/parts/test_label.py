@@ -148,6 +148,14 @@ def test_mistakes(content, options, error):
     assert not Path('out').exists() or os.listdir('out') == ['.lock']
 
 
+def test_equal_answers_alone():
+    """They need no verdict; their folder is a run's all the same, which another command does not overwrite."""
+    write_samples(range(3), answer='the same to {i}')
+    report, _ = label(*ENDPOINT)
+    assert report['ties_equal_answers'] == 3
+    refused('holds a different run .judge_model', ENDPOINT[0], '--judge_model=other')
+
+
 def test_both_orders_ties_and_unclear_replies(capsys):
     """What a judge says of eight pairs when the first answer is shown first, and when it is shown second:
 
