@@ -309,6 +309,14 @@ def test_special_tokens_in_text_stay_text(name, t):
     assert marked[: len(begins)] == begins
 
 
+def test_a_tokenizer_that_cuts_and_pads_does_neither():
+    t, texts = toy.tokenizer(), ['the room was clean', 'bed']
+    expected = t(texts)['input_ids']
+    t.backend_tokenizer.enable_truncation(2)
+    t.backend_tokenizer.enable_padding(length=9)
+    assert encode_texts(texts, t) == expected
+
+
 def test_what_a_template_writes_around_turns_is_special_too():
     """Some tokenizers have the marks of turns as added tokens that are not special; <think> is one that people may write."""
     t = toy.tokenizer()

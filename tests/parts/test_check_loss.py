@@ -21,7 +21,7 @@ def test_every_loss_is_ready(name, monkeypatch):
     found = objective_of(parse(f'dpo.py --loss={name}', monkeypatch), losses.LOSSES, losses.STATISTICS)
     rows = table(name, found.fn, found.statistic, found.options)
     assert all(math.isfinite(value) for row in rows for value in row)
-    assert [row[0] for row in rows] == MARGINS
+    assert [row[0] for row in rows] == MARGINS == [-margin for margin in reversed(MARGINS)]
     assert found.call(lambda ratio_w: ratio_w, {'pi_w': 2.0}) == 2  # no reference
     if name == 'dpo':
         assert rows[6] == pytest.approx((5, 0.474077, -0.0377541, 0.0377541), rel=1e-5)

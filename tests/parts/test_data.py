@@ -579,6 +579,7 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     assert examples.spans[1, 1].tolist() == [13, 24]  # which the cut has left as it was
     none = Examples.of([([1], [[2]])]).select(slice(0))
     assert none.longest(mixed=True) == none.longest() == none.longest_prompt() == 0
+    assert len({none, none.select(slice(0))}) == 2  # each is itself, whatever it holds
 
 
 # ---- what scripts train on ----

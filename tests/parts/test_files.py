@@ -324,6 +324,9 @@ def test_the_configs_of_a_readme(tmp_path, capsys):
     two = 'configs: [{config_name: a, data_files: gone/*}, {config_name: b, data_files: hard/*}]'
     (tmp_path / 'README.md').write_text(f'---\n{two}\n---\n')
     refused(f'{tmp_path}:a', "none of the files that its README names for the config 'a': fetch them")
+    write(tmp_path / 'far', {'off/away/a': ROWS})
+    (tmp_path / 'README.md').write_text('---\nconfigs: [{config_name: default, data_files: far/**/*.jsonl}]\n---\n')
+    assert answers(str(tmp_path), undivided=True) == ALL
 
 
 def test_the_words_of_labels(tmp_path):
