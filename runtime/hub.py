@@ -75,13 +75,14 @@ def check_there(name):
 
 
 def is_there(name, file):
-    """Return whether a hub repo has a file, which is downloaded. Raises UserError if the hub refuses it or does not answer."""
+    """Return whether a hub repo has a file; downloads it, but for weights. Raises UserError if the hub refuses it or does not answer."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     sign_in = 'set HF_TOKEN to a token of yours'
     try:
-        huggingface_hub.hf_hub_download(name, file)
+        # weights come later, to those ranks that read them
+        huggingface_hub.hf_hub_download(name, file, dry_run=file.endswith('.safetensors'))
         return True
     except errors.RemoteEntryNotFoundError:
         return False

@@ -57,7 +57,7 @@ REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/
 def test_what_the_hub_refuses(monkeypatch, name, says):
     """Each in a sentence of its own; a repo of a tokenizer has no config.json."""
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise getattr(errors, name)('503 for you', response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', refuse)
