@@ -179,7 +179,9 @@ def compare_rewards(todo):
         else:
             lengths = (max_length, max_prompt_length, truncation)
             # encode() returns (prompt ids, answer ids), and adds what it cuts to the counter
-            ids = [encode(*item, tokenizer, *lengths, cut_of[key]) for key, item in items.items()]
+            ids = []
+            for key, item in items.items():
+                ids.append(encode(*item, tokenizer, *lengths, cut_of[key]))
             rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
         reward_of = dict(zip(items, rewards, strict=True))
 

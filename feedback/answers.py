@@ -131,8 +131,9 @@ def read_answers(path):
             if 'instruction' in row:
                 # model_outputs.json stores a dialogue with its role markers, but a single question without them
                 # as in text/formats.py, what an instruction is about may stand beside it
-                about = [field(row, 'input')] if row.get('input') else []
-                prompt, response = '\n\n'.join([field(row, 'instruction'), *about]), field(row, 'output')
+                prompt, response = field(row, 'instruction'), field(row, 'output')
+                if row.get('input'):
+                    prompt += '\n\n' + field(row, 'input')
                 is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
                 # answer() adds the space before a text; label.py adds it to the answer to a single question
                 response = answer(response) if is_dialogue else response

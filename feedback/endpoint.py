@@ -190,7 +190,8 @@ class _Endpoint:
                 text = raw['choices'][0]['message']['content'] or ''
                 # or a list of parts, of which some are thoughts
                 if isinstance(text, list):
-                    text = ''.join(part['text'] for part in text if part['type'] == 'text')
+                    said = [part for part in text if part['type'] == 'text']
+                    text = ''.join(part['text'] for part in said)
                 # replace lone surrogates, which neither files nor tokenizers accept
                 return text.encode('utf-8', 'replace').decode(), raw
             except (LookupError, TypeError, AttributeError):

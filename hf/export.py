@@ -128,8 +128,11 @@ def _save_weights(model, weights, dtype, folder):
     generator = torch.Generator().manual_seed(0)
     # as transformers does, keep some in float32, such as the bias by which DeepSeek V3 chooses experts
     kept = model._get_dtype_plan(dtype)  # parts of their names
-    dtypes = {name: torch.float32 if any(part in name for part in kept) else dtype for name in weights}
-    rounded_weights = {name: rounded(weights[name], dtypes[name], generator) for name in weights if name in first_names}
+    rounded_weights = {}
+    for name, weight in weights.items():
+        is_kept = any(part in name for part in kept)
+        if name in first_names:
+            rounded_weights[name] = rounded(weight, torch.float32 if is_kept else dtype, generator)
     # free the original weights, as large as the model, before writing
     weights.clear()
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free

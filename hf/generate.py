@@ -56,7 +56,8 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
-    if measure and any(settings.get(name, 1) != 1 for name in ('temperature', 'top_p')):
+    is_own = settings.get('temperature', 1) == settings.get('top_p', 1) == 1
+    if measure and not is_own:
         why = "at this temperature and top_p the samples are not the policy's own"
         say_once(f'note: kl_eval/samples is a mean log-ratio and no KL: {why}')
     measured = {}
@@ -301,7 +302,9 @@ class _Draw(transformers.LogitsProcessor):
         n_rows, vocab_size = scores.shape
         # view the vocabulary as `side` blocks of `side` tokens, padded with impossible tokens
         side = math.isqrt(vocab_size - 1) + 1  # sqrt, rounded up
-        blocks = F.pad(scores, (0, side * side - vocab_size), value=-math.inf).view(n_rows, side, side)
+        n_added = side * side - vocab_size
+        padded = F.pad(scores, (0, n_added), value=-math.inf)
+        blocks = padded.view(n_rows, side, side)
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
         block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
         self.step += np.uint64(1)

@@ -106,7 +106,8 @@ class LeanBlock:
 
     def run_gated_mlp(self, mlp, act, x):
         """Return down_proj(act(gate_proj(x)) * up_proj(x)), recomputing act(gate) * up in backward. act: mlp.act_fn's own forward."""
-        product = self.recomputed(lambda gate, up: act(gate) * up, mlp.gate_proj(x), mlp.up_proj(x), module=mlp.act_fn)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        product = self.recomputed(lambda gate, up: act(gate) * up, gate, up, module=mlp.act_fn)
         return mlp.down_proj(product)
 
     def pack(self, tensor):

@@ -256,10 +256,13 @@ def _check_files(name, config):
             source = f'the index or config.json of {name!r} names {file[:100]!r}'
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
     # transformers would fall back to unpickling, or have a bot convert the hub's repo
-    is_local = os.path.isdir(name)
-    is_on_hub = not is_local and (files or not hub.reachable() or hub.is_there(name, 'model.safetensors'))
-    if not is_on_hub and not any(Path(name).glob('*.safetensors')):
-        has_pickle = not is_local or any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
+    if os.path.isdir(name):
+        has_weights = any(Path(name).glob('*.safetensors'))
+        has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
+    else:
+        has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
+        has_pickle = True
+    if not has_weights:
         way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
         raise UserError(f'{name!r} has no .safetensors file: {way_out}')
 
@@ -297,7 +300,8 @@ def load_tokenizer(name, trust_remote_code=False):
         return toy.tokenizer()
     adapter, base = lora.adapter_and_base(name)
     # file_of: of an adapter on the hub, only what has been asked for is in the folder
-    if not (adapter and (hub.file_of(name, 'tokenizer_config.json') or any(adapter.folder.glob('*token*')))):
+    has_tokenizer = adapter and (hub.file_of(name, 'tokenizer_config.json') or any(adapter.folder.glob('*token*')))
+    if not has_tokenizer:
         name = base
     hub.check_there(name)
     if not trust_remote_code:
@@ -314,8 +318,9 @@ def load_tokenizer(name, trust_remote_code=False):
     except Exception as error:
         raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
     # where the hub fails for a moment, transformers goes on without the template
-    may_have_template = tokenizer.chat_template is None and not os.path.isdir(name) and hub.reachable()
-    if may_have_template and hub.is_there(name, 'chat_template.jinja'):
+    has_none = tokenizer.chat_template is None
+    is_on_hub = not os.path.isdir(name) and hub.reachable()
+    if has_none and is_on_hub and hub.is_there(name, 'chat_template.jinja'):
         raise UserError(f'the chat template of {name!r} did not come from the hub: start again')
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
@@ -406,7 +411,10 @@ def model_hashes(name):
     saved, base = lora.adapter_and_base(name)
     if not saved:
         return _hashes(name)
-    return _hashes(str(saved.folder)) | {f'base/{key}': value for key, value in _hashes(base).items()}
+    hashes = _hashes(str(saved.folder))
+    for key, value in _hashes(base).items():
+        hashes[f'base/{key}'] = value
+    return hashes
 
 
 def _hashes(name):

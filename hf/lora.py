@@ -264,7 +264,8 @@ def _new_config(model, adapters):
     adapters: dict from options(), with targets such as 'q_proj v_proj', or None for all linear layers"""
     import peft
 
-    linear = {m for block in blocks(model) for m in block.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    modules = {module for block in blocks(model) for module in block.modules()}
+    linear = {module for module in modules if isinstance(module, torch.nn.Linear | Conv1D)}
     # (path, its last part, module) of each: model.layers.0.self_attn.q_proj, q_proj
     layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
     known = sorted({name for _, name, module in layers if module in linear})

@@ -173,9 +173,11 @@ def check_positions(model, length, what):
     # max_positions is a hard limit only where every position has a row in a table, which rotary embeddings lack
     inner = core(model)
     tables = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
+    has_table = any(re.search('wpe|position', name) for name in tables)
     # those of GPT-J, CodeGen and CTRL are buffers; MPT makes one for each forward
-    tables += [name for name, _ in inner.named_buffers() if name.endswith(('embed_positions', 'pos_encoding'))]
-    has_table = inner.config.model_type == 'mpt' or any(re.search('wpe|position|pos_encoding', name) for name in tables)
+    buffers = [name for name, _ in inner.named_buffers()]
+    has_buffer = any(name.endswith(('embed_positions', 'pos_encoding')) for name in buffers)
+    has_table = has_table or has_buffer or inner.config.model_type == 'mpt'
     max_positions, max_unscaled = _length_limits(model)
     too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
     if has_table and length > max_positions:
@@ -195,9 +197,9 @@ def _length_limits(model):
 
     Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
     config = core(model).config.get_text_config()
-    # max_seq_len: MPT's
-    names = ('max_position_embeddings', 'max_seq_len')
-    max_positions = next(filter(None, (getattr(config, name, None) for name in names)), math.inf)
+    max_positions = getattr(config, 'max_position_embeddings', None)
+    # MPT's
+    max_positions = max_positions or getattr(config, 'max_seq_len', None) or math.inf
     rope_options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     max_unscaled = math.inf
     # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}

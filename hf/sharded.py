@@ -41,7 +41,8 @@ def check_trained(model, optimizer):
     """Raise UserError where an optimizer trains what is no parameter of the model: it would be neither averaged over ranks nor saved."""
     model.reshard()
     own = set(map(id, model.parameters()))
-    if not all(id(p) in own for group in optimizer.param_groups for p in group['params']):
+    trained = [p for group in optimizer.param_groups for p in group['params']]
+    if not own.issuperset(map(id, trained)):
         advice = 'let the function that load_policy() takes add it to the model'
         raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
 

@@ -38,9 +38,13 @@ def _find(name, losses, statistics, options):
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]
     statistic = statistics.get(name)
-    for p in [p for function in (fn, statistic) if function for p in inspect.signature(function).parameters.values()]:
+    parameters = list(inspect.signature(fn).parameters.values())
+    if statistic:
+        parameters += inspect.signature(statistic).parameters.values()
+    for p in parameters:
         # in a signature, options stand after a *, columns before it
-        is_option, has_default = p.kind is p.KEYWORD_ONLY, p.default is not p.empty
+        is_option = p.kind is p.KEYWORD_ONLY
+        has_default = p.default is not p.empty
         if is_option and p.name in options and has_default:
             advice = 'leave it out there, and set the option'
             raise UserError(f'the loss {name} has a default for {p.name!r}, and dpo.py has its own: {advice}')
@@ -90,10 +94,13 @@ class Objective(NamedTuple):
     def loss_of_reference(self, columns):
         """Return the mean loss that a step would have if the reference were equal to the policy. columns: those of the step."""
         # ref_w = pi_w, ref_l = pi_l, ...: all log-ratios are 0
-        columns = columns | {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
+        log_probs = {name: x for name, x in columns.items() if name.startswith('pi')}
+        columns = columns | {name.replace('pi', 'ref'): x for name, x in log_probs.items()}
         if self.statistic:
-            columns |= {'ratio_kl': torch.zeros_like(columns['loss']), 'state': {}, 'generator': torch.Generator()}
-            columns |= self.call(self.statistic, columns)[0]
+            no_ratio = torch.zeros_like(columns['loss'])
+            columns |= {'ratio_kl': no_ratio, 'state': {}, 'generator': torch.Generator()}
+            new_columns, _state = self.call(self.statistic, columns)
+            columns |= new_columns
         return self.call(self.fn, columns).mean()
 
 
@@ -125,8 +132,9 @@ def objective_of(config, losses, statistics):
 
     table(name, fn, statistic, options)
     is_mixed = 'ratio_kl' in asks_for
-    arguments = (needs_ref, has_divergence, _is_per_token(fn, statistic, options), is_mixed)
-    objective = Objective(name, fn, statistic, options, uses, paired, *arguments)
+    is_per_token = _is_per_token(fn, statistic, options)
+    found = (paired, needs_ref, has_divergence, is_per_token, is_mixed)
+    objective = Objective(name, fn, statistic, options, uses, *found)
     # an option without effect is refused on the command line, and noted where a config file sets it
     unused = [option for option in config if not uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
@@ -181,10 +189,13 @@ def _made_up(fn, statistic, options):
         columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
     # treat the rows as the examples of a run's first step. ratio_kl are kto's log-ratios of answers to other prompts: any numbers do
     if statistic:
-        step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': margin}
+        generator = torch.Generator().manual_seed(0)
+        step_inputs = {'state': {}, 'generator': generator, 'ratio_kl': margin}
         new_columns, state = call(statistic, options | columns | step_inputs)
-        columns |= {column: values.detach().float().expand(len(margin)) for column, values in new_columns.items()}
-        if not all(type(number) in (int, float) for number in state.values()):
+        for column, values in new_columns.items():
+            columns[column] = values.detach().float().expand(len(margin))
+        types = set(map(type, state.values()))
+        if not types <= {int, float}:
             raise TypeError('the state of its statistic must be a dict of numbers, such as d.mean().item()')
     return columns, list(ratios.values())
 
@@ -192,10 +203,13 @@ def _made_up(fn, statistic, options):
 @torch.no_grad()
 def _is_per_token(fn, statistic, options):
     """Return whether a loss compares means over tokens: twice the tokens with twice the log-probs are the same to it."""
+    if inputs(fn).isdisjoint(('n', 'n_w', 'n_l')):
+        return False
     columns, _ = _made_up(fn, statistic, options)
-    twice = {name: 2 * columns[name] for name in (PAIRS | SINGLES) - {'good'}}
-    takes_lengths = not inputs(fn).isdisjoint(('n', 'n_w', 'n_l'))
-    return takes_lengths and torch.allclose(call(fn, options | columns), call(fn, options | columns | twice))
+    once = call(fn, options | columns)
+    names = (PAIRS | SINGLES) - {'good'}
+    columns |= {name: 2 * columns[name] for name in names}
+    return torch.allclose(once, call(fn, options | columns))
 
 
 def table(name, fn, statistic, options):
@@ -208,8 +222,10 @@ def table(name, fn, statistic, options):
         columns, ratios = _made_up(fn, statistic, options)
         # columns override options of the same name
         losses = call(fn, options | columns)
-        with torch.no_grad():
-            alone = [call(fn, options | {key: x[i : i + 1] for key, x in columns.items()}) for i in range(len(MARGINS))]
+        alone = []  # the same, of one example at a time
+        for i in range(len(MARGINS)):
+            example = {key: x[i : i + 1].detach() for key, x in columns.items()}
+            alone.append(call(fn, options | example))
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),):
@@ -220,9 +236,7 @@ def table(name, fn, statistic, options):
         raise UserError(f'the loss {name} has no gradient: {advice}')
     if not torch.allclose(torch.cat(alone), losses, rtol=1e-4, atol=1e-5, equal_nan=True):
         advice = 'what it needs of the whole step belongs into a function of STATISTICS'
-        raise UserError(
-            f'the loss {name} of an example depends on the others of its microbatch, or on chance: {advice}'
-        )
+        raise UserError(f'the loss {name} of an example depends on others of its microbatch, or on chance: {advice}')
     # rows are independent, so the gradient of the sum holds every row's slope; an input that the loss does not use has slope 0
     slopes = torch.autograd.grad(losses.sum(), ratios, allow_unused=True, materialize_grads=True)
     return torch.stack([torch.tensor(MARGINS), losses, *slopes], dim=1).tolist()

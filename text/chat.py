@@ -199,7 +199,8 @@ def template_of(tokenizer, tools=None):
     if isinstance(template, str) and len(template) <= TEMPLATE_LENGTH:
         return template
     expected = f'a text of at most {TEMPLATE_LENGTH:,} characters, or several with one of the name default'
-    found = f'{type(template).__name__} of {len(str(template)):,} characters, {str(template)[:60]!r}'
+    text = str(template)
+    found = f'{type(template).__name__} of {len(text):,} characters, {text[:60]!r}'
     raise UserError(f"the tokenizer's chat template is not {expected}, but {found}: mend it in the model folder")
 
 
@@ -352,17 +353,20 @@ def encode_texts(texts, tokenizer, before=None):
     all_ids = []
     for start, text, whole in zip(before, texts, wholes, strict=True):
         ids, start_ids = ids_of[whole], ids_of[start]
-        # unless a token of the whole goes over the border, and a prompt must be the same without an answer
-        goes_on = ids[: len(start_ids)] == start_ids
-        all_ids.append(ids[len(start_ids) :] if goes_on else _encode_marked(text, tokenizer, at_start=False))
+        if ids[: len(start_ids)] == start_ids:
+            all_ids.append(ids[len(start_ids) :])
+        # a token of the whole goes over the border, and a prompt must be the same without an answer
+        else:
+            all_ids.append(_encode_marked(text, tokenizer, at_start=False))
     return all_ids
 
 
 def puts_space(tokenizer):
     """Return whether a tokenizer puts a space before every text, as that of Llama 2 does."""
     ids = tokenizer('a', add_special_tokens=False)['input_ids']
+    tokens = tokenizer.convert_ids_to_tokens(ids)
     # as a space is written in SentencePiece's tokens, and in those of bytes
-    return any(str(token).startswith(('▁', 'Ġ')) for token in tokenizer.convert_ids_to_tokens(ids[:1]))
+    return bool(tokens) and str(tokens[0]).startswith(('▁', 'Ġ'))
 
 
 def decode_answer(ids, prompt_ids, tokenizer, **options):

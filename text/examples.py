@@ -168,7 +168,8 @@ class Examples:
 
         items = []
         for place, row in enumerate(rows):
-            donor, donor_rows = next((examples, found) for examples, found in donors(place, row) if len(found))
+            some = (pair for pair in donors(place, row) if len(pair[1]))
+            donor, donor_rows = next(some)
             _, (answer,) = donor[donor_rows[0]]
             prompt, _ = self[row]
             # truncate to max_length, but keep at least one token

@@ -102,10 +102,13 @@ def hub_files(hub_id, **options):
         # hf://: not a folder of that name here
         address = f'hf://datasets/{hub_id}'
         found = datasets.load_dataset_builder(address, revision=commit, **options).config.data_files
-        # hf://datasets/OWNER/NAME@COMMIT/FILE
-        places = {str(split): [file.partition('@')[2].partition('/') for file in found[split]] for split in found}
-        splits = {split: [name for _, _, name in parts] for split, parts in places.items()}
-        commit = next(commit for parts in places.values() for commit, _, _ in parts)
+        splits = {str(split): [] for split in found}
+        for split, addresses in found.items():
+            for address in addresses:
+                # hf://datasets/OWNER/NAME@COMMIT/FILE
+                _, _, place = address.partition('@')
+                commit, _, name = place.partition('/')
+                splits[str(split)].append(name)
     except Exception as error:  # no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
         raise UserError(f'cannot read {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None

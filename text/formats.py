@@ -178,7 +178,9 @@ def unified(row, columns=None):
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
     # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
-    lowered = {name.lower() if name.lower() in KNOWN else name: value for name, value in row.items()}
+    lowered = {}
+    for name, value in row.items():
+        lowered[name.lower() if name.lower() in KNOWN else name] = value
     if len(lowered) == len(row):
         row = lowered
     # 'data' next to 'id' is a chat (UltraChat)
@@ -195,7 +197,8 @@ def unified(row, columns=None):
     system = row.get('system')
     parts = system if isinstance(system, list) else [system]
     if parts and all(isinstance(part, dict) for part in parts):
-        row['system'] = '\n'.join(messages.read_message({'role': 'system'} | part)['content'] for part in parts)
+        turns = [messages.read_message({'role': 'system'} | part) for part in parts]
+        row['system'] = '\n'.join(turn['content'] for turn in turns)
     # OpenAI's preference format has the chat and its tools in 'input'
     if isinstance(row.get('input'), dict):
         row |= unified(row.pop('input'))
@@ -649,7 +652,10 @@ def read_scored(row, task):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    scored = []
+    for score, found in zip(scores, answers, strict=True):
+        if score is not None:
+            scored.append((score, said(found)))
     return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
@@ -851,7 +857,8 @@ def read_text(row, task):
         return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
-    return [{'prompt': '', 'response': text}] + [{'drop': WHOLE}] * bool(is_chat)
+    example = {'prompt': '', 'response': text}
+    return [example, {'drop': WHOLE}] if is_chat else [example]
 
 
 def read_prompt(row, task):
@@ -874,11 +881,15 @@ def read_prompt(row, task):
 def read_turns(row, task):
     """Read MT-Bench's questions of one user, texts or (Arena-Hard) {'content': text}. The later ones need answers to the first."""
     turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
-    texts = [turn['content'] if isinstance(turn, dict) and turn.keys() == {'content'} else turn for turn in turns]
+    texts = []
+    for turn in turns:
+        is_object = isinstance(turn, dict) and turn.keys() == {'content'}
+        texts.append(turn['content'] if is_object else turn)
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
     first, *later = texts
-    return [{'prompt': [message('user', first)]}] + [{'drop': LATER}] * len(later)
+    example = {'prompt': [message('user', first)]}
+    return [example] + [{'drop': LATER}] * len(later)
 
 
 def unread_answers(rows):

@@ -102,7 +102,8 @@ def read_message(turn):
     turn = {key: value for key, value in turn.items() if value is not None}
     names = {} if 'role' in turn else {'from': 'role'}
     if 'content' not in turn:
-        names[next((name for name in ('value', 'parts') if name in turn), 'text')] = 'content'
+        written = [name for name in ('value', 'parts', 'text') if name in turn]
+        names[written[0] if written else 'text'] = 'content'
     turn = {names.get(key, key): value for key, value in turn.items()}
     # with None for what is missing, field() blames the message, and not a column's name
     written_role = field({'role': None, **turn}, 'role')

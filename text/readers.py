@@ -125,21 +125,25 @@ def _read_columns(file):
             schema, batches = table.schema_arrow, table.iter_batches(1000)
         elif source.read(6) == b'ARROW1':  # magic bytes of the file format
             table = pyarrow.ipc.open_file(source)
-            schema, batches = table.schema, map(table.get_batch, range(table.num_record_batches))
+            schema = table.schema
+            batches = map(table.get_batch, range(table.num_record_batches))
         else:
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
         # `datasets` writes the words of a label beside its numbers: 0 may be 'good'
-        info = json.loads((schema.metadata or {}).get(b'huggingface', '{}')).get('info') or {}
-        features = info.get('features') or {}
-        words = {name: kind['names'] for name, kind in features.items() if isinstance(kind, dict) and kind.get('names')}
+        metadata = schema.metadata or {}
+        written = json.loads(metadata.get(b'huggingface', '{}'))
+        features = (written.get('info') or {}).get('features') or {}
+        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        words = {name: kind['names'] for name, kind in kinds.items() if kind.get('names')}
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())
         for number, raw in enumerate(rows, 1):
             for name in words:
-                if isinstance(raw.get(name), int) and 0 <= raw[name] < len(words[name]):
-                    raw[name] = words[name][raw[name]]
+                number_of = raw.get(name)
+                if isinstance(number_of, int) and 0 <= number_of < len(words[name]):
+                    raw[name] = words[name][number_of]
             yield Row.of(_without_inner_nulls(raw), f'{file}, row {number}')
 
 

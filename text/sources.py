@@ -112,7 +112,10 @@ def _opened(source, split, num_turns=1, undivided=False):
                 has_no_test_part = not is_of_hub
         return rows, parse, has_no_test_part
     # {split: its files}
-    splits = files.folder_splits(path, config) if path else files.hub_files(hub_id, name=config)[0]
+    if path:
+        splits = files.folder_splits(path, config)
+    else:
+        splits, _commit = files.hub_files(hub_id, name=config)
     # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
     if undivided and not named_split and split in splits:
         named_split = split
@@ -120,7 +123,8 @@ def _opened(source, split, num_turns=1, undivided=False):
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
     # dicts with .where, their file and line
-    rows = read_rows(hub_id, chosen, splits[chosen] if path else None, name=config)
+    its_files = splits[chosen] if path else None
+    rows = read_rows(hub_id, chosen, its_files, name=config)
     return rows, None, test is None
 
 
@@ -255,7 +259,8 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_valid = any_valid or bool(examples)
-        if not isinstance(examples, list) or not all(map(_is_example, examples)):
+        are_examples = isinstance(examples, list) and all(map(_is_example, examples))
+        if not are_examples:
             raise UserError(f'{row.where}: no examples as text/sources.py describes them: {examples!r:.200}')
         for example in examples:
             if 'drop' in example:
@@ -269,8 +274,9 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
 
 def _is_example(example):
     """Return whether it is one as this file's docstring describes them."""
-    is_whole = isinstance(example, dict) and ('drop' in example or 'prompt' in example)
-    return is_whole and all(isinstance(example[name], kind) for name, kind in KINDS.items() if name in example)
+    if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
+        return False
+    return all(isinstance(example[name], KINDS[name]) for name in KINDS.keys() & example.keys())
 
 
 def _refusal(row, error, any_valid, following, source):

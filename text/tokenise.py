@@ -89,7 +89,8 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     # PLAIN_CHAT is set below where there was no template: same tokens, so same key
     template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
     # this code, and the readers of rows, which somebody may have changed
-    code = [file_hash(path) for path in sorted(Path(__file__).parent.glob('*.py'))]
+    sources_of_text = sorted(Path(__file__).parent.glob('*.py'))
+    code = [file_hash(path) for path in sources_of_text]
     key = content_hash(code, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
@@ -295,7 +296,11 @@ def _render_part(part, tools, tokenizer, left_out):
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
     # the template cannot render it as one text: one example per answer, with all earlier messages as its prompt
     left_out[turns.APART] += 1
-    return [(render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out), plain) for i in trained]
+    rendered = []
+    for i in trained:
+        texts = render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out)
+        rendered.append((texts, plain))
+    return rendered
 
 
 def _skip_or_raise(error, row, skip_bad_rows, left_out):
