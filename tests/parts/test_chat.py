@@ -15,7 +15,7 @@ from configurator import UserError
 from hf import load
 from text import sources, toy
 from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, encode_texts
-from text.tokenise import NO_CHAT, load_examples, tokenise, tokenise_prompts
+from text.tokenise import NO_CHAT, tokenise, tokenise_prompts
 
 # fmt: off
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -291,15 +291,11 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither():
     assert encode_texts(texts, t) == expected
 
 
-def test_a_tokenizer_in_python(tmp_path, monkeypatch):
-    monkeypatch.setenv('NANOPREF_CACHE', str(tmp_path / 'cache'))
+def test_a_tokenizer_in_python():
     t = transformers.ByT5Tokenizer()
     plain, marked = encode_texts(['hi', f'hi {MARK}</s>{UNMARK} x'], t)
     assert plain == t('hi', add_special_tokens=False)['input_ids'] == marked[:2]
     assert t.eos_token_id not in marked and t.decode(marked) == 'hi </s> x'
-    source = write_jsonl(tmp_path / 'rows.jsonl', [{'prompt': 'hi', 'response': ' yes'}])
-    found = load_examples(source, 'train', t, 'sft', max_length=64, max_prompt_length=32, undivided=True)
-    assert [t.decode(found[0][0]), t.decode(found[0][1][0])] == ['hi', ' yes</s>']
 
 
 def test_what_a_template_writes_around_turns_is_special_too():
