@@ -172,7 +172,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
     return examples
 
 
-def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins=False, **render_args):
+def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
     enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
     builders = {split: Builder(limits) for split in splits}

@@ -317,6 +317,13 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither():
     assert encode_texts(texts, t) == expected
 
 
+def test_a_tokenizer_in_python():
+    t = transformers.ByT5Tokenizer()
+    plain, marked = encode_texts(['hi', f'hi {MARK}</s>{UNMARK} x'], t)
+    assert plain == t('hi', add_special_tokens=False)['input_ids'] == marked[:2]
+    assert t.eos_token_id not in marked and t.decode(marked) == 'hi </s> x'
+
+
 def test_what_a_template_writes_around_turns_is_special_too():
     """Some tokenizers have the marks of turns as added tokens that are not special; <think> is one that people may write."""
     t = toy.tokenizer()

@@ -120,6 +120,12 @@ def test_any_column_says_what_a_loss_asks_for(fn, paired, has_divergence, monkey
     assert (found.paired, found.has_divergence, found.needs_ref) == (paired, has_divergence, has_divergence)
 
 
+@pytest.mark.parametrize('flags, per_token', [('dpo', False), ('simpo', True), ('ipo --average=true', True), ('ipo --average=false', False)])  # fmt: skip
+def test_which_losses_are_per_token(flags, per_token, monkeypatch):
+    config = parse(f'dpo.py --loss={flags}', monkeypatch)
+    assert objective_of(config, losses.LOSSES, losses.STATISTICS).is_per_token == per_token
+
+
 @pytest.mark.parametrize('flags, found', [
     ('kto --batch_size=2', {'label_smoothing': 0.0}), ('kto --batch_size=1', 'batch_size must be 2 or more'),
     ('cdpo', {'label_smoothing': 0.1}), ('cdpo --label_smoothing=0', {'label_smoothing': 0.0}), ('cdpo --label_smoothing=0.5', 'not 0.5'),

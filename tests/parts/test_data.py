@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import assistant, metrics, run_script, user, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -465,6 +466,10 @@ def test_what_is_not_asked_for_is_not_done(write, cache):
         write([{'messages': turns}]), 'train', make_tokenizer(), 'sft', **limits, undivided=True
     )
     assert (chats[0][1][0] < 0).any()
+    assert (
+        len(tokenise.load_examples(write(2), 'train', transformers.ByT5Tokenizer(), 'pairs', **limits, undivided=True))
+        == 2
+    )
     with pytest.raises(UserError, match='line 401'):
         tokenise.load_examples(write([*rows, {'chosen': 1}]), 'train', tok, 'pairs', **limits)
 

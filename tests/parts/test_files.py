@@ -153,6 +153,15 @@ def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
         assert str(path) in refused(path, says)
 
 
+def test_content_hash():
+    assert files.content_hash('a', 'b') == files.content_hash('a', 'b') < 2**64
+    hashes = [('a', 'b'), ('ab',), ('b', 'a'), ('a', ['b']), ('a', 'b', ''), (['a', 'b'],), ('é',), ('\ud800',)]
+    assert len({files.content_hash(*x) for x in hashes}) == len(hashes)
+    assert files.content_hash({'a': 1, 'b': 2}) == files.content_hash({'b': 2, 'a': 1})
+    # so the held-out part is the same on every machine, always
+    assert (files.content_hash('p'), files.content_hash('é')) == (0x9715B4127127EFDE, 0xAFFD0BBB7816103E)
+
+
 # ---- folders ----
 
 

@@ -871,3 +871,12 @@ def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype
     monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(**vars(fsdp.dist) | {'get_world_size': lambda: world}))
     net = fsdp.shard(lambda empty: tiny('llama'), device, dtype=dtype, train=train, mode='none')
     assert len(found) == compared and net.shard_mode == 'none'
+
+
+@pytest.mark.parametrize('tp, replicated, sizes', [(1, False, {'dp': 8}), (1, True, {'copies': 8, 'dp': 1}), (2, False, {'dp': 4, 'tp': 2}), (2, True, {'copies': 4, 'dp': 1, 'tp': 2})])  # fmt: skip
+def test_meshes_of_eight_ranks(tp, replicated, sizes, monkeypatch):
+    monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(get_world_size=lambda: 8))
+    monkeypatch.setattr(
+        fsdp, 'init_device_mesh', lambda _, sizes, mesh_dim_names: dict(zip(mesh_dim_names, sizes, strict=True))
+    )
+    assert fsdp._mesh.__wrapped__('cpu', tp, replicated, None) == sizes
