@@ -285,7 +285,8 @@ if endpoint is not None:
     # both are the same
     in_both_orders = [i for i in clear if i not in equal]
     clusters = [pairs[i]['question'] for i in in_both_orders]
-    straight, swapped = np.array([preferences_by_order[i] for i in in_both_orders]).reshape(-1, 2).T
+    in_order = [preferences_by_order[i] for i in in_both_orders]
+    straight, swapped = np.array(in_order).reshape(-1, 2).T
     won_straight = 2 - straight  # 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
     won_swapped = swapped - 1
     rates['shown_first'] = ((won_straight + won_swapped) / 2, clusters)

@@ -290,7 +290,8 @@ def _check_trainable(model, saved):
     """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
     in_blocks = {module for block in blocks(model) for module in block.modules()}
     # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
-    outside = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]
+    adapted = {path: module for path, module in model.named_modules() if hasattr(module, 'lora_A')}
+    outside = [path for path, module in adapted.items() if module not in in_blocks]
     # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     # weights of the model itself, which PEFT writes beside the adapter where an embedding was resized: the export leaves them out

@@ -151,8 +151,10 @@ def objective_of(config, losses, statistics):
 def _reject_conflicts(objective):
     """Raise UserError for options that make no sense together."""
     name, options, needs_ref = objective.name, objective.options, objective.needs_ref
-    smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
-    importance, cache = options['importance'], options['cache_ref']
+    smoothing = options['label_smoothing']
+    risk, mu = options['risk'], options['mu']
+    importance = options['importance']
+    cache = options['cache_ref']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
     is_alone = objective.is_mixed and options['batch_size'] < 2

@@ -240,7 +240,8 @@ def write(chat, tools, tokenizer, **options):
     template = template_of(tokenizer, tools)
     unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
     # a template knows a role if it asks for it, or (below) writes it outside of the contents
-    unknown = [role for role in sorted(unknown) if not re.search(f"""["']{re.escape(role)}["']""", template)]
+    quoted = {role: f"""["']{re.escape(role)}["']""" for role in sorted(unknown)}
+    unknown = [role for role in quoted if not re.search(quoted[role], template)]
     chats = [chat]
     if unknown:
         chats.append([turn | {'content': '-'} for turn in chat])
@@ -334,7 +335,8 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 
     names = {name for turn in turns for name in turn} - {'role', 'content'}
     for name in sorted(names):
-        indices = [i for i, turn in enumerate(turns) if turn.get(name) not in (None, '', [], {})]
+        values = [turn.get(name) for turn in turns]
+        indices = [i for i, value in enumerate(values) if value not in (None, '', [], {})]
         # usually no message's field is written; if one is, try them one by one
         if not is_same_without(name, indices):
             indices = [i for i in indices if is_same_without(name, [i])]

@@ -514,7 +514,8 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        *columns, first, second = next(names for names in SCORED if set(names) <= row.keys())
+        there = (names for names in SCORED if set(names) <= row.keys())
+        *columns, first, second = next(there)
         lead = field(row, second, NUMBER) - field(row, first, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')

@@ -122,7 +122,8 @@ def _read_columns(file):
     with open_source(file) as source:
         if is_parquet:
             table = pyarrow.parquet.ParquetFile(source)
-            schema, batches = table.schema_arrow, table.iter_batches(1000)
+            schema = table.schema_arrow
+            batches = table.iter_batches(1000)
         elif source.read(6) == b'ARROW1':  # magic bytes of the file format
             table = pyarrow.ipc.open_file(source)
             schema = table.schema
@@ -242,7 +243,9 @@ def _cells(file, delimiter):
                     error = _utf8_error(''.join(row))
                     if len(row) != len(names):
                         error = f'{len(row)} cells, and the table has {len(names)} columns'
-                    yield line, {name: cell or None for name, cell in zip(names, row, strict=False) if name}, error
+                    cells = {name: cell or None for name, cell in zip(names, row, strict=False)}
+                    cells.pop('', None)
+                    yield line, cells, error
                 # line_num: lines read so far; quoted cells may contain newlines
                 line = table.line_num + 1
         except csv.Error as error:

@@ -218,7 +218,8 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         # only now, since a rejected row yields no example
         seen_uids.update(part.uid for part in parts)
         # count plain texts without turn markers, for a note: the user may have forgotten --chat
-        prompt, answer = parts[0].prompt, parts[0].answers[0]
+        prompt = parts[0].prompt
+        answer = parts[0].answers[0]
         are_texts = prompt and isinstance(prompt, str) and isinstance(answer, str)
         if has_template and are_texts and not prompt.endswith(TURN_MARKERS):
             left_out[NO_CHAT] += 1
@@ -261,7 +262,8 @@ def as_parts(row, task, left_out, last_turn_only=False):
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
         # a chat with a single answer, whose tokens the template may mark itself: no other answer of it is trained on
         is_chat = isinstance(prompt, list) and isinstance(answers[0], list)
-        is_turn = is_chat and len(answers[0]) == 1 and prompt and prompt[-1]['role'] != 'assistant'
+        is_asked = is_chat and prompt and prompt[-1]['role'] != 'assistant'
+        is_turn = is_asked and len(answers[0]) == 1
         if task == 'sft' and not conversation and is_turn:
             conversation = [*(turn | {'weight': 0} for turn in prompt), *answers[0]]
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]

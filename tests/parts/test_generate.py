@@ -222,6 +222,7 @@ def test_sharded(tmp_path, monkeypatch, capsys):
     written = {'prompt': '5 1 7 2 9 9 4', 'response': ' '.join(map(str, expected[1])), 'tokens': tokens}
     assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
     # the mean of what is measured is a KL only on samples of the policy itself
+    generate.say_once.cache_clear()
     for settings in ({}, {'temperature': 1.0, 'top_p': 1.0}, {'temperature': 0.7}, {'top_p': 0.9}):
         generate.sample_held_out(run, {'policy': net}, examples, 0, lambda *_: {}, max_new_tokens=1, **settings)
         assert ('no KL' in capsys.readouterr().out) == (settings == {'temperature': 0.7})  # once
