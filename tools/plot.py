@@ -117,8 +117,8 @@ if any(frontiers):
 for unused in axes.flat[num_panels:]:
     unused.remove()
 
-# escape $, which would start math mode
-names = [name.replace('$', r'\$') for name in labels(runs)]
+# escape $, which would start math mode; replace lone surrogates (of file names that are not UTF-8), which have no glyph
+names = [name.replace('$', r'\$').encode('utf-8', 'replace').decode() for name in labels(runs)]
 handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
 # a name without an extension: the name of the file that is written

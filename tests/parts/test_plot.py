@@ -117,6 +117,8 @@ def test_what_a_run_has_is_drawn(tmp_path):
     _, axes, names = plot(a, b, f'--out={tmp_path}/x.png')
     assert names[1] == f'{tmp_path}/y/run: loss=ipo, lr=2.0, model=n, top_p=1.0'
     assert list(axes)[6:] == ['KL, as if chosen answers came from the reference']
+    # a folder whose name is not UTF-8
+    assert plot(run_folder(tmp_path / 'gr\udcf6n'), f'--out={tmp_path}/x.png')[2] == ['gr?n']
     # of sft.py
     rows = read_jsonl(a / 'metrics.jsonl')
     of_sft = [{k: v for k, v in row.items() if not k.startswith(('rewards', 'kl'))} for row in rows]
@@ -140,6 +142,7 @@ DEEP = '[' * 100_000
 
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('config.json', None, "has no config.json, so it is no run's out_dir"),
+    ('config.json', '{"model_type": "llama"}', 'or not of a run'),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
     ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),
     ('metrics.jsonl', '', 'has no steps in its metrics.jsonl yet'),
