@@ -137,7 +137,10 @@ for folder in label_folders:
     verdicts.append(shown | {'left_out': len(cards[max_pairs:])})
 
 # the page
-data = {'names': labels(runs), 'charts': charts, 'numbers': numbers, 'options': options}
+names = labels(runs)
+data = {'names': names, 'charts': charts, 'numbers': numbers, 'options': options}
+# the names without options; a folder's own name may have a colon
+data['folders'] = [name.split(': ')[0] for name in names]
 data |= {'samples': samples, 'samples_left_out': num_skipped, 'verdicts': verdicts}
 try:
     text = json.dumps(data, allow_nan=False, ensure_ascii=False)

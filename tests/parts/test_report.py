@@ -68,12 +68,13 @@ def test_data_of_runs(tmp_path):
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
-    run = run_folder(tmp_path / 'a')
+    run = run_folder(tmp_path / '15:30')
     long = {'examples': 48, 'generator': 'policy', 'prompt': 'p' * 60, 'response': 'x'}
     write_jsonl(run / 'samples.jsonl', [long | {'sample': i} for i in range(7)])
     limits = ['--max_samples=3', '--max_letters=10', '--max_pairs=2']
     _, data = report(tmp_path, run, label_folder(tmp_path / 'label'), *limits)
     assert capsys.readouterr().out == f'{tmp_path}/report.html: 1 run, 1 folder of verdicts\n'
+    assert data['folders'] == ['15:30']
     assert len(data['samples']) == 3 and data['samples_left_out'] == 4
     assert data['samples'][0]['prompt'] == 'p' * 10 + ' … (50 more characters)'
     (found,) = data['verdicts']
