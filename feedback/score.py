@@ -205,9 +205,9 @@ def read():
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
+    # without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     part = split or 'test'
-    # without --split, data without a test split is read whole (undivided)
     for source in data.split('+'):
         # never overwrite the data
         _, path, _ = locate(source)

@@ -321,9 +321,10 @@ def _refusal(row, error, any_valid, following, source):
 def _columns(row):
     """Return a row's columns and their types as text, at most nine."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
+    kinds[type(None)] = 'null'
     named = []
     for key, value in islice(row.items(), 9):
-        kind = kinds.get(type(value), 'null')
+        kind = kinds.get(type(value), type(value).__name__)
         named.append(f'{str(key)[:24]!r} ({kind})')
     more = f' and {len(row) - 9} more' if len(row) > 9 else ''
     return ', '.join(named) + more or 'no columns'
