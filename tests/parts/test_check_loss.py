@@ -37,7 +37,7 @@ def test_every_loss_is_ready(name, monkeypatch):
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
     # a mean, a rank, the number of examples, chance: other ones on two ranks, or in two microbatches
-    *((fn, 'depends on the others of its microbatch, or on chance: what it needs of the whole step belongs into a function of STATISTICS')
+    *((fn, 'depends on others of its microbatch, or on chance: what it needs of the whole step belongs into a function of STATISTICS')
       for fn in (lambda ratio_w: ratio_w - ratio_w.mean().detach(), lambda ratio_w: ratio_w * ratio_w.argsort(),
                  lambda ratio_w: ratio_w / len(ratio_w), lambda ratio_w: ratio_w * torch.rand(len(ratio_w)))),
     # dpo.py's gamma is 1
