@@ -147,7 +147,8 @@ def read_prompts():
             row['prompt'] = as_chats({'prompt': row['prompt']}, system)['prompt']
         if endpoint and row.pop('tools', None):
             left_out['tools, which are not sent to an endpoint'] += 1
-        if endpoint and as_chat(row['prompt'])[-1]['role'] == 'assistant':
+        roles = [turn['role'] for turn in as_chat(row['prompt'])]
+        if endpoint and roles[-1:] == ['assistant']:
             left_out['begun answers, which an endpoint may answer instead of going on'] += 1
     return rows, left_out
 

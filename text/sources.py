@@ -34,7 +34,7 @@ from text.readers import Row, read_rows
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 TEXT = str | list  # a list of messages
-KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': bool, 'margin': int | float | None}
+KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
@@ -276,7 +276,9 @@ def _is_example(example):
     """Return whether it is one as this file's docstring describes them."""
     if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
         return False
-    return all(isinstance(example[name], KINDS[name]) for name in KINDS.keys() & example.keys())
+    names = KINDS.keys() & example.keys()
+    has_label = example.get('good', True) in (True, False)  # 1 and 0, too
+    return has_label and all(isinstance(example[name], KINDS[name]) for name in names)
 
 
 def _refusal(row, error, any_valid, following, source):

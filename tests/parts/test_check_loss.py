@@ -33,7 +33,8 @@ def test_every_loss_is_ready(name, monkeypatch):
     (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
     (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers, not for neither, nor both'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
-    (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., not tensor'),
+    (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., and .1,. of one alone, not tensor'),
+    (lambda ratio_w: ratio_w.squeeze(), 'must return a number for each example'),
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
     # a mean, a rank, the number of examples, chance: other ones on two ranks, or in two microbatches
@@ -57,6 +58,7 @@ def centred(ratio_w, ratio_l, center, *, beta):
 # fmt: off
 @pytest.mark.parametrize('statistic, words', [
     (lambda ratio_w, state, generator, *, kappa: ({}, state), "asks for 'kappa', which is no option"),
+    (lambda ratio_kl, state, generator: ({}, state), 'compares pairs, and its statistic asks for ratio_kl'),
     (lambda ratio_w, state, generator: ({'center': ratio_w.mean()}, {'m': ratio_w.mean()}), 'must be a dict of numbers, such as'),
     (lambda ratio_w, state, generator: ({'center': ratio_w[:2]}, state), 'the loss mine fails: RuntimeError: The expanded size'),
     (lambda ratio_w, state, generator: {'center': ratio_w}, 'the loss mine fails: ValueError: not enough values'),
