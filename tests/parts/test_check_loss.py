@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, parse, read_jsonl, refused, run_script, sentence
+from helpers import LOSSES, ROOT, parse, read_jsonl, refused, run_script, sentence, write_jsonl
 from ties import same_runs
 
 import losses
@@ -109,6 +109,18 @@ def test_a_column_that_somebody_adds_is_tried(monkeypatch):
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
     rows = table('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
     assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
+
+
+def test_a_loss_of_the_data_s_margins_trains(tmp_path, monkeypatch, capsys):
+    """As docs/code.md says."""
+    monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'margin'})
+    monkeypatch.setitem(losses.LOSSES, 'mine', lambda ratio_w, ratio_l, margin, *, beta: losses.dpo(ratio_w, ratio_l + margin, beta=beta))
+    script = (ROOT / 'dpo.py').read_text().replace("'pairs' if paired else 'singles'", "'pairs', margins=True")
+    script = script.replace('    if not paired:\n        step_columns', "    step_columns['margin'] = step.labels['margin']\n    if not paired:\n        step_columns")
+    (tmp_path / 'mine.py').write_text(script)
+    data = write_jsonl(tmp_path / 'pairs.jsonl', [{'prompt': f'p{i}', 'chosen': 'a', 'rejected': 'b', 'margin': 3} for i in range(8)])
+    run_script(tmp_path / 'mine.py', '--loss=mine', f'--data={data}', '--n_eval_examples=0', '--batch_size=4', f'--out_dir={tmp_path}/run')
+    assert '0.854355 (mine of a policy that is its reference: 0.854355)' in capsys.readouterr().out  # -log sigmoid(-0.3)
 
 
 @pytest.mark.parametrize('fn, paired, has_divergence', [

@@ -122,6 +122,11 @@ def test_turns_of_sharegpt(num_turns):
     assert second == {'prompt': asked, 'response': ' The Oder.'}
 
 
+def test_a_text_that_goes_on_behind_its_answer_is_learnt_whole():
+    text = '<|user|>\nhi</s>\n<|assistant|>\nyo</s>\n<|user|>\nmore'
+    assert formats.parse_any({'text': text}, 'sft') == [{'prompt': '', 'response': text}, {'drop': formats.WHOLE}]
+
+
 def test_an_empty_system_message_is_none():
     assert formats.parse_any({'systemInstruction': {}, 'contents': GEMINI}, 'sft') == [SFT]
 
@@ -141,7 +146,7 @@ def test_a_reader_of_ones_own(made, monkeypatch):
         sources.load_rows('mine', 'train', undivided=True)
     made = [TEXTS | {'margin': 2}, {'drop': 'too short'}]
     assert sources.load_rows('mine', 'train', undivided=True) == ([TEXTS | {'margin': 2}], Counter({'too short': 1}))
-    made = [{'prompt': 'p', 'response': 'a', 'good': 1}]
+    made = [{'prompt': 'p', 'response': 'a', 'good': label} for label in (0, 1)]
     assert sources.load_rows('mine', 'train', undivided=True)[0] == made
 
 
