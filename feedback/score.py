@@ -11,7 +11,6 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -33,9 +32,9 @@ from runtime import errors, ranks
 from runtime.files import writing
 from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
-from text.files import content_hash, data_files
+from text.files import content_hash
 from text.show import task_of
-from text.sources import locate, nothing_left, read_examples
+from text.sources import keep_data, nothing_left, read_examples
 from text.tokenise import tokenise
 
 # model and data
@@ -208,12 +207,8 @@ def read():
     # without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     part = split or 'test'
+    keep_data(data, out)
     for source in data.split('+'):
-        # never overwrite the data
-        _, path, _ = locate(source)
-        may_overwrite = path and os.path.exists(out)
-        if may_overwrite and any(os.path.samefile(out, file) for file in data_files(path)):
-            raise UserError(f'--out={out} is a file of the data: name another file for the scores')
         # The first example decides the task of the source. A throwaway Counter, since the source is read again below.
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)

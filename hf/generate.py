@@ -167,7 +167,8 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
     # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
-    ids, mask = [], []
+    ids = []
+    mask = []
     for sequence in sequences:
         n_pad = width - len(sequence)
         ids.append([pad_id] * n_pad + list(sequence))

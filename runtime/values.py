@@ -10,7 +10,7 @@ import re
 # option -> (minimum, maximum)
 RANGES = {option: bounds for bounds, options in {
     (0, math.inf): 'skip_bad_steps lr warmup_steps weight_decay n_eval_examples save_every temperature retries center_coef kl_coef '
-                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma a',
+                   'vf_coef missing_eos_penalty w_good w_bad sft_coef alpha delta lam gamma a max_samples max_pairs max_letters',
     (0, 2**32 - 1): 'seed',  # multiples of it seed generators that take 64 bits
     (0, 1): 'noise_rate data_fraction frac_good frac_bad smooth',
     (0, 0.99): 'rho',

@@ -235,7 +235,8 @@ def _decode_example(examples, i, tokenizer, task):
     for answer in answers:
         # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
         changes = np.flatnonzero(np.diff(answer < 0)) + 1
-        text, before = '', prompt_ids
+        text = ''
+        before = prompt_ids
         for ids in np.split(answer, changes):
             is_untrained = ids[0] < 0
             ids = ~ids if is_untrained else ids

@@ -134,6 +134,15 @@ def divides(source):
     return has_no_test_part
 
 
+def keep_data(data, out):
+    """Raise UserError if `out`, a file to be written, is one of the files of `data`, which may join several sources."""
+    for source in data.split('+'):
+        _, path, _ = locate(source)
+        may_overwrite = path and os.path.exists(out)
+        if may_overwrite and any(os.path.samefile(out, file) for file in files.data_files(path)):
+            raise UserError(f'--out={out} is a file of the data: name another file')
+
+
 def locate(source):
     """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found.
 

@@ -43,6 +43,7 @@ from runtime import errors, ranks, room
 from runtime.files import writing
 from runtime.log import per_second, progress
 from text.examples import Examples
+from text.sources import keep_data
 from tools import limits
 
 # model and data
@@ -102,6 +103,8 @@ if has_trl and (loss != 'dpo' or batch_size % min(PADDED_PAIRS, batch_size)):
 # fail before the measurement, not after it
 if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
     raise UserError(f'cannot write {out}: there is no such folder, or it is one')
+if out and data != 'synthetic':
+    keep_data(data, out)
 rank, world_size, device = ranks.setup()
 on_gpu = device.type == 'cuda'
 # TRL is optional, so import it only on request

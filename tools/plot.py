@@ -14,6 +14,7 @@ guard.watch(__name__)  # before the heavy imports
 import math
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def entitle(axis, title, subtitle, xlabel):
     axis.set(xlabel=xlabel)
     # no power of ten above the axis, where it would overlap the subtitle
     axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
-    axis.set_title(title, loc='left', pad=17)
+    # a long subtitle must not reach into the next panel
+    subtitle = textwrap.fill(subtitle, round(5 * width))
+    axis.set_title(title, loc='left', pad=17 + 10 * subtitle.count('\n'))
     text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
     # a long subtitle must not widen its column
     text.set_in_layout(False)
@@ -114,10 +117,12 @@ if any(frontiers):
 for unused in axes.flat[num_panels:]:
     unused.remove()
 
-# escape $, which would start math mode
-names = [name.replace('$', r'\$') for name in labels(runs)]
+# escape $, which would start math mode; replace lone surrogates (of file names that are not UTF-8), which have no glyph
+names = [name.replace('$', r'\$').encode('utf-8', 'replace').decode() for name in labels(runs)]
 handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
+# a name without an extension: the name of the file that is written
+out = out if Path(out).suffix else f'{out}.png'
 try:
     figure.savefig(out, dpi=110)
 except (OSError, ValueError) as error:

@@ -47,6 +47,9 @@ def answer_of(who, text):
 
 if not folders:
     raise UserError("name the folders to show, a run's --out_dir each: python -m tools.report out/a out/b")
+# a page in the place of a run's report.json or metrics.jsonl would be a loss
+if Path(out).suffix.lower() not in ('.html', '.htm'):
+    raise UserError(f'--out={out}: the page is an .html file')
 # only label.py has the option judge_model
 label_folders = [folder for folder in folders if 'judge_model' in read_options(folder)]
 runs = [read(folder) for folder in folders if folder not in label_folders]

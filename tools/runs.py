@@ -74,7 +74,7 @@ def read_options(folder):
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json, so it is no run's out_dir") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{folder}/config.json is damaged') from None
+        raise UserError(f'{folder}/config.json is damaged, or not of a run: wanted is the --out_dir of one') from None
 
 
 def read_rows(file, types):

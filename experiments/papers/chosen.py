@@ -13,6 +13,7 @@ split = 'test'  # train or test
 out = 'out/chosen.jsonl'  # the file: prompt and response, a line an answer
 
 config = configure(globals())
+sources.keep_data(data, out)
 rows = {}
 for source in data.split('+'):
     for row in sources.load_rows(source, split)[0]:

@@ -66,6 +66,8 @@ def test_picture(tmp_path):
     out = tmp_path / 'x.png'
     said, axes, names = plot(a, b, f'--out={out}', '--smooth=0.5')
     assert out.read_bytes()[:4] == b'\x89PNG' and said == f'{out}: 2 runs, 8 panels\n'
+    # what is said is the name of the file, with the ending that it was given
+    assert plot(a, f'--out={tmp_path}/y')[0] == f'{tmp_path}/y.png: 1 run, 8 panels\n' and (tmp_path / 'y.png').exists()
     # no out_dir, max_tokens, or what is None; no mathematics
     assert names == ['a: beta=0.1', r'b\$\frac\$: beta=0.5, label_smoothing=0.1']
     assert list(axes) == ['loss', 'reward accuracy', 'reward margin', 'rewards', *LOGPS, 'KL', 'gold reward against KL']
@@ -98,7 +100,9 @@ def test_one_value_does_not_flatten_the_rest(tmp_path):
     low, high = axes['loss'].get_ylim()
     assert 0.4 < low < high < 0.8
     texts = [text.get_text() for text in axes['loss'].texts]
-    assert any('outside: 1, such as -1e+09; no numbers: 3' in text for text in texts), texts
+    # in lines that end before the next panel begins
+    assert any('outside: 1, such as -1e+09; no numbers: 3' in text.replace('\n', ' ') for text in texts), texts
+    assert max(len(line) for text in texts for line in text.split('\n')) <= 65
     assert len(axes['loss'].lines[0].get_xdata()) == 16
     # few values, and a curve that falls steeply, are drawn whole
     for whole in ([1, 1, 1, 50], [10 * 0.8**i for i in range(30)], [0.5] * 9 + [0.9]):
@@ -113,6 +117,8 @@ def test_what_a_run_has_is_drawn(tmp_path):
     _, axes, names = plot(a, b, f'--out={tmp_path}/x.png')
     assert names[1] == f'{tmp_path}/y/run: loss=ipo, lr=2.0, model=n, top_p=1.0'
     assert list(axes)[6:] == ['KL, as if chosen answers came from the reference']
+    # a folder whose name is not UTF-8
+    assert plot(run_folder(tmp_path / 'gr\udcf6n'), f'--out={tmp_path}/x.png')[2] == ['gr?n']
     # of sft.py
     rows = read_jsonl(a / 'metrics.jsonl')
     of_sft = [{k: v for k, v in row.items() if not k.startswith(('rewards', 'kl'))} for row in rows]
@@ -136,6 +142,7 @@ DEEP = '[' * 100_000
 
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('config.json', None, "has no config.json, so it is no run's out_dir"),
+    ('config.json', '{"model_type": "llama"}', 'or not of a run'),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
     ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),
     ('metrics.jsonl', '', 'has no steps in its metrics.jsonl yet'),

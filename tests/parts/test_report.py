@@ -93,6 +93,8 @@ def test_mistakes(tmp_path):
         ([tmp_path / 'none'], 'there is no folder'),
         ([run], 'infinite or none'),
         ([folder, f'--out={tmp_path}/no/where.html'], 'cannot write'),
+        ([folder, f'--out={folder}/report.json'], 'the page is an .html file'),
+        ([folder, '--max_samples=-1'], 'max_samples must be at least 0'),
     ):
         assert message in refused('tools/report.py', *arguments)
     (folder / 'report.json').write_text('{')

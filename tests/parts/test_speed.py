@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import refused, run_script, tiny_model
+from helpers import ROOT, refused, run_script, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -215,6 +216,14 @@ def test_bench_of_a_folder_and_of_a_divergence(tmp_path, capsys, monkeypatch):
 def test_bench_refuses(flags, words, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     assert words in refused(*SMALL, *flags.split())
+
+
+def test_the_data_is_not_overwritten(tmp_path):
+    file = tmp_path / 'pairs.json'
+    shutil.copy(ROOT / 'tests/parts/raw/annotations.json', file)
+    chosen = ['experiments/papers/chosen.py', '--split=train']
+    for words in (SMALL, chosen):
+        assert 'is a file of the data' in refused(*words, f'--data={file}', f'--out={file}')
 
 
 @pytest.mark.parametrize('card, peak', [
