@@ -215,15 +215,13 @@ def run_step(step, backward=False, shift=None):
             # Dr. DPO: weights exp((shift - loss) / beta'). The shift avoids overflow, and cancels in the weighted mean
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
-            step_weight = weight * losses.drdpo_weight(loss.detach(), shift, beta_prime=beta_prime)
+            step_weight = weight * losses.drdpo_weight(loss, shift, beta_prime=beta_prime)
         if backward:
             (step_weight.detach() * loss * batch.real).sum().backward()
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = fsdp.gather(parts, step.batches, len(step.rows))
-    if not paired:
-        columns |= step_columns
+    columns = step_columns | fsdp.gather(parts, step.batches, len(step.rows))
 
     # rare: a later loss is so far below the shift that its weight exceeds e^20. The squared gradient norm could overflow, so
     # discard the gradients and rerun the step with its smallest loss as the shift

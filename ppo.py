@@ -174,7 +174,7 @@ run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.v
 def make_round(first, rows):
     """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: training-set indices of its prompts. Call it on all ranks together."""
+    first: number of answers before the round. rows: training-set indices of its prompts, the same on all ranks, which call it together."""
     # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)

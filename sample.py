@@ -147,7 +147,8 @@ def read_prompts():
             row['prompt'] = as_chats({'prompt': row['prompt']}, system)['prompt']
         if endpoint and row.pop('tools', None):
             left_out['tools, which are not sent to an endpoint'] += 1
-        if endpoint and as_chat(row['prompt'])[-1]['role'] == 'assistant':
+        roles = [turn['role'] for turn in as_chat(row['prompt'])]
+        if endpoint and roles[-1:] == ['assistant']:
             left_out['begun answers, which an endpoint may answer instead of going on'] += 1
     return rows, left_out
 
@@ -205,9 +206,10 @@ if not endpoint:
 def generate_all():
     """Generate this rank's answers that are not in out_dir yet, and append them. Raises UserError."""
     # plan batches of all answers: the same on every rank and after a resume, of one temperature each, longest prompts first
-    batches = []  # (n_rows, keys): answers to generate, n_rows at a time
-    for number in range(len(temperatures)):
-        waiting = [(i, sample) for i, sample in keys if sample // n == number]  # n samples have one temperature
+    batches = []  # (n_rows, keys): answers to generate, n_rows at a time; a key is (index of a prompt, number of its sample)
+    for temperature_number in range(len(temperatures)):
+        # n samples of a prompt have one temperature
+        waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
         # keys are in order, and a sort keeps that of prompts of equal length
         waiting.sort(key=lambda key: -len(ids[key[0]]))
         while waiting:

@@ -204,10 +204,10 @@ def read():
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
+    # without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     part = split or 'test'
     keep_data(data, out)
-    # without --split, data without a test split is read whole (undivided)
     for source in data.split('+'):
         # The first example decides the task of the source. A throwaway Counter, since the source is read again below.
         first = next(read_examples(source, part, Counter(), **options), {})

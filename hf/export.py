@@ -76,13 +76,13 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 clear_path(temporary)
                 # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
                 if has_adapters:
-                    # the model is read from its folder again: it must be the one that they were trained on
+                    # the model is read again (of the hub, perhaps a newer commit): it must be the one that they were trained on
+                    adapted = build(empty=False)
                     run = recorded(folder.parent)
                     if run and 'model' in run['contents']:
                         model_now = model_hashes(run['options']['model'])
                         run_now = run | {'contents': {'model': model_now}}
                         check_same(f'{folder.parent} holds', run, run_now)
-                    adapted = build(empty=False)
                     lora.write(adapted, trained_weights, adapter_temporary)
                     plain_model = quantize.dequantize(adapted).merge_and_unload()
                     weights = plain_model.state_dict()

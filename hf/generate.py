@@ -100,7 +100,8 @@ def generate(
     waiting = list(range(len(prompts)))
     active = []
     # KV cache, and the row in it of each active answer that has started
-    cache, cache_rows = None, []
+    cache = None
+    cache_rows = []
     with _generation_mode(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
             # start new answers in the free rows, behind those in the cache
@@ -167,7 +168,8 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
     # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
-    ids, mask = [], []
+    ids = []
+    mask = []
     for sequence in sequences:
         n_pad = width - len(sequence)
         ids.append([pad_id] * n_pad + list(sequence))

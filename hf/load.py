@@ -33,7 +33,7 @@ HARMLESS = (
     'sequence length is longer than the specified maximum',
 )
 # caches by model name: the export at the end of a run needs them again, and the folder may be gone by then
-_configs, _generation_configs, _read_in = {}, {}, {}
+_configs, _generation_configs = {}, {}
 
 
 def concerns_user(record):
@@ -144,10 +144,8 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     if name == 'toy':
         return toy.model_config()
     # read a folder anew each time, as it may have changed; but not if it is gone by now, nor for an empty model, as for the export,
-    # which goes with the one that was loaded before (from the same working directory)
-    is_gone = not os.path.exists(name)
-    is_empty = empty and _read_in.get(name) == os.getcwd()
-    if name in _configs and (is_gone or is_empty):
+    # which goes with the one that was loaded before
+    if name in _configs and (empty or not os.path.exists(name)):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
@@ -174,7 +172,6 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
         generation_config = transformers.GenerationConfig(**token_ids)
     _configs[name] = config
     _generation_configs[name] = generation_config
-    _read_in[name] = os.getcwd()
     return copy.deepcopy(config)
 
 
@@ -220,8 +217,12 @@ def _is_classifier(config, name):
     """Return whether a model is a sequence classifier: by its config or, if that names no architecture, by its weights."""
     if config.architectures or name == 'toy':
         return (config.architectures or [''])[0].endswith('ForSequenceClassification')
-    metadata = _weights_on_disk(name)
-    return metadata is not None and 'score.weight' in metadata.weight_map
+    # the index of sharded weights, which may not have been downloaded yet
+    names = hub.read_dict(name, 'model.safetensors.index.json').get('weight_map')
+    if not names:
+        metadata = _weights_on_disk(name)
+        names = metadata.weight_map if metadata else {}
+    return 'score.weight' in names
 
 
 def _check_code(name):
@@ -411,7 +412,7 @@ def model_hashes(name):
     saved, base = lora.adapter_and_base(name)
     if not saved:
         return _hashes(name)
-    hashes = _hashes(str(saved.folder))
+    hashes = _hashes(name)
     for key, value in _hashes(base).items():
         hashes[f'base/{key}'] = value
     return hashes
@@ -425,4 +426,8 @@ def _hashes(name):
     # the files that define a model
     suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
     files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
+    # other programs may fetch more of a hub id into its cache; its tokenizer is in the hash of the tokens
+    if not os.path.isdir(name):
+        of_model = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
+        files = [file for file in files if re.fullmatch(of_model, file.name)]
     return {file.name: file_hash(file) for file in sorted(files)}

@@ -114,16 +114,21 @@ def weights_hash(folder):
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # '': a base model on the hub has no hash
+        # '': content_of() adds what a base model on the hub is
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def content_of(name):
-    """Return weights_hash() of a folder, the commit of a hub id, or None."""
+    """Return weights_hash() of a folder, the commit of a hub id, for an adapter with that of its base model, or None."""
     folder = hub.folder_of(name)
+    if folder is None:
+        return None
     # the cache of the hub has a folder for each commit
-    return weights_hash(name) or (folder.name if folder else None)
+    content = weights_hash(name) or folder.name
+    saved, base = adapter_and_base(name)
+    is_whole = saved is None or os.path.isdir(base)
+    return content if is_whole else f'{content}+{content_of(base)}'
 
 
 def _load_weights(model, saved, adapter_name='default'):

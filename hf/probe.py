@@ -44,7 +44,7 @@ def can_pack(model, examples, device, wanted=True):
         max_error, reason = deviation(model, packed, padded)
         if max_error <= _tolerance(model):
             return True
-    # our own forward on padded batches, which may err by a logit scale under a config key that model.Head does not read
+    # our own forward on padded batches, which may err by a logit scale under a config key that Head of model.py does not read
     max_error, message = deviation(model, padded, padded)
     if max_error > _tolerance(model):
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
@@ -155,14 +155,15 @@ def _outputs(model, device):
 
 
 def compare(model, expected, device, in_bfloat16):
-    """Raise UserError if a sharded model's outputs differ from expected, of measure_loaded(); in bfloat16 only warn."""
+    """Raise UserError if a sharded model's scores or log-probs differ from expected, of measure_loaded(); in bfloat16 only warn."""
     max_error = _difference(_outputs(model, device), expected)
     # free the parameters gathered by the forward
     model.reshard()
     limit = 0.1 if in_bfloat16 else 0.01
     if max_error <= limit:
         return
-    text = f'the sharded {_name(model)} gives other log-probs than the loaded one: off by {max_error:.1%}'
+    kind = 'scores' if _is_reward(model) else 'log-probs'
+    text = f'the sharded {_name(model)} gives other {kind} than the loaded one: off by {max_error:.1%}'
     if not in_bfloat16:
         raise UserError(f'{text}; start it in one process without torchrun, in float32, and report this')
     say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')

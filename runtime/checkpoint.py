@@ -64,7 +64,7 @@ def _live_tensors(model, optimizer):
         for key, value in optimizer.state[p].items():
             # somebody's own optimizer may count in python; load() has to write into it
             if isinstance(value, int | float):
-                value = optimizer.state[p][key] = torch.tensor(float(value))
+                value = optimizer.state[p][key] = torch.tensor(float(value), dtype=torch.float64)
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
             if value.dim() == 0:
                 value = value[None]

@@ -23,9 +23,11 @@ def report(kind, error, trace):
         error = UserError(f'cannot print: {error.strerror}')
     # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
     of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
-    if of_another_rank and isinstance(error, RuntimeError):
+    if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':
         time.sleep(2)
-        error = UserError('another rank has ended: what it printed, or the report of torchrun, says why')
+        reason, _, _ = str(error).partition('\n')
+        way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
+        error = UserError(f'another rank has ended: {way_out} ({reason[:300]})')
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')

@@ -64,9 +64,9 @@ def check_there(name):
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
         way_out = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
         raise UserError(f'there is no model folder {name!r} {where}: {way_out}')
-    # offline, file_of() finds only what is in the cache
     if folder_of(name) is not None:
         return
+    # offline, file_of() finds only what is in the cache
     if not reachable():
         reason = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')

@@ -62,6 +62,8 @@ def _find(name, losses, statistics, options):
     if takes_pairs == takes_singles:
         wanted = 'columns of pairs or of single answers, not for neither, nor both'
         raise UserError(f'the loss {name} must ask for {wanted}')
+    if takes_pairs and statistic and 'ratio_kl' in inputs(statistic):
+        raise UserError(f'the loss {name} compares pairs, and its statistic asks for ratio_kl, of single answers')
     return fn, statistic, takes_pairs
 
 
@@ -174,7 +176,7 @@ def _reject_conflicts(objective):
 
 
 def _made_up(fn, statistic, options):
-    """Return (columns of an example at each of MARGINS, their log-ratios, which require gradients), and those of the statistic."""
+    """Return (columns of an example at each of MARGINS, with those of the statistic; its log-ratios, which require gradients)."""
     # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
     is_paired = not PAIRS.isdisjoint(inputs(fn))
     margin = torch.tensor(MARGINS)
@@ -230,9 +232,9 @@ def table(name, fn, statistic, options):
             alone.append(call(fn, options | example))
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
-    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),):
-        expected = f'a number for each example, ({len(MARGINS)},)'
-        raise UserError(f'the loss {name} must return {expected}, not {losses!r:.100}')
+    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),) or alone[0].shape != (1,):
+        expected = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
+        raise UserError(f'the loss {name} must return {expected}, not {losses!r:.60}')
     if not losses.requires_grad:
         advice = 'it must be computed from the columns that it asks for, without detach'
         raise UserError(f'the loss {name} has no gradient: {advice}')

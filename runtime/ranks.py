@@ -57,12 +57,10 @@ def setup(tp=1, options=()):
     # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
     ours = dict(options)
     for other_rank, theirs in enumerate(gather_objects(ours)):
-        for name in ours:
-            there, here = theirs.get(name), ours[name]
-            if there != here:
-                way_out = 'start the same command, with the same config file, on all hosts'
-                problem = f'{name} is {there!r} on rank {other_rank}, and {here!r} on this one'
-                raise UserError(f'{problem}: {way_out}')
+        for name, here in ours.items():
+            if theirs.get(name) != here:
+                problem = f'{name} is {theirs.get(name)!r} on rank {other_rank}, and {here!r} on this one'
+                raise UserError(f'{problem}: start the same command, with the same config file, on all hosts')
     world_size = dist.get_world_size()
     if world_size % tp:
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')

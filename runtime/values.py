@@ -200,7 +200,7 @@ def conflict(config):
     # ppo.py uses these lengths only with answers from the data (offline), not with sampled ones
     length = config.get('max_length')
     of_prompt = config.get('max_prompt_length')
-    has_both = length and of_prompt and config.get('offline', True)
+    has_both = None not in (length, of_prompt) and config.get('offline', True)
     if has_both and length < of_prompt + 2:  # an answer has at least a token and its end token
         return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}'
     return None

@@ -47,8 +47,10 @@ def collect_garbage():
 
 def run_script(script, *flags):
     """Run a script in this process, as if imported. Returns its globals; of two flags with one name the last counts."""
+    from hf import load
     from runtime import checkpoint, guard
 
+    load._configs.clear()  # a process of its own has read none
     given = {str(flag).partition('=')[0]: str(flag) for flag in flags}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', [script, *given.values()])

@@ -377,7 +377,9 @@ def decode_answer(ids, prompt_ids, tokenizer, **options):
     if not puts_space(tokenizer):
         return tokenizer.decode(ids, **options)
     prompt = tokenizer.decode(prompt_ids, **options)
-    return tokenizer.decode([*prompt_ids, *ids], **options).removeprefix(prompt)
+    whole = tokenizer.decode([*prompt_ids, *ids], **options)
+    # a prompt that is cut within a character is no beginning of the whole
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(ids, **options)
 
 
 def _encode_all(texts, tokenizer):

@@ -23,7 +23,8 @@ def counted(count, noun):
 
 def in_words(left_out):
     """Format the Counter left_out {reason: count} as ('COUNT REASON, ...' or 'nothing', list of 'note: ' reasons)."""
-    counts, notes = [], []
+    counts = []
+    notes = []
     # unary + drops zero counts
     for reason, count in (+left_out).items():
         if reason.startswith('note: '):

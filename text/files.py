@@ -92,7 +92,7 @@ def hub_files(hub_id, **options):
     options: those of load_dataset that say which part is meant, such as name, its config; if that is None, the default or only one."""
     commit = hub_commit(hub_id)
     # what a commit has does not change
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, UserError):
         return json.loads(_note(hub_id, commit or 'unknown', options).read_text()), commit
     if not hub.reachable():
         raise UserError(f'the hub cannot be reached, and {hub_id!r} was not read here before: read it once with it')
@@ -112,7 +112,9 @@ def hub_files(hub_id, **options):
     except Exception as error:  # no such dataset, several configs, ...
         hint = f"a config is named as in --data='{hub_id}:CONFIG'"
         raise UserError(f'cannot read {hub_id!r} on the hub: {hub.first_line(error)} ({hint})') from None
-    _write_note(_note(hub_id, commit, options), json.dumps(splits))
+    _write_note(json.dumps(splits), hub_id, commit, options)
+    # for runs without the hub: what was read last
+    _write_note(commit, hub_id)
     return splits, commit
 
 
@@ -133,14 +135,11 @@ def hub_commit(hub_id):
     """Return the commit of a hub dataset, or None if unknown. Cached: all reads of a process use the same commit."""
     # ignore errors here: reading the rows will report them
     with suppress(Exception):
-        newest = _note(hub_id)
         if not hub.reachable():
-            return newest.read_text()
+            return _note(hub_id).read_text()
         import huggingface_hub
 
-        commit = huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
-        _write_note(newest, commit)
-        return commit
+        return huggingface_hub.HfApi().dataset_info(hub_id, timeout=10).sha
     return None
 
 
@@ -149,9 +148,10 @@ def _note(*parts):
     return path_of('hub', f'{content_hash(*parts):016x}').with_suffix('.txt')
 
 
-def _write_note(file, text):
-    """Write such a file; a run goes on without it."""
+def _write_note(text, *parts):
+    """Write the file _note(*parts); a run goes on without it."""
     with suppress(OSError, UserError):
+        file = _note(*parts)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(file, text)
 

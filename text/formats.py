@@ -79,7 +79,8 @@ SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scor
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]')
 # how a whole text begins that a chat template has written
-TEMPLATE_TEXT = re.compile(r'\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*(\[INST\]|<\|(im_start|start_header_id|user|system)\|>|<start_of_turn>)')
+TURN_START = r'\[INST\]|<\|(?:im_start|start_header_id|user|system)\|>|<start_of_turn>'
+TEMPLATE_TEXT = re.compile(rf'\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*({TURN_START})')
 TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
 # fmt: on
@@ -196,7 +197,7 @@ def unified(row, columns=None):
     # Gemini: the system message is one, perhaps without a role
     system = row.get('system')
     parts = system if isinstance(system, list) else [system]
-    if parts and all(isinstance(part, dict) for part in parts):
+    if system and all(isinstance(part, dict) for part in parts):
         turns = [messages.read_message({'role': 'system'} | part) for part in parts]
         row['system'] = '\n'.join(turn['content'] for turn in turns)
     # OpenAI's preference format has the chat and its tools in 'input'
@@ -853,8 +854,8 @@ def read_text(row, task):
     # a single answer behind the marker of a chat template
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)
-    if is_chat and text.count(marker) == 1:
-        question, _, reply = text.partition(marker)
+    question, _, reply = text.partition(marker or '\n')
+    if is_chat and not re.search(TURN_START, reply) and marker not in reply:
         return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
@@ -864,14 +865,9 @@ def read_text(row, task):
 
 def read_prompt(row, task):
     """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
-    # without a task, a solution may be for a reward function
-    like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
-    for name, value in row.items():
-        has_content = value and isinstance(value, str | list | dict)
-        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
-            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
+    _check_no_answer(row, task)
     # CarperAI's answers are texts in the column 'label'
-    if 'prompt' in row and isinstance(row.get('label'), str):
+    if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
         return read_answer(row, task)
     # as the hub has MT-Bench
     if are_texts(row.get('prompt')):
@@ -879,8 +875,19 @@ def read_prompt(row, task):
     return [{'prompt': prompt_of(row)}]
 
 
+def _check_no_answer(row, task):
+    """Raise ValueError if an unknown column may be the answer, and the task needs one."""
+    # without a task, a solution may be for a reward function
+    like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
+    for name, value in row.items():
+        has_content = value and isinstance(value, str | list | dict)
+        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
+            raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
+
+
 def read_turns(row, task):
     """Read MT-Bench's questions of one user, texts or (Arena-Hard) {'content': text}. The later ones need answers to the first."""
+    _check_no_answer(row, task)
     turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
     texts = []
     for turn in turns:

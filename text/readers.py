@@ -138,6 +138,8 @@ def _read_columns(file):
         features = (written.get('info') or {}).get('features') or {}
         kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
         words = {name: kind['names'] for name, kind in kinds.items() if kind.get('names')}
+        # but grades are numbers
+        words = {name: names for name, names in words.items() if not all(map(str.isdecimal, names))}
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())
         for number, raw in enumerate(rows, 1):
@@ -200,7 +202,7 @@ def _read_text(file):
     with _open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', _utf8_error(line))
+                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', error=_utf8_error(line))
 
 
 def _read_table(file, delimiter=','):

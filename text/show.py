@@ -235,7 +235,8 @@ def _decode_example(examples, i, tokenizer, task):
     for answer in answers:
         # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
         changes = np.flatnonzero(np.diff(answer < 0)) + 1
-        text, before = '', prompt_ids
+        text = ''
+        before = prompt_ids
         for ids in np.split(answer, changes):
             is_untrained = ids[0] < 0
             ids = ~ids if is_untrained else ids
@@ -261,10 +262,9 @@ def summary(run, n_eval_examples):
     changed, notes = in_words(train.left_out)
     if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
-    # ppo.py splits what batch_size takes at once into minibatches
+    # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches
     if 'minibatch_size' not in run.config and run.config.batch_size > run.total:
         notes.append(f'note: batch_size {run.config.batch_size:,} takes all {run.total:,} examples of the run at once')
-    # run.total: how many examples the run takes in all epochs
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')

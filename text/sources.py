@@ -34,7 +34,7 @@ from text.readers import Row, read_rows
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 TEXT = str | list  # a list of messages
-KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': bool, 'margin': int | float | None}
+KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
@@ -285,7 +285,9 @@ def _is_example(example):
     """Return whether it is one as this file's docstring describes them."""
     if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
         return False
-    return all(isinstance(example[name], KINDS[name]) for name in KINDS.keys() & example.keys())
+    names = KINDS.keys() & example.keys()
+    has_label = example.get('good', True) in (True, False)  # 1 and 0, too
+    return has_label and all(isinstance(example[name], KINDS[name]) for name in names)
 
 
 def _refusal(row, error, any_valid, following, source):
@@ -330,9 +332,10 @@ def _refusal(row, error, any_valid, following, source):
 def _columns(row):
     """Return a row's columns and their types as text, at most nine."""
     kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
+    kinds[type(None)] = 'null'
     named = []
     for key, value in islice(row.items(), 9):
-        kind = kinds.get(type(value), 'null')
+        kind = kinds.get(type(value), type(value).__name__)
         named.append(f'{str(key)[:24]!r} ({kind})')
     more = f' and {len(row) - 9} more' if len(row) > 9 else ''
     return ', '.join(named) + more or 'no columns'

@@ -321,7 +321,8 @@ def _encode_in_chunks(items, tokenizer):
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
-        flat, before = [], []
+        flat = []
+        before = []
         for _, texts, part in chunk:
             flat += texts
             # answers go on from their prompt, a segment of a conversation from the last one that is not empty
@@ -333,7 +334,9 @@ def _encode_in_chunks(items, tokenizer):
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
-        in_thread, chunk, characters = None, [], 0
+        in_thread = None  # the chunk before, in work
+        chunk = []
+        characters = 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))

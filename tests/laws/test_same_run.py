@@ -215,14 +215,15 @@ def test_hub_models_are_known_by_their_files(monkeypatch, tmp_path):
 
     before = found()
     (tmp_path / 'README.md').write_text('two')
+    (tmp_path / 'merges.txt').write_text('another program has fetched it')
     assert found() == before and before['model'].keys() == {'config.json', 'model.safetensors'} and len(before) == 1
     (tmp_path / 'model.safetensors').write_text('others')
     run = {'script': 'sft.py', 'options': {'model': 'a/b'}, 'contents': before}
     log.check_same('here', run, run)
     said = sentence(log.check_same, 'here', run, run | {'contents': found()})
     assert said.startswith("here a different run (model 'a/b' has changed since: model.safetensors): ")
-    (tmp_path / 'model.safetensors').unlink()
-    (tmp_path / 'config.json').unlink()
+    for file in ('model.safetensors', 'config.json', 'merges.txt'):
+        (tmp_path / file).unlink()
     assert load.fingerprints({'model': str(tmp_path)}) == {'model': {}}
 
 

@@ -208,7 +208,7 @@ def test_of_a_hub(monkeypatch):
     load.load_tokenizer('some/adapter')
     assert (
         asked == ['some/adapter']
-        and lora.content_of('some/adapter') == 'cache'
+        and lora.content_of('some/adapter') == 'cache+base'
         and lora.content_of('some/base') == 'base'
     )
     places['some/base'] = 'nowhere'

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -13,7 +14,7 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 
 from configurator import UserError
 from hf import load
-from text import sources, toy
+from text import chat, sources, toy
 from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer, encode_texts
 from text.tokenise import NO_CHAT, encode, tokenise, tokenise_prompts
 
@@ -285,6 +286,13 @@ def test_tokens_are_those_of_the_whole(name, template):
         prompt_ids, ids = encode(words, answer, None, t, 128, 64, 'start', Counter())
         assert decode_answer(ids[:-1], prompt_ids, t) == answer
         assert answer == 'no' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
+
+
+def test_an_answer_behind_a_prompt_that_is_cut_within_a_character(monkeypatch):
+    monkeypatch.setattr(chat, 'puts_space', lambda tokenizer: True)
+    text_of = {(1,): 'x\ufffd', (2,): '\ufffd y', (1, 2): 'x\u00e9 y'}
+    tokenizer = SimpleNamespace(decode=lambda ids: text_of[tuple(ids)])
+    assert decode_answer([2], [1], tokenizer) == '\ufffd y'
 
 
 @pytest.mark.parametrize('name, t', KINDS.items(), ids=lambda x: x if isinstance(x, str) else '')

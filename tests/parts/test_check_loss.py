@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import LOSSES, parse, read_jsonl, refused, run_script, sentence
+from helpers import LOSSES, ROOT, parse, read_jsonl, refused, run_script, sentence, write_jsonl
 from ties import same_runs
 
 import losses
@@ -33,11 +33,12 @@ def test_every_loss_is_ready(name, monkeypatch):
     (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
     (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers, not for neither, nor both'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
-    (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., not tensor'),
+    (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., and .1,. of one alone, not tensor'),
+    (lambda ratio_w: ratio_w.squeeze(), 'must return a number for each example'),
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
     # a mean, a rank, the number of examples, chance: other ones on two ranks, or in two microbatches
-    *((fn, 'depends on the others of its microbatch, or on chance: what it needs of the whole step belongs into a function of STATISTICS')
+    *((fn, 'depends on others of its microbatch, or on chance: what it needs of the whole step belongs into a function of STATISTICS')
       for fn in (lambda ratio_w: ratio_w - ratio_w.mean().detach(), lambda ratio_w: ratio_w * ratio_w.argsort(),
                  lambda ratio_w: ratio_w / len(ratio_w), lambda ratio_w: ratio_w * torch.rand(len(ratio_w)))),
     # dpo.py's gamma is 1
@@ -57,6 +58,7 @@ def centred(ratio_w, ratio_l, center, *, beta):
 # fmt: off
 @pytest.mark.parametrize('statistic, words', [
     (lambda ratio_w, state, generator, *, kappa: ({}, state), "asks for 'kappa', which is no option"),
+    (lambda ratio_kl, state, generator: ({}, state), 'compares pairs, and its statistic asks for ratio_kl'),
     (lambda ratio_w, state, generator: ({'center': ratio_w.mean()}, {'m': ratio_w.mean()}), 'must be a dict of numbers, such as'),
     (lambda ratio_w, state, generator: ({'center': ratio_w[:2]}, state), 'the loss mine fails: RuntimeError: The expanded size'),
     (lambda ratio_w, state, generator: {'center': ratio_w}, 'the loss mine fails: ValueError: not enough values'),
@@ -107,6 +109,18 @@ def test_a_column_that_somebody_adds_is_tried(monkeypatch):
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
     rows = table('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
     assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
+
+
+def test_a_loss_of_the_data_s_margins_trains(tmp_path, monkeypatch, capsys):
+    """As docs/code.md says."""
+    monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'margin'})
+    monkeypatch.setitem(losses.LOSSES, 'mine', lambda ratio_w, ratio_l, margin, *, beta: losses.dpo(ratio_w, ratio_l + margin, beta=beta))
+    script = (ROOT / 'dpo.py').read_text().replace("'pairs' if paired else 'singles'", "'pairs', margins=True")
+    script = script.replace('    if not paired:\n        step_columns', "    step_columns['margin'] = step.labels['margin']\n    if not paired:\n        step_columns")
+    (tmp_path / 'mine.py').write_text(script)
+    data = write_jsonl(tmp_path / 'pairs.jsonl', [{'prompt': f'p{i}', 'chosen': 'a', 'rejected': 'b', 'margin': 3} for i in range(8)])
+    run_script(tmp_path / 'mine.py', '--loss=mine', f'--data={data}', '--n_eval_examples=0', '--batch_size=4', f'--out_dir={tmp_path}/run')
+    assert '0.854355 (mine of a policy that is its reference: 0.854355)' in capsys.readouterr().out  # -log sigmoid(-0.3)
 
 
 @pytest.mark.parametrize('fn, paired, has_divergence', [

@@ -233,6 +233,7 @@ class Counting(torch.optim.SGD):
         for p in self.param_groups[0]['params']:
             if p.grad is not None:
                 self.state[p]['step'] = self.state[p].get('step', 0) + 1
+                self.state[p]['decay'] = 0.9
 
 
 @pytest.mark.parametrize('own', [None, Counting])
@@ -251,6 +252,7 @@ def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
         if is_first:
             checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
             checkpoint.wait()
+            assert own is None or float(optimizer.state[net['runs'].bias]['decay']) == 0.9  # all its bits
         states.append({name: optimizer.state[p]['step'] for name, p in net.named_parameters() if optimizer.state[p]})
     assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
 

@@ -366,6 +366,9 @@ def test_endpoint(capsys):
     # replies of nothing but a refusal or blanks
     with serve(lambda n, body: (200, completion((None, ' \n', 'x')[n % 3]))) as server:
         run(f'--endpoint={server.url}', '--endpoint_model=m', '--concurrency=1', out_dir='empty')
+        # a prompt that holds no message
+        data = write_jsonl('none.jsonl', [{'prompt': '\n\nAssistant:'}])
+        run(f'--endpoint={server.url}', '--endpoint_model=m', f'--data={data}', out_dir='none')
     assert 'samples.jsonl, 6 answers, 0 of them cut at 512 tokens, 4 empty\n' in capsys.readouterr().out
 
 

@@ -122,6 +122,15 @@ def test_turns_of_sharegpt(num_turns):
     assert second == {'prompt': asked, 'response': ' The Oder.'}
 
 
+def test_a_text_that_goes_on_behind_its_answer_is_learnt_whole():
+    text = '<|user|>\nhi</s>\n<|assistant|>\nyo</s>\n<|user|>\nmore'
+    assert formats.parse_any({'text': text}, 'sft') == [{'prompt': '', 'response': text}, {'drop': formats.WHOLE}]
+
+
+def test_an_empty_system_message_is_none():
+    assert formats.parse_any({'systemInstruction': {}, 'contents': GEMINI}, 'sft') == [SFT]
+
+
 TEXTS = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
 
 
@@ -137,6 +146,8 @@ def test_a_reader_of_ones_own(made, monkeypatch):
         sources.load_rows('mine', 'train', undivided=True)
     made = [TEXTS | {'margin': 2}, {'drop': 'too short'}]
     assert sources.load_rows('mine', 'train', undivided=True) == ([TEXTS | {'margin': 2}], Counter({'too short': 1}))
+    made = [{'prompt': 'p', 'response': 'a', 'good': label} for label in (0, 1)]
+    assert sources.load_rows('mine', 'train', undivided=True)[0] == made
 
 
 def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
@@ -349,7 +360,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
         'Natural Instructions, other names': {'definition': 'i', 'input': 'about this', 'output': 'a'}}),
     ('sft', {'prompt': ASKS, 'response': SAYS}, {'Arena, the better conversation': {'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}}),
-    ('sft', {'prompt': 'POST: p\nTL;DR:', 'response': ' a'}, {'CarperAI, summaries': {'prompt': 'POST: p\nTL;DR:', 'label': ' a'}}),
+    ('sft', {'prompt': 'POST: p\nTL;DR:', 'response': ' a b'}, {'CarperAI, summaries': {'prompt': 'POST: p\nTL;DR:', 'label': ' a b'}}),
     ('sft', {'prompt': [user('x'), assistant('y'), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}, {'OpenAI, one of three not trained on': {'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}}),
     ('sft', SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}, {'XTuner, answers not trained on': {'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}}),
     ('sft', SFT | {'prompt': [user('q?') | {'replies': 3}]}, {'a number of replies': {'messages': [QA[0] | {'replies': 3}, QA[1]]}}),
@@ -483,6 +494,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ('not an object with named fields', [[], None]),
     ("'chosen' is text and 'rejected' is chat", [{'prompt': 'p', 'chosen': 'a', 'rejected': [assistant('b')]}]),
     ("a message has a part of the type 'thought'", [{'messages': [GEMINI[0], {'role': 'model', 'parts': [{'text': 'a', 'thought': True}]}]}]),
+    ("'output' may be an answer", [{'turns': ['q'], 'output': 'a'}]),
     ("'turns' is no list of questions", [{'turns': QA, 'label': 'x'}, {'turns': [{'content': 'q?'}, QA[1]], 'label': 'x'}, {'turns': 3}]),
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),

@@ -294,6 +294,7 @@ ENDS = [  # code, a flag, rank, exit code, what stderr begins with
     ('raise MemoryError()', '', '1', 2, 'error: this machine is out of memory'),
     ('raise RuntimeError("CUDA error: out of memory")', '', None, 2, 'error: the GPU is out of memory'),
     ('raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [1.2.3.4]:9")', '', '0', 2, 'error: another rank has ended'),
+    ('raise RuntimeError("a bug, or a download: Connection reset by peer")', '', None, 1, 'Traceback'),
     ('pass', '', None, 0, ''),
     ('pass', '--stpes=3', None, 2, "error: the command line: unknown option 'stpes'; did you mean steps?\n"),
 ]
@@ -302,7 +303,7 @@ ENDS = [  # code, a flag, rank, exit code, what stderr begins with
 
 @pytest.mark.parametrize('code, flag, rank, status, err', ENDS)
 def test_exit_code_and_stderr(code, flag, rank, status, err):
-    environment = {'PYTHONPATH': ROOT, 'PYTHONUNBUFFERED': ''} | ({'RANK': rank} if rank else {})
+    environment = {'PYTHONPATH': ROOT, 'PYTHONUNBUFFERED': ''} | ({'RANK': rank, 'WORLD_SIZE': 2} if rank else {})
     path = Path(file(f'{SCRIPT}print("before")\n{code}\n', 'x.py')).resolve()
     began = time.monotonic()
     done = python(path, *flag.split(), **environment)
@@ -445,6 +446,7 @@ ELSEWHERE = {
     'config/xx.py': 'No such file or directory$',
     'README.md': r"'README.md' is neither .* one word, --name=value, such as --data=README.md$",
     'nosuch.jsonl': r"'nosuch.jsonl' is neither .* one word, --name=value$",
+    '--max_length=1': 'max_length 1 leaves no room for an answer behind max_prompt_length 0$',
     '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199$',
 }
 
