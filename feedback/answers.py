@@ -165,7 +165,10 @@ def make_pairs(answers_file, against_file=None):
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
-    for number, (question, group) in enumerate(our_groups.items()):
+    # of the instructions: answers to one that is asked again are paired apart, but it is no new prompt to an interval
+    numbers = {}
+    for question, group in our_groups.items():
+        number = numbers.setdefault(question[0], len(numbers))
         # zip skips answers that have no counterpart
         counterparts = zip(group, their_groups.get(question, []), strict=False)
         for first, second in counterparts if against_file else combinations(group, 2):

@@ -81,7 +81,8 @@ def shown(body):
 
 
 def test_pairs():
-    """Three answers to each prompt, in any order: three pairs, the lower sample number first. One asked twice is two questions."""
+    """Three answers to each prompt, in any order: three pairs, the lower sample number first. One asked twice
+    makes pairs of its own, but is one prompt: intervals are over prompts."""
     file = Path(write_samples(range(2), n=3))
     file.write_text(''.join(reversed(file.read_text().splitlines(True))))
     found, left_out = make_pairs(str(file))
@@ -89,7 +90,7 @@ def test_pairs():
     assert [p['question'] for p in found] == [0, 0, 0, 1, 1, 1] and not +left_out
     assert found[0]['instruction'] == 'question 1' and found[0]['prompt'] == messages.ask('question 1')
     found, _ = make_pairs(write_samples([5, 5, 6]))
-    assert [p['question'] for p in found] == [0, 1, 2]
+    assert [p['question'] for p in found] == [0, 0, 1]
     # samples.jsonl against AlpacaEval's model_outputs.json, in another order and with other prompts; the rest is counted
     ours = write_samples([0, 1, 2])
     theirs = [{'instruction': f'question {i}', 'output': f'their {i}', 'generator': 'theirs'} for i in (2, 9, 0)]
