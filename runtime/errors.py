@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError, main_rank
+from configurator import UserError, main_rank, printable
 
 
 def report(kind, error, trace):
@@ -40,7 +40,7 @@ def report(kind, error, trace):
         sys.stdout.flush()
     # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
     if main_rank() or getattr(error, 'of_this_rank', False):
-        sys.__stderr__.write(f'error: {error}\n')
+        sys.__stderr__.write(f'error: {printable(str(error))}\n')
         sys.__stderr__.flush()
     else:
         # torchrun stops all ranks as soon as one has ended: let rank 0 print first
