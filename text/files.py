@@ -233,10 +233,10 @@ def _named_files(folder, entry):
         named = item if isinstance(item, dict) else {'path': item}
         split = str(named.get('split', 'train'))
         patterns = named.get('path', [])
-        # text alone: a list of lists of ... could go on forever
-        for pattern in filter(
-            lambda pattern: isinstance(pattern, str), patterns if isinstance(patterns, list) else [patterns]
-        ):
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            # str() of lists of lists, which YAML writes as aliases, would never end
+            if not isinstance(pattern, str):
+                continue
             _check_inside(folder, pattern)
             for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)

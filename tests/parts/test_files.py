@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -314,7 +315,7 @@ def test_a_readme_names_only_files_of_its_folder(tmp_path):
     # lists of lists of the same, nine to the power of eleven: not a name
     names = [
         'a: &a [x, x, x, x, x, x, x, x, x]',
-        *(f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in zip('abcdefghij', 'bcdefghijk')),
+        *(f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')),
     ]
     write_jsonl(folder / 'train.jsonl', [{'prompt': 'a', 'response': 'b'}])
     (folder / 'README.md').write_text('\n'.join(['---', *names, 'configs: [{data_files: *k}]', '---', '']))
