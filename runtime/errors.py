@@ -26,6 +26,10 @@ def report(kind, error, trace):
     if of_another_rank and isinstance(error, RuntimeError):
         time.sleep(2)
         error = UserError('another rank has ended: what it printed, or the report of torchrun, says why')
+    # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
+    if type(error).__name__ == 'PanicException':
+        reason = ' '.join(str(error).split())[:200]
+        error = UserError(f'a library cannot go on ({reason}): the fault is in a file that it reads, such as a tokenizer.json')
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
