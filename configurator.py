@@ -31,12 +31,6 @@ def main_rank():
     return os.environ.get('RANK', '0') == '0'
 
 
-def printable(text):
-    """Return a text for a terminal: control characters, which could move its cursor or change its title, are written as \\x1b."""
-    # kept: tabs, line breaks, and the two colours of text/show.py
-    return re.sub(r'(?!\x1b\[(?:32|0)m)[^\t\n\x20-\x7e\xa0-\U0010ffff]', lambda found: f'\\x{ord(found[0]):02x}', text)
-
-
 class Config(dict):
     """Option -> value, also as attributes. origin: option -> 'default', 'command line' or the config file that set it last."""
 

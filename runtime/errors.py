@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError, main_rank, printable
+from configurator import UserError, main_rank
+from runtime.values import printable
 
 
 def report(kind, error, trace):
@@ -29,7 +30,7 @@ def report(kind, error, trace):
     # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
     if type(error).__name__ == 'PanicException':
         reason = ' '.join(str(error).split())[:200]
-        error = UserError(f'a library cannot go on ({reason}): the fault is in a file that it reads, such as a tokenizer.json')
+        error = UserError(f'a library cannot go on ({reason}): see to the files that it reads, such as tokenizer.json')
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')

@@ -11,7 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-from configurator import UserError, main_rank, printable
+from configurator import UserError, main_rank
+from runtime.values import printable
 
 _lock = None  # open file that holds the lock on this process's folder
 _kept = {}  # path -> bytes not yet appended, because the disk is full

@@ -14,7 +14,8 @@ from json import dumps
 
 import numpy as np
 
-from configurator import UserError, configure, printable
+from configurator import UserError, configure
+from runtime.values import printable
 from text.chat import decode_answer
 from text.examples import in_words
 from text.messages import BESIDE, as_chats, is_trained
