@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
+from runtime.values import printable
 
 
 def report(kind, error, trace):
@@ -28,6 +29,10 @@ def report(kind, error, trace):
         reason, _, _ = str(error).partition('\n')
         way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
         error = UserError(f'another rank has ended: {way_out} ({reason[:300]})')
+    # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
+    if type(error).__name__ == 'PanicException':
+        reason = ' '.join(str(error).split())[:200]
+        error = UserError(f'a library cannot go on ({reason}): see to the files that it reads, such as tokenizer.json')
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
@@ -42,7 +47,7 @@ def report(kind, error, trace):
         sys.stdout.flush()
     # most errors are raised on every rank: rank 0 prints them. of_this_rank marks an error that this rank may have alone
     if main_rank() or getattr(error, 'of_this_rank', False):
-        sys.__stderr__.write(f'error: {error}\n')
+        sys.__stderr__.write(f'error: {printable(str(error))}\n')
         sys.__stderr__.flush()
     else:
         # torchrun stops all ranks as soon as one has ended: let rank 0 print first

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
+from runtime.values import printable
 
 _lock = None  # open file that holds the lock on this process's folder
 _kept = {}  # path -> bytes not yet appended, because the disk is full
@@ -22,7 +23,7 @@ def say(text):
     """Print a line on the main rank only. If that fails, for stdout is a file on a full disk, the run goes on."""
     if main_rank():
         with contextlib.suppress(OSError):
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
 
 # once per process, for messages about a model that is loaded several times (policy, reference, export)

@@ -29,6 +29,9 @@ SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
 
 
+IS_LINK = '{} is a symbolic link, and a run would write through it: remove the link'
+
+
 def check_names(out_dir):
     """Raise UserError for names in out_dir that a run writes to: symlinks, and files of an unknown run, without a config.json."""
     folder = Path(out_dir)
@@ -37,7 +40,7 @@ def check_names(out_dir):
         # a run writes NAME.tmp first, and renames it
         for path in (folder / name, folder / f'{name}.tmp'):
             if path.is_symlink():
-                raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
+                raise UserError(IS_LINK.format(path))
             if name in WRITTEN and not has_config and path.exists():
                 found = f'{out_dir} has {path.name}, but no config.json that says which run has written it'
                 raise UserError(f'{found}: put that back, or choose another --out_dir')
@@ -106,8 +109,12 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
-    # test the nearest existing folder for write access
     folder = Path(out_dir)
+    # to these sample.py and label.py add rows
+    for path in (folder / 'samples.jsonl', folder / 'verdicts.jsonl'):
+        if path.is_symlink():
+            raise UserError(IS_LINK.format(path))
+    # test the nearest existing folder for write access
     with writing(f'to out_dir {out_dir}'):
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=nearest).close()

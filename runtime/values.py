@@ -204,3 +204,9 @@ def conflict(config):
     if has_both and length < of_prompt + 2:  # an answer has at least a token and its end token
         return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}'
     return None
+
+
+def printable(text):
+    """Return a text for a terminal: control characters, which could move its cursor or change its title, are written as \\x1b."""
+    # kept: tabs, line breaks, and the two colours of text/show.py
+    return re.sub(r'(?!\x1b\[(?:32|0)m)[^\t\n\x20-\x7e\xa0-\U0010ffff]', lambda found: f'\\x{ord(found[0]):02x}', text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import UserError
-from text.messages import REASONING, ROLES, message
+from text.messages import LONGEST, REASONING, ROLES, message
 
 # for tokenizers without a chat template: Anthropic's format, as in the original DPO code
 PLAIN_CHAT = (
@@ -31,6 +31,10 @@ NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as 
 KEPT = 'special tokens in a text, kept as text'
 ENDED = 'answers that brought an end of turn: it is there once'
 THOUGHTLESS = 'answers without a thought, behind a prompt that opens one: an empty thought'
+
+
+class OutOfTime(BaseException):
+    """Raised in a template that takes too long. No Exception, for Jinja catches those of what it computes beforehand."""
 
 
 class Refused(Exception):
@@ -206,7 +210,7 @@ def template_of(tokenizer, tools=None):
 
 @contextlib.contextmanager
 def _limits():
-    """Raise TimeoutError or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
+    """Raise OutOfTime or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
     outside the main thread, where signals cannot be handled, and outside Linux."""
     memory_use = Path('/proc/self/statm')
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -215,7 +219,7 @@ def _limits():
         return
 
     def raise_timeout(*_):
-        raise TimeoutError
+        raise OutOfTime
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     # the first number is the size of the address space in pages
@@ -253,7 +257,7 @@ def write(chat, tools, tokenizer, **options):
             turns = [with_thoughts(turn) for turn in turns]
             with _limits():
                 texts.append(tokenizer.apply_chat_template(turns, **options))
-    except TimeoutError:
+    except OutOfTime:
         raise UserError(f'the chat template does not end: it was stopped after {TEMPLATE_SECONDS} seconds') from None
     except MemoryError:
         raise UserError(f'the chat template takes more than {TEMPLATE_BYTES / 2**30:.0f} GiB for one chat') from None
@@ -266,6 +270,10 @@ def write(chat, tools, tokenizer, **options):
                 f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}: {reason}'
             ) from None
         raise Refused(f'the chat template refuses an example: {reason}') from None
+    if len(texts[0]) > 2 * LONGEST:
+        raise UserError(
+            f'the chat template writes {len(texts[0]):,} characters for one chat, more than {2 * LONGEST:,}'
+        )
     for role in unknown:
         # texts[1]: the chat without contents
         if role not in texts[1]:

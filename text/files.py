@@ -219,6 +219,7 @@ def folder_splits(path, config=None):
             raise UserError(f'{missing}: fetch them')
         say_once(f'note: {missing}: files count by their names')
     if 'data_dir' in entry:
+        _check_inside(path, str(entry['data_dir']))
         path = os.path.join(path, str(entry['data_dir']))
     return _splits_by_name(path)
 
@@ -233,11 +234,21 @@ def _named_files(folder, entry):
         split = str(named.get('split', 'train'))
         patterns = named.get('path', [])
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            for name in sorted(glob.glob(str(pattern), root_dir=folder, recursive=True)):
+            # str() of lists of lists, which YAML writes as aliases, would never end
+            if not isinstance(pattern, str):
+                continue
+            _check_inside(folder, pattern)
+            for name in sorted(glob.glob(pattern, root_dir=folder, recursive=True)):
                 file = os.path.join(folder, name)
                 if _is_data_file(Path(file)) and file not in splits.get(split, []):
                     splits.setdefault(split, []).append(file)
     return splits
+
+
+def _check_inside(folder, pattern):
+    """Raise UserError if a pattern in a folder's README means files elsewhere, which are not the data set's."""
+    if os.path.isabs(pattern) or '..' in Path(pattern).parts:
+        raise UserError(f'the README of {folder} names {pattern[:200]!r}, which is outside of the folder: mend it')
 
 
 def _splits_by_name(path):

@@ -15,6 +15,7 @@ from json import dumps
 import numpy as np
 
 from configurator import UserError, configure
+from runtime.values import printable
 from text.chat import decode_answer
 from text.examples import in_words
 from text.messages import BESIDE, as_chats, is_trained
@@ -145,7 +146,7 @@ def _print_text(left_out):
             decoded = [_decode_example(tokenised, i, tokenizer, task) for i in range(len(tokenised))]
             texts = ['\n\n'.join(decoded) if decoded else 'left out: ' + ', '.join(+reasons)]
         for number, text in enumerate(texts, counts.total() + 1):
-            print(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n')
+            print(printable(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n'))
         counts[task] += len(items)
         if len(lengths) >= MEASURED:
             continue
@@ -168,9 +169,9 @@ def _print_summary(counts, lengths, left_out):
     """Print counts (task -> number of items), columns, left_out and lengths. Raises UserError if there are no items."""
     words = ', '.join(f'{count} {task}' for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
-    print('read as:', columns or '; '.join(map(describe, data.split('+'))))
+    print('read as:', printable(columns or '; '.join(map(describe, data.split('+')))))
     changed, notes = in_words(left_out)
-    print(f'left out or changed: {changed}', *notes, sep='\n')
+    print(printable('\n'.join([f'left out or changed: {changed}', *notes])))
     if not counts:
         raise UserError(NOTHING.format(data))
     # items are measured in tokens if the model option names a tokenizer

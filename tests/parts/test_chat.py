@@ -396,6 +396,8 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     ({'default': {'a': 1}}, pair(), 'not a text of at most 1,000,000 characters.* but dict of 8'), (7, pair(), 'but int of 1'),
     ('x' * 1_000_001, pair(), '1,000,001 characters'), (LOOPS, pair(), 'does not end'),
     ("{{ 'x' * 3000000000 }}", pair(), 'takes more than 1 GiB'),
+    # Jinja computes constants beforehand, and catches every Exception there
+    ('{{ 9 ** (9 ** 8) }}', pair(), 'does not end'), ("{{ 'ab' * 11000000 }}", pair(), 'writes 22,000,000 characters'),
     ('{{ nonsense', pair(), 'the chat template of .* a mistake in line 1: unexpected end of template'),
     # these are of the row, and left out if asked for
     ("{{ raise_exception('no such role\nhere') }}", pair(), 'refuses an example: no such role here'),

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,6 +301,25 @@ configs:
 ---
 # Mine
 """
+
+
+def test_a_readme_names_only_files_of_its_folder(tmp_path):
+    write_jsonl(tmp_path / 'private.jsonl', [{'prompt': 'a', 'response': 'b'}])
+    folder = tmp_path / 'given'
+    folder.mkdir()
+    for entry in ({'data_files': '../private.jsonl'}, {'data_files': [{'path': ['x/../../*.jsonl']}]},
+                  {'data_files': str(tmp_path / '*')}, {'data_dir': '..'}):  # fmt: skip
+        (folder / 'README.md').write_text(f'---\nconfigs: {json.dumps([entry])}\n---\n')
+        with pytest.raises(UserError, match='which is outside of the folder'):
+            files.folder_splits(str(folder))
+    # lists of lists of the same, nine to the power of eleven: not a name
+    names = [
+        'a: &a [x, x, x, x, x, x, x, x, x]',
+        *(f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')),
+    ]
+    write_jsonl(folder / 'train.jsonl', [{'prompt': 'a', 'response': 'b'}])
+    (folder / 'README.md').write_text('\n'.join(['---', *names, 'configs: [{data_files: *k}]', '---', '']))
+    assert files.folder_splits(str(folder)) == {'train': [str(folder / 'train.jsonl')]}
 
 
 def test_the_configs_of_a_readme(tmp_path, capsys):

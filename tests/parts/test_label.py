@@ -408,6 +408,14 @@ def toy_samples():
     return rows
 
 
+def test_verdicts_go_through_no_link(tmp_path):
+    toy_samples()
+    Path('out').mkdir()
+    Path('out/verdicts.jsonl').symlink_to(tmp_path / 'elsewhere')
+    refused('verdicts.jsonl is a symbolic link', '--gold=toy')
+    assert not (tmp_path / 'elsewhere').exists()
+
+
 def test_gold(capsys, monkeypatch):
     rows = toy_samples()
     report, annotations = label('--gold=toy')

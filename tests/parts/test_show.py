@@ -81,6 +81,11 @@ def test_what_is_refused(show, capsys, rows, flag, says, shown):
     assert shown in capsys.readouterr().out
 
 
+def test_texts_do_not_command_the_terminal(show):
+    shown = show([PAIRS[0] | {'prompt': 'a\x1b]0;title\x07\x9b2J\r\t\u00e9', 'more\x1b[2J': 1}]).out
+    assert r'a\x1b]0;title\x07\x9b2J\x0d' + '\t\u00e9' in shown and r'more\x1b[2J' in shown and '\x1b' not in shown
+
+
 def test_columns_that_nobody_reads(show):
     rows = [{'question': f'q{i}?', 'good': f'the answer to {i} is', 'bad': f'not the answer {i}'} for i in range(9)]
     for flags in ([], ['--task=prompts'], ['--json']):

@@ -18,7 +18,7 @@ from helpers import ROOT, metrics, read_jsonl, write_jsonl
 
 from configurator import UserError
 from hf import generate
-from runtime import files
+from runtime import errors, files
 from tests import forks
 from text import toy
 
@@ -433,3 +433,12 @@ def test_another_working_directory(words, says, tmp_path, monkeypatch):
     script, *flags = words.format(**places).split()
     with pytest.raises(UserError, match=re.escape(says.format(**places))):
         helpers.run_script(script, *flags)
+
+
+def test_a_library_in_rust_that_gives_up_is_a_sentence(monkeypatch, capfd):
+    """As tokenizers does at a pattern such as (a|a|aa)+$."""
+    panic, codes = type('PanicException', (BaseException,), {}), []
+    monkeypatch.setattr('os._exit', codes.append)
+    monkeypatch.setattr('sys.__stderr__', sys.stderr)
+    errors.report(panic, panic('Onig: retry-limit'), None)
+    assert codes == [2] and 'a library cannot go on (Onig: retry-limit)' in capfd.readouterr().err
