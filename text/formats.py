@@ -22,7 +22,7 @@ DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 LATER = 'messages behind a first question, which go on from an answer'
-WHOLE = 'note: texts of several answers in the form of a chat template, learnt whole: as messages only the answers are'
+WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
 # fmt: off

@@ -144,9 +144,9 @@ def _read_columns(file):
         rows = (raw for batch in batches for raw in batch.to_pylist())
         for number, raw in enumerate(rows, 1):
             for name in words:
-                number_of = raw.get(name)
-                if isinstance(number_of, int) and 0 <= number_of < len(words[name]):
-                    raw[name] = words[name][number_of]
+                label = raw.get(name)
+                if isinstance(label, int) and 0 <= label < len(words[name]):
+                    raw[name] = words[name][label]
             yield Row.of(_without_inner_nulls(raw), f'{file}, row {number}')
 
 
