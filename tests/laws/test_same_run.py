@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
@@ -225,20 +224,6 @@ def test_hub_models_are_known_by_their_files(monkeypatch, tmp_path):
     for file in ('model.safetensors', 'config.json', 'merges.txt'):
         (tmp_path / file).unlink()
     assert load.fingerprints({'model': str(tmp_path)}) == {'model': {}}
-
-
-def test_the_hash_of_examples():
-    """Tokens, their borders and order, labels and margins count; what is not selected does not."""
-    some = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]]), ([9], [[1], [2]])])
-    same = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]])])
-    two = some.select(slice(2))
-    assert two.content() == same.content()
-    margin = Examples(two.ids, two.spans, two.good, two.uid, two.left_out, margin=np.ones(2, np.float32))
-    changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
-    moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
-    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
-    assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
-    assert some.select(slice(0)).content() == some.select(slice(0)).content()
 
 
 def test_ranks_that_read_other_data_are_refused(monkeypatch):

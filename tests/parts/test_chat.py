@@ -160,6 +160,9 @@ def test_thoughts_are_trained_on_where_the_template_writes_them(tmp_path, field)
     found, counted = written(tokenizer_of(CHATML, '<|im_end|>'), *rows)
     assert not found and counted['pairs with equal answers'] == 1
     assert counted[f'messages with {field!r}, which the chat template does not write'] == 2
+    # whatever transformers does of it
+    both = dict.fromkeys(('thinking', 'reasoning_content'), 'one')
+    assert [*map(chat.with_thoughts, chats[0])] == [user('hi'), chats[0][1] | both]
 
 
 def test_calls_tools_and_their_results(tmp_path):
@@ -282,10 +285,11 @@ def test_tokens_are_those_of_the_whole(name, template):
         assert ids == t.apply_chat_template(turns, return_dict=True)['input_ids'][: len(ids)]
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
-    for words, answer in (('hi no', ' yes'), ('hi ', 'no')):
+    for words, answer in (('hi no', ' yes'), ('hi ', 'no'), ('', 'no')):
         prompt_ids, ids = encode(words, answer, None, t, 128, 64, 'start', Counter())
-        assert decode_answer(ids[:-1], prompt_ids, t) == answer
-        assert answer == 'no' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
+        assert not words or decode_answer(ids[:-1], prompt_ids, t) == answer
+        prompt_ids = prompt_ids if words else []  # without the BOS that an empty one becomes
+        assert words == 'hi ' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
 
 
 def test_an_answer_behind_a_prompt_that_is_cut_within_a_character(monkeypatch):

@@ -587,6 +587,20 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     assert len({none, none.select(slice(0))}) == 2  # each is itself, whatever it holds
 
 
+def test_the_hash_of_examples():
+    """Tokens, their borders and order, labels and margins count; what is not selected does not."""
+    some = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]]), ([9], [[1], [2]])])
+    same = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]])])
+    two = some.select(slice(2))
+    assert two.content() == same.content()
+    margin = Examples(two.ids, two.spans, two.good, two.uid, two.left_out, margin=np.ones(2, np.float32))
+    changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
+    moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
+    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
+    assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
+    assert some.select(slice(0)).content() == some.select(slice(0)).content()
+
+
 # ---- what scripts train on ----
 
 

@@ -226,6 +226,10 @@ def test_files_that_are_not_read(tmp_path, capsys):
     assert answers(str(tmp_path), undivided=True) == ['one']
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
+    # a file to be written may be a new one, and none of the data
+    sources.keep_data(f'toy+{folder}', f'{folder}/new.jsonl')
+    with pytest.raises(UserError, match='is a file of the data'):
+        sources.keep_data(f'toy+{folder}', f'{folder}/notes.jsonl')
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
     # the same rows twice, or a file about the data
     answers(write(folder, {'train': ROWS[:3]}, '.parquet'))
@@ -411,8 +415,8 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
     seen = []
     for there, sha in ((True, 'a'), (False, 'b'), (True, None)):
         monkeypatch.setattr(files.hub, 'reachable', lambda there=there: there)
-        known = {'o/n': SimpleNamespace(sha=sha)} if sha else {}
-        monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda api, hub_id, timeout, it=known: it[hub_id])
+        known = {('o/n', 10): SimpleNamespace(sha=sha)} if sha else {}
+        monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda _, name, timeout, it=known: it[name, timeout])
         hub_commit.cache_clear()
         seen.append(hub_commit('o/n'))
         if seen == ['a']:

@@ -25,7 +25,7 @@ from stub import completion, serve, wait_until
 
 from configurator import UserError
 from feedback import endpoint, judge
-from feedback.answers import make_pairs, write_model_outputs
+from feedback.answers import make_pairs, raise_if_missing, write_model_outputs
 from hf import probe
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
@@ -322,6 +322,8 @@ def test_faults_and_failures():
         report, rows = label(*run)
         assert report['failed'] == 0 and len(verdicts()) == 24 and len(server.seen) == 52
         assert label(*run) == [report, rows] and len(server.seen) == 52  # nothing is left to ask
+    with pytest.raises(UserError, match='^3 answers missing .2 times: b.: '):  # the most frequent reason
+        raise_if_missing(Counter('abb'), 'answers')
 
 
 def test_killed_and_continued():

@@ -618,6 +618,7 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
         ([{'winer': 'a'}], 'no other column is known; found'),
         ([dict.fromkeys(map(str, range(12)), 1)], "'8' (number) and 3 more; the only row"),
         ([{}, {}, {'prompt': 'p', 'response': 'r'}], 'of the 3 rows from there on, 2 are bad: 2 with no columns; mend it'),
+        ([{}, {'a': 1}, {'b': 1}, {'prompt': 'p', 'response': 'r'}], "3 are bad: 1 with no columns; 1 with 'a' (number); mend it"),
         (rows[:30] + [{'prompt': 'p', 'response': 'r'}], '--skip_bad_rows'),  # not all of them after all
     ):  # fmt: skip
         assert words in refusal(write(tmp_path / 'data.jsonl', content))
