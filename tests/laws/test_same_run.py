@@ -145,9 +145,8 @@ def test_the_model_changes_while_it_trains(here, monkeypatch):
     assert (here / 'lora/model').exists()
     # a whole model is written with the config that it has had
     with monkeypatch.context() as patch:
-        patch.setattr(
-            export, 'write_model', lambda *how: [change('model/config.json', rms_norm_eps=0.5), write(*how)][1]
-        )
+        other = {'rms_norm_eps': 0.5}
+        patch.setattr(export, 'write_model', lambda *how: [change('model/config.json', **other), write(*how)][1])
         run('sft', 'sft')
     assert json.loads((here / 'sft/model/config.json').read_text())['rms_norm_eps'] < 0.1
 

@@ -1,9 +1,11 @@
 """Chat templates, in training and sampling alike: what an instruct model is trained on is what its template writes."""
 
 import json
+import resource
 import shutil
 import signal
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -421,6 +423,18 @@ def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, word
         assert len(written(tokenizer_of(template, EOS), TEXTS)[0]) == 1
 
 
+def test_a_template_has_memory_beside_that_of_the_process():
+    """Unless the user allows less."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    for soft, expected in ((before[0], now + 2**30), (now + 2**29, now + 2**29)):
+        resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))
+        with chat._limits():
+            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        assert abs(limit - expected) < 2**26 and resource.getrlimit(resource.RLIMIT_AS)[0] == soft
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_messages_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr('text.messages.LONGEST', 1000)
     long_thought = {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]}
@@ -429,12 +443,11 @@ def test_messages_have_a_limit(tmp_path, monkeypatch):
             read(tmp_path, row)
     assert read(tmp_path, {'prompt': 'a' * 1000, 'response': 'b'})
     # so have templates
-    for length, words in (
-        (len(CHATML), None),
-        (len(CHATML) - 1, f'not a text of at most {len(CHATML) - 1} characters'),
-    ):
+    for too_long in (0, 1):
+        length = len(CHATML) - too_long
+        words = f'not a text of at most {length} characters'
         monkeypatch.setattr('text.chat.TEMPLATE_LENGTH', length)
-        with pytest.raises(UserError, match=words) if words else silent():
+        with pytest.raises(UserError, match=words) if too_long else silent():
             written(tokenizer_of(CHATML, EOS), pair())
 
 

@@ -381,6 +381,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(write, reads, all_first)
     for _ in range(2):
         assert list(map(items, parts(source, enough=enough))) == [items(train)[:50], items(test)[:2]]
     assert len(reads) == before if all_first else len(reads) - before <= 180
+    del reads[:]  # three chunks are enough, and the next one is read meanwhile
+    assert len(load(source, enough={'train': 90}, cache=False)) == 90 and len(reads) == 120
     # what was cached of the first is not taken for all
     assert len(parts(source)[0]) > 300
 
@@ -459,17 +461,11 @@ def test_what_is_not_asked_for_is_not_done(write, cache):
     limits = {'max_length': 64, 'max_prompt_length': 32}
     plain = tokenise.load_examples(write(rows), 'train', tok, 'pairs', **limits)
     assert plain.margin is None and 350 < len(plain) < 400 and len(list(cache.iterdir())) == 2
-    assert (
-        plain.left_out == {'margins, which only reward.py uses': len(plain)} and tok.decode(plain[0][0]) == 'prompt 0'
-    )
-    chats = tokenise.load_examples(
-        write([{'messages': turns}]), 'train', make_tokenizer(), 'sft', **limits, undivided=True
-    )
+    assert plain.left_out == {'margins, which only reward.py uses': len(plain)}
+    assert tok.decode(plain[0][0]) == 'prompt 0'
+    chats = load(write([{'messages': turns}]), make_tokenizer(), task='sft')
     assert (chats[0][1][0] < 0).any()
-    assert (
-        len(tokenise.load_examples(write(2), 'train', transformers.ByT5Tokenizer(), 'pairs', **limits, undivided=True))
-        == 2
-    )
+    assert len(load(write(2), transformers.ByT5Tokenizer())) == 2
     with pytest.raises(UserError, match='line 401'):
         tokenise.load_examples(write([*rows, {'chosen': 1}]), 'train', tok, 'pairs', **limits)
 
@@ -638,15 +634,12 @@ def test_scripts_flip_training_examples_alone(train, capsys):
 def test_several_sources_all_take_part(tmp_path, monkeypatch):
     """In training, however few examples are enough, and in evaluation."""
     monkeypatch.setattr(training, 'ENOUGH', 40)
-    files = [
-        write_jsonl(tmp_path / f'{name}.jsonl', [pair(f'{name} {i}', ' a', ' b') for i in range(60)]) for name in 'pq'
-    ]
+    files = [write_jsonl(tmp_path / f'{p}.jsonl', [pair(f'{p} {i}', ' a', ' b') for i in range(60)]) for p in 'pq']
     sizes = '--model=toy --n_examples=4 --batch_size=4 --n_eval_examples=8 --warmup_steps=0'.split()
     of_p = load(files[0], toy.tokenizer()).uid
     for source, n_train in ((str(files[0]), 40), (f'{files[0]}+{files[1]}', 120)):
-        run = run_script(
-            'dpo.py', *sizes, f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path}/{n_train}'
-        )['run']
+        where = f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path}/{n_train}'
+        run = run_script('dpo.py', *sizes, *where)['run']
         assert len(run.train) == n_train
         shares = [np.isin(examples.uid, of_p).mean() for examples in (run.train, run.held_out)]
         assert shares == [1, 1] if n_train == 40 else shares[0] == 0.5 and 0 < shares[1] < 1

@@ -233,10 +233,8 @@ def test_files_that_are_not_read(tmp_path, capsys):
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
     # the same rows twice, or a file about the data
     answers(write(folder, {'train': ROWS[:3]}, '.parquet'))
-    assert (
-        f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
-        in capsys.readouterr().out
-    )
+    said = f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
+    assert said in capsys.readouterr().out
     Path(write(tmp_path / 'more', {'rows': ROWS}), 'about.json').write_text('{"license": "mit"}')
     refused(tmp_path / 'more', f'about.json.*or name the file that is meant: --data={tmp_path}/more/FILE; see README')
 
@@ -317,10 +315,8 @@ def test_a_readme_names_only_files_of_its_folder(tmp_path):
         with pytest.raises(UserError, match='which is outside of the folder'):
             files.folder_splits(str(folder))
     # lists of lists of the same, nine to the power of eleven: not a name
-    names = [
-        'a: &a [x, x, x, x, x, x, x, x, x]',
-        *(f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')),
-    ]
+    names = ['a: &a [x, x, x, x, x, x, x, x, x]']
+    names += [f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')]
     write_jsonl(folder / 'train.jsonl', [{'prompt': 'a', 'response': 'b'}])
     (folder / 'README.md').write_text('\n'.join(['---', *names, 'configs: [{data_files: *k}]', '---', '']))
     assert files.folder_splits(str(folder)) == {'train': [str(folder / 'train.jsonl')]}

@@ -537,9 +537,7 @@ def test_a_copy_in_bfloat16_serves_a_whole_step(saved, device, rank):
     weights = sum(p.numel() for each in sharded.fsdp_modules(policy)[1:] for p in each.parameters())
     assert kept - not_kept == (2 * weights if rank is None else 0)
     # somebody's own optimizer is taken for one with two moments
-    own, known = (
-        room.estimate(policy, 0, 1, optimizer=name, dtype='bfloat16', shard='none') for name in ('Lion', 'AdamW')
-    )
+    own, known = (estimate(optimizer=name, shard='none') for name in ('Lion', 'AdamW'))
     assert own == known
     assert all(g.dtype == torch.float32 for g in map(sharded.local, fsdp.average_gradients(policy)))
     assert hasattr(next(block.parameters()), 'to_local')

@@ -90,9 +90,8 @@ def test_a_single_answer_that_the_template_marks(template):
     one, last = ({'prompt': chat[:-1], 'response': chat[-1:]} for chat in (CHAT[:2], CHAT[:4]))
     weighed = [turn | ({'weight': 0} if turn is CHAT[1] else {}) for turn in CHAT[:4]]
     found = tokenise([one, last], tokenizer, 'sft', 256, 128, 'start', Counter())
-    assert [ids_and_mask(found[i]) for i in (0, 1)] == [
-        ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)
-    ]
+    expected = [ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)]
+    assert [ids_and_mask(found[i]) for i in (0, 1)] == expected
 
 
 def test_marks_behind_a_prompt_that_opens_more():

@@ -79,15 +79,10 @@ def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
     file('rate = 2.0\nsteps = 2\n', 'b.py')
     scope = script(*argv.split())
     config = scope['config']
-    assert (
-        config == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'} and scope['double'] == 4
-    )  # what is derived follows
+    assert config == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'}
+    assert scope['double'] == 4  # what is derived follows
     assert all(same(scope[name], value) for name, value in config.items())
-    assert config.origin == dict.fromkeys(DEFAULTS, 'default') | {
-        'rate': 'command line',
-        'steps': 'b.py',
-        'name': 'a.py',
-    }
+    assert config.origin == dict.fromkeys(DEFAULTS, 'default') | dict(rate='command line', steps='b.py', name='a.py')
     # argv may be handed over
     scope = {'__file__': file(SCRIPT, 'script.py'), **DEFAULTS}
     assert configurator.configure(scope, ['--steps=3']) == DEFAULTS | {'steps': 3} and scope['steps'] == 3
