@@ -79,7 +79,7 @@ class Objective(NamedTuple):
     needs_ref: bool  # it compares policy and reference, so its rewards are log-ratios
     has_divergence: bool  # it takes the divergence of the policy from the reference, at each position
     is_per_token: bool  # it compares means over tokens
-    is_mixed: bool = False  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
+    is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
         """Call fn, a function of losses.py, with the options, columns and log-ratios that its signature asks for.

@@ -13,7 +13,7 @@ from runtime.objective import Objective
 def objective(name, *, paired=True, needs_ref=True, per_token=False, **options):
     options = {'beta': 0.1, 'beta_prime': None} | options
     uses = {'beta': True, 'alpha': False}
-    return Objective(name, losses.LOSSES[name], None, options, uses, paired, needs_ref, False, per_token)
+    return Objective(name, losses.LOSSES[name], None, options, uses, paired, needs_ref, False, per_token, False)
 
 
 def columns(**values):

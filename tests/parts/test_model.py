@@ -857,8 +857,9 @@ def test_what_is_summed_over_ranks(monkeypatch):
         assert found['b'].tolist() == whole and found['a'].tolist() == [2 - x for x in whole]
     assert fsdp.smallest(values) == 6 and reduced[-1] == fsdp.dist.ReduceOp.MIN
     net = torch.nn.Linear(2, 1)
-    net.reshard, net.shard_mode, net.weight.grad = lambda: None, 'none', torch.tensor([[4.0, 8.0]])
-    assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[[3.0, 5.0]]] == [net.weight.grad.tolist()]
+    for mode, mean in (('full', [4.0, 8.0]), ('none', [3.0, 5.0])):
+        net.reshard, net.shard_mode, net.weight.grad = lambda: None, mode, torch.tensor([[4.0, 8.0]])
+        assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[mean]] == [net.weight.grad.tolist()]
 
 
 @pytest.mark.parametrize('world, dtype, train, compared', [(1, 'float32', True, 0), (2, 'float32', True, 1), (1, 'bfloat16', True, 1), (1, 'bfloat16', False, 0)])  # fmt: skip
