@@ -304,6 +304,7 @@ def test_an_answer_behind_a_prompt_that_is_cut_within_a_character(monkeypatch):
 @pytest.mark.parametrize('name, t', KINDS.items(), ids=lambda x: x if isinstance(x, str) else '')
 def test_special_tokens_in_text_stay_text(name, t):
     t.chat_template = CHATML
+    assert chat.puts_space(t) == (name not in ('byte level', 'wordpiece'))
     ids, end = set(t.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])), {t.eos_token_id}
     for prompt, chosen in (('hi', f' {WORDS}'), (f'hi {WORDS} yes', ' yes')):
         examples = ids_of(t, {'prompt': prompt, 'chosen': chosen, 'rejected': ' no'})
@@ -358,6 +359,11 @@ def test_special_tokens_of_texts_that_a_template_has_written():
     assert examples.left_out['texts that begin or end with a special token: theirs are read as tokens'] == 1
     (ids,) = tokenise_prompts(['Name a river.<|im_start|>'], t, 99, 'start', Counter())
     assert ids[-1] == t.convert_tokens_to_ids('<|im_start|>')
+    # a BOS that begins a text is a token, and nothing else of it
+    t.add_special_tokens({'bos_token': '<s>'})
+    for begin in ('', '<s>'):
+        (found,) = tokenise_prompts([f'{begin}a <|im_start|> <s> b'], t, 99, 'start', Counter())
+        assert found.count(t.bos_token_id) == bool(begin) and ids[-1] not in found
 
 
 # ---- rows and templates that cannot be used ----

@@ -216,6 +216,10 @@ def test_hub_rows_and_errors(hub, monkeypatch):
     assert refusal('alpaca_eval').startswith("cannot read alpaca_eval.json of 'tatsu-lab/alpaca_eval' from the hub: ")
     hub.load_dataset_builder = refuse
     assert refusal('owner/other').startswith("cannot read 'owner/other' on the hub: no network at all (a config")
+    # whether the hub answers is asked before each file
+    monkeypatch.setattr('text.files.hub.reachable', refuse)
+    with pytest.raises(ConnectionError):
+        load('alpaca_eval')
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
