@@ -476,6 +476,7 @@ def test_the_rows_behind_examples(write, chat, system, task):
     rows = [pair(f'p{i}', ' a', f' b{i}', extra=n) for n, i in enumerate((0, 1, 1, 2, 0))]
     source, read_args = write([*rows, {'prompt': 'p'}]), {'num_turns': 1, 'skip_bad_rows': False, 'columns': None}
     examples = load(source, make_tokenizer(), task=task, chat=chat, system=system)
+    source = write([*rows, *many_pairs(100), {'chosen': 1}])  # whose last rows are not needed
     found = tokenise.source_rows(examples, source, 'train', task, chat=chat, system=system, undivided=True, **read_args)
     turns = [{'role': 'system', 'content': system}] * bool(system)
     prompts = [[*turns, user(f'p{i}')] if turns or chat else f'p{i}' for i in range(3)]
