@@ -175,6 +175,9 @@ def test_as_a_command(tmp_path):
     data = write_jsonl(tmp_path / 'data.jsonl', PAIRS[:1])
     done = forks.python('data.py', f'--data={data}', '--n=none', '--json')
     assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
+    chats = f'--data=sharegpt:{ROOT}/tests/parts/raw/sharegpt.json'
+    done = forks.python('data.py', chats, '--skip_bad_rows', '--model=toy')
+    assert ': 2 sft\n' in done.stdout and 'cut at max_length 512: ' in done.stdout
     done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr
