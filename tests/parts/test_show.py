@@ -52,7 +52,7 @@ def show(tmp_path, monkeypatch, capsys):
     ([{'messages': [user('Rain?'), assistant('', tool_calls=[CALL])]}], [], 1,
      ['user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ', '"Rome"}}}]}]]']),
     (PAIRS, ['--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6'], 1,
-     ['rejected: [[', '<|endoftext|>]]', 'lengths in tokens: median', 'cut at max_length 12: 100%']),
+     ['rejected: [[', '<|endoftext|>]]', 'lengths in tokens: median', 'cut at max_length 12: 100%', '5 margins, which only reward.py uses']),
     # a pair that is two single answers is shown once
     (PAIRS, ['--model=toy', '--n=2', '--task=singles'], 1, ['label: good', 'label: bad', '10 singles']),
     ([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)], [], 2, ['response, good:\n[[r]]', 'response, bad:\n[[r]]']),

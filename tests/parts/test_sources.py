@@ -160,9 +160,12 @@ def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
     assert len(both) == 2 * len(alone) > 0
 
 
-def test_annotations_are_recognised_by_their_fields():
+def test_annotations_are_recognised_by_their_fields(tmp_path):
     by_name, bare = (load(name + raw('annotations'), skip_bad_rows=True) for name in ('annotations:', ''))
     assert by_name == bare and 'annotations:PATH' in refusal('annotations')
+    for part, text in (('train', 'a'), ('test', 'b')):
+        write(tmp_path / f'{part}.json', [{'instruction': 'q', 'output_1': text, 'output_2': 'c', 'preference': 1}])
+    assert [answers(f'annotations:{tmp_path}', part) for part in ('train', 'test')] == [[' a'], [' b']]
 
 
 def test_toy():
