@@ -16,7 +16,7 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 
 from configurator import UserError
 from hf import load
-from text import chat, sources, toy
+from text import chat, messages, sources, toy
 from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer, encode_texts
 from text.tokenise import NO_CHAT, encode, tokenise, tokenise_prompts
 
@@ -427,6 +427,13 @@ def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, word
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     if not isinstance(template, str):  # texts need no template
         assert len(written(tokenizer_of(template, EOS), TEXTS)[0]) == 1
+
+
+def test_the_limits_of_a_template_are_those_of_the_docs():
+    text = ' '.join((Path(chat.__file__).parents[1] / 'docs/models.md').read_text().split())
+    assert '20 seconds of the processors and 1 GiB for a chat, and write 20 million characters; the messages' in text
+    assert 'of a chat may have 10 million' in text
+    assert (chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES, messages.LONGEST) == (20, 2**30, 10_000_000)
 
 
 def test_a_template_has_memory_beside_that_of_the_process():

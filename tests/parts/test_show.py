@@ -48,6 +48,7 @@ def show(tmp_path, monkeypatch, capsys):
     ([{'prompt': '12345', 'chosen': '678', 'rejected': '6'}], [], 1, [LENGTH_8]),
     ([{'prompt': '12345', 'response': '678'}], [], 1, [LENGTH_8]), ([{'prompt': '12345678'}], [], 1, [LENGTH_8]),
     ([{'messages': [user('12345'), assistant('678')]}], [], 1, [LENGTH_8]),
+    ([{'prompt': 'a'}] * 2001, [], 3, ['lengths in characters, of the first 2,000 examples: median 1,']),
     ([{'prompt': 'a' * i} for i in range(1, 101)], [], 3, ['lengths in characters: median 50, 95% up to 95, longest 100\n']),
     ([{'messages': [user('Rain?'), assistant('', tool_calls=[CALL])]}], [], 1,
      ['user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ', '"Rome"}}}]}]]']),
