@@ -438,6 +438,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('WebGPT', 'pairs', [{'question': {'id': '1', 'full_text': 'q?'}, 'answer_0': 'b', 'score_0': -n, 'answer_1': 'a', 'score_1': n} for n in (0.5, 0.0)], [PAIR], {'tie': 1}),
     ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
     *(('MT-Bench, questions', 'prompts', [{'question_id': 81, 'category': 'x', name: ['q?', 'why?', 'how?'], 'reference': []}], [{'prompt': [user('q?')]}], {formats.LATER: 2}) for name in ('turns', 'prompt')),
+    ('a number beside a prompt', 'sft', [{'prompt': 'q?', 'answer_tokens': 7, 'my_output': ''}], [{'prompt': 'q?'}], {}),
     ('Arena-Hard, questions', 'prompts', [{'question_id': 'x', 'turns': [{'content': 'q?'}]}], [{'prompt': [user('q?')]}], {}),
     ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 1}),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),

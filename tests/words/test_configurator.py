@@ -246,8 +246,8 @@ def test_every_option_says_what_it_is(words):
     assert len(lines) > 9 and not [line for line in lines if line.endswith(')  ')]
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, *words.split(), '--help']
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, cwd=ROOT)
+    command, env = [sys.executable, *words.split(), '--help'], os.environ | {'PYTHONUNBUFFERED': ''}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, cwd=ROOT, env=env)
     os.close(write)
     assert done.returncode == 0 and not done.stderr
 
