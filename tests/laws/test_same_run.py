@@ -204,9 +204,8 @@ def test_hub_models_are_known_by_their_files(monkeypatch, tmp_path):
     """Those that were loaded; another README is no other model."""
     for file, text in (('config.json', '{}'), ('model.safetensors', 'weights'), ('README.md', 'one')):
         (tmp_path / file).write_text(text)
-    monkeypatch.setattr(
-        hub, 'file_of', lambda name, file: str(tmp_path / file) if (name, file) == ('a/b', 'config.json') else None
-    )
+    there = {('a/b', 'config.json'): str(tmp_path / 'config.json')}
+    monkeypatch.setattr(hub, 'file_of', lambda *key: there.get(key))
 
     def found():
         return load.fingerprints({'model': 'a/b', 'ref_model': 'a/c', 'reward_model': 'gold', 'critic': 'head'})

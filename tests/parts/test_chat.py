@@ -437,7 +437,6 @@ def test_the_limits_of_a_template_are_those_of_the_docs():
 
 
 def test_a_template_has_memory_beside_that_of_the_process():
-    """Unless the user allows less."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     for soft, expected in ((before[0], now + 2**30), (now + 2**29, now + 2**29)):

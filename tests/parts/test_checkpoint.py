@@ -317,9 +317,8 @@ def test_what_a_rank_wrote_elsewhere_is_missed(tmp_path):
     """Where each host has an out_dir of its own, no checkpoint is complete."""
     ranks.setup()
     group, one = checkpoint._writer_group(dist.group.WORLD), torch.ones(2)
-    said = sentence(
-        checkpoint._write, tmp_path / '0000000005', {'one': one}, {'one': (2,), 'other': (3,)}, '{}', 1, group
-    )
+    shapes = {'one': (2,), 'other': (3,)}
+    said = sentence(checkpoint._write, tmp_path / '0000000005', {'one': one}, shapes, '{}', 1, group)
     assert 'all hosts must see one out_dir' in said and not list(tmp_path.iterdir())
 
 
@@ -703,12 +702,9 @@ def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world
     examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(length)]) for length in lengths])
     config = {'batch_size': batch_size, 'share_prefix': share, 'n_epochs': 3}
     layout = {'share_prefix': share, 'pad': not packed}
-    largest = max(
-        batch.ids.numel()
-        for _, rows in steps(9, batch_size, 27, seed=0)
-        for rank in range(world_size // tp)
-        for batch in data.make_batches(examples, rows, rank, world_size // tp, max_tokens, **layout)[0]
-    )
+    parts = [(rows, rank) for _, rows in steps(9, batch_size, 27, seed=0) for rank in range(world_size // tp)]
+    made = (data.make_batches(examples, *part, world_size // tp, max_tokens, **layout)[0] for part in parts)
+    largest = max(batch.ids.numel() for batches in made for batch in batches)
     assert largest <= room._largest_batch(config, examples, packed, max_tokens) <= 2.5 * largest
 
 
@@ -768,13 +764,10 @@ def test_bytes_saved_are_what_autograd_holds(whole):
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
     """The smallest limit on the way up counts, in both versions; 'max' is none."""
-    files = {
-        '/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n',
-        '/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes': '9223372036854771712\n',
-        '/sys/fs/cgroup/memory/a/memory.limit_in_bytes': '70000\n',
-        '/sys/fs/cgroup/c/memory.max': 'max\n',
-        '/sys/fs/cgroup/memory.max': '60000\n',
-    }
+    files = {'/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n'}
+    files['/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes'] = '9223372036854771712\n'
+    files['/sys/fs/cgroup/memory/a/memory.limit_in_bytes'] = '70000\n'
+    files |= {'/sys/fs/cgroup/c/memory.max': 'max\n', '/sys/fs/cgroup/memory.max': '60000\n'}
 
     def read(path):
         if str(path) not in files:

@@ -666,9 +666,8 @@ def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, 
 
 # ---- steps ----
 
-STEPS = st.fixed_dictionaries(
-    {'n': st.integers(1, 30), 'batch_size': st.integers(1, 40), 'total': st.integers(1, 100), 'seed': st.integers(0, 9)}
-)
+RANGES = {'n': (1, 30), 'batch_size': (1, 40), 'total': (1, 100), 'seed': (0, 9)}
+STEPS = st.fixed_dictionaries({name: st.integers(*ends) for name, ends in RANGES.items()})
 
 
 @MANY
@@ -746,9 +745,8 @@ def test_plans_are_balanced_and_no_longer_than_need_be(world):
 # ---- packing ----
 
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
-GROUPS = st.integers(1, 2).flatmap(
-    lambda n: st.lists(st.tuples(IDS, st.lists(IDS, min_size=n, max_size=n)), min_size=1, max_size=12)
-)
+ONE_OR_TWO = st.integers(1, 2).map(lambda n: st.lists(IDS, min_size=n, max_size=n))
+GROUPS = ONE_OR_TWO.flatmap(lambda answers: st.lists(st.tuples(IDS, answers), min_size=1, max_size=12))
 LAYOUTS = [{'share_prefix': True}, {'share_prefix': False}, {'pad': True}]
 
 

@@ -875,7 +875,6 @@ def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype
 @pytest.mark.parametrize('tp, replicated, sizes', [(1, False, {'dp': 8}), (1, True, {'copies': 8, 'dp': 1}), (2, False, {'dp': 4, 'tp': 2}), (2, True, {'copies': 4, 'dp': 1, 'tp': 2})])  # fmt: skip
 def test_meshes_of_eight_ranks(tp, replicated, sizes, monkeypatch):
     monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(get_world_size=lambda: 8))
-    monkeypatch.setattr(
-        fsdp, 'init_device_mesh', lambda _, sizes, mesh_dim_names: dict(zip(mesh_dim_names, sizes, strict=True))
-    )
+    mesh = lambda _, sizes, mesh_dim_names: dict(zip(mesh_dim_names, sizes, strict=True))  # noqa: E731
+    monkeypatch.setattr(fsdp, 'init_device_mesh', mesh)
     assert fsdp._mesh.__wrapped__('cpu', tp, replicated, None) == sizes
