@@ -153,15 +153,17 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
         # each chunk makes a gradient of the whole head weight. Both exist in float32, and also in bfloat16 if that is computed in
         bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
         needs['buffers'] = bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
-    # FSDP also does the cast to bfloat16, for which it gathers copies even on a single rank
-    if num_shards > 1 or bytes_each == 2:
+    # a replica that trains in bfloat16 has copies of its weights
+    if shard == 'none' and bytes_each == 2:
+        needs['buffers'] += bytes_each * num_trained
+    elif num_shards > 1 or bytes_each == 2:
         # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
         fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
         block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
         # parameters outside of the blocks, such as the embedding, stay gathered; so does the current block, with its gradients, and
         # the next block, which is gathered early
         gathered = _count(policy.parameters()) - sum(block_sizes) + 3 * max(block_sizes)
-        if sharded.stays_gathered(policy, shard):
+        if shard == 'grads':
             gathered += sum(block_sizes)
         needs['buffers'] += bytes_each * gathered
     return needs
