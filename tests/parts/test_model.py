@@ -588,6 +588,9 @@ def test_memory_by_hand(saved, device, monkeypatch):
     gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
     assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
     assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
+    # backward of a step's only microbatch frees activations while it makes gradients
+    alone = (room.estimate(net, 10, tokens, shard='full', is_step=True, **options)['gradients'] for tokens in (7, n))
+    assert list(alone) == [n - 70, 0]
     needs = room.estimate(net, 10, 7, **options | {'dtype': 'float32'})
     assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
     # on the disk: the model as it came in, checkpoints of what trains
