@@ -7,8 +7,7 @@ rows: the raw rows of the hub dataset, or of the local file or folder `path`. pa
   {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude. formats.py adds 'repeats': whether the answers
   began with the prompt, which is then removed; absent if that is unknown.
 Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of messages. parse
-raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
-"""
+raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout."""
 
 import os
 import re
@@ -87,7 +86,6 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
 
 def _opened(source, split, num_turns=1, undivided=False):
     """Return (rows, parse, has_no_test_part) of a source, for split 'train' or 'test'.
-
     parse: as the functions get_foo return it. has_no_test_part: 'test' gives the rows of training, too."""
     getter, path, hub_id = locate(source)
     name, config, named_split = files.named_part(source)
@@ -146,7 +144,6 @@ def keep_data(data, out):
 
 def locate(source):
     """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found.
-
     'hh' -> (get_hh, None, its hub id), 'hh:FILE' -> (get_hh, FILE, None), './FILE' -> (None, FILE, None),
     'owner/name' -> (None, None, 'owner/name')."""
     source, _, _ = files.named_part(source)  # without its config and [split]

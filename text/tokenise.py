@@ -2,8 +2,7 @@
 
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
 sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
-No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated.
-"""
+No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
 
 import math
 from array import array

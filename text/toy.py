@@ -4,8 +4,7 @@ A prompt asks for a review of a place. An answer has one to four clauses, each a
     Review of the hotel:  the room was very clean and the bed was dusty .
 The gold reward is the mean over clauses of the adjective's value, times 1.5 with "very", minus 1 for an aspect that the
 place does not have. An ungrammatical clause scores -2; a missing full stop adds one. A pair is two demonstrations of
-mixed quality; the preferred one is drawn from a Bradley-Terry model of the gold reward.
-"""
+mixed quality; the preferred one is drawn from a Bradley-Terry model of the gold reward."""
 
 import base64
 import math
@@ -93,7 +92,6 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 def pairs(split: str, n: int = 6000):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
-
     Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
