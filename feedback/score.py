@@ -104,19 +104,19 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     rank, world_size = ranks.data_rank()
     make_plan = plan_padded if is_padded else plan
     microbatches = make_plan(lengths, world_size, max_tokens)[rank]
-    found = []  # scores of each microbatch
-    slots = []  # of each of these scores: the number of its item, or -1
+    batch_scores = []  # a tensor for each microbatch
+    slots = []  # of each score in these: the number of its item, or -1
     for indices in microbatches:
         examples = [(groups[index].prompt, groups[index].answers) for index in indices]
         batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
-        found.append(model.response_scores(batch))
+        batch_scores.append(model.response_scores(batch))
         # without a group this rank scores a filler answer, to stay in step with the others; gather_columns drops slot -1
         for index in indices:
             slots += groups[index].slots
         if not indices:
             slots.append(-1)
     # the scores of all ranks, in the order of items
-    columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
+    columns = fsdp.gather_columns({'score': torch.cat(batch_scores)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
         raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")

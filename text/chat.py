@@ -125,14 +125,14 @@ def _any_of(words):
 
 def special_of(tokenizer):
     """Return the Special of a tokenizer and its chat template."""
+    # lru_cache knows by the other arguments if somebody has edited the tokenizer
     template = repr(tokenizer.chat_template)
     return _special_in(tokenizer, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, template)
 
 
 @lru_cache(maxsize=8)
-def _special_in(tokenizer, *_cache_keys):
-    """Return the Special of a tokenizer: its special tokens, EOS, and the added tokens that the chat template writes.
-    The other arguments only change if somebody edits the tokenizer, so that the cache does not serve the old Special."""
+def _special_in(tokenizer, *_keys_of_cache):
+    """Return the Special of a tokenizer: its special tokens, EOS, and the added tokens that the chat template writes."""
     added = tokenizer.added_tokens_decoder  # token id -> added token
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
@@ -168,9 +168,9 @@ def _mark_texts(prompt, answers, special, left_out):
     for answer in answers:
         body, stops = special.split(answer)
         # keep each stop token once, without line breaks
-        different_stops = ''.join(dict.fromkeys(special.stop.findall(stops)))
-        left_out[ENDED] += stops != different_stops
-        texts.append(mark(body) + different_stops)
+        kept_stops = ''.join(dict.fromkeys(special.stop.findall(stops)))
+        left_out[ENDED] += stops != kept_stops
+        texts.append(mark(body) + kept_stops)
     return texts
 
 

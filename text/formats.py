@@ -130,7 +130,7 @@ def parse_any(row, task=None, columns=None):
         if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
             examples[i] = {'drop': UNTRAINED}
             continue
-        # chat templates must not see the weights
+        # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
         prompt = example['prompt']
         if isinstance(prompt, list):
             example['prompt'] = [turn | {} for turn in prompt]
@@ -310,6 +310,7 @@ def prompt_of(row, given_answer=None):
     # a 'prompt' that ends with the given answer is a whole text: another column asks
     if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
         return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
+    # what these ask about may stand beside them
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
@@ -516,8 +517,9 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        there = (names for names in SCORED if set(names) <= row.keys())
-        *columns, first_score, second_score = next(there)
+        # SCORED: (first answer, second answer, their scores)
+        fitting = (names for names in SCORED if set(names) <= row.keys())
+        *columns, first_score, second_score = next(fitting)
         lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')

@@ -44,7 +44,7 @@ class BadValue(ValueError):
 
 def field(row, key, kind=str):
     """Return row[key]. Raises ValueError unless its type is kind, its length is within LONGEST, and UTF-8 can encode it."""
-    value = row.get(key, ...) if isinstance(row, dict) else ...
+    value = row.get(key, ...) if isinstance(row, dict) else ...  # ...: missing
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
         # a missing column may have another name

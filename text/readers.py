@@ -96,7 +96,7 @@ def _open(file):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'))
-    open_file = PACKED.get(suffix, open)
+    open_file = PACKED.get(suffix, open)  # gzip.open for .gz, ...; open for a file that is not compressed
     return open_file(file, 'rb')
 
 

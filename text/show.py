@@ -48,7 +48,7 @@ ANSWERS = ('chosen', 'rejected', 'response')  # what an item may have beside its
 
 def main():
     """Print the examples that the options select. Raises UserError if they cannot be read."""
-    # set the options above from the command line and config files
+    # set the options above, of which `json` is needed first; early: notes are left to the second call
     configure(globals(), early=True)
     out = sys.stdout
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr

@@ -122,7 +122,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    its_files = splits[chosen] if path else None
+    its_files = splits[chosen] if path else None  # None: read_rows downloads them
     rows = read_rows(hub_id, chosen, its_files, name=config)
     return rows, None, test is None
 
@@ -235,7 +235,7 @@ def _parsed(rows, parse, task, columns):
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
     # each() gives an error for a row without a layout
-    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+    for _row, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
         if isinstance(layout, Layout):
             return layout
     return None

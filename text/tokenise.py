@@ -279,7 +279,7 @@ def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; texts is None for an empty answer.
     The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
-    plain = part._replace(conversation=None)
+    plain = part._replace(conversation=None)  # for texts that are not segments
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
     # several answers: one text in segments; a single answer: as in sampling, unless the template marks trained tokens
     needs_segments = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
@@ -334,19 +334,19 @@ def _encode_in_chunks(items, tokenizer):
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
-        in_thread = None  # the future of the chunk before
+        pending = None  # the future of the chunk before
         chunk = []
         characters = 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
-                full = pool.submit(encode_chunk, chunk)
-                if in_thread:
-                    yield in_thread.result()
-                in_thread, chunk, characters = full, [], 0
-        if in_thread:
-            yield in_thread.result()
+                future = pool.submit(encode_chunk, chunk)
+                if pending:
+                    yield pending.result()
+                pending, chunk, characters = future, [], 0
+        if pending:
+            yield pending.result()
         yield encode_chunk(chunk)  # the rest
 
 
@@ -497,7 +497,7 @@ def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, trun
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
     prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
-    limits = Limits.of(tokenizer, longest, longest, truncation)
+    limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # None for a rejected prompt
     for prompt in prompts:
         row = prompt if isinstance(prompt, dict) else {'prompt': prompt}

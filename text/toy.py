@@ -47,7 +47,7 @@ def gold(prompt: str, answer: str) -> float:
             if aspect not in aspects_of_place:
                 score -= 1
         scores.append(score)
-    return sum(scores) / len(scores)
+    return sum(scores) / len(scores)  # _clauses yields at least one
 
 
 def well_formed(answer: str) -> bool:
@@ -112,7 +112,7 @@ def tokenizer():
 
     # byte-level fallback: any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
-    # BPE merges two tokens at a time, so every prefix of a word must be a token, too
+    # BPE merges two tokens at a time, so every prefix of ' WORD' must be a token, too; its first byte, the space, is one
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))

@@ -185,11 +185,12 @@ def curves_of(metrics, runs):
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    gaps = 0
+    gaps = 0  # how many values are NaN or infinite
     points = []  # (training examples so far, value)
     rows = [row for row in run.rows if row['split'] == split]
     for row in rows:
         value = value_of(row, split, metric)
+        # rows without this metric
         if value is None:
             continue
         if math.isfinite(value):
