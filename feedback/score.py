@@ -313,7 +313,7 @@ def table(pairs):
         present = [name for name in sizes if name in accuracies]
         if not present:
             continue
-        shares = [accuracies[name][0] for name in present]
+        shares = [share for share, _text in map(accuracies.get, present)]
         score = np.average(shares, weights=[sizes[name] for name in present])
         section_scores.append(score)
         lines.append(f'  {section:24s} {score:.3f}')

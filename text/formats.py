@@ -206,7 +206,7 @@ def unified(row, columns=None):
     for name, our_name in RENAMED_CHATS.items():
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
-    # if no column is known, the only one with messages is the chat: dialogue, items, data, turns, ...
+    # if no column is known, the only one with messages, or one of a usual name, is the chat: dialogue, items, turns, ...
     if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns'}):
         chats = []
         for name, value in row.items():
@@ -543,7 +543,7 @@ def read_votes(row, task):
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
     questions, *answers_of_sides = texts
-    comparison = {'winner': ''}
+    comparison = {'winner': ''}  # that stays for a tie
     for side, answers in zip('ab', answers_of_sides, strict=True):
         exchanges = zip(questions, answers, strict=False)
         comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
@@ -650,7 +650,7 @@ def read_scored(row, task):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     column, score_column = first_of(MANY, row), first_of(SCORES, row)
     answers, scores = field(row, column, list), field(row, score_column, list)
-    # raises an error that names the column
+    # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
     all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
     if len(answers) != len(scores) or not all_numbers:

@@ -100,7 +100,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         left_out = Counter()
         rows = _read_sources(names, split, task, read_args, left_out, both=both)
         tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args)
-        rows.close()
+        rows.close()  # ends its progress bar
         for name, its_examples in tokenised.items():
             its_examples.left_out.update(left_out)
             if cache:
@@ -358,7 +358,7 @@ class Builder:
         self.left_out = Counter()
         self.ids = array('i')
         self.widths = array('q')  # tokens of each prompt and each answer
-        self.good = array('b')
+        self.good = array('b')  # this and the next two: a value for each example
         self.uid = array('Q')
         self.margins = array('f')  # NaN: no margin
 
