@@ -161,7 +161,7 @@ def make_pairs(answers_file, against_file=None):
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
-    # instruction -> its number: an instruction that is asked again has pairs of its own, but is one prompt to an interval
+    # instruction -> its number: one that is asked again has pairs of its own, but is one prompt to an interval
     numbers = {}
     for question, group in our_groups.items():
         number = numbers.setdefault(group[0]['instruction'], len(numbers))

@@ -76,7 +76,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # can_pack compares the packed and padded scores of two pairs of different lengths, made of three rows of random tokens
+    # can_pack compares packed and padded scores, of two pairs of different lengths made of three rows of random ids
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     long_pair = a, [b, c[:5]]  # prompt, [chosen, rejected]
     short_pair = b[:7], [c[:9], a]

@@ -365,7 +365,8 @@ def encode_texts(texts, tokenizer, before=None):
     ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
     all_ids = []
     for start, text, whole in zip(before, texts, wholes, strict=True):
-        whole_ids, start_ids = ids_of[whole], ids_of[start]
+        whole_ids = ids_of[whole]
+        start_ids = ids_of[start]
         if whole_ids[: len(start_ids)] == start_ids:
             all_ids.append(whole_ids[len(start_ids) :])
         # a token of the whole goes over the border, and a prompt must be the same without an answer

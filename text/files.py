@@ -292,7 +292,7 @@ def _split_of(name):
     # a shard, train-00000-of-00002.parquet, tells its split before the number
     shard = re.search(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$', name)
     if shard:
-        # shard[1], the name before the number: any in a folder `data`, elsewhere only one with a SPLIT_WORD, such as train_x
+        # shard[1]: the name before the number, any in a folder `data`, elsewhere one with a SPLIT_WORD, such as train_x
         is_in_data_folder = not word and '/data/' in f'/{name}'
         if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits

@@ -206,7 +206,7 @@ def unified(row, columns=None):
     for name, our_name in RENAMED_CHATS.items():
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
-    # if no column is known, the only one with messages, or one of a usual name, is the chat: dialogue, items, turns, ...
+    # if no column is known, the only one with messages, or one of these names, is the chat
     if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns'}):
         chats = []
         for name, value in row.items():

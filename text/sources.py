@@ -102,7 +102,7 @@ def _opened(source, split, num_turns=1, undivided=False):
         if is_of_hub:
             path, train, test = getter.local_path(path), getter.train, getter.test
         has_no_test_part = test is None
-        # local files may have no test part, although those of the hub have one: local_files gives those of training then
+        # local files may lack the test part that the hub has: local_files gives those of training then
         if path and test:
             try:
                 has_no_test_part = files.local_files(path, train) == files.local_files(path, test)
@@ -363,7 +363,7 @@ class HubDataset(NamedTuple):
         return read_rows(self.hub_id, hub_split, path, **self.options), self.parse
 
     def local_path(self, path):
-        """Return path, or the folder options['data_dir'] in it if it exists: path is a clone of the hub's repository then."""
+        """Return path, or the folder options['data_dir'] in it if that exists, as in a clone of the hub's repository."""
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         return folder if path and os.path.isdir(folder) else path
 

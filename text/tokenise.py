@@ -218,7 +218,8 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
         # only now, since a rejected row yields no example
         seen_uids.update(part.uid for part in parts)
         # count plain texts without turn markers, for a note: the user may have forgotten --chat
-        prompt, answer = parts[0].prompt, parts[0].answers[0]
+        prompt = parts[0].prompt
+        answer = parts[0].answers[0]
         are_texts = prompt and isinstance(prompt, str) and isinstance(answer, str)
         if has_template and are_texts and not prompt.endswith(TURN_MARKERS):
             left_out[NO_CHAT] += 1
@@ -401,7 +402,9 @@ class Builder:
             del self.left_out[THOUGHTLESS]
         # widths: prompt, chosen, rejected, prompt, ... for pairs, else prompt, answer, prompt, ...
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        ids, good, uid = np.asarray(self.ids), np.array(self.good, bool), np.asarray(self.uid)
+        ids = np.asarray(self.ids)
+        good = np.array(self.good, bool)
+        uid = np.asarray(self.uid)
         return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
 
 

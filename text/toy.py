@@ -112,7 +112,7 @@ def tokenizer():
 
     # byte-level fallback: any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
-    # BPE merges two tokens at a time, so every prefix of ' WORD' must be a token, too; its first byte, the space, is one
+    # BPE merges two tokens at a time, so every prefix of ' WORD' must be a token, too (the space already is)
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))

@@ -45,7 +45,7 @@ def segments(turns, tools, tokenizer, left_out):
 
     # spans: (start, end) of every answer in full_text
     if marks_answers(tokenizer, tools):
-        # apply_chat_template calls this, too, but returns only tokens, and not the marked (start, end) of each of the chats
+        # apply_chat_template calls this, too, but returns only tokens, not the marked (start, end) of each chat
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
@@ -60,7 +60,8 @@ def segments(turns, tools, tokenizer, left_out):
     if None in spans or len(spans) != len(answers):
         return None
     chat.count_unwritten(turns, tools, full_text, write, left_out)
-    texts, done = [], 0  # full_text[:done] is in texts
+    texts = []
+    done = 0  # full_text[:done] is in texts
     for i, (start, end) in zip(answers, spans, strict=True):
         # blank: an end of turn alone, behind a thought that the template leaves out, say
         content, _stops = special.split(full_text[start:end])
