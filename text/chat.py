@@ -291,8 +291,8 @@ def with_thoughts(turn):
 
 def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     """Return an answer as the template writes it behind prompt_text, its text of the prompt; no line breaks at the end.
-    Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at its
-    end may differ: the answer is then the thought, which may be empty (counted in left_out), its end tag, and the rest."""
+    Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at
+    its end may differ: the answer is then the thought, perhaps empty (counted in left_out), its end tag, and the rest."""
     *earlier, last = prompt
     chat = prompt + answer
     # an answer that the prompt has begun becomes one message with its beginning
@@ -355,8 +355,8 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 
 def encode_texts(texts, tokenizer, before=None):
     """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks.
-    before: the text that each one continues ('': none), so that it gets no space in front from a tokenizer that puts one
-    before every text; None: they continue none."""
+    before: the text that each one continues ('': none), so that it gets no space in front from a tokenizer that puts
+    one before every text; None: they continue none."""
     if before is None or not puts_space(tokenizer):
         return _encode_all(texts, tokenizer)
     # a text's ids are those of the whole (the text before it, and the text) without those of the text before it

@@ -156,7 +156,7 @@ class Examples:
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
         def donors(place, row):
-            """Yield (examples, candidate rows) for the example row = rows[place], best first; some have no candidates."""
+            """Yield (examples, candidate rows) for the example row = rows[place], best first; some have none."""
             own_prompt = self.prompt_hashes[row]
             # np.roll: the other examples, from the next one on, and then those before this one
             in_step = np.roll(rows, -place)[1:]

@@ -340,9 +340,9 @@ def _ends_with(prompt, given_answer):
 
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
-    """Raise ValueError if another column than `column`, which the messages `turns` are from, has content that they do not
-    include: it would be lost. names: columns of which all content counts. texts_in: columns that may also hold names or
-    numbers, of which only texts of four words or more count."""
+    """Raise ValueError if another column than `column`, which the messages `turns` are from, has content that they do
+    not include: it would be lost. names: columns of which all content counts. texts_in: columns that may also hold
+    names or numbers, of which only texts of four words or more count."""
     text = '\n'.join(turn['content'] for turn in turns)
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
@@ -371,10 +371,10 @@ def is_history(value):
 
 
 def example_of(row, columns):
-    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in the
-    column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': the column with this answer}.
-    Text answers to a question also give 'repeats': whether all began with it, and it was removed. Raises ValueError, and
-    LeftOut for chats without an answer or with different prompts."""
+    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in
+    the column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': the column of this answer}.
+    Text answers to a question also give 'repeats': whether all began with it, and it was removed. Raises ValueError,
+    and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt

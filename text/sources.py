@@ -363,7 +363,7 @@ class HubDataset(NamedTuple):
         return read_rows(self.hub_id, hub_split, path, **self.options), self.parse
 
     def local_path(self, path):
-        """Return path, or the folder options['data_dir'] in it if that exists, as in a clone of the hub's repository."""
+        """Return path, or the folder options['data_dir'] in it if that exists, as in a clone from the hub."""
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         return folder if path and os.path.isdir(folder) else path
 

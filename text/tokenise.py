@@ -191,8 +191,8 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the segments of
-    a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows that the template
+    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
+    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows that the template
     rejects, unless skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
@@ -277,7 +277,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 
 def _render_part(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], one per example: chats by the template, texts only marked; texts is None for an empty answer.
+    """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
     The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
     plain = part._replace(conversation=None)  # for texts that are not segments
