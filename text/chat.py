@@ -292,7 +292,7 @@ def with_thoughts(turn):
 def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     """Return an answer as the template writes it behind prompt_text, its text of the prompt; no line breaks at the end.
     Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at
-    its end may differ: the answer is then the thought, perhaps empty (counted in left_out), its end tag, and the rest."""
+    its end may differ: the answer is then the thought (left_out counts empty ones), its end tag, and the rest."""
     *earlier, last = prompt
     chat = prompt + answer
     # an answer that the prompt has begun becomes one message with its beginning

@@ -372,7 +372,7 @@ def is_history(value):
 
 def example_of(row, columns):
     """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in
-    the column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': the column of this answer}.
+    the column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': its column}.
     Text answers to a question also give 'repeats': whether all began with it, and it was removed. Raises ValueError,
     and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}

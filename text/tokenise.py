@@ -192,8 +192,8 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
     builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
-    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows that the template
-    rejects, unless skip_bad_rows."""
+    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows
+    that the template rejects, unless skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
