@@ -1,7 +1,6 @@
 """An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), for sample.py and label.py.
 
-The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says.
-"""
+The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says."""
 
 import asyncio
 import itertools
@@ -106,7 +105,6 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
 
 class _Endpoint:
     """The HTTP client and the state shared by all jobs of one ask() call.
-
     proven: whether the endpoint has ever answered. not_before: time.monotonic() before which no request may be sent."""
 
     def __init__(self, url, concurrency, timeout, retries, backoff, proven):

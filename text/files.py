@@ -45,7 +45,6 @@ def content_hash(*parts) -> int:
 
 def named_part(source):
     """Parse a source 'NAME:config[split]' into (name, config or None, split or None).
-
     Only hub ids and folders with a slash (./mine:easy) have configs; in hh:PATH, hh is a reader, and the source is returned whole.
     Brackets are no split if the source as it stands is a path, or a pattern that matches files."""
     split = None
@@ -62,7 +61,6 @@ def named_part(source):
 
 def choose_splits(names, wanted, source):
     """Choose (train split, test split or None) from the names of a source's splits. Raises UserError if it cannot.
-
     wanted: the train split named by the user, or None. source: its name for messages, without [split]."""
     train = wanted or 'train'
     if train not in names:
@@ -88,10 +86,9 @@ def choose_splits(names, wanted, source):
 @cache
 def hub_files(hub_id, **options):
     """Return ({split: names of its files} of a hub dataset, their commit). Offline: as they were seen last. Raises UserError.
-
     options: those of load_dataset that say which part is meant, such as name, its config; if that is None, the default or only one."""
     commit = hub_commit(hub_id)
-    # what a commit has does not change
+    # what an earlier run noted, for a commit does not change
     with suppress(OSError, ValueError, UserError):
         return json.loads(_note(hub_id, commit or 'unknown', options).read_text()), commit
     if not hub.reachable():
@@ -135,6 +132,7 @@ def hub_commit(hub_id):
     """Return the commit of a hub dataset, or None if unknown. Cached: all reads of a process use the same commit."""
     # ignore errors here: reading the rows will report them
     with suppress(Exception):
+        # the commit that hub_files read last
         if not hub.reachable():
             return _note(hub_id).read_text()
         import huggingface_hub
@@ -149,7 +147,7 @@ def _note(*parts):
 
 
 def _write_note(text, *parts):
-    """Write the file _note(*parts); a run goes on without it."""
+    """Write the file _note(*parts), if possible: a run goes on without it."""
     with suppress(OSError, UserError):
         file = _note(*parts)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -187,13 +185,12 @@ def _is_data_file(file):
 
 def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
-
     config: a config in the README; None: its default or only one. Raises UserError if this config is missing or ambiguous."""
     import huggingface_hub
 
     path = os.path.expanduser(path)
     configs = {}  # config name -> its entry in the README
-    entry = {}  # that of `config`
+    entry = {}  # that of `config`; {} names no files
     readme = os.path.join(path, 'README.md')
     try:
         listed = (huggingface_hub.metadata_load(readme) or {}).get('configs', []) if os.path.exists(readme) else []
@@ -208,12 +205,13 @@ def folder_splits(path, config=None):
             problem = f'no config {config!r}' if config else 'several configs'
             names = ', '.join(configs) or 'none'
             raise UserError(f'{path} has {problem}; there are {names}: say which: --data={path}:CONFIG ({HELP})')
-        entry = configs[candidates[0]]
+        [config] = candidates
+        entry = configs[config]
     named_files = _named_files(path, entry)
     if named_files:
         return named_files
     if 'data_files' in entry:
-        missing = f'{path} has none of the files that its README names for the config {candidates[0]!r}'
+        missing = f'{path} has none of the files that its README names for the config {config!r}'
         # the files present may belong to other configs
         if len(configs) > 1:
             raise UserError(f'{missing}: fetch them')
@@ -273,11 +271,12 @@ def _splits_by_name(path):
         say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
         splits = {'train': unnamed, **splits}
-    # the same rows may lie there twice
+    # if a split has files of several formats, the same rows may lie there twice
     for split, split_files in splits.items():
         formats = set()
         for file in split_files:
             name = Path(file).name.lower()
+            # the first ending that is in the name: .jsonl stands before .json
             formats.update(islice((ending for ending in FORMATS if ending in name), 1))
         if len(formats) > 1:
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
@@ -287,14 +286,13 @@ def _splits_by_name(path):
 
 def _split_of(name):
     """Return the split that a relative file path tells by the rules of `datasets`, or ''.
-
     'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
     'latest.json' -> ''."""
     word = SPLIT_WORD.search(name.lower())
     # a shard, train-00000-of-00002.parquet, tells its split before the number
     shard = re.search(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$', name)
     if shard:
-        # that is any name in a folder `data`, and elsewhere one with such a word, such as train_x
+        # shard[1]: the name before the number, any in a folder `data`, elsewhere one with a SPLIT_WORD, such as train_x
         is_in_data_folder = not word and '/data/' in f'/{name}'
         if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits
@@ -310,7 +308,7 @@ def local_files(path, split):
     splits = folder_splits(path)
     if split in splits:
         return splits[split]
-    # the split may be called validation instead of test, or train_sft instead of train
+    # the split may be called validation instead of test, or train_sft instead of train: choose_splits finds them
     train, test = choose_splits(splits, wanted=None, source=path)
     is_train = test is None or split.startswith('train')
     return splits[train if is_train else test]

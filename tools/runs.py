@@ -40,7 +40,6 @@ class Run(NamedTuple):
 
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
-
     far: outliers that are not drawn; gaps: number of values that are not finite. metric: index among the metrics of the panel;
     run: index of the run. extra: how much wider than the last run's it is drawn, so that it is seen under an equal one."""
 
@@ -79,7 +78,6 @@ def read_options(folder):
 
 def read_rows(file, types):
     """Return the rows of a .jsonl file, or [] if it does not exist. types: {field: type} that every row must have.
-
     Skips an incomplete last line, with a note. Raises UserError with the line number for any other damaged line."""
     if not file.exists():
         return []
@@ -170,7 +168,7 @@ def panels_of(runs):
 def curves_of(metrics, runs):
     """Return the non-empty Curves of a panel's metrics, ordered by metric, split ('train' first) and run."""
     found = []
-    # from at most 3 for the first run down to 0 for the last, which is drawn on top
+    # added line widths, from at most 3 for the first run down to 0 for the last, which is drawn on top of the others
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
@@ -187,11 +185,12 @@ def curves_of(metrics, runs):
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    gaps = 0
+    gaps = 0  # how many values are NaN or infinite
     points = []  # (training examples so far, value)
     rows = [row for row in run.rows if row['split'] == split]
     for row in rows:
         value = value_of(row, split, metric)
+        # rows without this metric
         if value is None:
             continue
         if math.isfinite(value):
