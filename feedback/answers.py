@@ -31,6 +31,7 @@ def append(path, rows, sync=True):
 
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
+
     key_of: may raise KeyError, TypeError or ValueError for a damaged row, or UserError with a message of its own; both become
     a UserError with the line number, as does a line that is not JSON. An incomplete last line is cut off, with a note."""
     rows = {}
@@ -75,6 +76,7 @@ def raise_if_missing(failed, what):
 
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
+
     wanted(index, sample): returns the fields and values that this row must have, or None if the run has no such answer.
     Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
@@ -116,6 +118,7 @@ def write_model_outputs(out_dir, rows):
 
 def read_answers(path):
     """Return the answers in a samples.jsonl or model_outputs.json as a list of dicts, in file order.
+
     Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), generator (model name) and
     sample (number of the answer to its prompt). Raises UserError for a row of another format, and if there are no answers."""
     answers = []
@@ -194,6 +197,7 @@ def make_pairs(answers_file, against_file=None):
 
 def _by_question(answers):
     """Group answers (dicts of read_answers) as {question: answers sorted by sample number}.
+
     A file may ask an instruction more than once, so a question is (instruction, number of times it was asked before)."""
     groups = {}
     times_seen = Counter()  # of each (instruction, generator, sample)

@@ -105,6 +105,7 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
 
 class _Endpoint:
     """The HTTP client and the state shared by all jobs of one ask() call.
+
     proven: whether the endpoint has ever answered. not_before: time.monotonic() before which no request may be sent."""
 
     def __init__(self, url, concurrency, timeout, retries, backoff, proven):

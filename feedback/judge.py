@@ -22,6 +22,7 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 
 def read_prompt(name):
     """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
+
     It must have {instruction}, {answer_1} and {answer_2} exactly once each, and ask for a 'Verdict:' line; else, or if it cannot be
     read, UserError is raised. {mark}, a random string that delimits the answers, is recommended: a note is printed without it."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
@@ -38,6 +39,7 @@ def read_prompt(name):
 
 def question(template, pair, order):
     """Return the request field that asks for a verdict on a pair: {'messages': [one user message]}.
+
     template: a judge prompt with placeholders. pair: {'instruction': text, 'outputs': [first answer, second answer], ...}.
     order: 1 shows the first answer as A and the second as B, 2 swaps them."""
     answers = [output.strip() for output in pair['outputs']]
@@ -53,6 +55,7 @@ def question(template, pair, order):
 
 def preference(text, raw, order):
     """Return the answer that a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
+
     text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
     A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
     if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):

@@ -72,6 +72,7 @@ SECTIONS = {
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
     """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after ranks.setup.
+
     Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
@@ -138,6 +139,7 @@ class _Group(NamedTuple):
 
 def _groups(items, eos, max_length, max_tokens):
     """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
+
     Appends eos to answers that do not end with it. Raises UserError without a prompt, and for more than max_length tokens."""
     by_prompt = {}  # bytes of the prompt ids -> groups
     for slot, (prompt, answer) in enumerate(items):
@@ -197,6 +199,7 @@ def main():
 
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
+
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
@@ -227,6 +230,7 @@ def create_output():
 
 def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
+
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     # a prompt is cut to half of the limit if the whole is too long
     options = {'max_length': limit, 'max_prompt_length': limit // 2, 'truncation': truncation, 'left_out': left_out}
@@ -284,6 +288,7 @@ def report(rows):
 
 def accuracy(pairs):
     """Return (accuracy, text with accuracy, 95% interval and counts) for scored pairs, which are rows of --out.
+
     The accuracy is the share of pairs with margin > 0; the interval treats pairs with the same prompt as one cluster."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
@@ -296,6 +301,7 @@ def accuracy(pairs):
 
 def table(pairs):
     """Return the accuracy per value of the column --by as lines; [] if no pair has that column.
+
     If all values are subsets of RewardBench, also the scores of its sections and their mean, by its rules."""
     groups = {}  # value of the column -> pairs
     for row in pairs:

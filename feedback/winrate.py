@@ -11,6 +11,7 @@ ENOUGH = 30  # fewest clusters for a standard error to be reliable
 
 def mean(wins, clusters):
     """Return (mean, cluster-robust standard error) of wins (n,), each None if it is undefined.
+
     clusters (n,): label of any type of each value's cluster, such as its prompt. For C clusters the error is
     sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n, undefined for C = 1."""
     wins = np.asarray(wins, float)
@@ -25,6 +26,7 @@ def mean(wins, clusters):
 
 def interval(wins, clusters):
     """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
+
     clusters (n,): as for mean(). Wilson's sample size is Kish's effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c
     values; with ENOUGH clusters it is larger if the cluster-robust error implies that."""
     p, error = mean(wins, clusters)
@@ -88,6 +90,7 @@ def length_controlled(wins, difference, clusters):
 
 def _fit_logistic(x, wins):
     """Fit P(win) = sigmoid(x @ beta) by maximum likelihood (Newton's method). x (n, k), wins (n,).
+
     Returns (beta (k,), Fisher information (k, k), residuals wins - P(win) (n,)), or None if there is no finite maximum."""
     beta = np.zeros(x.shape[1])
     for _ in range(50):

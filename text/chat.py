@@ -43,6 +43,7 @@ class Refused(Exception):
 
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
+
     If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
     line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
     prompt, answers: each a text or a list of messages. left_out: Counter of reasons, updated. blank: allow empty answers."""
@@ -154,6 +155,7 @@ def _special_in(tokenizer, *_keys_of_cache):
 
 def _mark_texts(prompt, answers, special, left_out):
     """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
+
     Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
     then written by a chat template, and its special tokens are meant as tokens."""
     bos = special.bos if prompt.startswith(special.bos) else ''
@@ -291,6 +293,7 @@ def with_thoughts(turn):
 
 def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     """Return an answer as the template writes it behind prompt_text, its text of the prompt; no line breaks at the end.
+
     Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at
     its end may differ: the answer is then the thought (left_out counts empty ones), its end tag, and the rest."""
     *earlier, last = prompt
@@ -325,6 +328,7 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
 
 def count_unwritten(turns, tools, text, write_again, left_out):
     """Count in left_out what the template does not write to the text: contents, other fields of messages, and tools.
+
     text: what it wrote of turns and tools; write_again(turns, tools) returns that of others. A field is unwritten if
     the text is the same without it."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
@@ -355,6 +359,7 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 
 def encode_texts(texts, tokenizer, before=None):
     """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks.
+
     before: the text that each one continues ('': none), so that it gets no space in front from a tokenizer that puts
     one before every text; None: they continue none."""
     if before is None or not puts_space(tokenizer):
@@ -385,6 +390,7 @@ def puts_space(tokenizer):
 
 def decode_answer(ids, prompt_ids, tokenizer, **options):
     """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning.
+
     options: for tokenizer.decode."""
     if not puts_space(tokenizer):
         return tokenizer.decode(ids, **options)
@@ -428,6 +434,7 @@ def _encode_marked(text, tokenizer, at_start=True):
 
 def _encode_piece(text, tokenizer, as_text, at_start=False):
     """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text.
+
     at_start: allow the space that some tokenizers add at the start of a text."""
     if not at_start:
         # encode the piece after a newline, then remove the newline's ids

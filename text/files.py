@@ -45,6 +45,7 @@ def content_hash(*parts) -> int:
 
 def named_part(source):
     """Parse a source 'NAME:config[split]' into (name, config or None, split or None).
+
     Only hub ids and folders with a slash (./mine:easy) have configs; in hh:PATH, hh is a reader, and the source is returned whole.
     Brackets are no split if the source as it stands is a path, or a pattern that matches files."""
     split = None
@@ -61,6 +62,7 @@ def named_part(source):
 
 def choose_splits(names, wanted, source):
     """Choose (train split, test split or None) from the names of a source's splits. Raises UserError if it cannot.
+
     wanted: the train split named by the user, or None. source: its name for messages, without [split]."""
     train = wanted or 'train'
     if train not in names:
@@ -86,6 +88,7 @@ def choose_splits(names, wanted, source):
 @cache
 def hub_files(hub_id, **options):
     """Return ({split: names of its files} of a hub dataset, their commit). Offline: as they were seen last. Raises UserError.
+
     options: those of load_dataset that say which part is meant, such as name, its config; if that is None, the default or only one."""
     commit = hub_commit(hub_id)
     # what an earlier run noted, for a commit does not change
@@ -185,6 +188,7 @@ def _is_data_file(file):
 
 def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
+
     config: a config in the README; None: its default or only one. Raises UserError if this config is missing or ambiguous."""
     import huggingface_hub
 
@@ -286,6 +290,7 @@ def _splits_by_name(path):
 
 def _split_of(name):
     """Return the split that a relative file path tells by the rules of `datasets`, or ''.
+
     'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
     'latest.json' -> ''."""
     word = SPLIT_WORD.search(name.lower())

@@ -174,6 +174,7 @@ def layout_of(row):
 
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
+
     columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
@@ -289,6 +290,7 @@ def first_of(names, row):
 
 def prompt_of(row, given_answer=None):
     """Return the prompt of a row: text for the answer to continue, or a list of messages.
+
     The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
     in place of a ValueError."""
@@ -666,6 +668,7 @@ def read_scored(row, task):
 
 def rank_groups(rows, task, read):
     """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
+
     read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
@@ -711,6 +714,7 @@ def read_rated(rows, task):
 
 def read_trees(rows, task, language=None):
     """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
+
     The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
     only messages in this language; None: all."""
     rows = list(rows)
@@ -806,6 +810,7 @@ def label_of(row):
 
 def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
+
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
@@ -907,6 +912,7 @@ def read_turns(row, task):
 
 def unread_answers(rows):
     """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
+
     A category or an id has fewer than four words, or the same ones in many rows."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(rows)):

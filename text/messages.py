@@ -93,6 +93,7 @@ def no_answer_error(key, last_role):
 
 def read_message(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
+
     'from' and 'value' (or 'text', or Gemini's 'parts') are renamed, nulls are removed, and a list of content parts is joined to
     one text. A 'function_call' becomes a tool call. An answer not to train on, by 'weight' or a field of TRAINS, has 'weight': 0."""
     if not isinstance(turn, dict):
@@ -156,6 +157,7 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for read_message(); other values unchanged.
+
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
     must_be_chat: a list of strings becomes turns of the user and the assistant, and so does one of objects with a question
     and its answer, {'input', 'output'} or {'human', 'assistant'}, which may say if they are trained on."""
@@ -187,6 +189,7 @@ def as_messages(value, must_be_chat=False):
 
 def _parse_chat(text, any_list):
     """Return the messages or list of strings that a text holds as a literal; any other text unchanged.
+
     any_list: try each text that begins with a bracket, not only those that begin with a message."""
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
         return text

@@ -43,6 +43,7 @@ class Row(dict):
 
 def read_rows(hub_id, split, path, **options):
     """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
+
     path: a list of files to read, or a file or folder, of which the split is read. options: of files.hub_files, for the hub."""
     if path is not None:
         for file in path if isinstance(path, list) else files.local_files(path, split):
@@ -230,6 +231,7 @@ def _read_table(file, delimiter=','):
 
 def _cells(file, delimiter):
     """Yield (first line number, cells, error or '') for each row of a table. Raises UserError for malformed files.
+
     cells: {column: text, or None if empty}, without columns that have no name (row numbers written by pandas)."""
     # the default limit of a cell is 128 KiB
     csv.field_size_limit(2**30)

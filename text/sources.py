@@ -50,6 +50,7 @@ def load_rows(source, split, **options):
 def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
                   both=False):  # fmt: skip
     """Yield the examples of one source: 'hh', 'hh:PATH', 'toy', a hub id, a file or a folder. Raises UserError.
+
     An example is a Row; .where is its file and line. left_out: Counter, updated with reasons for rows left out; reasons
     that begin with 'note: ' count examples that are kept. num_turns: for ShareGPT, answers per conversation.
     A source without a test split is divided by a hash of the prompt, unless undivided. both: yield both parts; the
@@ -86,6 +87,7 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
 
 def _opened(source, split, num_turns=1, undivided=False):
     """Return (rows, parse, has_no_test_part) of a source, for split 'train' or 'test'.
+
     parse: as the functions get_foo return it. has_no_test_part: 'test' gives the rows of training, too."""
     getter, path, hub_id = locate(source)
     name, config, named_split = files.named_part(source)
@@ -144,6 +146,7 @@ def keep_data(data, out):
 
 def locate(source):
     """Return (getter, local path, hub id) of one source; what does not apply is None. Raises UserError if nothing is found.
+
     'hh' -> (get_hh, None, its hub id), 'hh:FILE' -> (get_hh, FILE, None), './FILE' -> (None, FILE, None),
     'owner/name' -> (None, None, 'owner/name')."""
     source, _, _ = files.named_part(source)  # without its config and [split]
@@ -174,6 +177,7 @@ def locate(source):
 
 def fingerprint(source):
     """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit.
+
     Raises UserError if a file cannot be read."""
     _, path, hub_id = locate(source)
     # toy.py always generates the same rows
@@ -204,6 +208,7 @@ def nothing_left(source, split, left_out):
 
 def _parsed(rows, parse, task, columns):
     """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
+
     parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
     # the option 'prompt=question, chosen=good' -> {our name: column}
     column_of = {}
@@ -257,6 +262,7 @@ def describe(source):
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
+
     parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_valid = False
     for row, examples in parsed_rows:
@@ -290,6 +296,7 @@ def _is_example(example):
 
 def _refusal(row, error, any_valid, following, source):
     """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid:
+
     whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     text = f'{row.where}: {error}'
     if row:

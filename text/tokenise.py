@@ -68,6 +68,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
+
     task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
@@ -124,6 +125,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
+
     read_args: arguments of read_examples, of which 'undivided' says that no part of a source is held out for testing.
     both: yield training and held-out (test) rows. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
@@ -143,6 +145,7 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
+
     Returns {uid: (prompt, raw row with all columns)}."""
     wanted = set(examples.uid.tolist())
     found = {}
@@ -164,6 +167,7 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
+
     margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
@@ -174,6 +178,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
+
     enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
     builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
@@ -191,6 +196,7 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
+
     builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
     segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows
     that the template rejects, unless skip_bad_rows."""
@@ -229,6 +235,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
+
     row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
     all messages of a conversation (formats.py)."""
     prompt = row['prompt']
@@ -278,6 +285,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
+
     The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
     plain = part._replace(conversation=None)  # for texts that are not segments
@@ -319,6 +327,7 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
 
 def _encode_in_chunks(items, tokenizer):
     """Encode (builder, texts, Part) items; yield lists of (builder, ids of each text, Part), in order.
+
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
@@ -431,6 +440,7 @@ def fit(prompt, answers, limits, left_out):
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
+
     segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
     segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
     eos = limits.eos
@@ -499,6 +509,7 @@ def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, trun
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
+
     prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
     limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # None for a rejected prompt
@@ -524,6 +535,7 @@ def _cache_file(key, split, enough):
 
 def _read_cache(key, split, enough):
     """Return the Examples of the first intact cache file, or None. Prints a note about damaged files.
+
     enough: {split: count} of load_examples. The file with all examples, that of {}, serves any counts."""
     for counts in [{}, enough] if enough else [{}]:
         file = _cache_file(key, split, counts)

@@ -19,6 +19,7 @@ def marks_answers(tokenizer, tools):
 
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
+
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
@@ -76,6 +77,7 @@ def segments(turns, tools, tokenizer, left_out):
 
 def _span(turns, i, tools, full_text, write, stop):
     """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown.
+
     write(turns, tools) returns a conversation's text. stop: a pattern of the end of turn."""
     prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)

@@ -21,6 +21,7 @@ def peak_of(card):
 
 def flops(model, lengths, *, share, head, passes):
     """Return the mean FLOPs per pair of a step.
+
     model: may be on the meta device. lengths (pairs, 3): tokens of prompt, chosen and rejected answer. share: both answers
     share one copy of the prompt. head: logits at answer tokens only. passes: forward passes; a backward counts as two."""
     # skip embeddings, which are lookups, and the head, which is added below
@@ -48,6 +49,7 @@ def flops(model, lengths, *, share, head, passes):
 
 def products_alone(model, tokens, predicted, dtype, device, clock):
     """Measure the seconds of all matrix products in a step with a live reference.
+
     model: may be on the meta device. tokens: input tokens of each linear layer; predicted: input tokens of the head.
     clock(): returns the time in seconds, after all pending work is done."""
     total = 0.0
