@@ -150,8 +150,7 @@ def test_mistakes(content, options, error):
 
 
 def test_what_is_missing_or_no_text():
-    """Of several reasons the most frequent one is named."""
-    with pytest.raises(UserError, match='^3 answers missing .2 times: b.: '):
+    with pytest.raises(UserError, match='^3 answers missing .2 times: b.: '):  # the most frequent reason
         raise_if_missing(Counter('abb'), 'answers')
     Path('a').write_bytes(b'\xff')
     for name, reason in (('a', 'not a text file'), ('b', 'No such file or directory')):

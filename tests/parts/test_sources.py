@@ -219,8 +219,7 @@ def test_hub_rows_and_errors(hub, monkeypatch):
     assert refusal('alpaca_eval').startswith("cannot read alpaca_eval.json of 'tatsu-lab/alpaca_eval' from the hub: ")
     hub.load_dataset_builder = refuse
     assert refusal('owner/other').startswith("cannot read 'owner/other' on the hub: no network at all (a config")
-    # whether the hub answers is asked before each file
-    monkeypatch.setattr('text.files.hub.reachable', refuse)
+    monkeypatch.setattr('text.files.hub.reachable', refuse)  # is asked before each file
     with pytest.raises(ConnectionError):
         load('alpaca_eval')
 
@@ -360,6 +359,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
         'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
+        'a thought in a column, to a chat': {'prompt': [user('q?')], 'reasoning_content': 'let me think', 'answer': 'a'},
         'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
     ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
