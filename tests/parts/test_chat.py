@@ -431,7 +431,7 @@ def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, word
 
 def test_the_limits_of_a_template_are_those_of_the_docs():
     text = ' '.join((Path(chat.__file__).parents[1] / 'docs/models.md').read_text().split())
-    assert '20 seconds of the processors and 1 GiB for a chat' in text and 'messages of a chat may have 10 million' in text
+    assert '20 seconds of the processors and 1 GiB for' in text and 'messages of a chat may have 10 million' in text
     assert (chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES, messages.LONGEST) == (20, 2**30, 10_000_000)
 
 
