@@ -226,8 +226,7 @@ def test_files_that_are_not_read(tmp_path, capsys):
     assert answers(str(tmp_path), undivided=True) == ['one']
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
-    # a file to be written may be a new one, and none of the data
-    sources.keep_data(f'toy+{folder}', f'{folder}/new.jsonl')
+    sources.keep_data(f'toy+{folder}', f'{folder}/new.jsonl')  # to be written
     with pytest.raises(UserError, match='is a file of the data'):
         sources.keep_data(f'toy+{folder}', f'{folder}/notes.jsonl')
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
