@@ -63,7 +63,7 @@ def parts_of_options(config, eval_data):
     Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. Raises UserError for invalid
     combinations of options."""
     reward, model = config.reward, config.reward_model
-    # --reward goes before a reward_model that is not a flag, too
+    # --reward replaces a reward_model that is no flag but of a config file; given() returns those of its options that are flags
     if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
         config['reward_model'] = model = None
@@ -179,9 +179,9 @@ def load_function(file, name):
 @contextlib.contextmanager
 def _user_code():
     """Context manager: signals are unblocked; afterwards the current folder and torch's gradient mode are as before."""
-    torch = sys.modules.get('torch')  # not imported in workers
+    # gradient mode and folder are set to what they are: at its end, each of the two contexts sets that again
+    torch = sys.modules.get('torch')  # None in workers, which do not import it
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
-    # the run's paths are relative to the current folder
     with guard.unblocked(), contextlib.chdir('.'), gradients:
         yield
 
@@ -225,12 +225,12 @@ def score(part, prompts, responses, rows, workers=None):
     Raises UserError, which names the first failing row."""
     # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
-    # a call for each answer; None: it timed out
+    # by workers: a call for each answer, whose result is None if it timed out
     if workers:
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
-    # one call for all
+    # here: one call for all answers
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:
@@ -241,7 +241,7 @@ def score(part, prompts, responses, rows, workers=None):
 
 
 def _checked(part, prompts, rows, results):
-    """Return a list of the results of n single calls, an iterator. Raises UserError at the first that is a Failed."""
+    """Return as a list the results, an iterator, of a call for each of n answers. Raises UserError at the first that is a Failed."""
     checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
@@ -312,7 +312,7 @@ def _work(fd, folder, file, name):
 
     All arguments are words of the command line that _start_worker makes. folder: of the relative paths in user code."""
     pipe = Connection(int(fd))
-    part = Part(name, 1.0, name, file)
+    part = Part(name, weight=1.0, function_or_model=name, file=file)
     parent = os.getppid()
     # undo the inherited signal mask of runtime/guard.py
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())

@@ -72,8 +72,8 @@ class Reward:
         sources = {'train': config.data, 'test': config.eval_data or config.data}
         for split, examples in examples_by_split.items():
             if examples:
-                # rank 0 reads; None on the other ranks
-                read = partial(source_rows, examples, sources[split], split, 'prompts', **options)
+                # rank 0 reads {uid of a prompt: (prompt, data row)}; the other ranks get None
+                read = partial(source_rows, examples, sources[split], split, task='prompts', **options)
                 self.rows[split] = ranks.on_one_rank(read)
 
     def score_columns(self, examples, split, uids, ends=()):
@@ -87,8 +87,8 @@ class Reward:
         for part in self.parts:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
+                # shared: rank 0 calls it, and all ranks get what it returns. late: whether each call took too long
                 call = partial(self._call_function, part, examples, split, uids, ends)
-                # called on rank 0, returned on all
                 values, late = ranks.shared(call)
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
@@ -112,9 +112,7 @@ class Reward:
 
         Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. ends: as in score_columns.
         Prints a note if there were late calls. Raises UserError if the function fails."""
-        prompts = []
-        responses = []
-        rows = []
+        prompts, responses, rows = [], [], []
         for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)

@@ -71,8 +71,8 @@ def token_indices(batch, rows, starts, per_prompt):
 
     rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
     columns. per_prompt: answers per prompt."""
-    slot = np.array(batch.slot)  # index of each example in the step; -1: a filler
-    starts_by_example = starts.view(-1, per_prompt)  # of the round
+    slot = np.array(batch.slot)  # of each example of the microbatch: its index in the step; -1: a filler
+    starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
     # for a filler, rows[-1] has picked another example
     own_starts[slot < 0] = -1
@@ -97,7 +97,7 @@ def token_columns(run, model, examples, starts, name, values=False):
         with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
             parts.append(model.token_logps(batch, values=values))  # (1, N): log-probs; or (2, N): and values
         indices.append(token_indices(batch, rows, starts, per_prompt))
-    # not strict: one row has one name
+    # a row for each name. strict=False: without a critic there is but one row, and 'value' is left out
     columns = dict(zip([name, 'value'], torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(columns, torch.cat(indices).cpu(), int(lengths.sum()))
 
@@ -146,9 +146,9 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def speeds(n, elapsed, sampling):
-    """Return the metrics of a round on its size and speed. n: (answers,) tokens of each. elapsed: seconds of the round.
+    """Return the metrics of a round on its size and speed. n: tokens of each answer, (answers,).
 
-    sampling: seconds of these that went into sampling; their share of elapsed is a quotient like the speeds."""
+    elapsed: seconds that the round took. sampling: how many of them went into sampling answers, logged as a share of elapsed."""
     amounts = {'examples_per_second': len(n), 'tokens_per_second': int(n.sum()), 'sampling_share': sampling}
     rates = {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': len(n)} | rates
