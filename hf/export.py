@@ -51,7 +51,7 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
 
-    build(empty): builds the same model unsharded on the CPU, or without weights; card(folder): writes the model card
+    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card.
     With adapters, folder gets the merged model, and the folder `adapter` beside it the adapter alone, in float32.
     dtype: of the weights. Returns the one written, float32 if a weight overflows in dtype. UserError if the disk is full."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

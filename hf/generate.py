@@ -165,7 +165,7 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
     cache: a Cache of all but the last token of each sequence, an empty Cache to fill, or None. criteria, processors: a
     StoppingCriteriaList and a LogitsProcessorList."""
     n_cached = 0 if cache is None else cache.get_seq_length()
-    # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
+    # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
     ids = []
@@ -199,11 +199,11 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether _cache_for() can merge this model's caches: all layers hold keys and values of each token, or of the last ones."""
-    # not states that mix tokens (Mamba)
+    """Return whether _cache_for() can merge this model's caches: layers hold keys and values of all tokens or of a window."""
+    # Mamba holds a state that mixes all tokens
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
-    # nor attention in chunks that are counted from a row's first column, padding included (Llama 4)
+    # Llama 4 attends in chunks that it counts from a row's first column, padding included
     if getattr(inner.config, 'attention_chunk_size', None):
         return False
     empty_cache = transformers.DynamicCache(config=inner.config)
@@ -215,11 +215,11 @@ def _cache_for(inner, sequences, old_cache, old_rows):
     """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last, right-aligned.
 
     sequences[i] is in row old_rows[i] of old_cache already; those behind len(old_rows) are new, and computed here."""
-    caches = [(old_cache, old_rows)] if old_rows else []  # and the rows to keep
+    caches = [(old_cache, old_rows)] if old_rows else []  # (a cache, its rows that go into the result)
     new = sequences[len(old_rows) :]
     if new:
         # equal ones, for several answers to a prompt, are computed once
-        row_of = {}  # sequence without its last token -> row
+        row_of = {}  # sequence without its last token -> row of new_cache
         rows = [row_of.setdefault(tuple(sequence[:-1]), len(row_of)) for sequence in new]
         new_cache = transformers.DynamicCache(config=inner.config)
         # fills new_cache; the generated token is ignored
@@ -238,11 +238,11 @@ def _cache_for(inner, sequences, old_cache, old_rows):
             padded = []
             for cache, rows in caches:
                 states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
-                # pad the third dimension on the left; a negative number cuts padding off
+                # pad the tokens on the left, or with a negative number cut padding off there
                 n_pad = n_columns - states.shape[2]
                 padded.append(F.pad(states, (0, 0, n_pad, 0)))
             setattr(layer, name, torch.cat(padded))
-        # read by sliding-window layers: columns so far, with those that have left the window
+        # sliding-window layers read it: the number of columns so far, with those that have left the window
         layer.cumulative_length = width
     return merged
 
@@ -270,9 +270,9 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
 
 def _processors(seeds, n_sampled, temperature, top_p):
     """Return the LogitsProcessorList that makes greedy decoding sample, given each row's seed and number of tokens so far."""
-    # 0 is greedy; temperature before top_p, as in transformers
-    if temperature == 0:
+    if temperature == 0:  # greedy
         return transformers.LogitsProcessorList([_checked])
+    # temperature before top_p, as in transformers
     processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
     if top_p < 1:
         processors.append(transformers.TopPLogitsWarper(top_p))
@@ -281,7 +281,7 @@ def _processors(seeds, n_sampled, temperature, top_p):
 
 
 def _checked(ids, scores):
-    """Return scores as they are. Raises UserError if one is NaN, of which the largest is none or any token."""
+    """Logits processor: return scores as they are. Raises UserError if one is NaN, where an argmax means nothing. ids: unused."""
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
     return scores

@@ -114,18 +114,19 @@ def weights_hash(folder):
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # '': content_of() adds what a base model on the hub is
+        # '': the base model is on the hub, and has no folder to hash; content_of() adds its commit
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def content_of(name):
-    """Return weights_hash() of a folder, the commit of a hub id, for an adapter with that of its base model, or None."""
+    """Return what tells a model's weights: weights_hash() of a folder, the commit of a hub id. None if it is not found.
+
+    An adapter whose base model is on the hub gets both: its own and, after a '+', the commit of the base."""
     folder = hub.folder_of(name)
     if folder is None:
         return None
-    # the cache of the hub has a folder for each commit
-    content = weights_hash(name) or folder.name
+    content = weights_hash(name) or folder.name  # the cache of the hub has a folder for each commit
     saved, base = adapter_and_base(name)
     is_whole = saved is None or os.path.isdir(base)
     return content if is_whole else f'{content}+{content_of(base)}'
@@ -138,13 +139,13 @@ def _load_weights(model, saved, adapter_name='default'):
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
     try:
         result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-    # a module that it holds whole has other sizes than the model's: its embedding was resized for new tokens
+    # the adapter holds a module whole, in another size than the model's: such as an embedding resized for new tokens
     except RuntimeError as error:
         if 'size mismatch' not in str(error):
             raise
-        # of load_state_dict's list, the first mismatch
-        _, *mismatches = str(error).strip().splitlines()
-        mismatch = ' '.join(' '.join(mismatches[:1]).split())[:300].rstrip('.')
+        # the message is a heading, and then a line for each mismatch: keep the first of these
+        _heading, *mismatches = str(error).strip().splitlines()
+        mismatch = ' '.join(mismatches[0].split())[:300].rstrip('.') if mismatches else ''
         raise UserError(f'the adapter {saved.name!r} does not fit {saved.base}: {mismatch}: {WAY_OUT}') from None
     # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
@@ -206,10 +207,10 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options for loading the reference: those of the policy (adapters), or None for a model without new adapters.
+    """Return the adapter options with which to load the reference: adapters, those of the policy, or None for no new adapters.
 
     A policy with adapters is its own reference, under adapters_off(). It is loaded once more only for --cache_ref, which hashes it."""
-    # a new adapter starts as zero, so the model without it is the same; but 4-bit weights or a saved adapter change the model
+    # a new adapter starts as zero, so the model without it is the same; 4-bit weights or a saved adapter change the model
     is_changed = config['quantize'] or find_adapter(config['model'])
     return adapters if is_changed and config['ref_model'] is None else None
 

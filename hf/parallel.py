@@ -106,7 +106,7 @@ def tensor_parallel(model, mesh, n_meshes):
         elif style.startswith('colwise'):
             # torch calls it colwise to divide the rows of a weight (dim 0); FSDP divides each part again
             check_divides(len(module.weight), f'rows of {path}', parts=ranks * n_meshes)
-        # the other style in `styles` is for norms, of which only those of a single head work
+        # what is left in the plan are norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
     parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

@@ -9,8 +9,9 @@ from configurator import UserError
 
 
 def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
-    # in mode none, FSDP gathers nothing but a bfloat16 copy of weights. Frozen ones are bfloat16 already: it would double their memory
+    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: the option shard, but for auto."""
+    # none: every rank has all weights, and gathering is casting to bfloat16. A kept copy would double the memory of frozen ones,
+    # which are bfloat16 already
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'
@@ -61,7 +62,7 @@ def unsharded(model):
     """Within the block, keep all weights gathered: generation is several times faster, and ranks need not run in step."""
     modules = fsdp_modules(model)
     try:
-        # FSDP takes the first module that runs as its root, and generation may start with one inside PEFT's wrapper
+        # FSDP takes the first module that runs as its root. This runs the model; generation may start inside PEFT's wrapper
         if modules:
             model.be_root(None)
         for m in modules:
@@ -69,7 +70,7 @@ def unsharded(model):
             m.unshard()
         yield
     finally:
-        # as before: fsdp.shard lets a forward reshard the blocks, unless they stay gathered, but never the root
+        # as fsdp.shard has set it: a forward reshards the blocks, unless they stay gathered, but never the root
         for m in modules:
             is_resharded = m is not model and not model.stays_gathered
             m.set_reshard_after_forward(is_resharded, recurse=False)

@@ -52,11 +52,11 @@ class Tail(NamedTuple):
 
 
 def _cvar_mass(logits, ref_logits, tail=None, *, mu):
-    """Return (mass, tail) as Divergence.mass does, for cvar(mu): p / mu of the tokens in the tail, 0 elsewhere; p: the reference's."""
+    """Return (mass, tail) of cvar(mu) as a Divergence does: p / mu for tokens in the tail, else 0; p: under the reference."""
     z = (ref_logits - logits).detach()
     p = ref_logits.softmax(-1)
     tail = tail or find_tail(z, p, mu)
-    # the part of a token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster if it writes floats
+    # part of each token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with floats as out
     is_above = torch.gt(z, tail.high, out=torch.empty_like(z))
     is_counted = torch.gt(z, tail.low, out=torch.empty_like(z))
     part = is_above.lerp_(is_counted, tail.share)  # is_above + share (is_counted - is_above)
@@ -106,7 +106,7 @@ def released(mu, parts=2):
 
 
 def _released_mass(logits, ref_logits, tail=None, *, mu, parts):
-    """Return (mass, None) as Divergence.mass does, for released(mu, parts), which searches for no tail."""
+    """Return (mass, None) of released(mu, parts) as a Divergence does; it searches for no tail."""
     z = (ref_logits - logits).detach()
     # cut the vocabulary into parts of equal size; the last one takes the remainder
     size, rest = divmod(z.shape[-1], parts)

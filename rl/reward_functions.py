@@ -63,7 +63,7 @@ def parts_of_options(config, eval_data):
     Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. Raises UserError for invalid
     combinations of options."""
     reward, model = config.reward, config.reward_model
-    # --reward replaces a reward_model that is no flag but of a config file; given() returns those of its options that are flags
+    # --reward on the command line replaces a reward_model that is not: given() returns those of the two that are
     if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
         config['reward_model'] = model = None
@@ -241,7 +241,7 @@ def score(part, prompts, responses, rows, workers=None):
 
 
 def _checked(part, prompts, rows, results):
-    """Return as a list the results, an iterator, of a call for each of n answers. Raises UserError at the first that is a Failed."""
+    """Return the list of an iterator's results, one call for each answer. Raises UserError at the first that is a Failed."""
     checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
