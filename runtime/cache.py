@@ -41,7 +41,7 @@ def write(file, arrays, extra=None):
     """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache.
 
     arrays: {name: contiguous numpy array}. extra: a JSON-serializable value to keep beside them."""
-    # one entry, since safetensors writes several in any order
+    # in one entry: of several, safetensors varies the order, and so the bytes of the file
     metadata = {'extra': json.dumps([extra, _checksum(file, arrays, extra)])}
     # other processes, of other machines too, may write the same file
     temporary = file.with_suffix(f'.{uuid.uuid4().hex}')

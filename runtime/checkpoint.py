@@ -53,7 +53,7 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # a rank saves its shards of DTensors. If it has the whole model, local() makes plain tensors of them, which save() divides up
+    # each rank saves its shard of a DTensor. Replicas have none: local() makes plain tensors, which save() deals out to the ranks
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -62,7 +62,7 @@ def _live_tensors(model, optimizer):
         weight = p.detach()
         tensors[f'model.{name}'] = local(weight) if is_replica else weight
         for key, value in optimizer.state[p].items():
-            # somebody's own optimizer may count in python; load() has to write into it
+            # an optimizer of the user's may count steps in a Python number, into which load() could not write
             if isinstance(value, int | float):
                 value = optimizer.state[p][key] = torch.tensor(float(value), dtype=torch.float64)
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)

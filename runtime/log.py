@@ -66,8 +66,8 @@ def recorded(out_dir):
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
-    examples': hash}. neutral: options to ignore. Options that only one of them has do not count, unless run's is not at its default.
+    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
+    examples': hash}, say. Ignored: options in neutral, those of recorded_run alone, those of run alone that are at their default.
     place: start of the message, such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
     differences = []
     # '': an older version recorded no script
@@ -110,7 +110,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
     folder = Path(out_dir)
-    # to these sample.py and label.py add rows
+    # sample.py and label.py append rows to these
     for path in (folder / 'samples.jsonl', folder / 'verdicts.jsonl'):
         if path.is_symlink():
             raise UserError(IS_LINK.format(path))
@@ -185,7 +185,7 @@ def cut_back(out_dir, start, evaluated):
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
     cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
 
-    # of a row of metrics.jsonl. A new run keeps none, not even those of the evaluation at 0 examples
+    # whether to keep a row of metrics.jsonl. A new run keeps none, not even that of an evaluation at 0 examples
     def is_kept(row):
         last = evaluated if row['split'] == 'eval' else start
         return start > 0 and row['counters/examples'] <= last
@@ -229,7 +229,7 @@ class Log:
         except (Exception, SystemExit) as error:
             if name not in self.failed:
                 lines = str(error).splitlines() or [type(error).__name__]
-                key = os.environ.get('WANDB_API_KEY')
+                key = os.environ.get('WANDB_API_KEY')  # a message may quote it
                 reason = lines[0].replace(key, '...') if key else lines[0]
                 say(f'note: {name} failed ({reason[:200]}): rows may be missing there; {self.path} has all of them')
             self.failed.add(name)
@@ -276,7 +276,7 @@ class Log:
         try:
             append_kept()
         except UserError as error:
-            say(f'warning: {error}, and are lost')  # cannot write FILE: 3 rows wait for room, and are lost
+            say(f'warning: {error}, and are lost')  # such as: cannot write FILE: 3 rows wait for room, and are lost
         while self.trackers:
             name, functions = self.trackers.popitem()
             if functions:  # None: opening failed
@@ -306,9 +306,9 @@ def progress(total, unit, description, **options):
 
 
 def speeds(step, elapsed, waited):
-    """Return the metrics of a step on its size and speed. elapsed: seconds that it took; waited: of them, those for its data.
+    """Return the metrics of a data.Step on its size and speed. elapsed: seconds that it took, of which it waited for data: waited.
 
-    padding_share: of the tokens in its microbatches; data_wait_per_second: share of the time."""
+    padding_share: the share of padding in its microbatches' tokens; data_wait_per_second: the share of the time that was waiting."""
     n = len(step.rows)
     metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
     for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():

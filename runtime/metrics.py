@@ -82,7 +82,7 @@ def answers_of(objective, columns, side):
     side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the reward is what this loss compares: the log-ratio, with what else its formula has of beta, alpha, div and n
+    # the implicit reward: of the log-ratio and those of beta, alpha, divergence and length that the loss's formula has
     terms = {name: objective.options[name] for name in ('beta', 'alpha') if objective.uses[name]}
     if objective.has_divergence:
         terms['div'] = answers['div']

@@ -98,6 +98,7 @@ class Objective(NamedTuple):
         # ref_w = pi_w, ref_l = pi_l, ...: all log-ratios are 0
         log_probs = {name: x for name, x in columns.items() if name.startswith('pi')}
         columns = columns | {name.replace('pi', 'ref'): x for name, x in log_probs.items()}
+        # and so are those of kto's statistic, ratio_kl. The state is that of a first step
         if self.statistic:
             no_ratio = torch.zeros_like(columns['loss'])
             columns |= {'ratio_kl': no_ratio, 'state': {}, 'generator': torch.Generator()}
@@ -116,7 +117,7 @@ def objective_of(config, losses, statistics):
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
     has_risk = name.startswith('radpo')
-    # an option that some loss has in its signature; then those that are in none
+    # option -> whether this loss uses it: first the options in the signature of any loss, then those in none
     uses = {option: option in asks_for for option in inputs(*losses.values(), *statistics.values())}
     uses |= {'reference_free': has_ratio and not has_divergence, 'risk': has_risk, 'mu': has_risk, 'sft_coef': paired}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
@@ -135,8 +136,7 @@ def objective_of(config, losses, statistics):
     table(name, fn, statistic, options)
     is_mixed = 'ratio_kl' in asks_for
     is_per_token = _is_per_token(fn, statistic, options)
-    found = (paired, needs_ref, has_divergence, is_per_token, is_mixed)
-    objective = Objective(name, fn, statistic, options, uses, *found)
+    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token, is_mixed)
     # an option without effect is refused on the command line, and noted where a config file sets it
     unused = [option for option in config if not uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
@@ -176,13 +176,13 @@ def _reject_conflicts(objective):
 
 
 def _made_up(fn, statistic, options):
-    """Return (columns of an example at each of MARGINS, with those of the statistic; its log-ratios, which require gradients)."""
+    """Return (columns of a made-up example at each of MARGINS; the list of the log-ratios among them, which require gradients)."""
     # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
     is_paired = not PAIRS.isdisjoint(inputs(fn))
     margin = torch.tensor(MARGINS)
     # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
     ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
-    # typical values: a divergence of 0.3 nats, and for any column that has been added
+    # typical values: a divergence of 0.3 nats, and that for any column which somebody has added to PAIRS or SINGLES
     columns = dict.fromkeys(PAIRS | SINGLES, torch.full_like(margin, 0.3, requires_grad=True))
     columns['good'] = torch.ones_like(margin, dtype=torch.bool)
     for suffix, ratio in ratios.items():

@@ -74,7 +74,7 @@ def hint(name, options):
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
     theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
-    # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
+    # how alike names must be: 0.6 for ours, but 0.7 for those of other projects, or reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
@@ -99,12 +99,13 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name in another project: what to say for it, a key of ELSEWHERE}, such as {'bf16': 'dtype=bfloat16'}.
+    """Return {name of an option in other projects: what it is here}, such as {'bf16': 'dtype=bfloat16'}, from ELSEWHERE.
 
-    Leaves out keys whose first word is none of these options, those of a script."""
+    options: those of a script; what is none of them is left out."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
-        if re.match(r'\w+', ours)[0] in options:
+        option = re.match(r'\w+', ours)[0]  # dtype of dtype=bfloat16
+        if option in options:
             found |= dict.fromkeys(theirs.split(), ours)
     return found
 
@@ -188,7 +189,7 @@ def without_effect(config):
         why = 'there is nothing to evaluate on (n_eval_examples is 0)'
         found.append((names, why))
     if not config.get('sample_during_eval', True):  # scripts that cannot sample have no such option
-        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
+        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')  # those on the command line
         found.append((given, 'sample_during_eval is off'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))
