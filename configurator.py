@@ -142,7 +142,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path, options):
-    """Run a config file. Returns [(name, value, path, 'path, line n')] of the names it sets. Raises UserError for any failure."""
+    """Run a config file. Returns (name, value, path, 'path, line n') for each name it sets, as _read_flag does. Raises UserError."""
     if not path.endswith('.py'):
         data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
@@ -179,7 +179,7 @@ def _read_file(path, options):
 
 
 def _read_flag(word, options):
-    """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
+    """Return (name, value, its origin, the place that errors name) of a flag: ('lr', 1e-6, COMMAND_LINE, 'the command line')."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -187,7 +187,7 @@ def _read_flag(word, options):
     allowed = options[name].types if name in options else ['bool']
     if not equals and 'bool' not in allowed:
         raise UserError(f'--{name} needs a value: --{name}=value')
-    text = text if equals else 'true'
+    text = text if equals else 'true'  # --chat is --chat=true
     # each of these replaces the one before, if the option allows it: the text, a float, an int, a word for None, True or False
     value = text
     for kind in (float, int):

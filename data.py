@@ -45,15 +45,15 @@ def plan(lengths, world_size, max_tokens):
 
     lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
-    # microbatches of a rank, at least: all tokens by those of a microbatch, rounded up (longer examples count as max_tokens)
+    # each rank needs at least so many microbatches to hold all tokens (an example longer than max_tokens counts as max_tokens)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     per_rank = max(1, math.ceil(tokens / (world_size * max_tokens)))
     # add one on every rank until all examples fit
     while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
         per_rank += 1
     # deal them out, heaviest first, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda numbered_bin: (-numbered_bin[0], numbered_bin[1]))  # (tokens, number, slots)
-    return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
+    heaviest_first = sorted((-tokens, number, sorted(slots)) for tokens, number, slots in bins)
+    return [[slots for *_, slots in heaviest_first[rank::world_size]] for rank in range(world_size)]
 
 
 def _fill_bins(lengths, n_bins, max_tokens):

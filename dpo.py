@@ -155,7 +155,7 @@ def step_statistic(step, parts=None):
     parts: the columns of this rank's microbatches, if measured already. Returns (columns of the step, which the loss takes as
     further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
     batches, suffix = step.batches, ''
-    # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
+    # kto estimates its KL on the step's prompts, each with an answer to another one (if need be of more): pi_kl, ref_kl
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
         batches = run.make_step(mismatched, np.arange(len(mismatched))).batches

@@ -109,14 +109,14 @@ class Run:
     def load_data(self, *, train=None, held_out=None, **options):
         """Load run.train and run.held_out, the training and evaluation examples.
 
-        options: of load_examples, for both. train, held_out: dicts of further options for one of the two, which go first."""
+        options: of load_examples, for both. train, held_out: dicts of options for one of the two, which override those."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
         common['undivided'] = eval_data is not None  # then no part of data is held out
-        # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions
+        # enough: how many examples of each split to tokenise (None: all) if the run takes at most a tenth of the first ENOUGH
         fractions = (data_fraction, config.get('frac_good', 1), config.get('frac_bad', 1))
-        fraction = math.prod(share for share in fractions if share > 0)
+        fraction = math.prod(share for share in fractions if share > 0)  # what these leave of ENOUGH, at least
         is_short = config.n_examples and 10 * config.n_examples <= fraction * ENOUGH
         enough = {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
@@ -135,7 +135,8 @@ class Run:
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
         in_epochs = self.config.n_epochs * len(self.train) * answers_each
-        self.total = min(in_epochs, self.config.n_examples or in_epochs) // answers_each * answers_each  # whole prompts
+        n_examples = min(in_epochs, self.config.n_examples or in_epochs)
+        self.total = n_examples // answers_each * answers_each  # rounded down to whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)
 
@@ -197,7 +198,7 @@ class Run:
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: the models in memory besides the policy; None in place of one that there is not."""
+        examples. frozen: the models in memory besides the policy; None counts as none."""
         checkpoints_fit = room.check_room(self, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
@@ -242,7 +243,7 @@ class Run:
     # ---- steps ----
 
     def make_step(self, examples, rows, first=0, max_tokens=None):
-        """Return the Step of these rows of examples. first: examples that the run took before. max_tokens: None: the run's."""
+        """Return the Step of these rows of examples. first: examples that the run took before. max_tokens: if not the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
@@ -266,7 +267,7 @@ class Run:
         If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
         would hang in a collective. Otherwise raises UserError."""
         while True:
-            # made ahead, before max_tokens was halved: give the step, which the caller has, too, smaller microbatches
+            # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
             if step.max_tokens > self.max_tokens:
                 remade = self.make_step(step.examples, step.rows, step.first)
                 step.batches, step.allocated, step.max_tokens = remade.batches, remade.allocated, remade.max_tokens
@@ -339,7 +340,7 @@ class Run:
     def save(self, seen):
         """Start writing a checkpoint, after `seen` examples, in the background; the newest keep_last are kept."""
         state = self.state | {'run': self.identity}
-        checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last)
+        checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last=keep_last)
 
     def obey_signals(self, seen, saved=False):
         """Exit if a signal has asked for it, after saving a checkpoint. saved: save(seen) has been called already."""
@@ -406,9 +407,9 @@ class Run:
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
-        # config: load_policy has set it there; the global may still be None
-        how = (build or self.build, folder, write_card, self.config['save_dtype'])
-        write = partial(export.write_model, self.policy, self.tokenizer, *how)
+        # config: load_policy has set save_dtype there; the global may still be None
+        how = {'build': build or self.build, 'folder': folder, 'card': write_card, 'dtype': self.config['save_dtype']}
+        write = partial(export.write_model, self.policy, self.tokenizer, **how)
         written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()
         guard.end()

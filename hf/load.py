@@ -309,8 +309,7 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
-        size = file.stat().st_size
-        limit = 4_000_000
+        size, limit = file.stat().st_size, 4_000_000
         if size > limit:
             raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library

@@ -120,9 +120,7 @@ def weights_hash(folder):
 
 
 def content_of(name):
-    """Return what tells a model's weights: weights_hash() of a folder, the commit of a hub id. None if it is not found.
-
-    An adapter whose base model is on the hub gets both: its own and, after a '+', the commit of the base."""
+    """Return weights_hash() of a folder, or the commit of a hub id, with that of an adapter's base model. None if not found."""
     folder = hub.folder_of(name)
     if folder is None:
         return None

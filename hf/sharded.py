@@ -10,8 +10,7 @@ from configurator import UserError
 
 def stays_gathered(model, mode):
     """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: the option shard, but for auto."""
-    # none: every rank has all weights, and gathering is casting to bfloat16. A kept copy would double the memory of frozen ones,
-    # which are bfloat16 already
+    # none: ranks have all weights, and only cast them to bfloat16. Frozen ones are bfloat16 already: a copy would double them
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'

@@ -168,9 +168,8 @@ def load_function(file, name):
         inspect.signature(function).bind('prompts', 'responses', 'rows')
     except TypeError:
         found = f'{name}{inspect.signature(function)} of {file}'
-        raise UserError(
-            f'--reward: {found} is called as {name}(prompts, responses, rows): give it these three'
-        ) from None
+        wanted = f'is called as {name}(prompts, responses, rows): give it these three'
+        raise UserError(f'--reward: {found} {wanted}') from None
     except ValueError:
         pass  # some functions of C have no signature
     return function
