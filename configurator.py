@@ -211,7 +211,8 @@ def _check(name, value, options, where):
         raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}')
     allowed = options[name].types
     # a larger int may not fit into a float: it stays an int, and is rejected below
-    if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
+    wants_float = 'float' in allowed and 'int' not in allowed
+    if type(value) is int and wants_float and abs(value) < 2**63:
         value = float(value)
     # NaN is not equal to itself
     if _kind(value) not in allowed or value != value:

@@ -24,8 +24,7 @@ from text.examples import Examples
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    start, total: take examples number start to total - 1, counted on through all epochs: n is the first of the second one.
-    shuffle: each epoch in a new random order."""
+    They are the examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new random order."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):

@@ -83,8 +83,8 @@ class Head(torch.autograd.Function):
         hidden, weight, _bias = policy
         vocab_size = len(weight)
         # a chunk is as large as one matrix product may be; the caller needs copies of a piece's logits, so pieces are smaller
-        max_of_chunk, max_of_piece = Head.max_logits(hidden.device), 2**24 if hidden.is_cuda else 2**19
-        chunks = Head.chunks(len(hidden), vocab_size, max_of_chunk)
+        max_of_piece = 2**24 if hidden.is_cuda else 2**19
+        chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]
         # one buffer for each model and all chunks: on a CPU, fresh memory costs as much as the product
         buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide(hidden)) for _ in models]

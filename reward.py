@@ -90,7 +90,8 @@ def run_step(step, backward=False):
 def summary(columns, split):
     """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     s_w, s_l = columns['s_w'], columns['s_l']
-    chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
+    chosen = {'reward': s_w, 'n': columns['n_w']}
+    rejected = {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, is_right=s_w > s_l)
     return found | metrics.numbers({f'rewards_{split}/mean': (s_w + s_l).mean() / 2})
 

@@ -173,9 +173,8 @@ class Run:
     def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
         """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
-        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name in the message).
-        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. n_frozen: how
-        many models of the policy's size will be loaded later."""
+        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix:
+        compute the prompt of a pair once. forward: the training pass, if not response_logps. n_frozen: models yet to be loaded."""
         policy = self.policy
         # ppo.py's policy may hold a critic, a whole model
         critic = getattr(core(policy), 'critic', None)
@@ -264,8 +263,7 @@ class Run:
     def within_memory(self, run_step, step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
 
-        If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
-        would hang in a collective. Otherwise raises UserError."""
+        If memory runs out, halve max_tokens and try again if it is 'auto' and this is the only process; else raise UserError."""
         while True:
             # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
             if step.max_tokens > self.max_tokens:
@@ -275,7 +273,7 @@ class Run:
                 with errors.memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)
             except UserError as error:
-                may_halve = max_tokens == 'auto' and self.world * tp == 1
+                may_halve = max_tokens == 'auto' and self.world * tp == 1  # other ranks would hang in a collective
                 # can_split: memory ran out, and in a microbatch of several examples
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
@@ -383,8 +381,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
 
-        measure(prompts, answers): returns {column: (n,) tensor} for n answers. Returns {name: what measure returned}, or {} without
-        measure or after a stop signal."""
+        Returns {name: result of measure(prompts, answers), {column: (n,) tensor}}; {} without measure or after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)

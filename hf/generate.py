@@ -162,8 +162,7 @@ def _generation_mode(model, **settings):
 def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
     """Continue sequences (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
-    cache: a Cache of all but the last token of each sequence, an empty Cache to fill, or None. criteria, processors: a
-    StoppingCriteriaList and a LogitsProcessorList."""
+    cache: a Cache of all but the last token of each sequence, an empty one to fill, or None. criteria, processors: lists."""
     n_cached = 0 if cache is None else cache.get_seq_length()
     # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))

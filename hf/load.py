@@ -349,8 +349,7 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: the other model's tokenizer, or its name; a folder without a tokenizer only gets a note
-    other_role: such as 'the reference NAME', for messages"""
+    other: its tokenizer, or its name; a folder without a tokenizer only gets a note. other_role: 'the reference NAME', say."""
     if isinstance(other, str):
         if other == policy_name:
             return

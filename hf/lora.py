@@ -292,18 +292,19 @@ def _new_config(model, adapters):
 
 def _check_trainable(model, saved):
     """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
+    # outside: what it changes outside the blocks. 1. layers with adapters; that of the LM head would be ignored, since training
+    # reads the head's weight without calling the layer
     in_blocks = {module for block in blocks(model) for module in block.modules()}
-    # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
-    adapted = {path: module for path, module in model.named_modules() if hasattr(module, 'lora_A')}
-    outside = [path for path, module in adapted.items() if module not in in_blocks]
-    # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
+    adapted = [(path, module) for path, module in model.named_modules() if hasattr(module, 'lora_A')]
+    outside = [path for path, module in adapted if module not in in_blocks]
+    # 2. modules that it stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
-    # weights of the model itself, which PEFT writes beside the adapter where an embedding was resized: the export leaves them out
+    # 3. weights of the model itself, which PEFT writes beside it where an embedding was resized: the export leaves them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
         keys = list(file.keys())
     outside += sorted(key for key in keys if '.lora_' not in key and not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
+    # it may be of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:

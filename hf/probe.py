@@ -145,7 +145,8 @@ def _outputs(model, device):
     # a prompt and two answers, of four random tokens each
     vocab_size = core(model).get_input_embeddings().num_embeddings
     ids = np.random.default_rng(0).integers(vocab_size, size=12)
-    prompt, answers = ids[:4], [ids[4:8], ids[8:]]
+    prompt = ids[:4]
+    answers = [ids[4:8], ids[8:]]
     batch = pack([(prompt, answers)], slots=[0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
     # fsdp.shard makes these functions methods of a sharded model, which gather its weights

@@ -68,7 +68,8 @@ def find_tail(z, p, mu, rounds=22):
 
     z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: all of the 3 and 2/3 of the 2, so low < 2 <= high < 3, and share is 2/3.
     By bisection, faster than sorting: `rounds` halvings leave a high - low of 2e-7 of the range of z."""
-    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+    high = z.amax(-1, keepdim=True)
+    low = z.amin(-1, keepdim=True)
     low = low.nextafter(low.new_tensor(-torch.inf))  # all z > low
     buffer = torch.empty_like(z)
 

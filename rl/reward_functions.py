@@ -60,8 +60,7 @@ class Failed(Exception):
 def parts_of_options(config, eval_data):
     """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither.
 
-    Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. Raises UserError for invalid
-    combinations of options."""
+    Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. UserError for invalid options."""
     reward, model = config.reward, config.reward_model
     # --reward on the command line replaces a reward_model that is not: given() returns those of the two that are
     if reward and model and config.given('reward reward_model') == ['reward']:

@@ -112,7 +112,9 @@ class Reward:
 
         Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. ends: as in score_columns.
         Prints a note if there were late calls. Raises UserError if the function fails."""
-        prompts, responses, rows = [], [], []
+        prompts = []
+        responses = []
+        rows = []
         for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)

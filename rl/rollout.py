@@ -43,8 +43,7 @@ class Round:
         n_examples = len(self.examples)
         for number in range(passes):
             # an order of its own for every round and pass
-            rng = np.random.default_rng((seed, self.first, number))
-            order = rng.permutation(n_examples)
+            order = np.random.default_rng((seed, self.first, number)).permutation(n_examples)
             for start in range(0, n_examples, size):
                 yield order[start : start + size]
 
@@ -69,8 +68,8 @@ def sample(run, source, indices, *, answers_each, first_seed):
 def token_indices(batch, rows, starts, per_prompt):
     """Return indices into the round's token columns for the N answer tokens of a microbatch: (N,), -1 for filler tokens.
 
-    rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
-    columns. per_prompt: answers per prompt."""
+    rows: the step's examples, as indices in the round. starts: (answers,) where the tokens of each answer of the round begin in
+    the token columns. per_prompt: answers per prompt."""
     slot = np.array(batch.slot)  # of each example of the microbatch: its index in the step; -1: a filler
     starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
@@ -84,8 +83,7 @@ def token_indices(batch, rows, starts, per_prompt):
 def token_columns(run, model, examples, starts, name, values=False):
     """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
 
-    They are the log-probs, called `name`, and with values, if the model has a critic, 'value'. starts: (answers,) index of each
-    answer's first token in the token columns."""
+    The log-probs are called `name`; the values, if the model has a critic, 'value'. starts: (answers,) as for token_indices."""
     lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
     # this rank's microbatches: all examples are one step, so an index in the step is an index in examples

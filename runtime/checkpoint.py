@@ -131,8 +131,7 @@ def wait():
 def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
 
-    copies: name -> CPU tensor, emptied as soon as they are written; shapes: of the tensors of all ranks; group: process group of
-    the writer threads."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: process group of the writer threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -142,8 +141,7 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
-        reader = HuggingFaceStorageReader(str(temporary))
-        if _saved_shapes(reader) != shapes:
+        if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
             raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))

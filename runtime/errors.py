@@ -14,9 +14,7 @@ from runtime.values import printable
 
 
 def report(kind, error, trace):
-    """Print an uncaught exception: a UserError or an out-of-memory error as one sentence (exit code 2), others as a traceback.
-
-    configurator.py makes it sys.excepthook."""
+    """The sys.excepthook: print a UserError or an out-of-memory error as one sentence (exit code 2), others as a traceback."""
     # turn out-of-memory errors into a UserError with this advice
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     # print() on a full disk: such an error names no file

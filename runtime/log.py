@@ -197,10 +197,9 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers.
+        """Open the logs and the trackers. wandb: project or None.
 
-        total: examples of the run; start: examples done before a resume, or 0; every: examples between lines on the
-        screen; wandb: project or None."""
+        total: examples of the run; start: of these, done before a resume; every: examples between lines on the screen."""
         self.total, self.start, self.every = total, start, every
         self.began = time.time()
         if not main_rank():
@@ -238,8 +237,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples: the metrics in SHOWN,
-        and for steps speed and time left."""
+        Prints the metrics in SHOWN of each evaluation and of each step that crosses a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}

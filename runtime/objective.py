@@ -232,7 +232,8 @@ def table(name, fn, statistic, options):
             alone.append(call(fn, options | example))
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
-    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),) or alone[0].shape != (1,):
+    is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)
+    if not is_column or alone[0].shape != (1,):
         expected = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.60}')
     if not losses.requires_grad:

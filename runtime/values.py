@@ -162,9 +162,9 @@ def settle(config):
         if str(value).startswith('~/'):
             config[name] = os.path.expanduser(value)  # the shell leaves the ~ of --out_dir=~/x as it is
     # --model=out/dpo, the out_dir of a run, means out/dpo/model; but not if out/dpo has weights itself
-    for name in MODELS:
+    for name in MODELS:  # model, ref_model ...
         folder = config.get(name)
-        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
+        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):  # NO_MODEL: None, 'toy' ...
             continue
         has_weights = re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder)))
         if not has_weights:
@@ -186,8 +186,7 @@ def without_effect(config):
         found.append((['num_turns'], 'it is for sharegpt'))
     if not config.n_eval_examples:
         names = [name for name in ('eval_every', 'sample_during_eval') if config.get(name)]
-        why = 'there is nothing to evaluate on (n_eval_examples is 0)'
-        found.append((names, why))
+        found.append((names, 'there is nothing to evaluate on (n_eval_examples is 0)'))
     if not config.get('sample_during_eval', True):  # scripts that cannot sample have no such option
         given = config.given('n_eval_model_samples max_new_tokens temperature top_p')  # those on the command line
         found.append((given, 'sample_during_eval is off'))
