@@ -88,7 +88,7 @@ def plan_padded(lengths, world_size, max_tokens):
         bins.append(fullest[middle:])
         del fullest[middle:]
     # deal them out by size, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)
+    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)  # the largest first, empty ones last
     return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
@@ -209,7 +209,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         # index of each token in the flattened rows
         padded_place = np.flatnonzero(mask)
         predict_at, last = padded_place[arrays['predict_at']], padded_place[arrays['last']]
-        del arrays['position']
+        del arrays['position']  # that of a padded token is its column
         arrays |= {'ids': padded_ids, 'mask': mask, 'predict_at': predict_at, 'last': last}
     else:
         arrays |= {'ids': arrays['ids'][None], 'position': arrays['position'][None]}  # one row

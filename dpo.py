@@ -186,7 +186,7 @@ def loss_and_weight(measured, step_columns, slots):
         loss = loss * objective.call(losses.importance, columns)
     if objective.options['sft_coef']:
         loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
-    return loss, columns.get('weight', torch.ones_like(loss))
+    return loss, columns.get('weight', torch.ones_like(loss))  # beta_dpo's statistic gives weights
 
 
 def run_step(step, backward=False, shift=None):

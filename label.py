@@ -177,11 +177,11 @@ def compare_rewards(todo):
         if gold is not None:
             rewards = [toy.gold(prompt, text) for prompt, text, _ in items.values()]
         else:
-            lengths = (max_length, max_prompt_length, truncation)
-            # encode() returns (prompt ids, answer ids), and adds what it cuts to the counter
+            limits = (max_length, max_prompt_length, truncation)
+            # encode() returns (prompt ids, answer ids), cut to the limits, and counts in left_out what it cuts
             ids = []
             for key, item in items.items():
-                ids.append(encode(*item, tokenizer, *lengths, cut_of[key]))
+                ids.append(encode(*item, tokenizer, *limits, left_out=cut_of[key]))
             rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
         reward_of = dict(zip(items, rewards, strict=True))
 

@@ -195,7 +195,7 @@ def make_round(first, rows):
         answers['score'] = scores
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
-        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)  # adds score, and more
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
         # the logged scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']

@@ -268,7 +268,9 @@ class Run:
             # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
             if step.max_tokens > self.max_tokens:
                 remade = self.make_step(step.examples, step.rows, step.first)
-                step.batches, step.allocated, step.max_tokens = remade.batches, remade.allocated, remade.max_tokens
+                step.batches = remade.batches
+                step.allocated = remade.allocated
+                step.max_tokens = remade.max_tokens
             try:
                 with errors.memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)

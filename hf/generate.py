@@ -47,10 +47,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
     """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
-    measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields for samples.jsonl. n_written: how many answers
-    of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without
-    measure, or after a stop signal, which truncates answers: nothing is written then."""
+    run: a training.Run, which has trained on examples_seen examples. models: name -> sharded model; 'reference' answers with its
+    adapters off. measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields of samples.jsonl. n_written:
+    how many answers of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure};
+    {} without measure, or after a stop signal, which truncates answers: then nothing is written."""
     tokenizer = run.tokenizer
     prompts = [prompt for prompt, _ in examples]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
@@ -249,8 +249,7 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    n_sampled: tokens of each row's answer so far. All rows end together once `enough` of them have ended, but not before
-    REFILL_AFTER steps, or when a signal asks this process to stop."""
+    n_sampled: tokens of each row's answer so far. All rows end at a stop signal, or if `enough` have, from REFILL_AFTER steps on."""
     stop = torch.tensor(sorted(stop), device=inner.device)
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
     sampled = []  # for each step, the tokens of all rows: (rows,)

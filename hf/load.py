@@ -375,7 +375,7 @@ def _weights_on_disk(name):
 
 def stored_dtype(name):
     """Return the dtype of most weights on disk: 'bfloat16', 'float16', or else 'float32', also if there is no file."""
-    _, base = lora.adapter_and_base(name)
+    _saved, base = lora.adapter_and_base(name)
     metadata = _weights_on_disk(base)
     if metadata is None:
         return 'float32'

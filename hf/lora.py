@@ -216,31 +216,13 @@ def reference_options(config, adapters):
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     """Return a loaded model in eval mode with its adapters. Raises UserError if they do not fit.
 
-    saved: SavedAdapter or None; adapters: dict from options(), or None to merge a saved adapter; empty: no weights yet
+    saved: SavedAdapter or None. adapters: dict from options(), or None to merge a saved adapter. empty: no weights yet.
     With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
     adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
-    if not adapters and not saved:
-        return model
-    # merge a saved adapter into the model, all of whose weights train then
     if not adapters:
-        say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
-        if empty:
-            return model
-        # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-        wrapped = _peft_model(model, saved, None, task_type=None)
-        # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
-        embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
-            separate(wrapped, ties(wrapped))
-        _load_weights(wrapped, saved)
-        # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            model = wrapped.merge_and_unload()
-        correct_tie_config(model)
-        return model.requires_grad_(True)
-    # or go on with an adapter, the saved one or a new one
+        return _merged(model, saved, empty) if saved else model
+    # go on with an adapter, the saved one or a new one
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
     task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
@@ -259,6 +241,26 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         if dropout and path.endswith('lora_dropout.default'):
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
     return quantize.quantize(model) if adapters.get('quantize') else model
+
+
+def _merged(model, saved, empty):
+    """Return the model with the SavedAdapter merged into its weights, all of which train then. empty: it has no weights yet."""
+    say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
+    if empty:
+        return model
+    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
+    wrapped = _peft_model(model, saved, None, task_type=None)
+    # untie head and embedding if the adapter changes one: PEFT has then replaced it by a layer with one of these attributes
+    embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
+        separate(wrapped, ties(wrapped))
+    _load_weights(wrapped, saved)
+    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        merged = wrapped.merge_and_unload()
+    correct_tie_config(merged)
+    return merged.requires_grad_(True)
 
 
 def _new_config(model, adapters):
@@ -295,14 +297,16 @@ def _check_trainable(model, saved):
     # outside: what it changes outside the blocks. 1. layers with adapters; that of the LM head would be ignored, since training
     # reads the head's weight without calling the layer
     in_blocks = {module for block in blocks(model) for module in block.modules()}
-    adapted = [(path, module) for path, module in model.named_modules() if hasattr(module, 'lora_A')]
-    outside = [path for path, module in adapted if module not in in_blocks]
+    outside = []
+    for path, module in model.named_modules():
+        if hasattr(module, 'lora_A') and module not in in_blocks:
+            outside.append(path)
     # 2. modules that it stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     # 3. weights of the model itself, which PEFT writes beside it where an embedding was resized: the export leaves them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
-        keys = list(file.keys())
-    outside += sorted(key for key in keys if '.lora_' not in key and not re.search(r'\.(score|classifier)\.', key))
+        whole = [key for key in file.keys() if '.lora_' not in key]  # noqa: SIM118
+    outside += sorted(key for key in whole if not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # it may be of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:

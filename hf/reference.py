@@ -55,7 +55,7 @@ def _look_up(build, examples, dtype):
     """Return (cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
     file = cache.path_of('reference', _key(build(empty=False), examples, dtype))
     if content := cache.read(file):
-        arrays, _ = content
+        arrays, _extra = content
         return file, arrays['logps']
     if file.exists():
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')

@@ -201,7 +201,8 @@ def call(part, prompts, responses, rows):
     values = [value.item() if hasattr(value, 'item') else value for value in values]
     for value in values:
         # not math.isfinite, which raises for an int beyond a float's range; NaN fails the comparison
-        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        is_finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if not is_finite:
             shown = 'an integer beyond all floats' if isinstance(value, int) else shorten(repr(value), 60)
             raise Failed(f'it returned {shown}, where a finite number is wanted')
     return [float(value) for value in values]
@@ -219,8 +220,7 @@ def _explained(error, file):
 def score(part, prompts, responses, rows, workers=None):
     """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
 
-    workers: the part's Workers, which call the function once per answer; None: one call in this process, without time limit.
-    Raises UserError, which names the first failing row."""
+    workers: the part's Workers, for a call per answer; None: one call here, without time limit. UserError names the failing row."""
     # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
     # by workers: a call for each answer, whose result is None if it timed out

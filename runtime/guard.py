@@ -250,9 +250,8 @@ def finite(columns):
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    first: examples before this step. Per example of the step: rows (indices in run.train) and columns (name -> tensor). Appends
-    the non-finite examples, or all of them if only the gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if
-    there are more such steps than --skip_bad_steps."""
+    first: examples before this step. Of its examples: rows (indices in run.train) and columns (name -> tensor). Appends those that
+    are not finite, or all if only the gradient is not, to out_dir/bad_step.jsonl. UserError after more than --skip_bad_steps."""
     import torch
 
     # without step_weight: Dr. DPO's weights of all examples are no numbers where one loss is none

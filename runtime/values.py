@@ -115,7 +115,7 @@ def problem(name, value):
     is_number = type(value) in (int, float)
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if is_number and not low <= value <= high:
-        least = 'above 0' if low == 1e-9 else f'at least {low}'
+        least = 'above 0' if low == 1e-9 else f'at least {low}'  # see RANGES
         most = '' if high == math.inf else f' and at most {high}'
         return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
