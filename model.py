@@ -131,7 +131,7 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
-        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
+        _hidden_trains, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # as forward's arguments
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
@@ -152,7 +152,7 @@ class Head(torch.autograd.Function):
                 d_weight += d_logits.T @ hidden[rows]
             if bias_trains:
                 d_bias += chunk_logits.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None  # none for target and the rest
 
 
 def _write_logits(out, hidden, weight, bias, config):

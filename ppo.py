@@ -331,8 +331,8 @@ def evaluate(seen):
         scores = {name: column for name, column in columns.items() if name.startswith('score')}
         return {'logratio': logratio} | scores
 
-    # rows: how many answers a rank samples side by side
-    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    # sample_batch: how many answers a rank samples side by side
+    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'max_rows': sample_batch}
     generate.sample_held_out(run, {'policy': policy}, held_out, seen, measure, **settings)
     run.log_evaluation(seen, metrics)
 

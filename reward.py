@@ -70,17 +70,15 @@ def run_step(step, backward=False):
     After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
     of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
     # target gap between the two scores, (pairs,)
-    margin = step.labels.get('margin', torch.zeros(len(step.rows)))
+    step_margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
-            batch_margin = move(margin[batch.slot], run.device)
-            loss = formulas.bradley_terry(
-                s_w, s_l, batch_margin, center_coef=center_coef, label_smoothing=label_smoothing
-            )
+            margin = move(step_margin[batch.slot], run.device)
+            loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})

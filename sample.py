@@ -213,7 +213,7 @@ def generate_all():
         # n samples of a prompt have one temperature
         waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
         # keys are in order, and a sort keeps that of prompts of equal length
-        waiting.sort(key=lambda key: -len(ids[key[0]]))
+        waiting.sort(key=lambda key: -len(ids[key[0]]))  # ids: of each prompt, which key[0] is the index of
         while waiting:
             n_rows = batch_size
             if max_tokens:
@@ -234,7 +234,7 @@ def generate_all():
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
         advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
         with errors.memory_for(f'{advice}; what is answered is kept'):
-            answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
+            answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 
         for row, prompt, answer_ids in zip(rows, prompt_ids, answers, strict=True):
             text = decode_answer(answer_ids, prompt, tokenizer, skip_special_tokens=True)

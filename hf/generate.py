@@ -84,16 +84,16 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, rows=None
+    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, max_rows=None
 ):
     """Sample an answer to each prompt in this process. Return lists of token ids.
 
     prompts: lists of token ids. seeds: one int per answer. temperature: 0 is greedy. keep_end: keep the stop token at the end of
-    an answer. rows: maximum batch size, None for all; rows of ended answers are refilled with waiting prompts. A stop signal
+    an answer. max_rows: batch size, None for all prompts; rows of ended answers are refilled with waiting prompts. A stop signal
     truncates all answers. Under FSDP, call it inside sharded.unsharded()."""
     inner = core(model)
     stop = stop_tokens(model, tokenizer)
-    n_rows = rows or len(prompts)
+    n_rows = max_rows or len(prompts)
     refill = can_refill(inner)
     answers = [[] for _ in prompts]
     # indices of answers: not started, and in progress

@@ -261,6 +261,7 @@ def _check_files(name, config):
         has_weights = any(Path(name).glob('*.safetensors'))
         has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
     else:
+        # offline, from_pretrained says whether the cache has them
         has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
         has_pickle = True
     if not has_weights:
@@ -339,7 +340,8 @@ def separate_pad(tokenizer):
 
 def check_tokenizer(tokenizer, model, name):
     """Raise UserError if the tokenizer has ids without a row in the model's embedding. name: the model's, for messages."""
-    rows, size = core(model).get_input_embeddings().num_embeddings, len(tokenizer)
+    rows = core(model).get_input_embeddings().num_embeddings
+    size = len(tokenizer)
     if size > rows:
         last = f'the last, {tokenizer.convert_ids_to_tokens(size - 1)}, has no row'
         way_out = 'remove such tokens, or use model.resize_token_embeddings and save_pretrained'

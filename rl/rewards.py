@@ -23,10 +23,9 @@ class Reward:
     """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
 
     def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
-        """Load the reward models and prepare the functions. Raises UserError if token ids differ from the policy's.
+        """Load the reward models and prepare the functions. UserError for other token ids than the policy's, or too few positions.
 
-        max_tokens: per microbatch of a reward model. tokenizer: the policy's. longest: tokens of the longest prompt and answer;
-        UserError if a reward model does not take so many and an end token."""
+        max_tokens: per microbatch of a reward model. tokenizer: the policy's. longest: tokens of the longest prompt and answer."""
         self.parts = parts
         self.config = config
         self.max_tokens = max_tokens
@@ -102,7 +101,7 @@ class Reward:
             columns['score'] += part.weight * values
             if len(self.parts) > 1:
                 columns[f'score_{part.name}'] = values
-        # late if any of the functions was
+        # an answer is late if any of the functions was, of which each has a row here
         if self.config.reward_timeout and late_by_part:
             columns['late'] = torch.tensor(late_by_part).any(0).double()
         return columns

@@ -51,13 +51,12 @@ class Round:
 def sample(run, source, indices, *, answers_each, first_seed):
     """Sample `answers_each` answers to each of the prompts source[indices] from the policy. Return them as Examples.
 
-    Answer k has seed first_seed + k, so it depends neither on the number of ranks nor on where a run was resumed. Answers keep
-    their end token. Raises UserError if memory runs out."""
+    Answer k has seed first_seed + k, on any number of ranks and after any resume. Answers keep their end token."""
     prompts = [prompt.tolist() for prompt, _ in source.select(indices)]
     repeated = [prompt for prompt in prompts for _ in range(answers_each)]  # one for each answer
     seeds = range(first_seed, first_seed + len(repeated))
-    # rows: how many answers a rank samples side by side
-    settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
+    # sample_batch: how many answers a rank samples side by side
+    settings = {'max_new_tokens': run.config.max_new_tokens, 'max_rows': run.config.sample_batch}
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
     starts = range(0, len(answers), answers_each)  # of the answers to each prompt
