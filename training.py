@@ -366,6 +366,7 @@ class Run:
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
+        # the columns of one step after the other, in the order of the examples
         parts = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):

@@ -160,9 +160,7 @@ def rounded(weights, dtype, generator):
 
 
 def write_card(out_dir, folder):
-    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note.
-
-    Raises UserError if the card cannot be written."""
+    """Write the card of the run in out_dir to folder/README.md, or a note if the run lacks a file. UserError on a full disk."""
     try:
         text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

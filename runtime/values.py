@@ -99,9 +99,7 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name of an option in other projects: what it is here}, such as {'bf16': 'dtype=bfloat16'}, from ELSEWHERE.
-
-    options: those of a script; what is none of them is left out."""
+    """Return {name of one of these options in other projects: what to write here}, such as {'bf16': 'dtype=bfloat16'}."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
         option = re.match(r'\w+', ours)[0]  # dtype of dtype=bfloat16
