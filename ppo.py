@@ -185,7 +185,7 @@ def make_round(first, rows):
         run.obey_signals(first, saved=first == 0)
 
     # columns of all tokens (log-probs pi and ref, values) and of all answers: name -> (tokens,), name -> (answers,)
-    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
+    tokens, answers = rollout.measure(run, ref, examples, stop=stop_ids)
     # old: log-probs under the policy that wrote the answers; offline it is unknown, and the reference stands in for it
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
@@ -322,7 +322,7 @@ def evaluate(seen):
     def measure(prompts, answers):
         """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""
         examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-        tokens, columns = rollout.measure(run, ref, examples, stop_ids)
+        tokens, columns = rollout.measure(run, ref, examples, stop=stop_ids)
         if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))

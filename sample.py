@@ -213,7 +213,7 @@ def generate_all():
         # n samples of a prompt have one temperature
         waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
         # keys are in order, and a sort keeps that of prompts of equal length
-        waiting.sort(key=lambda key: -len(ids[key[0]]))  # ids: of each prompt, which key[0] is the index of
+        waiting.sort(key=lambda key: -len(ids[key[0]]))  # key[0]: index of the prompt; ids: the tokens of each prompt
         while waiting:
             n_rows = batch_size
             if max_tokens:

@@ -230,7 +230,7 @@ class Run:
 
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
-        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
+        self.logger = log.Log(out_dir, self.total, start=self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         verb = 'resuming' if self.seen else 'training'
         what = f'{verb} {method}' if method else verb
         n_epochs = self.total / len(self.train)
@@ -255,7 +255,7 @@ class Run:
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
         self.clock = time.time()  # log_step, evaluations and checkpoints reset it
-        starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, start=self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
             self.waited = time.time() - self.clock
             yield step

@@ -249,7 +249,7 @@ def _merged(model, saved, empty):
     if empty:
         return model
     # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-    wrapped = _peft_model(model, saved, None, task_type=None)
+    wrapped = _peft_model(model, saved, adapters=None, task_type=None)
     # untie head and embedding if the adapter changes one: PEFT has then replaced it by a layer with one of these attributes
     embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):

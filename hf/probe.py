@@ -58,7 +58,7 @@ def two_layouts(examples, device):
     """Return the first and the longest of these Examples as [packed Batch, padded Batch]."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
-    return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
+    return [pack(two, slots=[0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
 def _tolerance(model):

@@ -108,9 +108,9 @@ def measure(run, ref, examples, stop):
     # column 0 of widths is the prompt
     n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     start = n.cumsum(0) - n
-    tokens = token_columns(run, run.policy, examples, start, 'pi', values=True)
+    tokens = token_columns(run, run.policy, examples, start, name='pi', values=True)
     with adapters_off(ref):
-        tokens |= token_columns(run, ref, examples, start, 'ref')
+        tokens |= token_columns(run, ref, examples, start, name='ref')
     # spans: (examples, 1 + answers, 2), begin and exclusive end
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
