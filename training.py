@@ -230,7 +230,7 @@ class Run:
 
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
-        self.logger = log.Log(out_dir, self.total, start=self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
+        self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         verb = 'resuming' if self.seen else 'training'
         what = f'{verb} {method}' if method else verb
         n_epochs = self.total / len(self.train)
