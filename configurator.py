@@ -142,7 +142,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path, options):
-    """Run a config file. Returns (name, value, path, 'path, line n') for each name it sets, as _read_flag does. Raises UserError."""
+    """Run a config file. Returns [(name, value, path, 'path, line n')], as of _read_flag, for the names it sets."""
     if not path.endswith('.py'):
         data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
@@ -179,7 +179,7 @@ def _read_file(path, options):
 
 
 def _read_flag(word, options):
-    """Return (name, value, its origin, the place that errors name) of a flag: ('lr', 1e-6, COMMAND_LINE, 'the command line')."""
+    """Return (name, value, origin, where, for errors) of a flag: ('lr', 1e-6, COMMAND_LINE, 'the command line')."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')

@@ -24,7 +24,7 @@ from text.examples import Examples
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    They are the examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new random order."""
+    They are examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new order."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -44,7 +44,7 @@ def plan(lengths, world_size, max_tokens):
 
     lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
-    # each rank needs at least so many microbatches to hold all tokens (an example longer than max_tokens counts as max_tokens)
+    # each rank needs at least so many microbatches for all tokens (a longer example counts as max_tokens)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     per_rank = max(1, math.ceil(tokens / (world_size * max_tokens)))
     # add one on every rank until all examples fit

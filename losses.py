@@ -139,7 +139,7 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
 # ---- statistics of a whole step: (columns in its order, state, generator) -> (columns, new state), no gradient ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
-    The state, mean and std of d, is 0.9 times the last step's plus 0.1 times this step's; in the first step, its own."""
+    The state, mean and std of d, is 0.9 times the last step's plus 0.1 times this step's; at first, its own."""
     d = (ratio_w - ratio_l).detach()
     now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
@@ -148,7 +148,7 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask of round(B (1 - rho)) of B pairs, at least one, drawn without replacement by weights exp(-((d - mean) / std)^2 / 2)."""
+    """Mask of round(B (1 - rho)) >= 1 of B pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
     # the pairs with the largest log weight + Gumbel noise are such a draw, and cannot underflow

@@ -76,7 +76,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits, pieces) for each chunk of the N positions: its slice of them, the policy's logits (n, V), its pieces.
+        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice, the policy's logits (n, V), pieces.
 
         policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. pieces: [(slice of the N positions, policy's
         logits, reference's logits or None)]. The caller may overwrite logits; the next chunk reuses their memory."""

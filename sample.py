@@ -251,7 +251,7 @@ def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
     def jobs():
-        """Yield (row, request) when a request is to be sent. The row of samples.jsonl lacks response, finish and tokens."""
+        """Yield (row, request) when a request is to be sent. The row lacks response, finish and tokens."""
         for key in keys:
             if key not in done:
                 row = expected_row(*key)

@@ -109,12 +109,12 @@ class Run:
     def load_data(self, *, train=None, held_out=None, **options):
         """Load run.train and run.held_out, the training and evaluation examples.
 
-        options: of load_examples, for both. train, held_out: dicts of options for one of the two, which override those."""
+        options: of load_examples, for both. train, held_out: dicts of options that override them for one of the two."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
         common['undivided'] = eval_data is not None  # then no part of data is held out
-        # enough: how many examples of each split to tokenise (None: all) if the run takes at most a tenth of the first ENOUGH
+        # enough: examples of each split to tokenise, if the run takes at most a tenth of the first ENOUGH; None: all
         fractions = (data_fraction, config.get('frac_good', 1), config.get('frac_bad', 1))
         fraction = math.prod(share for share in fractions if share > 0)  # what these leave of ENOUGH, at least
         is_short = config.n_examples and 10 * config.n_examples <= fraction * ENOUGH
@@ -242,7 +242,7 @@ class Run:
     # ---- steps ----
 
     def make_step(self, examples, rows, first=0, max_tokens=None):
-        """Return the Step of these rows of examples. first: examples that the run took before. max_tokens: if not the run's."""
+        """Return the Step of these rows of examples. first: examples taken before. max_tokens: if not the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
@@ -263,7 +263,7 @@ class Run:
     def within_memory(self, run_step, step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
 
-        If memory runs out, halve max_tokens and try again if it is 'auto' and this is the only process; else raise UserError."""
+        If memory runs out, one process with max_tokens='auto' halves it and tries again; others raise UserError."""
         while True:
             # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
             if step.max_tokens > self.max_tokens:
@@ -384,7 +384,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
 
-        Returns {name: result of measure(prompts, answers), {column: (n,) tensor}}; {} without measure or after a stop signal."""
+        Returns {name: measure(prompts, answers), {column: (n,) tensor}}; {} without measure or after a signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)

@@ -164,7 +164,7 @@ def rounded(weights, dtype, generator):
 
 
 def write_card(out_dir, folder):
-    """Write the card of the run in out_dir to folder/README.md, or a note if the run lacks a file. UserError on a full disk."""
+    """Write the card of the run in out_dir to folder/README.md; only say so if a file of the run is damaged."""
     try:
         text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -162,7 +162,7 @@ def _generation_mode(model, **settings):
 def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
     """Continue sequences (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
-    cache: a Cache of all but the last token of each sequence, an empty one to fill, or None. criteria, processors: lists."""
+    cache: a Cache of all but each sequence's last token, an empty one to fill, or None. criteria, processors: lists."""
     n_cached = 0 if cache is None else cache.get_seq_length()
     # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
@@ -198,7 +198,7 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether _cache_for() can merge this model's caches: layers hold keys and values of all tokens or of a window."""
+    """Return whether _cache_for() can merge this model's caches: of keys and values of all tokens or of a window."""
     # Mamba holds a state that mixes all tokens
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
@@ -249,7 +249,7 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    n_sampled: tokens of each row's answer so far. All rows end at a stop signal, or if `enough` have, from REFILL_AFTER steps on."""
+    n_sampled: tokens of each row's answer so far. All end at a signal, and if `enough` have from REFILL_AFTER on."""
     stop = torch.tensor(sorted(stop), device=inner.device)
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
     sampled = []  # for each step, the tokens of all rows: (rows,)
@@ -279,7 +279,7 @@ def _processors(seeds, n_sampled, temperature, top_p):
 
 
 def _checked(ids, scores):
-    """Logits processor: return scores as they are. Raises UserError if one is NaN, where an argmax means nothing. ids: unused."""
+    """Logits processor: return scores as they are. UserError if one is NaN, where an argmax means nothing."""
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
     return scores

@@ -201,7 +201,7 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-    # of a language model these are as they should be: score.weight is missing, and lm_head.weight, of no numbered layer, unused
+    # as it should be for a language model: score.weight is missing, and lm_head.weight, of no numbered layer, unused
     if is_lm:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
@@ -351,7 +351,7 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: its tokenizer, or its name; a folder without a tokenizer only gets a note. other_role: 'the reference NAME', say."""
+    other: its tokenizer or name; a folder without one only gets a note. other_role: such as 'the reference NAME'."""
     if isinstance(other, str):
         if other == policy_name:
             return
@@ -370,7 +370,7 @@ def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_co
 
 
 def _weights_on_disk(name):
-    """Return what the headers of a model's .safetensors files say (weight_map, parameter_count ...), or None if there is no file."""
+    """Return what the headers of a model's .safetensors files say (weight_map, parameter_count ...), or None."""
     file = hub.file_of(name, 'model.safetensors') or hub.file_of(name, 'model.safetensors.index.json')
     return get_local_safetensors_metadata(Path(file).parent) if file else None
 

@@ -120,7 +120,7 @@ def weights_hash(folder):
 
 
 def content_of(name):
-    """Return weights_hash() of a folder, or the commit of a hub id, with that of an adapter's base model. None if not found."""
+    """Return weights_hash() of a folder, the commit of a hub id; with an adapter's base model. None if not found."""
     folder = hub.folder_of(name)
     if folder is None:
         return None
@@ -205,10 +205,10 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options with which to load the reference: adapters, those of the policy, or None for no new adapters.
+    """Return the adapter options to load the reference with: adapters, those of the policy, or None for no new ones.
 
     A policy with adapters is its own reference, under adapters_off(). It is loaded once more only for --cache_ref, which hashes it."""
-    # a new adapter starts as zero, so the model without it is the same; 4-bit weights or a saved adapter change the model
+    # a new adapter starts as zero: without it the model is the same. 4-bit weights or a saved adapter change it
     is_changed = config['quantize'] or find_adapter(config['model'])
     return adapters if is_changed and config['ref_model'] is None else None
 
@@ -244,13 +244,13 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
 
 
 def _merged(model, saved, empty):
-    """Return the model with the SavedAdapter merged into its weights, all of which train then. empty: it has no weights yet."""
+    """Return the model with a SavedAdapter merged into its weights, all of which train then. empty: no weights yet."""
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
     # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
     wrapped = _peft_model(model, saved, adapters=None, task_type=None)
-    # untie head and embedding if the adapter changes one: PEFT has then replaced it by a layer with one of these attributes
+    # untie head and embedding if the adapter changes one: PEFT's layer in its place has one of these attributes
     embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
         separate(wrapped, ties(wrapped))
@@ -303,12 +303,12 @@ def _check_trainable(model, saved):
             outside.append(path)
     # 2. modules that it stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
-    # 3. weights of the model itself, which PEFT writes beside it where an embedding was resized: the export leaves them out
+    # 3. weights of the model itself, which PEFT adds where an embedding was resized: the export leaves them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
         whole = [key for key in file.keys() if '.lora_' not in key]  # noqa: SIM118
     outside += sorted(key for key in whole if not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # it may be of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
+    # it may be of another task; load_model has rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:

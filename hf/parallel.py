@@ -65,7 +65,7 @@ def choose_arithmetic(config, device):
 def tensor_parallel(model, mesh, n_meshes):
     """Divide the blocks of a model, in place, among the ranks of a 1-d mesh by transformers' tensor-parallel plan.
 
-    n_meshes: how many of them; FSDP later shards each rank's part over them. UserError if a plan is missing or does not divide."""
+    n_meshes: FSDP later shards each part over so many meshes. UserError if there is no plan, or a size does not divide."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 

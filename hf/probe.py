@@ -44,7 +44,7 @@ def can_pack(model, examples, device, wanted=True):
         max_error, reason = deviation(model, ours=packed, theirs=padded)
         if max_error <= _tolerance(model):
             return True
-    # try our own head on padded batches: it misses, say, a logit scale that stands under a new key in the model's config.
+    # try our own head on padded batches: it misses, say, a logit scale under a new key of the model's config.
     # NaN passes, as it is of broken weights: the first step says so
     max_error, message = deviation(model, ours=padded, theirs=padded)
     if max_error > _tolerance(model):

@@ -9,8 +9,8 @@ from configurator import UserError
 
 
 def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: the option shard, but for auto."""
-    # none: ranks have all weights, and only cast them to bfloat16. Frozen ones are bfloat16 already: a copy would double them
+    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
+    # none: ranks have all weights, and only cast them to bfloat16. Frozen ones are that already: a copy doubles them
     if mode == 'none':
         return all(p.requires_grad for p in model.parameters())
     return mode == 'grads'
@@ -61,7 +61,7 @@ def unsharded(model):
     """Within the block, keep all weights gathered: generation is several times faster, and ranks need not run in step."""
     modules = fsdp_modules(model)
     try:
-        # FSDP takes the first module that runs as its root. This runs the model; generation may start inside PEFT's wrapper
+        # FSDP takes the first module that runs as its root: run the model, as generation may start inside of PEFT's
         if modules:
             model.be_root(None)
         for m in modules:

@@ -40,7 +40,7 @@ def _set_parameter(model, name, parameter):
 
 
 def correct_tie_config(model):
-    """Correct a config that ties head and embedding where the model does not, or loading would. Returns whether it did."""
+    """Correct a config that ties head and embedding where the model does not. Returns whether it did."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None or head.weight is embedding.weight:

@@ -52,11 +52,11 @@ class Tail(NamedTuple):
 
 
 def _cvar_mass(logits, ref_logits, tail=None, *, mu):
-    """Return (mass, tail) of cvar(mu) as a Divergence does: p / mu for tokens in the tail, else 0; p: under the reference."""
+    """Return (mass, tail) of cvar(mu) as a Divergence does: the reference's p, / mu, of tokens in the tail; else 0."""
     z = (ref_logits - logits).detach()
     p = ref_logits.softmax(-1)
     tail = tail or find_tail(z, p, mu)
-    # part of each token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with floats as out
+    # part of a token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with floats
     is_above = torch.gt(z, tail.high, out=torch.empty_like(z))
     is_counted = torch.gt(z, tail.low, out=torch.empty_like(z))
     part = is_above.lerp_(is_counted, tail.share)  # is_above + share (is_counted - is_above)

@@ -60,7 +60,7 @@ class Failed(Exception):
 def parts_of_options(config, eval_data):
     """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither.
 
-    Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. UserError for invalid options."""
+    Sets config.reward_model if exactly one Part is a model, else config.reward_models. UserError for invalid options."""
     reward, model = config.reward, config.reward_model
     # --reward on the command line replaces a reward_model that is not: given() returns those of the two that are
     if reward and model and config.given('reward reward_model') == ['reward']:
@@ -239,7 +239,7 @@ def score(part, prompts, responses, rows, workers=None):
 
 
 def _checked(part, prompts, rows, results):
-    """Return the list of an iterator's results, one call for each answer. Raises UserError at the first that is a Failed."""
+    """Return the list of an iterator's results, one for each answer. Raises UserError at the first that is a Failed."""
     checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):

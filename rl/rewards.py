@@ -23,9 +23,9 @@ class Reward:
     """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
 
     def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
-        """Load the reward models and prepare the functions. UserError for other token ids than the policy's, or too few positions.
+        """Load the reward models and prepare the functions. UserError for other token ids, or too few positions.
 
-        max_tokens: per microbatch of a reward model. tokenizer: the policy's. longest: tokens of the longest prompt and answer."""
+        max_tokens: of a reward model's microbatch. tokenizer: the policy's. longest: tokens of prompt and answer."""
         self.parts = parts
         self.config = config
         self.max_tokens = max_tokens

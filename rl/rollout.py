@@ -82,7 +82,7 @@ def token_indices(batch, rows, starts, per_prompt):
 def token_columns(run, model, examples, starts, name, values=False):
     """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
 
-    The log-probs are called `name`; the values, if the model has a critic, 'value'. starts: (answers,) as for token_indices."""
+    The log-probs are called `name`; the values, if there is a critic, 'value'. starts: as for token_indices."""
     lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
     # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
@@ -145,7 +145,7 @@ def advantages_and_targets(config, tokens, scores, n):
 def speeds(n, elapsed, sampling):
     """Return the metrics of a round on its size and speed. n: tokens of each answer, (answers,).
 
-    elapsed: seconds that the round took. sampling: how many of them went into sampling answers, logged as a share of elapsed."""
+    elapsed: seconds that the round took. sampling: how many of them went into sampling, logged as a share."""
     amounts = {'examples_per_second': len(n), 'tokens_per_second': int(n.sum()), 'sampling_share': sampling}
     rates = {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': len(n)} | rates

@@ -14,7 +14,7 @@ from configurator import UserError
 
 
 def path_of(kind, key):
-    """Return the path of a cache file. key: a hex hash of all that its contents depend on. UserError without a home folder."""
+    """Return the path of a cache file. key: a hash of all that its contents depend on. UserError without a home."""
     folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
     # a process without a home, as in some containers
     if folder.startswith('~'):

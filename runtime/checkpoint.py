@@ -53,7 +53,7 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # each rank saves its shard of a DTensor. Replicas have none: local() makes plain tensors, which save() deals out to the ranks
+    # each rank saves its shard of a DTensor. Replicas have none: local() makes plain tensors, which save() deals out
     is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
@@ -131,7 +131,7 @@ def wait():
 def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
 
-    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: process group of the writer threads."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: of the writer threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:

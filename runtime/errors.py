@@ -14,7 +14,7 @@ from runtime.values import printable
 
 
 def report(kind, error, trace):
-    """The sys.excepthook: print a UserError or an out-of-memory error as one sentence (exit code 2), others as a traceback."""
+    """The sys.excepthook: print a UserError or full memory as one sentence (exit code 2), others as a traceback."""
     # turn out-of-memory errors into a UserError with this advice, and then some others, too
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     error = _of_circumstances(error)
@@ -42,7 +42,7 @@ def report(kind, error, trace):
 
 
 def _of_circumstances(error):
-    """Return a UserError for an error that nobody has caught: of print(), of another rank, of a library. Others as they are."""
+    """Return a UserError for an error of print(), of another rank or of a library in Rust; others as they are."""
     # print() on a full disk: such an error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return UserError(f'cannot print: {error.strerror}')

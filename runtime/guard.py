@@ -89,7 +89,7 @@ def on_signal(number):
     global _code
     if _stage == 'over':  # all is written
         return
-    # a second Ctrl-C after the one that set _code: torchrun forwards it as SIGTERM, while SIGUSR1 is of a cluster's scheduler
+    # a second Ctrl-C: torchrun forwards it as SIGTERM, while SIGUSR1 comes from a cluster's scheduler
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
     exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0

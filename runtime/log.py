@@ -199,7 +199,7 @@ class Log:
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
         """Open the logs and the trackers. wandb: project or None.
 
-        total: examples of the run; start: of these, done before a resume; every: examples between lines on the screen."""
+        total: examples of the run; start: those before a resume; every: examples between lines on the screen."""
         self.total, self.start, self.every = total, start, every
         self.began = time.time()
         if not main_rank():
@@ -237,7 +237,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints the metrics in SHOWN of each evaluation and of each step that crosses a multiple of self.every examples."""
+        Prints the metrics in SHOWN of evaluations, and of steps that cross a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
@@ -304,9 +304,9 @@ def progress(total, unit, description, **options):
 
 
 def speeds(step, elapsed, waited):
-    """Return the metrics of a data.Step on its size and speed. elapsed: seconds that it took, of which it waited for data: waited.
+    """Return the metrics of a data.Step on its size and speed. elapsed: seconds it took; waited: of them, for data.
 
-    padding_share: the share of padding in its microbatches' tokens; data_wait_per_second: the share of the time that was waiting."""
+    padding_share: share of padding in its microbatches; data_wait_per_second: share of the time that was waiting."""
     n = len(step.rows)
     metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
     for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():

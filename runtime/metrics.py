@@ -35,7 +35,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
 
 
 def of_dpo(objective, columns, split):
-    """Return the metrics of dpo.py (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
+    """Return dpo.py's metrics (name -> float) from the columns of a step or evaluation. split: 'train' or 'eval'."""
     if objective.paired:
         # a pair is right if the chosen answer has the higher reward
         chosen = answers_of(objective, columns, '_w')

@@ -176,7 +176,7 @@ def _reject_conflicts(objective):
 
 
 def _made_up(fn, statistic, options):
-    """Return (columns of a made-up example at each of MARGINS; the list of the log-ratios among them, which require gradients)."""
+    """Return (columns of made-up examples, one for each of MARGINS; the log-ratios of these, to differentiate)."""
     # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
     is_paired = not PAIRS.isdisjoint(inputs(fn))
     margin = torch.tensor(MARGINS)

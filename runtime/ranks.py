@@ -52,7 +52,7 @@ def setup(tp=1, options=()):
 
 
 def _own_device():
-    """Return the device of this process: a GPU, made current, or the CPU, whose cores are divided among a machine's processes.
+    """Return this process's device: a GPU, made current, or the CPU, whose cores a machine's processes divide.
 
     Raises UserError if this machine has fewer GPUs than processes."""
     # of this process on its own machine, as torchrun says

@@ -99,7 +99,7 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name of one of these options in other projects: what to write here}, such as {'bf16': 'dtype=bfloat16'}."""
+    """Return {name of such an option in other projects: what to write here}, such as {'bf16': 'dtype=bfloat16'}."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
         option = re.match(r'\w+', ours)[0]  # dtype of dtype=bfloat16
