@@ -384,7 +384,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
 
-        Returns {name: measure(prompts, answers), {column: (n,) tensor}}; {} without measure or after a signal."""
+        Returns {name: {column: (n,) tensor}, from measure(prompts, answers)}; {} without measure or after a signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)

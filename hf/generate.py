@@ -249,7 +249,7 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    n_sampled: tokens of each row's answer so far. All end at a signal, and if `enough` have from REFILL_AFTER on."""
+    n_sampled: tokens of each row's answer so far. All end at a signal, or once `enough` have after REFILL_AFTER steps."""
     stop = torch.tensor(sorted(stop), device=inner.device)
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
     sampled = []  # for each step, the tokens of all rows: (rows,)

@@ -52,7 +52,7 @@ class Tail(NamedTuple):
 
 
 def _cvar_mass(logits, ref_logits, tail=None, *, mu):
-    """Return (mass, tail) of cvar(mu) as a Divergence does: the reference's p, / mu, of tokens in the tail; else 0."""
+    """Return (mass, tail) of cvar(mu) as a Divergence does: p / mu of tokens in the tail, else 0. p: the reference's."""
     z = (ref_logits - logits).detach()
     p = ref_logits.softmax(-1)
     tail = tail or find_tail(z, p, mu)

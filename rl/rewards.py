@@ -25,7 +25,7 @@ class Reward:
     def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
         """Load the reward models and prepare the functions. UserError for other token ids, or too few positions.
 
-        max_tokens: of a reward model's microbatch. tokenizer: the policy's. longest: tokens of prompt and answer."""
+        max_tokens: of a reward model's microbatch. tokenizer: the policy's. longest: tokens of the longest answer with prompt."""
         self.parts = parts
         self.config = config
         self.max_tokens = max_tokens

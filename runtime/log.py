@@ -304,7 +304,7 @@ def progress(total, unit, description, **options):
 
 
 def speeds(step, elapsed, waited):
-    """Return the metrics of a data.Step on its size and speed. elapsed: seconds it took; waited: of them, for data.
+    """Return the metrics of a data.Step on size and speed. elapsed: its seconds; waited: those that it waited for data.
 
     padding_share: share of padding in its microbatches; data_wait_per_second: share of the time that was waiting."""
     n = len(step.rows)
