@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf import lean, probe
 from hf.attention import set_attention
+from hf.half import HalfCopies
 from hf.parallel import tensor_parallel
 from hf.parts import blocks
-from hf.sharded import add_method, be_root, local, reshard, stays_gathered
+from hf.sharded import add_method, be_root, reshard
 from hf.ties import tie_as, ties
 from model import hidden_and_head, response_logps
 from rl.heads import response_scores, token_logps
@@ -78,21 +79,21 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
         # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
         tied = ranks.shared(partial(ties, loaded))
-        # bfloat16 training keeps float32 master weights, which FSDP manages, even for replicas
-        by_fsdp = mode != 'none' or (half and train)
-        if by_fsdp or dist.get_world_size() > 1:
+        by_fsdp = mode != 'none'
+        if by_fsdp or (half and train) or dist.get_world_size() > 1:
             loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
         # FSDP shards an empty model and then fills it (_distribute); replicas on other ranks start empty, too
         model = build(empty=True) if by_fsdp or loaded is None else loaded
         tie_as(model, tied)
-        if not by_fsdp:
-            _replicate(model, device, tied, half)
     if not train:
         model.requires_grad_(False)
     lean.recompute(model, **options)
     model.shard_mode = mode
+    model.half_copies = None
     if by_fsdp:
         _distribute(model, loaded, device, half, cpu_offload)
+    elif device_map is None:
+        _replicate(model, device, tied, half)
     model.reshard = types.MethodType(reshard, model)
     for method in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, method)
@@ -103,10 +104,9 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 
 
 def _replicate(model, device, tied, half):
-    """Move a model to the device, in place, in bfloat16 if half, and broadcast rank 0's tensors. tied: see shard()."""
+    """Move a model to the device, in place, and broadcast rank 0's tensors. half: compute in bfloat16. tied: see shard()."""
     if half:
-        for p in model.parameters():  # not model.to: buffers, such as rotary frequencies, stay float32
-            p.data = p.data.bfloat16()
+        _round(model)
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -116,51 +116,53 @@ def _replicate(model, device, tied, half):
     assert len(set(ranks.gather_objects(len(tensors)))) == 1, 'the broadcasts would hang: ranks have different tensors'
     for tensor in tensors:
         dist.broadcast(tensor.data, 0)
+    if half and any(p.requires_grad for p in model.parameters()):
+        model.half_copies = HalfCopies(model)
+        model.register_forward_pre_hook(model.half_copies.swap_in)
+
+
+def _round(model):
+    """Round the weights of a model to bfloat16, in place; weights that train stay float32 tensors. Buffers stay as they are.
+
+    Unrounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump to the other one with the first
+    update, however small."""
+    for p in model.parameters():
+        rounded = p.data.bfloat16()
+        p.data = rounded.to(p.dtype) if p.requires_grad else rounded
 
 
 def _distribute(model, loaded, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    # a replica is "sharded" over a mesh of one rank: FSDP then does mixed precision only
-    is_replica = model.shard_mode == 'none'
-    mesh = _mesh(device.type, ranks.tp_size(), is_replica, group=dist.group.WORLD)
+    mesh = _mesh(device.type, ranks.tp_size(), group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
     shard_device = device  # where the shards of the weights are kept
     if half:
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # to compute, to sum gradients
-        # Round the float32 master weights to bfloat16, too. Otherwise a weight halfway between two bfloat16 numbers, common in
-        # fp16 files, would jump to the other one with the first update, however small
-        if loaded is not None:
-            for p in loaded.parameters():
-                p.data = p.data.bfloat16().to(p.dtype)
-        # frozen weights are never updated, so they need no float32 copy
-        for p in model.parameters():
-            if not p.requires_grad:
-                p.data = p.data.bfloat16()
+        # the empty model gets its dtypes from it, and its weights from loaded
+        for each in (model, loaded):
+            if each is not None:
+                _round(each)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')
     if ranks.tp_size() > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
     # FSDP gathers the weights of a block together; those outside of the blocks, too, and they stay so: backward needs them first
-    model.stays_gathered = stays_gathered(model, model.shard_mode)
+    model.stays_gathered = model.shard_mode == 'grads'
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
     fully_shard(model, **settings, reshard_after_forward=False)
-    # a replica's bfloat16 copy of the weights serves all microbatches of a step
-    if is_replica and model.stays_gathered:
-        model.set_reshard_after_backward(False)
     _fill(model, loaded, device, shard_device)
 
 
 @cache
-def _mesh(device_type, tp, replicated, group):
+def _mesh(device_type, tp, group):
     """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. group: only a key of the cache.
 
-    Dimensions of 8 ranks: dp 8; if replicated: copies 8, dp 1; with tp=2: dp 4, tp 2; with both: copies 4, dp 1, tp 2."""
-    n = dist.get_world_size() // tp
-    sizes = {'copies': n, 'dp': 1} if replicated else {'dp': n}
+    Dimensions of 8 ranks: dp 8; with tp=2: dp 4, tp 2."""
+    sizes = {'dp': dist.get_world_size() // tp}
     if tp > 1:
         sizes['tp'] = tp
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -203,8 +205,6 @@ def average_gradients(model):
     # shards: FSDP has averaged their gradients in backward
     if model.shard_mode != 'none':
         return grads
-    # replicas; those that train in bfloat16 have DTensors over a mesh of one rank, see _distribute
-    grads = [local(grad) for grad in grads]
     if dist.get_world_size() > 1:
         # one flat bucket, for a single all-reduce
         bucket = torch.cat([grad.flatten() for grad in grads]).div_(dist.get_world_size())

@@ -1,8 +1,7 @@
 """Read and write files of sampled answers and of verdicts, and form the pairs of answers that label.py judges.
 
 sample.py writes samples.jsonl (a row per answer) and model_outputs.json (AlpacaEval's format), label.py verdicts.jsonl (a row
-per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank r > 0 appends to samples-r.jsonl.
-"""
+per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank r > 0 appends to samples-r.jsonl."""
 
 import json
 import os
@@ -129,24 +128,24 @@ def read_answers(path):
             if row.error:
                 raise ValueError(row.error)
             if 'instruction' in row:
-                # model_outputs.json stores a dialogue with its role markers, but a single question without them
-                # as in text/formats.py, what an instruction is about may stand beside it
                 prompt, response = field(row, 'instruction'), field(row, 'output')
+                # as in text/formats.py, what an instruction is about may stand beside it
                 if row.get('input'):
                     prompt += '\n\n' + field(row, 'input')
+                # model_outputs.json has a dialogue with its role markers, but a single question without them
                 is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
-                # answer() adds the space before a text; label.py adds it to the answer to a single question
+                # answer() adds the space after the last marker; behind a single question label.py adds it
                 response = answer(response) if is_dialogue else response
                 prompt = prompt if is_dialogue else ask(prompt)
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
             # the defaults of rows without these fields: a fixed name, and the next free number
             generator = field({'generator': 'unnamed', **row}, 'generator')
-            asked = instruction(prompt), generator
-            sample = field({'sample': num_answers[asked], **row}, 'sample', int)
+            key = instruction(prompt), generator
+            sample = field({'sample': num_answers[key], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
-        num_answers[asked] += 1
+        num_answers[key] += 1
         entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response, 'tools': row.get('tools')}
         answers.append(entry | {'generator': generator, 'sample': sample})
     if not answers:
@@ -165,13 +164,15 @@ def make_pairs(answers_file, against_file=None):
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
-    # of the instructions: answers to one that is asked again are paired apart, but it is no new prompt to an interval
+    # instruction -> its number: one that is asked again has pairs of its own, but is one prompt to an interval
     numbers = {}
     for question, group in our_groups.items():
-        number = numbers.setdefault(question[0], len(numbers))
+        number = numbers.setdefault(group[0]['instruction'], len(numbers))
+        matches = combinations(group, 2)
         # zip skips answers that have no counterpart
-        counterparts = zip(group, their_groups.get(question, []), strict=False)
-        for first, second in counterparts if against_file else combinations(group, 2):
+        if against_file:
+            matches = zip(group, their_groups.get(question, []), strict=False)
+        for first, second in matches:
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             asked = second if is_plain(first) else first
             pair = {'prompt': asked['prompt'], 'instruction': first['instruction'], 'question': number}

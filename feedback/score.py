@@ -4,8 +4,7 @@
     torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
 
 Writes a line to --out for each pair or answer. Texts are tokenized and truncated as in training, and a score is read at the
-end-of-text token. label.py and ppo.py use load_scorer() and scores() of this file, too.
-"""
+end-of-text token. label.py and ppo.py use load_scorer() and scores() of this file, too."""
 
 from runtime import guard
 
@@ -78,12 +77,12 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # compare packed and padded scores of two random pairs of different lengths
-    rng = np.random.default_rng(0)
-    a, b, c = rng.integers(len(tokenizer), size=(3, 20))
-    long_pair = a, [b, c[:5]]
+    # can_pack compares packed and padded scores, of two pairs of different lengths made of three rows of random ids
+    a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
+    long_pair = a, [b, c[:5]]  # prompt, [chosen, rejected]
     short_pair = b[:7], [c[:9], a]
-    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device))
+    is_packed = can_pack(model, Examples.of([long_pair, short_pair]), device)
+    set_attention(model, is_packed)
     return model, tokenizer
 
 
@@ -106,19 +105,19 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     rank, world_size = ranks.data_rank()
     make_plan = plan_padded if is_padded else plan
     microbatches = make_plan(lengths, world_size, max_tokens)[rank]
-    found = []  # scores of each microbatch
-    slots = []  # of each of these scores: the number of its item, or -1
+    batch_scores = []  # a tensor for each microbatch
+    slots = []  # of each score in these: the number of its item, or -1
     for indices in microbatches:
         examples = [(groups[index].prompt, groups[index].answers) for index in indices]
         batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
-        found.append(model.response_scores(batch))
+        batch_scores.append(model.response_scores(batch))
         # without a group this rank scores a filler answer, to stay in step with the others; gather_columns drops slot -1
         for index in indices:
             slots += groups[index].slots
         if not indices:
             slots.append(-1)
     # the scores of all ranks, in the order of items
-    columns = fsdp.gather_columns({'score': torch.cat(found)}, slots, len(items))
+    columns = fsdp.gather_columns({'score': torch.cat(batch_scores)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
         raise UserError("the reward model's scores are not numbers: its weights are broken, or too large for its type")
@@ -167,8 +166,8 @@ def main():
         raise UserError('name the model and what it scores: --reward_model=FOLDER --data=FILE')
     if by in SCORES:
         raise UserError(f'--by={by}: {out} has the new scores under that name; call the column of the data otherwise')
+    _rank, _world_size, device = ranks.setup(options=config)
     # the data first: what is wrong with it is told before the model is loaded
-    _, _, device = ranks.setup(options=config)
     examples, left_out = ranks.first_of_host(read)
     # a missing column is an error only if the user asked for it
     has_column = any(by in example.raw for _, example in examples)
@@ -204,14 +203,15 @@ def read():
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
-    # without --split, data without a test split is read whole
-    options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    part = split or 'test'
     keep_data(data, out)
+    part = split or 'test'
+    # undivided: without --split, data without a test split is read whole
+    options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # The first example decides the task of the source. A throwaway Counter, since the source is read again below.
+        # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
+        # {}, of a source without examples, has the task 'prompts', too
         if task == 'prompts' and first:
             raise UserError(f'{source} has prompts alone: a score needs chosen and rejected, or a response')
         for example in read_examples(source, part, left_out, task=task, **options):
@@ -232,8 +232,10 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
 
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
+    # a prompt is cut to half of the limit if the whole is too long
+    options = {'max_length': limit, 'max_prompt_length': limit // 2, 'truncation': truncation, 'left_out': left_out}
     # margins=True: the data's margins, which nothing reads here, are not counted as left out
-    options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
+    options |= {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
     targets = []  # (row, column): where the score of each item goes
@@ -244,9 +246,8 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
-        # yields one example, or none if it was skipped; prompts are truncated to half of the limit if necessary
-        tokenised = tokenise([example], tokenizer, task, limit, limit // 2, truncation, left_out, **options)
-        for prompt, answers in tokenised:
+        # one example, or none if it was skipped
+        for prompt, answers in tokenise([example], tokenizer, task, **options):
             rows.append(row)
             for name, answer in zip(names, answers, strict=True):
                 items.append((prompt, answer))
@@ -264,7 +265,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 def report(rows):
     """Return the report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, and a table."""
     lines = []
-    # pairs
     pairs = [row for row in rows if 'margin' in row]
     if pairs:
         margins = [row['margin'] for row in pairs]
@@ -319,7 +319,7 @@ def table(pairs):
         present = [name for name in sizes if name in accuracies]
         if not present:
             continue
-        shares = [accuracies[name][0] for name in present]
+        shares = [share for share, _text in map(accuracies.get, present)]
         score = np.average(shares, weights=[sizes[name] for name in present])
         section_scores.append(score)
         lines.append(f'  {section:24s} {score:.3f}')

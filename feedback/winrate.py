@@ -1,8 +1,7 @@
 """Win rates from verdicts: confidence intervals and length control.
 
 label.py reports them, and feedback/score.py uses the intervals. A win is 1, a loss 0, a tie 1/2. Pairs with the same prompt are
-correlated, so they form a cluster, and all standard errors are cluster-robust.
-"""
+correlated, so they form a cluster, and all standard errors are cluster-robust."""
 
 import numpy as np
 

@@ -1,4 +1,6 @@
-"""A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them."""
+"""A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
+
+A replica that trains in bfloat16 gathers nothing: where FSDP gathers weights, it swaps its bfloat16 copies in (half.py)."""
 
 import contextlib
 import types
@@ -8,17 +10,15 @@ import torch.distributed as dist
 from configurator import UserError
 
 
-def stays_gathered(model, mode):
-    """Return whether FSDP keeps a block's weights gathered from forward to backward. mode: none, grads or full."""
-    # none: ranks have all weights, and only cast them to bfloat16. Frozen ones are that already: a copy doubles them
-    if mode == 'none':
-        return all(p.requires_grad for p in model.parameters())
-    return mode == 'grads'
-
-
 def add_method(model, function):
     """Make function(model, ...) a method of the model. FSDP gathers the root module's parameters for it, as it does for forward."""
-    setattr(model, function.__name__, types.MethodType(function, model))
+    copies = half_copies(model)
+
+    def with_copies(model, *args, **options):
+        copies.swap_in()
+        return function(model, *args, **options)
+
+    setattr(model, function.__name__, types.MethodType(with_copies if copies else function, model))
     if model in fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
 
@@ -28,10 +28,14 @@ def reshard(model):
     for module in fsdp_modules(model):
         # not module.reshard: fsdp.shard has made this function a method of the root, which would call itself
         type(module).reshard(module)
+    if copies := half_copies(model):
+        copies.swap_out()
 
 
 def abandon_backward(model):
-    """Clear what a backward that ended in an error leaves in FSDP's state. Otherwise later ones would give no gradients."""
+    """Clear what a backward that ended in an error leaves behind. Otherwise later ones would give no gradients, or wrong ones."""
+    if copies := half_copies(model):
+        copies.drop_gradients()
     if fsdp_modules(model):
         # what FSDP runs at the end of a backward, and otherwise would not run again: it takes the broken one for unfinished
         model._get_fsdp_state()._root_post_backward_final_callback()
@@ -52,8 +56,13 @@ def fsdp_modules(model):
     return [m for m in model.modules() if hasattr(m, 'unshard')]
 
 
+def half_copies(model):
+    """Return the HalfCopies of a replica that trains in bfloat16, or None."""
+    return getattr(model, 'half_copies', None)
+
+
 def be_root(model, unused):
-    """Do nothing. As a method of model, it makes model FSDP's root. unused: torch 2.11's FSDP on CUDA wants an argument."""
+    """Do nothing. As a method of model, it makes model FSDP's root, or swaps bfloat16 copies in. unused: torch 2.11's FSDP on CUDA wants an argument."""
 
 
 @contextlib.contextmanager
@@ -62,7 +71,7 @@ def unsharded(model):
     modules = fsdp_modules(model)
     try:
         # FSDP takes the first module that runs as its root: run the model, as generation may start inside of PEFT's
-        if modules:
+        if modules or half_copies(model):
             model.be_root(None)
         for m in modules:
             m.set_reshard_after_forward(False, recurse=False)

@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from hf.sharded import local
 from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
 from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, shared
@@ -53,14 +52,11 @@ def _live_tensors(model, optimizer):
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    # each rank saves its shard of a DTensor. Replicas have none: local() makes plain tensors, which save() deals out
-    is_replica = model.shard_mode == 'none'
     tensors = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        weight = p.detach()
-        tensors[f'model.{name}'] = local(weight) if is_replica else weight
+        tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
             # an optimizer of the user's may count steps in a Python number, into which load() could not write
             if isinstance(value, int | float):
@@ -68,8 +64,6 @@ def _live_tensors(model, optimizer):
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
             if value.dim() == 0:
                 value = value[None]
-            elif is_replica:
-                value = local(value)
             tensors[f'optimizer.{name}.{key}'] = value
     return tensors
 

@@ -102,8 +102,8 @@ def _check_memory(run, frozen):
     """Print the memory that all ranks on this machine need for a run; warn, with advice, if it has less.
 
     frozen: number of parameters of the models that are not trained."""
-    tokens = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
-    needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens)
+    tokens, is_step = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
+    needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
     total = sum(needs.values())
     available = machine_memory()
@@ -121,12 +121,13 @@ def _check_memory(run, frozen):
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
-def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, device=None):
+def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, is_step=False):
     """Return the memory needed by one rank as name -> bytes: activations, weights, gradients, optimizer etc.
 
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none, grads
-    or full, as in training.py; frozen: number of parameters of other models, in the compute dtype; device: where it will run, by
-    default the policy's. 'buffers' are a chunk of logits and the weights gathered by FSDP."""
+    or full, as in training.py; frozen: number of parameters of other models, in the compute dtype; is_step: the microbatch is a
+    whole step. 'buffers' are a chunk of logits, and weights gathered by FSDP or
+    copied to bfloat16; 'gradients' are left out as far as they take the place of activations."""
     bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
     num_trained = _count(policy.parameters(), only_trained=True)
     # buffers: 4-bit weights, say
@@ -135,10 +136,13 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
     num_shards = 1 if shard == 'none' else world_size
     gradients = 4 * num_trained / num_shards
+    activations = per_token * tokens
+    # backward of the only microbatch frees activations while it makes gradients; later ones begin beside gradients
+    gradients_beside = max(0, gradients - activations) if is_step else gradients
     needs = {
-        'activations': per_token * tokens,
+        'activations': activations,
         'weights': (4 * num_trained + fixed_bytes) / num_shards,
-        'gradients': gradients,
+        'gradients': gradients_beside,
         'optimizer': MOMENTS.get(optimizer, 2) * gradients,
         'reference': bytes_each * frozen / num_shards,
         'buffers': 0,
@@ -147,21 +151,23 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
     head = core(policy).get_output_embeddings()
     if head is not None:
         vocab_size, hidden_size = head.weight.shape
-        max_logits = Head.max_logits(device or head.weight.device)
+        max_logits = Head.max_logits(head.weight.device)
         # Head takes the tokens of a microbatch in chunks; none is larger than the first, a slice from 0
         first_chunk = Head.chunks(int(tokens), vocab_size, max_logits)[0]
         # each chunk makes a gradient of the whole head weight. Both exist in float32, and also in bfloat16 if that is computed in
         bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
         needs['buffers'] = bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
-    # FSDP also does the cast to bfloat16, for which it gathers copies even on a single rank
-    if num_shards > 1 or bytes_each == 2:
+    # a replica that trains in bfloat16 has copies of its weights
+    if shard == 'none' and bytes_each == 2:
+        needs['buffers'] += bytes_each * num_trained
+    elif num_shards > 1 or bytes_each == 2:
         # before the policy is sharded, as in an estimate, count the blocks that FSDP will shard
         fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
         block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
         # parameters outside of the blocks, such as the embedding, stay gathered; so does the current block, with its gradients, and
         # the next block, which is gathered early
         gathered = _count(policy.parameters()) - sum(block_sizes) + 3 * max(block_sizes)
-        if sharded.stays_gathered(policy, shard):
+        if shard == 'grads':
             gathered += sum(block_sizes)
         needs['buffers'] += bytes_each * gathered
     return needs
@@ -217,12 +223,11 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     per_token: bytes of activations per token; n_frozen: number of models of the policy's size that are still to be loaded."""
     free = free_memory()
     frozen = n_frozen * _count(policy.parameters())
-    # fill this share of it, since CPU allocators hold up to a third more than the tensors need
-    usable = (0.9 if next(policy.parameters()).is_cuda else 0.7) * free
+    # fill this share of it: CPU allocators hold up to a third more than the tensors need, and a GPU nine tenths full is slower
+    usable = (0.85 if next(policy.parameters()).is_cuda else 0.7) * free
 
     def bytes_to_come(max_tokens):
-        tokens = _largest_batch(config, train, packed, max_tokens)
-        needs = _estimate_for(config, policy, per_token, frozen, tokens)
+        needs = _estimate_for(config, policy, per_token, frozen, *_largest_batch(config, train, packed, max_tokens))
         # the policy's weights are in memory already
         return sum(needs.values()) - needs['weights']
 
@@ -237,16 +242,16 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     return max_tokens
 
 
-def _estimate_for(config, policy, per_token, frozen, tokens):
+def _estimate_for(config, policy, per_token, frozen, tokens, is_step):
     """Return estimate() for a microbatch of this many tokens, with the options of this run: config, a dict."""
-    options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen}
+    options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen, 'is_step': is_step}
     options['world_size'] = dist.get_world_size()
     options['shard'] = getattr(policy, 'shard_mode', 'full')
     return estimate(policy, per_token, tokens, **options)
 
 
 def _largest_batch(config, train, packed, max_tokens):
-    """Return the tokens of the largest microbatch: max_tokens, or the longest example, or less if steps are smaller."""
+    """Return (tokens of the largest microbatch, whether it is a whole step): max_tokens, the longest example, or less in small steps."""
     # of each training example, (n,)
     lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
     # an example longer than max_tokens is a microbatch of its own
@@ -254,7 +259,7 @@ def _largest_batch(config, train, packed, max_tokens):
     tokens = max(max_tokens, longest)
     # a step of ppo.py has minibatch_size answers, and not batch_size examples; with padding, a step takes more than its tokens
     if 'minibatch_size' in config or not packed:
-        return tokens
+        return tokens, False
     # the largest step has the batch_size longest examples. It has some of them again if it is larger than the data, or if it
     # reaches into the next epoch
     batch_size, n_examples = config['batch_size'], len(lengths)
@@ -264,7 +269,8 @@ def _largest_batch(config, train, packed, max_tokens):
     _, world_size = ranks.data_rank()
     # examples are not divided, so a rank may have one more than its share
     largest_share = largest_step if world_size == 1 else largest_step // world_size + longest
-    return min(tokens, max(longest, largest_share))
+    largest = max(longest, largest_share)
+    return min(tokens, largest), largest <= tokens
 
 
 def bytes_per_token(policy, forward, train, packed):

@@ -43,6 +43,7 @@ class Refused(Exception):
 
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
+
     If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
     line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
     prompt, answers: each a text or a list of messages. left_out: Counter of reasons, updated. blank: allow empty answers."""
@@ -53,37 +54,38 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
         left_out[KEPT] += sum(MARK in text for text in texts)
         return texts
 
-    # if only some are chats, texts become messages; what looks like a special token in the data is marked
+    # if only some are chats, texts become messages
     prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
     answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
     if not prompt:
         raise Refused('there is no message before the answer')
+    # what looks like a special token in the data is marked
     prompt = marked(prompt, special, left_out)
     tools = special.mark(tools)
     answers = [marked(answer, special, left_out) for answer in answers]
     if template_of(tokenizer, tools) == PLAIN_CHAT:
         left_out[NO_TEMPLATE] = 1  # a flag, not a count
-    # up to where an answer begins, or goes on if the prompt ends with the assistant
+    # the prompt's text ends where an answer begins, or goes on if the last message is the assistant's
     has_begun = prompt[-1]['role'] == 'assistant'
     options = {'add_generation_prompt': not has_begun, 'continue_final_message': has_begun}
     write_prompt = partial(write, tokenizer=tokenizer, **options)
     prompt_text = write_prompt(prompt, tools)
     texts = [_write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out) for answer in answers]
 
-    # count what the template did not write, by writing the chat again without it
-    def write_again(answer, _=None):
+    # count_unwritten calls this with other messages, and with None for the tools, which it has counted with the prompt
+    def write_other_answer(answer, _tools=None):
         # Counter(): the thoughts of the answers are counted already
         return _write_answer(prompt, answer, prompt_text, tools, tokenizer, Counter())
 
     count_unwritten(prompt, tools, prompt_text, write_prompt, left_out)
     for answer, text in zip(answers, texts, strict=True):
-        count_unwritten(answer, None, text, write_again, left_out)
+        count_unwritten(answer, None, text, write_other_answer, left_out)
         has_content = any(turn['content'].strip() for turn in answer)
         if blank or has_content:
             continue
         # the answer has only other fields, such as tool calls: it is empty if the template writes none of them
         content_only = [message(turn['role'], turn['content']) for turn in answer]
-        if write_again(content_only) == text:
+        if write_other_answer(content_only) == text:
             return None
     texts = [prompt_text, *texts]
     left_out[KEPT] += sum(MARK in text for text in texts)
@@ -124,15 +126,15 @@ def _any_of(words):
 
 def special_of(tokenizer):
     """Return the Special of a tokenizer and its chat template."""
-    # the other arguments are cache keys: they change if somebody edits the tokenizer
+    # lru_cache knows by the other arguments if somebody has edited the tokenizer
     template = repr(tokenizer.chat_template)
     return _special_in(tokenizer, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, template)
 
 
 @lru_cache(maxsize=8)
-def _special_in(tokenizer, *_):
+def _special_in(tokenizer, *_keys_of_cache):
     """Return the Special of a tokenizer: its special tokens, EOS, and the added tokens that the chat template writes."""
-    added = tokenizer.added_tokens_decoder
+    added = tokenizer.added_tokens_decoder  # token id -> added token
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
     # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here.
@@ -141,11 +143,11 @@ def _special_in(tokenizer, *_):
     # a broken template is reported later, and only if there are chats
     with contextlib.suppress(Refused, UserError):
         text = write(chat, None, tokenizer)
-        written = set(tokenizer(text, add_special_tokens=False)['input_ids'])
-        written_tokens = {added[token_id].content for token_id in added.keys() & written}
+        written_ids = set(tokenizer(text, add_special_tokens=False)['input_ids'])
+        written_tokens = {added[token_id].content for token_id in added.keys() & written_ids}
         tokens |= {content for content in written_tokens if content.strip()}
-        after_answer = text.rpartition('zebra')[2].lstrip()
-        end_of_turn = _any_of(tokens).match(after_answer)
+        _, _, after_answer = text.rpartition('zebra')
+        end_of_turn = _any_of(tokens).match(after_answer.lstrip())
         if end_of_turn:
             stops.add(end_of_turn[0])
     return Special(_any_of(tokens), _any_of(stops), tokenizer.bos_token or '')
@@ -153,23 +155,24 @@ def _special_in(tokenizer, *_):
 
 def _mark_texts(prompt, answers, special, left_out):
     """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
+
     Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
     then written by a chat template, and its special tokens are meant as tokens."""
     bos = special.bos if prompt.startswith(special.bos) else ''
-    body = prompt.removeprefix(bos)
-    begins_special = special.any.match(body or ''.join(answers[:1]))
-    ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', body)
+    prompt_body = prompt.removeprefix(bos)
+    begins_special = special.any.match(prompt_body or ''.join(answers[:1]))
+    ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', prompt_body)
     is_formatted = bool(begins_special or ends_special)
     left_out['texts that begin or end with a special token: theirs are read as tokens'] += is_formatted
     # str leaves texts unchanged
     mark = str if is_formatted else special.mark
-    texts = [bos + mark(body)]
+    texts = [bos + mark(prompt_body)]
     for answer in answers:
-        body, tail = special.split(answer)
+        body, stops = special.split(answer)
         # keep each stop token once, without line breaks
-        end = ''.join(dict.fromkeys(special.stop.findall(tail)))
-        left_out[ENDED] += tail != end
-        texts.append(mark(body) + end)
+        kept_stops = ''.join(dict.fromkeys(special.stop.findall(stops)))
+        left_out[ENDED] += stops != kept_stops
+        texts.append(mark(body) + kept_stops)
     return texts
 
 
@@ -242,21 +245,30 @@ def write(chat, tools, tokenizer, **options):
     """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
     template raises an error or does not know a role, and UserError if it is invalid or exceeds its time or memory."""
     template = template_of(tokenizer, tools)
-    unknown = {turn['role'] for turn in chat}.difference(ROLES.values())
-    # a template knows a role if it asks for it, or (below) writes it outside of the contents
-    quoted = {role: f"""["']{re.escape(role)}["']""" for role in sorted(unknown)}
-    unknown = [role for role in quoted if not re.search(quoted[role], template)]
-    chats = [chat]
-    if unknown:
-        chats.append([turn | {'content': '-'} for turn in chat])
     options |= {'tools': tools, 'chat_template': template, 'tokenize': False}
-    texts = []
+    text = _apply_template(chat, tokenizer, options)
+    # a template knows a role that is not one of ROLES if it compares with it: the role stands in quotes there
+    roles = {turn['role'] for turn in chat}.difference(ROLES.values())
+    unquoted = [role for role in sorted(roles) if not re.search(rf"""["']{re.escape(role)}["']""", template)]
+    # or if it writes the role, which is then in the text of the chat without its contents
+    if unquoted:
+        without_contents = [turn | {'content': '-'} for turn in chat]
+        text_without_contents = _apply_template(without_contents, tokenizer, options)
+    if len(text) > 2 * LONGEST:
+        raise UserError(f'the chat template writes {len(text):,} characters for one chat, more than {2 * LONGEST:,}')
+    for role in unquoted:
+        if role not in text_without_contents:
+            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
+    return text
+
+
+def _apply_template(chat, tokenizer, options):
+    """Return apply_chat_template(chat, **options), within _limits(); errors as in write()."""
+    # with the thoughts in the fields that templates read
+    turns = [with_thoughts(turn) for turn in chat]
     try:
-        for turns in chats:
-            # thoughts go into the fields that templates read
-            turns = [with_thoughts(turn) for turn in turns]
-            with _limits():
-                texts.append(tokenizer.apply_chat_template(turns, **options))
+        with _limits():
+            return tokenizer.apply_chat_template(turns, **options)
     except OutOfTime:
         raise UserError(f'the chat template does not end: it was stopped after {TEMPLATE_SECONDS} seconds') from None
     except MemoryError:
@@ -266,23 +278,13 @@ def write(chat, tools, tokenizer, **options):
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         # no row can be written then
         if any(kind.__name__ == 'TemplateSyntaxError' for kind in type(error).__mro__):
-            raise UserError(
-                f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}: {reason}'
-            ) from None
+            wrong = f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}'
+            raise UserError(f'{wrong}: {reason}') from None
         raise Refused(f'the chat template refuses an example: {reason}') from None
-    if len(texts[0]) > 2 * LONGEST:
-        raise UserError(
-            f'the chat template writes {len(texts[0]):,} characters for one chat, more than {2 * LONGEST:,}'
-        )
-    for role in unknown:
-        # texts[1]: the chat without contents
-        if role not in texts[1]:
-            raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
-    return texts[0]
 
 
 def with_thoughts(turn):
-    """Return a message with its thoughts, from whichever field of REASONING, in both that templates read."""
+    """Return a message with its thoughts, from whichever field of REASONING, in both fields that templates read."""
     thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
     if thoughts is None:
         return turn
@@ -290,12 +292,13 @@ def with_thoughts(turn):
 
 
 def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
-    """Return the text of an answer behind prompt_text, without line breaks at its end. Raises Refused if the text of the
-    whole chat does not begin with prompt_text. Only an opened thought (<think>) at its end may differ: the answer is then
-    the thought, which may be empty (counted in left_out), its end tag, and the rest."""
+    """Return an answer as the template writes it behind prompt_text, its text of the prompt; no line breaks at the end.
+
+    Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at
+    its end may differ: the answer is then the thought (left_out counts empty ones), its end tag, and the rest."""
     *earlier, last = prompt
     chat = prompt + answer
-    # the answer that the prompt has begun becomes one message
+    # an answer that the prompt has begun becomes one message with its beginning
     if last['role'] == 'assistant' and answer and answer[0]['role'] == 'assistant':
         content = last['content'] + answer[0]['content']
         chat = [*earlier, {**last, **answer[0], 'content': content}, *answer[1:]]
@@ -303,40 +306,43 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     if full_text.startswith(prompt_text):
         return full_text.removeprefix(prompt_text).rstrip('\n')
 
+    # prompt_text ends with an opened thought, and the whole chat is the same up to there
     tag = re.search(r'<([\w:]*think\w*|thought|reasoning)>\s*\Z', prompt_text)
     if not tag or not full_text.startswith(prompt_text[: tag.start()]):
         num_equal = len(os.path.commonprefix([prompt_text, full_text]))
         wrong = 'the chat template writes an answered chat differently from the prompt it asks to continue'
         raise Refused(f'{wrong}: where that has {prompt_text[num_equal:][:60]!r} it has something else')
-    start, end = f'<{tag[1]}>', f'</{tag[1]}>'
+    open_tag, end_tag = f'<{tag[1]}>', f'</{tag[1]}>'
     rest = full_text[tag.start() :]
     # the template writes the thought, only with other white space after the tag
-    if rest.startswith(start):
-        return rest.removeprefix(start).lstrip().rstrip('\n')
+    if rest.startswith(open_tag):
+        return rest.removeprefix(open_tag).lstrip().rstrip('\n')
     # the template drops thoughts, but in sampling the model writes one first, so add it back: from a field or the content
     first = answer[0]
-    inline_thought, _, _ = first['content'].rpartition(end)
-    thought = next((first[key] for key in REASONING if first.get(key)), inline_thought)
-    thought = str(thought).strip().removeprefix(start).strip()
+    thought_in_content, _, _ = first['content'].rpartition(end_tag)
+    thought = next((first[key] for key in REASONING if first.get(key)), thought_in_content)
+    thought = str(thought).strip().removeprefix(open_tag).strip()
     left_out[THOUGHTLESS] += not thought
-    return f'{thought}\n{end}\n\n{rest.lstrip()}'.rstrip('\n')
+    return f'{thought}\n{end_tag}\n\n{rest.lstrip()}'.rstrip('\n')
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
     """Count in left_out what the template does not write to the text: contents, other fields of messages, and tools.
-    write_again(turns, tools): returns the text of other turns and tools. A field is unwritten if the text is the same
-    without it."""
+
+    text: what it wrote of turns and tools; write_again(turns, tools) returns that of others. A field is unwritten if
+    the text is the same without it."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += num_changed
     tools_unwritten = bool(tools) and write_again(turns, None) == text
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
-        fewer = list(map(dict, turns))
+        """Return whether the text is the same without this field of the turns at these indices."""
+        reduced = [dict(turn) for turn in turns]
         for i in indices:
-            del fewer[i][name]
+            del reduced[i][name]
         try:
-            return write_again(fewer, tools) == text
+            return write_again(reduced, tools) == text
         # the template needs the field
         except Refused:
             return False
@@ -344,27 +350,30 @@ def count_unwritten(turns, tools, text, write_again, left_out):
     names = {name for turn in turns for name in turn} - {'role', 'content'}
     for name in sorted(names):
         values = [turn.get(name) for turn in turns]
-        indices = [i for i, value in enumerate(values) if value not in (None, '', [], {})]
-        # usually no message's field is written; if one is, try them one by one
-        if not is_same_without(name, indices):
-            indices = [i for i in indices if is_same_without(name, [i])]
-        left_out[f'messages with {name!r}, which the chat template does not write'] += len(indices)
+        unwritten = [i for i, value in enumerate(values) if value not in (None, '', [], {})]
+        # usually the template writes this field of no message; if it does, try them one by one
+        if not is_same_without(name, unwritten):
+            unwritten = [i for i in unwritten if is_same_without(name, [i])]
+        left_out[f'messages with {name!r}, which the chat template does not write'] += len(unwritten)
 
 
 def encode_texts(texts, tokenizer, before=None):
     """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks.
-    before: the text that each one continues, if any. What a tokenizer puts before every text is then left out, as in the whole."""
+
+    before: the text that each one continues ('': none), so that it gets no space in front from a tokenizer that puts
+    one before every text; None: they continue none."""
     if before is None or not puts_space(tokenizer):
         return _encode_all(texts, tokenizer)
-    # a text's ids are what those of the whole have behind those of the text before it
+    # a text's ids are those of the whole (the text before it, and the text) without those of the text before it
     wholes = [start + text for start, text in zip(before, texts, strict=True)]
     different = list(dict.fromkeys([*before, *wholes]))
     ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
     all_ids = []
     for start, text, whole in zip(before, texts, wholes, strict=True):
-        ids, start_ids = ids_of[whole], ids_of[start]
-        if ids[: len(start_ids)] == start_ids:
-            all_ids.append(ids[len(start_ids) :])
+        whole_ids = ids_of[whole]
+        start_ids = ids_of[start]
+        if whole_ids[: len(start_ids)] == start_ids:
+            all_ids.append(whole_ids[len(start_ids) :])
         # a token of the whole goes over the border, and a prompt must be the same without an answer
         else:
             all_ids.append(_encode_marked(text, tokenizer, at_start=False))
@@ -375,12 +384,13 @@ def puts_space(tokenizer):
     """Return whether a tokenizer puts a space before every text, as that of Llama 2 does."""
     ids = tokenizer('a', add_special_tokens=False)['input_ids']
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    # as a space is written in SentencePiece's tokens, and in those of bytes
+    # a space is '▁' in the tokens of SentencePiece, and 'Ġ' in byte-level ones
     return bool(tokens) and str(tokens[0]).startswith(('▁', 'Ġ'))
 
 
 def decode_answer(ids, prompt_ids, tokenizer, **options):
     """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning.
+
     options: for tokenizer.decode."""
     if not puts_space(tokenizer):
         return tokenizer.decode(ids, **options)
@@ -424,6 +434,7 @@ def _encode_marked(text, tokenizer, at_start=True):
 
 def _encode_piece(text, tokenizer, as_text, at_start=False):
     """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text.
+
     at_start: allow the space that some tokenizers add at the start of a text."""
     if not at_start:
         # encode the piece after a newline, then remove the newline's ids

@@ -17,6 +17,7 @@ NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
 
 def counted(count, noun):
     """Return a count and its noun, given as a plural: '1 pair of answers', '2,000 pairs of answers'."""
+    # group 1 of NOUN is the singular
     words = NOUN.sub(r'\1', noun) if count == 1 else noun
     return f'{count:,} {words}'
 
@@ -151,13 +152,14 @@ class Examples:
 
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
+
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
         def donors(place, row):
-            """Yield (examples, candidate rows) for the example rows[place], best first; the candidates may be empty."""
+            """Yield (examples, candidate rows) for the example row = rows[place], best first; some have none."""
             own_prompt = self.prompt_hashes[row]
-            # np.roll: the candidates start after this example and wrap around
+            # np.roll: the other examples, from the next one on, and then those before this one
             in_step = np.roll(rows, -place)[1:]
             yield self, in_step[self.prompt_hashes[in_step] != own_prompt]
             in_self = np.roll(np.arange(len(self)), -row)[1:]
@@ -169,9 +171,8 @@ class Examples:
 
         items = []
         for place, row in enumerate(rows):
-            some = (pair for pair in donors(place, row) if len(pair[1]))
-            donor, donor_rows = next(some)
-            _, (answer,) = donor[donor_rows[0]]
+            donor, donor_row = next((donor, found[0]) for donor, found in donors(place, row) if len(found))
+            _, (answer,) = donor[donor_row]
             prompt, _ = self[row]
             # truncate to max_length, but keep at least one token
             room = max(1, max_length - len(prompt))

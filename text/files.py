@@ -91,7 +91,7 @@ def hub_files(hub_id, **options):
 
     options: those of load_dataset that say which part is meant, such as name, its config; if that is None, the default or only one."""
     commit = hub_commit(hub_id)
-    # what a commit has does not change
+    # what an earlier run noted, for a commit does not change
     with suppress(OSError, ValueError, UserError):
         return json.loads(_note(hub_id, commit or 'unknown', options).read_text()), commit
     if not hub.reachable():
@@ -135,6 +135,7 @@ def hub_commit(hub_id):
     """Return the commit of a hub dataset, or None if unknown. Cached: all reads of a process use the same commit."""
     # ignore errors here: reading the rows will report them
     with suppress(Exception):
+        # the commit that hub_files read last
         if not hub.reachable():
             return _note(hub_id).read_text()
         import huggingface_hub
@@ -149,7 +150,7 @@ def _note(*parts):
 
 
 def _write_note(text, *parts):
-    """Write the file _note(*parts); a run goes on without it."""
+    """Write the file _note(*parts), if possible: a run goes on without it."""
     with suppress(OSError, UserError):
         file = _note(*parts)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +194,7 @@ def folder_splits(path, config=None):
 
     path = os.path.expanduser(path)
     configs = {}  # config name -> its entry in the README
-    entry = {}  # that of `config`
+    entry = {}  # that of `config`; {} names no files
     readme = os.path.join(path, 'README.md')
     try:
         listed = (huggingface_hub.metadata_load(readme) or {}).get('configs', []) if os.path.exists(readme) else []
@@ -208,12 +209,13 @@ def folder_splits(path, config=None):
             problem = f'no config {config!r}' if config else 'several configs'
             names = ', '.join(configs) or 'none'
             raise UserError(f'{path} has {problem}; there are {names}: say which: --data={path}:CONFIG ({HELP})')
-        entry = configs[candidates[0]]
+        [config] = candidates
+        entry = configs[config]
     named_files = _named_files(path, entry)
     if named_files:
         return named_files
     if 'data_files' in entry:
-        missing = f'{path} has none of the files that its README names for the config {candidates[0]!r}'
+        missing = f'{path} has none of the files that its README names for the config {config!r}'
         # the files present may belong to other configs
         if len(configs) > 1:
             raise UserError(f'{missing}: fetch them')
@@ -273,11 +275,12 @@ def _splits_by_name(path):
         say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
         splits = {'train': unnamed, **splits}
-    # the same rows may lie there twice
+    # if a split has files of several formats, the same rows may lie there twice
     for split, split_files in splits.items():
         formats = set()
         for file in split_files:
             name = Path(file).name.lower()
+            # the first ending that is in the name: .jsonl stands before .json
             formats.update(islice((ending for ending in FORMATS if ending in name), 1))
         if len(formats) > 1:
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
@@ -294,7 +297,7 @@ def _split_of(name):
     # a shard, train-00000-of-00002.parquet, tells its split before the number
     shard = re.search(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$', name)
     if shard:
-        # that is any name in a folder `data`, and elsewhere one with such a word, such as train_x
+        # shard[1]: the name before the number, any in a folder `data`, elsewhere one with a SPLIT_WORD, such as train_x
         is_in_data_folder = not word and '/data/' in f'/{name}'
         if is_in_data_folder or SPLIT_WORD.search(shard[1].lower()):
             # data-00000-of-00002 and part-00000 are common file names, not splits
@@ -310,7 +313,7 @@ def local_files(path, split):
     splits = folder_splits(path)
     if split in splits:
         return splits[split]
-    # the split may be called validation instead of test, or train_sft instead of train
+    # the split may be called validation instead of test, or train_sft instead of train: choose_splits finds them
     train, test = choose_splits(splits, wanted=None, source=path)
     is_train = test is None or split.startswith('train')
     return splits[train if is_train else test]

@@ -126,11 +126,11 @@ def parse_any(row, task=None, columns=None):
         if 'drop' in example:
             continue
         answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
-        # messages keep no other weight than 0
+        # read_message keeps a weight only if it is 0
         if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
             examples[i] = {'drop': UNTRAINED}
             continue
-        # chat templates must not see the weights
+        # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
         prompt = example['prompt']
         if isinstance(prompt, list):
             example['prompt'] = [turn | {} for turn in prompt]
@@ -149,7 +149,7 @@ def parse_any(row, task=None, columns=None):
             raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
         if not prompt:
             raise ValueError("there is a 'system' message and no question behind it")
-        # as_chats keeps a system message that the chat already has
+        # as_chats adds none to a chat that has a system message, which must then say the same
         examples[i] = messages.as_chats(example, system)
         if examples[i]['prompt'][0]['content'].strip() != system.strip():
             raise ValueError("the column 'system' and the system message of the chat are not the same")
@@ -174,6 +174,7 @@ def layout_of(row):
 
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
+
     columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
@@ -206,7 +207,7 @@ def unified(row, columns=None):
     for name, our_name in RENAMED_CHATS.items():
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
-    # if no column is known, the only one with messages is the chat: dialogue, items, data, turns, ...
+    # if no column is known, the only one with messages, or one of these names, is the chat
     if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns'}):
         chats = []
         for name, value in row.items():
@@ -220,7 +221,7 @@ def unified(row, columns=None):
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
     _unpack(row)
-    # tools may be JSON, as a whole or one by one
+    # tools may be JSON, as a whole or one by one; parse_literal gives None for a text that is none
     tools = row.pop('tools', None) or []
     if isinstance(tools, str):
         tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
@@ -246,23 +247,23 @@ def rename_columns(columns):
 
 def _unpack(row):
     """Move question, answers, scores and template settings out of the objects that data sets keep them in, in place."""
-    # NeMo RL: answers by rank, 0 the best
+    # NeMo RL: answers by rank, 0 the best: minus the rank is the score
     completions = row.get('completions')
     if isinstance(completions, list) and completions and all(map({'rank', 'completion'}.issubset, completions)):
         row['completions'] = [item['completion'] for item in completions]
         row['scores'] = [-field(item, 'rank', NUMBER) for item in completions]
-    # scores that are no list are of something else than a list of answers
+    # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
             del row[name]
     # WebGPT: the question is an object
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
-    # SQuAD: several answers that mean the same
+    # SQuAD: several answers that mean the same; the first is used
     answers = row.get('answers')
     if isinstance(answers, dict) and answers.keys() == {'text', 'answer_start'}:
         row['answer'] = next(iter(row.pop('answers')['text']), '')
-    # ChatQA: the last answer of the chat is the only item of a list
+    # ChatQA: the chat ends with a question, whose answer is the only item of the list 'answers'
     chat = row.get('messages')
     has_chat = isinstance(chat, list) and bool(chat)
     if are_texts(answers, 1) and has_chat and messages.read_message(chat[-1])['role'] == 'user':
@@ -289,12 +290,13 @@ def first_of(names, row):
 
 def prompt_of(row, given_answer=None):
     """Return the prompt of a row: text for the answer to continue, or a list of messages.
+
     The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
     given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
     in place of a ValueError."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
     if chat_column and column != 'prompt':
-        # under the key 'prompt', text_or_chat accepts any last role
+        # under the key 'prompt', text_or_chat also accepts a chat that does not end with an answer
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
         # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
@@ -307,16 +309,18 @@ def prompt_of(row, given_answer=None):
     if column is None:
         return None
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
-    # if another column asks, a 'prompt' that holds the answer, too, is no question
+    # a 'prompt' that ends with the given answer is a whole text: another column asks
     if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
         return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
+    # what these ask about may stand beside them
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
-    # other question columns may be part of a full chat in the answer column
+    # what other question columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
     options = [name for name in row if OPTION.fullmatch(name)]
+    # a single column of that form, such as 'A', is no choice between options
     if len(options) == 1:
         options = []
     check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
@@ -338,9 +342,9 @@ def _ends_with(prompt, given_answer):
 
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
-    """Raise ValueError if a column has content that the messages do not include, and that would be lost.
-    column: the one that the messages are from. names: columns to look at. texts_in: columns that may also hold names or
-    numbers, of which only texts of four words or more count."""
+    """Raise ValueError if another column than `column`, which the messages `turns` are from, has content that they do
+    not include: it would be lost. names: columns of which all content counts. texts_in: columns that may also hold
+    names or numbers, of which only texts of four words or more count."""
     text = '\n'.join(turn['content'] for turn in turns)
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
@@ -369,10 +373,10 @@ def is_history(value):
 
 
 def example_of(row, columns):
-    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats.
-    columns: {'chosen', 'rejected' or 'response': the column with this answer}. Text answers to a question also give
-    'repeats': whether all began with it, and it was removed. Raises ValueError, and LeftOut for chats without an answer
-    or with different prompts."""
+    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in
+    the column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': its column}.
+    Text answers to a question also give 'repeats': whether all began with it, and it was removed. Raises ValueError,
+    and LeftOut for chats without an answer or with different prompts."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt
@@ -384,7 +388,7 @@ def example_of(row, columns):
     if prompt is None:
         return _split_off_prompt(row, answers)
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
-    # every text begins with an empty question
+    # if the question is empty, all True, and not used
     repeats = [text.lstrip().startswith(question) for text in answers.values()]
     if len(set(repeats)) == 2:
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
@@ -393,11 +397,11 @@ def example_of(row, columns):
         # white space after the prompt is part of the answers now
         if isinstance(prompt, str):
             prompt = prompt.rstrip()
-    # CarperAI's summaries have the marker in the answers
+    # CarperAI's summaries begin with 'TL;DR:', which elsewhere is the end of the prompt
     is_summary_pair = len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values())
     if isinstance(prompt, str) and is_summary_pair:
         prompt = prompt.rstrip() + '\n\n'
-    # and DeepSpeed's pairs that of a dialogue: 'Human: ...', then 'Assistant: ...'
+    # DeepSpeed's answers begin with 'Assistant:', to a prompt 'Human: ...': the marker goes to the prompt
     marker = ASSISTANT.strip()
     is_dialogue = isinstance(prompt, str) and prompt.lstrip().startswith('Human:') and not prompt.endswith(TURN_MARKERS)
     if is_dialogue and all(text.lstrip().startswith(marker) for text in answers.values()):
@@ -406,7 +410,7 @@ def example_of(row, columns):
     # Math-Step-DPO has the first steps of both answers in a column of their own
     first_steps = row.get('initial_reason_steps', '')
     answers = {key: first_steps + text for key, text in answers.items()}
-    # if the question became a message, the answers become messages, too
+    # if prompt_of made the question a message, the answers become messages, too
     if isinstance(prompt, list) and not isinstance(row.get('prompt'), list):
         answers = {key: said(text) for key, text in answers.items()}
     example = {'prompt': prompt, **answers}
@@ -429,7 +433,7 @@ def _example_of_chats(prompt, answers):
         if chat[0]['role'] == 'assistant':
             chats[key] = turns + chat
             continue
-        # a chat that begins with a question: the prompt must be in it, or all its questions in the prompt
+        # a chat that begins with a question: the prompt must be in it, or all its questions, if several, in the prompt
         chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
         questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
         prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
@@ -438,7 +442,7 @@ def _example_of_chats(prompt, answers):
         # the system message of the prompt, unless the chat has its own
         system = [turn for turn in turns[:1] if turn['role'] == 'system']
         chats[key] = chat if chat[0]['role'] == 'system' else system + chat
-    # all turns before the last answer are the prompt, which both answers must share
+    # all turns before the last answer are the prompt, which both answers must share (a single one: the same twice)
     prompts = [chat[:-1] for chat in chats.values()]
     prompt, other_prompt = prompts[0], prompts[-1]
     if not prompt or other_prompt[:1] != prompt[:1]:
@@ -459,7 +463,7 @@ def _split_off_prompt(row, answers):
         if len(text.split()) > 2 and text not in chosen:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
     common = os.path.commonprefix([chosen, rejected])
-    # HH, whose marker is the first: the prompts themselves may differ, which is checked below
+    # the first marker that is in both; for HH it is ASSISTANT, the first of all, even if the prompts differ (see below)
     marker = next((marker for marker in TURN_MARKERS if marker in common or ASSISTANT in chosen), None)
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
@@ -494,8 +498,8 @@ def read_pair(row, task):
 def read_compared(row, task):
     """Read two answers or conversations, such as 'response_a' and 'response_b', and a column that tells the better one."""
     columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
-    sides = [column[-1] for column in columns]
-    # lead: how much better the second answer is, 0 for a tie
+    sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
+    # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
         verdict = str(row[verdict_column]).strip().lower()
@@ -515,9 +519,10 @@ def read_compared(row, task):
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
     else:
-        there = (names for names in SCORED if set(names) <= row.keys())
-        *columns, first, second = next(there)
-        lead = field(row, second, NUMBER) - field(row, first, NUMBER)
+        # SCORED: (first answer, second answer, their scores)
+        fitting = (names for names in SCORED if set(names) <= row.keys())
+        *columns, first_score, second_score = next(fitting)
+        lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')
     chosen, rejected = columns[::-1] if lead > 0 else columns
@@ -540,7 +545,7 @@ def read_votes(row, task):
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
     questions, *answers_of_sides = texts
-    comparison = {'winner': ''}
+    comparison = {'winner': ''}  # that stays for a tie
     for side, answers in zip('ab', answers_of_sides, strict=True):
         exchanges = zip(questions, answers, strict=False)
         comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
@@ -577,7 +582,7 @@ def read_summaries(row, task):
 def read_annotation(row, task):
     """Read AlpacaEval's annotations: preference < 1.5 means output_1, > 1.5 output_2; 0 and 1.5 are ties."""
     first, second = field(row, 'output_1'), field(row, 'output_2')
-    # label.py writes 'prompt' if it is not '\n\nHuman: instruction\n\nAssistant:'; its outputs stay as they are
+    # label.py adds 'prompt' if that is not ask(instruction), but a chat, say; the outputs are as they go on from it
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
@@ -647,7 +652,7 @@ def read_scored(row, task):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     column, score_column = first_of(MANY, row), first_of(SCORES, row)
     answers, scores = field(row, column, list), field(row, score_column, list)
-    # raises an error that names the column
+    # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
     all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
     if len(answers) != len(scores) or not all_numbers:
@@ -663,10 +668,11 @@ def read_scored(row, task):
 
 def rank_groups(rows, task, read):
     """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
+
     read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
-        # a row that is left out, or an error
+        # what read() returns is a tuple; otherwise each() made [{'drop': reason}] or a ValueError of the row
         if not isinstance(found, tuple):
             yield row, found
             continue
@@ -708,6 +714,7 @@ def read_rated(rows, task):
 
 def read_trees(rows, task, language=None):
     """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
+
     The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
     only messages in this language; None: all."""
     rows = list(rows)
@@ -721,6 +728,7 @@ def read_trees(rows, task, language=None):
         is_question = field(row, 'role') == 'prompter'
         if is_question and task == 'prompts':
             return [{'prompt': _branch(field(row, 'message_id'), by_id)}]
+        # no example, and nothing to count
         if is_question or task == 'prompts':
             return []
         if row.get('rank') is None:
@@ -778,6 +786,7 @@ def read_answer(row, task):
         # only messages have fields for thoughts
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
+        example['response'] = said(example['response'])
         example['response'][-1]['reasoning_content'] = thoughts[0]
     # train on the answers of the history, too, as LLaMA-Factory does
     if is_history(row.get('history')) and isinstance(example['prompt'], list):
@@ -801,6 +810,7 @@ def label_of(row):
 
 def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
+
     A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
@@ -851,10 +861,10 @@ def read_text(row, task):
         turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
         if {turn['role'] for turn in turns} == {'user', 'assistant'}:
             return read_chat({'messages': turns}, task)
-    # a single answer behind the marker of a chat template
+    # a single answer behind the marker of a chat template: the first of these markers that is somewhere in the text
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)
-    question, _, reply = text.partition(marker or '\n')
+    question, _, reply = text.partition(marker or '\n')  # not used without a marker
     if is_chat and not re.search(TURN_START, reply) and marker not in reply:
         return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
@@ -902,15 +912,16 @@ def read_turns(row, task):
 
 def unread_answers(rows):
     """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
+
     A category or an id has fewer than four words, or the same ones in many rows."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(rows)):
         texts = {row[name] for row in rows if isinstance(row.get(name), str)}
         texts = {text for text in texts if len(text.split()) >= 4}
-        # read_prompt refuses columns that are called like answers, or takes a solution for a reward function's
-        is_known = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
+        # of these names, read_prompt refuses LIKE_ANSWERS itself, and a solution may be for a reward function
+        is_named_like_answer = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
         is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')
-        if len(texts) > len(rows) / 2 and not is_read and not is_known:
+        if len(texts) > len(rows) / 2 and not is_read and not is_named_like_answer:
             found.append(name)
     return found
 

@@ -44,7 +44,7 @@ class BadValue(ValueError):
 
 def field(row, key, kind=str):
     """Return row[key]. Raises ValueError unless its type is kind, its length is within LONGEST, and UTF-8 can encode it."""
-    value = row.get(key, ...) if isinstance(row, dict) else ...
+    value = row.get(key, ...) if isinstance(row, dict) else ...  # ...: missing
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
         # a missing column may have another name
@@ -93,6 +93,7 @@ def no_answer_error(key, last_role):
 
 def read_message(turn):
     """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
+
     'from' and 'value' (or 'text', or Gemini's 'parts') are renamed, nulls are removed, and a list of content parts is joined to
     one text. A 'function_call' becomes a tool call. An answer not to train on, by 'weight' or a field of TRAINS, has 'weight': 0."""
     if not isinstance(turn, dict):
@@ -100,22 +101,22 @@ def read_message(turn):
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
         raise BadValue("a message has 'replies': a tree of messages in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
-    names = {} if 'role' in turn else {'from': 'role'}
+    our_names = {} if 'role' in turn else {'from': 'role'}
     if 'content' not in turn:
-        written = [name for name in ('value', 'parts', 'text') if name in turn]
-        names[written[0] if written else 'text'] = 'content'
-    turn = {names.get(key, key): value for key, value in turn.items()}
+        written = next((name for name in ('value', 'parts', 'text') if name in turn), 'text')
+        our_names[written] = 'content'
+    turn = {our_names.get(key, key): value for key, value in turn.items()}
     # with None for what is missing, field() blames the message, and not a column's name
     written_role = field({'role': None, **turn}, 'role')
     role = ROLES.get(written_role.strip().lower())
     # messages with 'role' may have roles of their own chat template
-    if 'from' in names and role is None:
+    if 'from' in our_names and role is None:
         raise BadValue(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')
     role = role or written_role
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
         raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
-    # true, false, 1 or 0
+    # fields like 'weight'; one that is not true, false, 1 or 0 means something else, and stays
     for name in TRAINS:
         if turn.get(name) in (0, 1):
             weight = min(weight, turn.pop(name))
@@ -126,7 +127,7 @@ def read_message(turn):
     if isinstance(turn.get('tool_calls'), str):
         turn['tool_calls'] = parse_literal(turn['tool_calls'] or '[]')
         field(turn, 'tool_calls', list)  # raises an error if it is no list
-    # a tool call or a thought needs no content
+    # a message with a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
     # content in parts: strings, or {'type': 'text', 'text': string}
@@ -156,25 +157,16 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for read_message(); other values unchanged.
+
     Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
     must_be_chat: a list of strings becomes turns of the user and the assistant, and so does one of objects with a question
     and its answer, {'input', 'output'} or {'human', 'assistant'}, which may say if they are trained on."""
-    # in a chat column any list is parsed, elsewhere only one that begins with a message
-    if isinstance(value, str) and (SERIALIZED_CHAT.match(value) or (must_be_chat and value.startswith('['))):
-        parsed = parse_literal(value)
-        turns = parsed if isinstance(parsed, list) else [parsed]
-        fields = ({'role', 'content'}, {'from', 'value'}, {'messages'})
-
-        def is_message(turn):
-            return isinstance(turn, dict) and any(keys <= turn.keys() for keys in fields)
-
-        are_messages = all(map(is_message, turns))
-        # a text that is something else stays text
-        if isinstance(parsed, list | dict) and turns and (are_messages or are_texts(turns)):
-            value = parsed
+    if isinstance(value, str):
+        value = _parse_chat(value, any_list=must_be_chat)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
+        # {'role': [...], 'content': [...]}
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         return [value]
@@ -193,6 +185,19 @@ def as_messages(value, must_be_chat=False):
             turns += [message('user', exchange[asks]), message('assistant', exchange[replies]) | trains]
         return turns
     return value
+
+
+def _parse_chat(text, any_list):
+    """Return the messages or list of strings that a text holds as a literal; any other text unchanged.
+
+    any_list: try each text that begins with a bracket, not only those that begin with a message."""
+    if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
+        return text
+    parsed = parse_literal(text)
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
+    are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in forms) for turn in turns)
+    return parsed if turns and (are_messages or are_texts(parsed)) else text
 
 
 def parse_literal(text):
@@ -301,13 +306,14 @@ def instruction(prompt):
 
 def strip_html(markup):
     """Return the text of HTML. Paragraphs, list items, line breaks and <code> tags stay, other tags are removed."""
-    text, in_pre = '', False
+    text = ''  # so far
+    in_pre = False
     blocks = 'p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split()
     # a tag, with groups for its slash and name; quoted attributes may contain >
     tag_pattern = r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>"""
     # [slash, name, text after this tag, slash, name, ...]; the text before the first tag gets '', '' for slash and name
     pieces = ['', '', *re.split(tag_pattern, re.sub('(?s)<!--.*?-->', '', markup))]
-    for slash, tag, data in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
+    for slash, tag, after in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
         if tag == 'pre':
             in_pre = not slash
         # a paragraph at the start of a list item stays on its line
@@ -317,11 +323,11 @@ def strip_html(markup):
         elif tag == 'li' and not slash:
             text = text.rstrip() + '\n- '
         text += {'code': f'<{slash}code>', 'br': '\n'}.get(tag, '')
-        # collapse white space outside of <pre>
-        data = html.unescape(data)
+        after = html.unescape(after)
+        # collapse white space outside of <pre>: a space, or nothing behind other white space
         if not in_pre:
-            data = re.sub(r'\s+', ' ', data)
+            after = re.sub(r'\s+', ' ', after)
             if text[-1:] in ('', ' ', '\n'):
-                data = data.lstrip()
-        text += data
+                after = after.lstrip()
+        text += after
     return text.strip()

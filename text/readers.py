@@ -97,7 +97,7 @@ def _open(file):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'))
-    open_file = PACKED.get(suffix, open)
+    open_file = PACKED.get(suffix, open)  # gzip.open for .gz, ...; open for a file that is not compressed
     return open_file(file, 'rb')
 
 
@@ -132,13 +132,13 @@ def _read_columns(file):
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
-        # `datasets` writes the words of a label beside its numbers: 0 may be 'good'
+        # words: {column: words of its numbers}. `datasets` writes those of a label in the metadata: 0 may be 'good'
         metadata = schema.metadata or {}
         written = json.loads(metadata.get(b'huggingface', '{}'))
         features = (written.get('info') or {}).get('features') or {}
         kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
         words = {name: kind['names'] for name, kind in kinds.items() if kind.get('names')}
-        # but grades are numbers
+        # but words that are digits themselves, such as grades, are left out: such columns stay numbers
         words = {name: names for name, names in words.items() if not all(map(str.isdecimal, names))}
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())
@@ -202,14 +202,15 @@ def _read_text(file):
     with _open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', error=_utf8_error(line))
+                text = line.rstrip('\r\n')
+                yield Row.of({'text': text}, where=f'{file}, line {number}', error=_utf8_error(line))
 
 
 def _read_table(file, delimiter=','):
     """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
     # read the file twice: one cell that is no number, or a name in TEXT_NAMES, makes the whole column text
     names, text_columns = set(), set()
-    for _, cells, _ in _cells(file, delimiter):
+    for _line, cells, _error in _cells(file, delimiter):
         names.update(cells)
         for name, cell in cells.items():
             if cell is not None and not NUMBER.fullmatch(cell):
@@ -222,8 +223,9 @@ def _read_table(file, delimiter=','):
     for line, cells, error in _cells(file, delimiter):
         raw = {}
         for name, cell in cells.items():
-            is_number = cell is not None and name not in text_columns
-            raw[name] = json.loads(cell.lower()) if is_number else cell
+            # a number, true or false
+            is_json = cell is not None and name not in text_columns
+            raw[name] = json.loads(cell.lower()) if is_json else cell
         yield Row.of(raw, f'{file}, line {line}', error)
 
 

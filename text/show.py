@@ -3,8 +3,7 @@
     python data.py --data=answers.jsonl --columns='prompt=question, response=reply'
     python data.py --data=trl-lib/tldr --task=sft --model=HuggingFaceTB/SmolLM2-135M-Instruct
 
-Trained text is green on a terminal, [[bracketed]] in a file. --n=none --json prints every example as a JSON line.
-"""
+Trained text is green on a terminal, [[bracketed]] in a file. --n=none --json prints every example as a JSON line."""
 
 import sys
 from collections import Counter
@@ -49,7 +48,7 @@ ANSWERS = ('chosen', 'rejected', 'response')  # what an item may have beside its
 
 def main():
     """Print the examples that the options select. Raises UserError if they cannot be read."""
-    # set the options above from the command line and config files
+    # set the options above, of which `json` is needed first; early: notes are left to the second call
     configure(globals(), early=True)
     out = sys.stdout
     # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
@@ -82,9 +81,9 @@ def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # by default the task of most of the first examples, which are read, and counted, again below; None if there is none
+        # by default the task of most of the first examples (None if there are none), which are read again below
         head = [] if task else islice(read_examples(source, 'train', Counter(), **options), LOOK_AHEAD)
-        tasks = Counter(map(task_of, head)).most_common(1)
+        tasks = Counter(map(task_of, head)).most_common(1)  # [(task, count)] or []
         source_task = tasks[0][0] if tasks else task
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
@@ -131,15 +130,15 @@ def _print_text(left_out):
 
         tokenizer = load_tokenizer(model)
     counts = Counter()  # task -> number of items
-    lengths = []
+    lengths = []  # of the first MEASURED items
     for task, example, items in _read_items(left_out):
         # skip unusable examples, which left_out has counted
         if not items:
             continue
         shown = items if n is None else items[: max(0, n - counts.total())]
         texts = [_as_written(example, item) for item in shown]
+        # with a tokenizer as the model sees it: one text for all items, or why it sees nothing (+ drops zero counts)
         if tokenizer and shown:
-            # as the model sees it, in one text for all items; or the reasons why it sees nothing (+ drops zero counts)
             reasons = Counter()
             limits = max_length, max_prompt_length, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
@@ -148,21 +147,22 @@ def _print_text(left_out):
         for number, text in enumerate(texts, counts.total() + 1):
             print(printable(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n'))
         counts[task] += len(items)
-        if len(lengths) >= MEASURED:
-            continue
-        if tokenizer:
+        if tokenizer and len(lengths) < MEASURED:
             # in tokens, with limits that truncate nothing
             limits = 2**30, 2**29, truncation
             tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
-            continue
-        for item in items:
-            # in characters of the prompt and the longest answer; of chats only their contents count
-            texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
-            contents = [[turn['content'] for turn in _messages(text)] for text in texts]
-            of_prompt, *of_answers = [sum(map(len, parts)) for parts in contents]
-            lengths.append(of_prompt + max(of_answers, default=0))
+        elif len(lengths) < MEASURED:
+            lengths += map(_num_characters, items)
     _print_summary(counts, lengths, left_out)
+
+
+def _num_characters(item):
+    """Return the number of characters of an item's prompt and longest answer; of chats only the contents count."""
+    texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
+    contents = [[turn['content'] for turn in _messages(text)] for text in texts]
+    of_prompt, *of_answers = [sum(map(len, parts)) for parts in contents]
+    return of_prompt + max(of_answers, default=0)
 
 
 def _print_summary(counts, lengths, left_out):
@@ -254,7 +254,9 @@ def _decode_example(examples, i, tokenizer, task):
 
 
 def summary(run, n_eval_examples):
-    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first training example."""
+    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example.
+
+    n_eval_examples: how many examples to evaluate on the user wants."""
     train = run.train
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples

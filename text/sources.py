@@ -7,8 +7,7 @@ rows: the raw rows of the hub dataset, or of the local file or folder `path`. pa
   {'prompt'};  {'drop': reason} for a row that the dataset's rules exclude. formats.py adds 'repeats': whether the answers
   began with the prompt, which is then removed; absent if that is unknown.
 Texts are strings in Anthropic's format ('\\n\\nHuman: ...\\n\\nAssistant:', then ' answer') or lists of messages. parse
-raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout.
-"""
+raises ValueError for an invalid row. It may also be None (formats.py detects the layout by the columns) or a Layout."""
 
 import os
 import re
@@ -51,6 +50,7 @@ def load_rows(source, split, **options):
 def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip_bad_rows=False, task=None, columns=None,
                   both=False):  # fmt: skip
     """Yield the examples of one source: 'hh', 'hh:PATH', 'toy', a hub id, a file or a folder. Raises UserError.
+
     An example is a Row; .where is its file and line. left_out: Counter, updated with reasons for rows left out; reasons
     that begin with 'note: ' count examples that are kept. num_turns: for ShareGPT, answers per conversation.
     A source without a test split is divided by a hash of the prompt, unless undivided. both: yield both parts; the
@@ -91,6 +91,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     parse: as the functions get_foo return it. has_no_test_part: 'test' gives the rows of training, too."""
     getter, path, hub_id = locate(source)
     name, config, named_split = files.named_part(source)
+    # a dataset of this file
     if getter:
         if named_split:
             raise UserError(f'{source!r}: the reader {name!r} chooses the split itself: leave [{named_split}] out')
@@ -103,7 +104,7 @@ def _opened(source, split, num_turns=1, undivided=False):
         if is_of_hub:
             path, train, test = getter.local_path(path), getter.train, getter.test
         has_no_test_part = test is None
-        # local files may have no test part, although those of the hub have one
+        # local files may lack the test part that the hub has: local_files gives those of training then
         if path and test:
             try:
                 has_no_test_part = files.local_files(path, train) == files.local_files(path, test)
@@ -111,19 +112,19 @@ def _opened(source, split, num_turns=1, undivided=False):
                 # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
                 has_no_test_part = not is_of_hub
         return rows, parse, has_no_test_part
-    # {split: its files}
+    # splits: {split: its files}
     if path:
         splits = files.folder_splits(path, config)
     else:
         splits, _commit = files.hub_files(hub_id, name=config)
-    # undivided: read the split that is named in brackets, or else the one called `split`, as if it were for training
+    # undivided: read the split in brackets, or else the one called `split`, whatever it is for
     if undivided and not named_split and split in splits:
         named_split = split
+    # train is named_split if there is one
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
-    # dicts with .where, their file and line
-    its_files = splits[chosen] if path else None
+    its_files = splits[chosen] if path else None  # None: read_rows downloads them
     rows = read_rows(hub_id, chosen, its_files, name=config)
     return rows, None, test is None
 
@@ -176,6 +177,7 @@ def locate(source):
 
 def fingerprint(source):
     """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit.
+
     Raises UserError if a file cannot be read."""
     _, path, hub_id = locate(source)
     # toy.py always generates the same rows
@@ -206,6 +208,7 @@ def nothing_left(source, split, left_out):
 
 def _parsed(rows, parse, task, columns):
     """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
+
     parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
     # the option 'prompt=question, chosen=good' -> {our name: column}
     column_of = {}
@@ -237,7 +240,7 @@ def _parsed(rows, parse, task, columns):
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
     # each() gives an error for a row without a layout
-    for _, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
+    for _row, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
         if isinstance(layout, Layout):
             return layout
     return None
@@ -259,6 +262,7 @@ def describe(source):
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
+
     parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_valid = False
     for row, examples in parsed_rows:
@@ -282,16 +286,17 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
 
 
 def _is_example(example):
-    """Return whether it is one as this file's docstring describes them."""
+    """Return whether a value that parse() gave is an example as this file's docstring describes them."""
     if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
         return False
-    names = KINDS.keys() & example.keys()
-    has_label = example.get('good', True) in (True, False)  # 1 and 0, too
-    return has_label and all(isinstance(example[name], KINDS[name]) for name in names)
+    names = KINDS.keys() & example.keys()  # KINDS: field -> type
+    is_label_valid = example.get('good', True) in (True, False)  # 1 and 0, too
+    return is_label_valid and all(isinstance(example[name], KINDS[name]) for name in names)
 
 
 def _refusal(row, error, any_valid, following, source):
     """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid:
+
     whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     text = f'{row.where}: {error}'
     if row:
@@ -300,19 +305,21 @@ def _refusal(row, error, any_valid, following, source):
     # a file that is broken further down must not hide this message
     with suppress(UserError):
         seen.extend(islice(following, LOOK_AHEAD))
-    bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
+    columns_of_bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
+    num_bad = len(columns_of_bad)
     # a file about the data may lie among the data
     help_text = f'or name the file that is meant: --data={source}/FILE; {HELP}' if os.path.isdir(source) else HELP
     # among good rows, the bad ones are the user's to fix
-    if any_valid or len(bad) < len(seen):
-        if len(bad) > 1:
-            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
-            text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
+    if any_valid or num_bad < len(seen):
+        if num_bad > 1:
+            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(columns_of_bad).most_common(2)]
+            text += f'; of the {len(seen)} rows from there on, {num_bad} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     # if all are bad, say what is probably wrong with the file
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
     only_column = next(iter(row)) if len(row) == 1 else ''
     reader, _, _ = source.partition(':')
+    # a table that was not split at its separators has a single column, named by all its names
     if separator := re.search(r'[;\t|,]', only_column):
         advice = f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
     elif re.search('JSON|object', row.error):
@@ -354,15 +361,16 @@ class HubDataset(NamedTuple):
     options: dict = {}  # of files.hub_files
 
     def __call__(self, split, path=None):
-        part = self.train if split == 'train' else self.test or self.train
+        """Return (rows, parse) of split 'train' or 'test'."""
+        hub_split = self.train if split == 'train' else self.test or self.train
         path = self.local_path(path)
-        # without a test split, 'train' and 'test' are both read from all files
+        # without a test split, 'train' and 'test' are both read from all files: read_rows reads a list whole
         if path and self.test is None:
             path = files.data_files(path)
-        return read_rows(self.hub_id, part, path, **self.options), self.parse
+        return read_rows(self.hub_id, hub_split, path, **self.options), self.parse
 
     def local_path(self, path):
-        """Return path, or the folder in it that is called data_dir if there is one: path is a clone of the hub's repository then."""
+        """Return path, or the folder options['data_dir'] in it if that exists, as in a clone from the hub."""
         folder = os.path.join(path or '', self.options.get('data_dir', ''))
         return folder if path and os.path.isdir(folder) else path
 
@@ -429,12 +437,16 @@ def get_toy(split, path=None):
 
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
-    # its JSON file, since the hub has a loading script there
-    found = files.data_files(path) if path else [files.hub_download('tatsu-lab/alpaca_eval', None, 'alpaca_eval.json')]
-    # of local files those of the split, or all where it cannot be said which ones these are
-    with suppress(UserError):
-        found = files.local_files(path, split) if path else found
-    return read_rows(None, 'train', found), lambda row: [{'prompt': ask(field(row, 'instruction'))}]
+    if path:
+        found = files.data_files(path)
+        # only those of the split, unless it cannot be said which ones these are
+        with suppress(UserError):
+            found = files.local_files(path, split)
+    else:
+        # its JSON file, since the hub has a loading script there
+        found = [files.hub_download('tatsu-lab/alpaca_eval', None, 'alpaca_eval.json')]
+    # read_rows reads a list of files whole, whatever the split
+    return read_rows(None, split, found), lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 
 def get_annotations(split, path=None):

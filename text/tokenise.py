@@ -2,8 +2,7 @@
 
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
 sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
-No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated.
-"""
+No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
 
 import math
 from array import array
@@ -69,6 +68,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
+
     task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
@@ -101,20 +101,21 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         left_out = Counter()
         rows = _read_sources(names, split, task, read_args, left_out, both=both)
         tokenised, is_complete = tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args)
-        rows.close()
+        rows.close()  # ends its progress bar
         for name, its_examples in tokenised.items():
             its_examples.left_out.update(left_out)
             if cache:
+                # {}: the file with all examples
                 _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
         examples = tokenised[split]
     examples = examples.select(slice(enough.get(split)))
-    # an evaluation takes the first ones: mix those of several sources, by a hash
+    # an evaluation takes the first examples: mix those of several sources, by a hash
     if split == 'test' and len(names) > 1:
         examples = examples.select(uniform_hash(examples.uid, 0).argsort(kind='stable'))
-    # so that the exported tokenizer formats chats as in training
+    # the tokenizer that is saved with the model must format chats as in training
     if NO_TEMPLATE in examples.left_out:
         tokenizer.chat_template = PLAIN_CHAT
-    # seed + 2: flip hashes with seed, and would flip exactly the pairs that are kept
+    # seed + 2: Examples.flip hashes with seed, and would flip exactly the pairs that are kept
     if data_fraction < 1 and len(examples):
         examples = examples.drawn(uniform_hash(examples.uid, seed + 2) < data_fraction, 'data_fraction')
     if not len(examples) and split == 'train':
@@ -124,14 +125,15 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
+
     read_args: arguments of read_examples, of which 'undivided' says that no part of a source is held out for testing.
-    both: yield train and test rows. left_out: Counter of skipped rows."""
+    both: yield training and held-out (test) rows. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             left_out_before, unusable = left_out.copy(), Counter()
             is_usable = False
             for row in sources.read_examples(source, split, left_out, task=task, both=both, **read_args):
-                # look for one usable training row
+                # look for one usable training row; unusable counts why those before it are none
                 if not is_usable and not row.held_out:
                     is_usable = bool(as_parts(row, task, unusable))
                 bar.update()
@@ -143,6 +145,7 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
+
     Returns {uid: (prompt, raw row with all columns)}."""
     wanted = set(examples.uid.tolist())
     found = {}
@@ -164,6 +167,7 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
+
     margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
@@ -174,6 +178,7 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
+
     enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
     builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
@@ -191,9 +196,10 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-    builder: the Builder of the row's split. texts: [prompt, *answers], or the segments of a conversation (turns.py); special tokens
-    written by users are marked. builder.left_out counts skipped rows. Raises UserError for rows that the template rejects, unless
-    skip_bad_rows."""
+
+    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
+    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows
+    that the template rejects, unless skip_bad_rows."""
     seen_uids = set()
     has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
@@ -229,6 +235,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
+
     row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
     all messages of a conversation (formats.py)."""
     prompt = row['prompt']
@@ -236,7 +243,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
     # SFT takes any good answer (of a pair: the chosen one), KTO an answer with a label
     takes_answer = task == 'sft' or (task == 'singles' and 'good' in row)
     if task == 'prompts':
-        # placeholder, since some chat templates cannot render a prompt without an answer
+        # a placeholder, since some chat templates cannot render a prompt without an answer
         if answer is None or is_empty(answer):
             answer = '.' if isinstance(prompt, str) else said('.')
         answers = [answer]
@@ -260,7 +267,7 @@ def as_parts(row, task, left_out, last_turn_only=False):
         return []
     if len(answers) == 1:
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
-        # a chat with a single answer, whose tokens the template may mark itself: no other answer of it is trained on
+        # a chat and a single answer to it: as a conversation, too, for templates that mark which tokens are trained
         is_chat = isinstance(prompt, list) and isinstance(answers[0], list)
         is_asked = is_chat and prompt and prompt[-1]['role'] != 'assistant'
         is_turn = is_asked and len(answers[0]) == 1
@@ -277,16 +284,17 @@ def as_parts(row, task, left_out, last_turn_only=False):
 
 
 def _render_part(part, tools, tokenizer, left_out):
-    """Return [(texts, Part)], one per example: chats by the template, texts only marked; texts is None for an empty answer. Raises Refused."""
+    """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
+
+    The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
-    # Builder.add takes the texts of a Part with a conversation as segments, of one without as prompt and answers
-    plain = part._replace(conversation=None)
+    plain = part._replace(conversation=None)  # for texts that are not segments
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
     # several answers: one text in segments; a single answer: as in sampling, unless the template marks trained tokens
     needs_segments = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
     if not needs_segments:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
-    # a single answer may go to render after all, which counts by itself: keep these counts only if segments are used
+    # keep the counts of a single answer only if its segments are used: otherwise it goes to render, which counts again
     counts = left_out if len(trained) > 1 else Counter()
     segments = turns.segments(conversation, tools, tokenizer, counts)
     if segments is not None:
@@ -294,9 +302,10 @@ def _render_part(part, tools, tokenizer, left_out):
             left_out.update(counts)
         # []: all answers are empty (already counted)
         return [(segments, part)] if segments else []
+    # None: the template cannot render the conversation as one text
     if len(trained) == 1:
         return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
-    # the template cannot render it as one text: one example per answer, with all earlier messages as its prompt
+    # one example per answer, with all earlier messages as its prompt
     left_out[turns.APART] += 1
     rendered = []
     for i in trained:
@@ -310,7 +319,7 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
     if skip_bad_rows:
         left_out[f'bad rows: {error}'] += 1
         return
-    # a plain dict has no place in a file
+    # only a Row, not a plain dict, knows its file and line
     where = getattr(row, 'where', '')
     advice = f'mend it, or leave such rows out with --skip_bad_rows ({HELP})'
     raise UserError(f'{where}: {error}; {advice}' if where else str(error)) from None
@@ -318,36 +327,37 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
 
 def _encode_in_chunks(items, tokenizer):
     """Encode (builder, texts, Part) items; yield lists of (builder, ids of each text, Part), in order.
+
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
-        flat = []
-        before = []
+        all_texts = []
+        before = []  # the text that each of them goes on from
         for _, texts, part in chunk:
-            flat += texts
+            all_texts += texts
             # answers go on from their prompt, a segment of a conversation from the last one that is not empty
             starts = [texts[0]] * (len(texts) - 1)
             if part.conversation:
                 starts = accumulate(texts[:-1], lambda last, text: text or last)
             before += ['', *starts]
-        ids = iter(encode_texts(flat, tokenizer, before))
+        ids = iter(encode_texts(all_texts, tokenizer, before))
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
     with ThreadPoolExecutor(1) as pool:
-        in_thread = None  # the chunk before, in work
+        pending = None  # the future of the chunk before
         chunk = []
         characters = 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
-                full = pool.submit(encode_chunk, chunk)
-                if in_thread:
-                    yield in_thread.result()
-                in_thread, chunk, characters = full, [], 0
-        if in_thread:
-            yield in_thread.result()
-        yield encode_chunk(chunk)
+                future = pool.submit(encode_chunk, chunk)
+                if pending:
+                    yield pending.result()
+                pending, chunk, characters = future, [], 0
+        if pending:
+            yield pending.result()
+        yield encode_chunk(chunk)  # the rest
 
 
 class Builder:
@@ -358,7 +368,7 @@ class Builder:
         self.left_out = Counter()
         self.ids = array('i')
         self.widths = array('q')  # tokens of each prompt and each answer
-        self.good = array('b')
+        self.good = array('b')  # this and the next two: a value for each example
         self.uid = array('Q')
         self.margins = array('f')  # NaN: no margin
 
@@ -396,13 +406,15 @@ class Builder:
         else:
             self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
             margin = None
-        # about answers, which prompts do not use; a Counter ignores del of a missing key
+        # this note is about answers, which 'prompts' do not use; a Counter ignores del of a missing key
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
-        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)  # start and end of each in ids
+        # widths: prompt, chosen, rejected, prompt, ... for pairs, else prompt, answer, prompt, ...
+        spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
+        ids = np.asarray(self.ids)
         good = np.array(self.good, bool)
-        arrays = np.asarray(self.ids), spans, good, np.asarray(self.uid)
-        return Examples(*arrays, +self.left_out, margin=margin)
+        uid = np.asarray(self.uid)
+        return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
 
 
 # ---- BOS, EOS and lengths ----
@@ -428,6 +440,7 @@ def fit(prompt, answers, limits, left_out):
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
+
     segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
     segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
     eos = limits.eos
@@ -496,8 +509,9 @@ def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, trun
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
+
     prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
-    limits = Limits.of(tokenizer, longest, longest, truncation)
+    limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # None for a rejected prompt
     for prompt in prompts:
         row = prompt if isinstance(prompt, dict) else {'prompt': prompt}
@@ -520,10 +534,11 @@ def _cache_file(key, split, enough):
 
 
 def _read_cache(key, split, enough):
-    """Return the Examples of the first intact cache file, or None. Prints a note about damaged files."""
-    # the file with all examples serves any `enough`
-    for count in [{}, enough] if enough else [{}]:
-        file = _cache_file(key, split, count)
+    """Return the Examples of the first intact cache file, or None. Prints a note about damaged files.
+
+    enough: {split: count} of load_examples. The file with all examples, that of {}, serves any counts."""
+    for counts in [{}, enough] if enough else [{}]:
+        file = _cache_file(key, split, counts)
         if found := cache.read(file):
             arrays, left_out = found
             return Examples(**arrays, left_out=Counter(left_out))

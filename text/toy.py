@@ -4,8 +4,7 @@ A prompt asks for a review of a place. An answer has one to four clauses, each a
     Review of the hotel:  the room was very clean and the bed was dusty .
 The gold reward is the mean over clauses of the adjective's value, times 1.5 with "very", minus 1 for an aspect that the
 place does not have. An ungrammatical clause scores -2; a missing full stop adds one. A pair is two demonstrations of
-mixed quality; the preferred one is drawn from a Bradley-Terry model of the gold reward.
-"""
+mixed quality; the preferred one is drawn from a Bradley-Terry model of the gold reward."""
 
 import base64
 import math
@@ -48,7 +47,7 @@ def gold(prompt: str, answer: str) -> float:
             if aspect not in aspects_of_place:
                 score -= 1
         scores.append(score)
-    return sum(scores) / len(scores)
+    return sum(scores) / len(scores)  # _clauses yields at least one
 
 
 def well_formed(answer: str) -> bool:
@@ -114,7 +113,7 @@ def tokenizer():
 
     # byte-level fallback: any text can be encoded
     ranks = {bytes([i]): i for i in range(256)}
-    # BPE merges two tokens at a time, so every prefix of a word must be a token, too
+    # BPE merges two tokens at a time, so every prefix of ' WORD' must be a token, too (the space already is)
     for word in WORDS:
         for end in range(2, len(word) + 2):
             ranks.setdefault(f' {word}'.encode()[:end], len(ranks))

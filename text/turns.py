@@ -19,12 +19,14 @@ def marks_answers(tokenizer, tools):
 
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
+
     Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
     tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
     special = chat.special_of(tokenizer)
     template = chat.template_of(tokenizer, tools)
     if template == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
+    # indices of turns; those of trained answers become fewer below
     answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
     trained = {i for i in answers if is_trained(turns[i])}
     turns = [{key: value for key, value in turn.items() if key != 'weight'} for turn in turns]
@@ -42,43 +44,46 @@ def segments(turns, tools, tokenizer, left_out):
     if not trained:
         return []
 
-    # (start, end) of every answer in full_text
+    # spans: (start, end) of every answer in full_text
     if marks_answers(tokenizer, tools):
-        # apply_chat_template uses it, and returns the marks of tokens only
+        # apply_chat_template calls this, too, but returns only tokens, not the marked (start, end) of each chat
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
         with_thoughts = [chat.with_thoughts(turn) for turn in turns]
         _, (spans,) = render_jinja_template([with_thoughts], **options, **tokenizer.special_tokens_map)
-        # unless an answer is asked for otherwise than it is written: with an opened thought, say, that it lacks
-        asked = [write(turns[:i], tools, add_generation_prompt=True) for i in sorted(trained)]
-        if not all(map(full_text.startswith, asked)):
+        # the prompt for an answer may be no beginning of full_text: it may open a thought that full_text lacks
+        prompts = [write(turns[:i], tools, add_generation_prompt=True) for i in sorted(trained)]
+        if not all(map(full_text.startswith, prompts)):
             return None
     else:
         spans = [_span(turns, i, tools, full_text, write, special.stop) for i in answers]
     if None in spans or len(spans) != len(answers):
         return None
     chat.count_unwritten(turns, tools, full_text, write, left_out)
-    texts, position = [], 0
+    texts = []
+    done = 0  # full_text[:done] is in texts
     for i, (start, end) in zip(answers, spans, strict=True):
-        # an end of turn alone, behind a thought that the template leaves out, say
-        is_blank = not special.split(full_text[start:end])[0].strip()
+        # blank: an end of turn alone, behind a thought that the template leaves out, say
+        content, _stops = special.split(full_text[start:end])
+        is_blank = not content.strip()
         left_out['empty answers'] += is_blank and i in trained
         if i in trained and not is_blank:
-            texts += [full_text[position:start], full_text[start:end]]
-            position = end
+            texts += [full_text[done:start], full_text[start:end]]
+            done = end
     left_out[chat.KEPT] += sum(chat.MARK in text for text in texts)
     return texts
 
 
 def _span(turns, i, tools, full_text, write, stop):
     """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown.
+
     write(turns, tools) returns a conversation's text. stop: a pattern of the end of turn."""
     prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):
         return None
-    # usually the full text begins with the text up to this answer; a line break that the template writes behind it is not trained on
+    # usually the full text begins with the text up to this answer; a line break behind it is not trained on
     answered_text = write(turns[: i + 1], tools).rstrip('\n')
     if len(answered_text) >= start and full_text.startswith(answered_text):
         return start, len(answered_text)

@@ -4,8 +4,7 @@
 
 Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
 legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
---sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval.
-"""
+--sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval."""
 
 from runtime import guard
 

@@ -3,8 +3,7 @@
     python -m tools.report out/dpo_toy out/drdpo_toy out/label --out=report.html
 
 Arguments without dashes are folders of training runs or of label.py. The page is report.html beside this file, with the data
-inserted as JSON. It loads nothing from the network.
-"""
+inserted as JSON. It loads nothing from the network."""
 
 from runtime import guard
 

@@ -170,7 +170,7 @@ def panels_of(runs):
 def curves_of(metrics, runs):
     """Return the non-empty Curves of a panel's metrics, ordered by metric, split ('train' first) and run."""
     found = []
-    # from at most 3 for the first run down to 0 for the last, which is drawn on top
+    # added line widths, from at most 3 for the first run down to 0 for the last, which is drawn on top of the others
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
         by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
@@ -187,11 +187,12 @@ def curves_of(metrics, runs):
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    gaps = 0
+    gaps = 0  # how many values are NaN or infinite
     points = []  # (training examples so far, value)
     rows = [row for row in run.rows if row['split'] == split]
     for row in rows:
         value = value_of(row, split, metric)
+        # rows without this metric
         if value is None:
             continue
         if math.isfinite(value):

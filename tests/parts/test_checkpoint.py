@@ -455,7 +455,7 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
         run(tmp_path / 'auto', *flags, script=script)
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
     assert limits == {1.0 if script == 'ppo.py' else 10.0}
-    said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, gradients .*, optimizer .*\), of the'
+    said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activations .*, weights .*, optimizer .*\), of the'
     text = capsys.readouterr().out
     assert re.search(f'^memory: {said} 10.0 GB of this machine$', text, re.M)
 
@@ -703,13 +703,19 @@ def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world
     examples = Examples.of([(np.arange(50), [np.arange(40), np.arange(length)]) for length in lengths])
     config = {'batch_size': batch_size, 'share_prefix': share, 'n_epochs': 3}
     layout = {'share_prefix': share, 'pad': not packed}
-    largest = max(
-        batch.ids.numel()
+    made = [
+        [
+            batch.ids.numel()
+            for batch in data.make_batches(examples, rows, rank, world_size // tp, max_tokens, **layout)[0]
+        ]
         for _, rows in steps(9, batch_size, 27, seed=0)
         for rank in range(world_size // tp)
-        for batch in data.make_batches(examples, rows, rank, world_size // tp, max_tokens, **layout)[0]
-    )
-    assert largest <= room._largest_batch(config, examples, packed, max_tokens) <= 2.5 * largest
+    ]
+    largest, is_step = max(map(max, made)), packed and max(map(len, made)) == 1
+    tokens, found = room._largest_batch(config, examples, packed, max_tokens)
+    assert largest <= tokens <= 2.5 * largest and found == is_step
+    # a microbatch of half a step is none
+    assert not packed or room._largest_batch(config, examples, packed, tokens // 2) == (max(tokens // 2, 390), False)
 
 
 def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
@@ -726,14 +732,14 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     # the estimate is of the microbatch and the frozen models that are asked about
     layer = torch.nn.Linear(2, 2)
     layer.get_output_embeddings = lambda: None
-    needs = room._estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7)
+    needs = room._estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
     assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
-    def estimated(config, policy, per_token, frozen, tokens):
+    def estimated(config, policy, per_token, frozen, tokens, is_step):
         return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}
 
     monkeypatch.setattr(room, 'free_memory', lambda: free)
-    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: max_tokens)
+    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: (max_tokens, False))
     monkeypatch.setattr(room, '_estimate_for', estimated)
     assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, n_frozen=2) == chosen
 

@@ -355,6 +355,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'HelpSteer, several turns': {'prompt': 'a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nq?', 'response': 'a', 'helpfulness': 3}}),
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
         'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
+        'a thought in a column, to a chat': {'prompt': [user('q?')], 'reasoning_content': 'let me think', 'answer': 'a'},
         'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
     ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
