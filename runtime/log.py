@@ -268,13 +268,14 @@ class Log:
         say('  '.join(parts))
 
     def close(self):
-        """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""
+        """Write the rows that wait in memory and close the trackers, which os._exit would not do. Idempotent."""
         if not main_rank():
             return
         try:
             append_kept()
         except UserError as error:
-            say(f'warning: {error}, and are lost')  # such as: cannot write FILE: 3 rows wait for room, and are lost
+            # such as: cannot write FILE: 3 rows wait for room
+            say(f'warning: {error}, and are lost')
         while self.trackers:
             name, functions = self.trackers.popitem()
             if functions:  # None: opening failed
