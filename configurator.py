@@ -142,7 +142,7 @@ def _print_help(doc, options):
 
 
 def _read_file(path, options):
-    """Run a config file. Returns [(name, value, path, 'path, line n')] of the names it sets. Raises UserError for any failure."""
+    """Run a config file. Returns [(name, value, path, 'path, line n')], as of _read_flag, for the names it sets."""
     if not path.endswith('.py'):
         data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
@@ -179,7 +179,7 @@ def _read_file(path, options):
 
 
 def _read_flag(word, options):
-    """Parse a flag: '--lr=1e-6' (or '--chat', for True) gives ('lr', 1e-6, COMMAND_LINE, 'the command line'), as _read_file does."""
+    """Return (name, value, origin, where, for errors) of a flag: ('lr', 1e-6, COMMAND_LINE, 'the command line')."""
     name, equals, text = word.removeprefix('--').partition('=')
     if not word.startswith('--') or not name:
         raise UserError(f'cannot read {word!r}: options are written --name=value')
@@ -187,7 +187,7 @@ def _read_flag(word, options):
     allowed = options[name].types if name in options else ['bool']
     if not equals and 'bool' not in allowed:
         raise UserError(f'--{name} needs a value: --{name}=value')
-    text = text if equals else 'true'
+    text = text if equals else 'true'  # --chat is --chat=true
     # each of these replaces the one before, if the option allows it: the text, a float, an int, a word for None, True or False
     value = text
     for kind in (float, int):
@@ -211,7 +211,8 @@ def _check(name, value, options, where):
         raise UserError(f'{where}: unknown option {name!r}; {values.hint(name, options)}')
     allowed = options[name].types
     # a larger int may not fit into a float: it stays an int, and is rejected below
-    if type(value) is int and 'int' not in allowed and 'float' in allowed and abs(value) < 2**63:
+    wants_float = 'float' in allowed and 'int' not in allowed
+    if type(value) is int and wants_float and abs(value) < 2**63:
         value = float(value)
     # NaN is not equal to itself
     if _kind(value) not in allowed or value != value:

@@ -24,8 +24,7 @@ from text.examples import Examples
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
     """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
 
-    start, total: take examples number start to total - 1, counted on through all epochs: n is the first of the second one.
-    shuffle: each epoch in a new random order."""
+    They are examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new order."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -45,15 +44,15 @@ def plan(lengths, world_size, max_tokens):
 
     lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
-    # microbatches of a rank, at least: all tokens by those of a microbatch, rounded up (longer examples count as max_tokens)
+    # each rank needs at least so many microbatches for all tokens (a longer example counts as max_tokens)
     tokens = sum(min(int(n), max_tokens) for n in lengths)
     per_rank = max(1, math.ceil(tokens / (world_size * max_tokens)))
     # add one on every rank until all examples fit
     while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
         per_rank += 1
     # deal them out, heaviest first, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda numbered_bin: (-numbered_bin[0], numbered_bin[1]))  # (tokens, number, slots)
-    return [[sorted(slots) for _, _, slots in bins[rank::world_size]] for rank in range(world_size)]
+    heaviest_first = sorted((-tokens, bin_number, sorted(slots)) for tokens, bin_number, slots in bins)
+    return [[slots for *_, slots in heaviest_first[rank::world_size]] for rank in range(world_size)]
 
 
 def _fill_bins(lengths, n_bins, max_tokens):
@@ -89,7 +88,7 @@ def plan_padded(lengths, world_size, max_tokens):
         bins.append(fullest[middle:])
         del fullest[middle:]
     # deal them out by size, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)
+    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)  # the largest first, empty ones last
     return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
@@ -210,7 +209,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         # index of each token in the flattened rows
         padded_place = np.flatnonzero(mask)
         predict_at, last = padded_place[arrays['predict_at']], padded_place[arrays['last']]
-        del arrays['position']
+        del arrays['position']  # that of a padded token is its column
         arrays |= {'ids': padded_ids, 'mask': mask, 'predict_at': predict_at, 'last': last}
     else:
         arrays |= {'ids': arrays['ids'][None], 'position': arrays['position'][None]}  # one row

@@ -155,7 +155,7 @@ def step_statistic(step, parts=None):
     parts: the columns of this rank's microbatches, if measured already. Returns (columns of the step, which the loss takes as
     further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
     batches, suffix = step.batches, ''
-    # kto estimates its KL on prompts paired with answers to other prompts: columns pi_kl, ref_kl
+    # kto estimates its KL on the step's prompts, each with an answer to another one (if need be of more): pi_kl, ref_kl
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
         batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
@@ -186,7 +186,7 @@ def loss_and_weight(measured, step_columns, slots):
         loss = loss * objective.call(losses.importance, columns)
     if objective.options['sft_coef']:
         loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
-    return loss, columns.get('weight', torch.ones_like(loss))
+    return loss, columns.get('weight', torch.ones_like(loss))  # beta_dpo's statistic gives weights
 
 
 def run_step(step, backward=False, shift=None):
@@ -248,7 +248,9 @@ def log_ratios(prompts, answers):
 
 
 def sample(seen):
-    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics, {} without a reference."""
+    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples.
+
+    With a reference, each answer there has its log-ratio; returns the policy's KL metrics, {} without a reference."""
     if not ref:
         return run.sample({'policy': run.policy}, seen)
     measured = run.sample({'policy': run.policy, 'reference': ref}, seen, measure=log_ratios)

@@ -146,7 +146,7 @@ def ask_judge(todo):
     """Ask the endpoint for the verdicts with these keys. Yield rows of verdicts.jsonl as replies arrive.
 
     Failed requests yield nothing and are counted in `failed`. Raises UserError if continuing is pointless."""
-    # lazy: a request is built when it is sent
+    # lazy: a request is built when it is sent. fields: those of every request
     jobs = (((i, order), fields | judge.question(template, pairs[i], order)) for i, order in todo)
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
     for (i, order), text, raw, error in ask(endpoint, jobs, **settings):
@@ -177,11 +177,11 @@ def compare_rewards(todo):
         if gold is not None:
             rewards = [toy.gold(prompt, text) for prompt, text, _ in items.values()]
         else:
-            lengths = (max_length, max_prompt_length, truncation)
-            # encode() returns (prompt ids, answer ids), and adds what it cuts to the counter
+            limits = (max_length, max_prompt_length, truncation)
+            # encode() returns (prompt ids, answer ids), cut to the limits, and counts in left_out what it cuts
             ids = []
             for key, item in items.items():
-                ids.append(encode(*item, tokenizer, *lengths, cut_of[key]))
+                ids.append(encode(*item, tokenizer, *limits, left_out=cut_of[key]))
             rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
         reward_of = dict(zip(items, rewards, strict=True))
 
@@ -192,7 +192,7 @@ def compare_rewards(todo):
             if first == second:
                 preference = 1.5  # tie
             row = {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-            cut = [+cut_of[key] for key in keys]  # +: without zeros
+            cut = [+cut_of[key] for key in keys]  # + of a Counter drops zeros
             yield row | {'cut': cut} if any(cut) else row
 
 

@@ -104,8 +104,10 @@ def orpo(pi_w, pi_l, n_w, n_l, *, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
-    is_near = x > -0.6931471805599453  # log(1/2). Each formula sees only what it can take, or its gradient would be NaN
-    return torch.where(is_near, (-torch.expm1(x.where(is_near, -1.0))).log(), torch.log1p(-x.where(~is_near, -1.0).exp()))
+    is_near = x > -0.6931471805599453  # log(1/2). -1 replaces what a formula cannot take: its gradient would be NaN
+    near = (-torch.expm1(x.where(is_near, -1.0))).log()
+    far = torch.log1p(-x.where(~is_near, -1.0).exp())
+    return torch.where(is_near, near, far)
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
@@ -137,16 +139,16 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
 # ---- statistics of a whole step: (columns in its order, state, generator) -> (columns, new state), no gradient ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
-    The state is mean and std of d: running, momentum 0.9, this step included, starting at the first step's own."""
+    The state, mean and std of d, is 0.9 times the last step's plus 0.1 times this step's; at first, its own."""
     d = (ratio_w - ratio_l).detach()
-    now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # std of a single pair: 0
+    now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
+    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)  # with std 0: all
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask of round(B (1 - rho)) >= 1 pairs, drawn without replacement with weight exp(-(d - mean)^2 / (2 std^2)); std 0: all."""
+    """Mask of round(B (1 - rho)) >= 1 of B pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
     # the pairs with the largest log weight + Gumbel noise are such a draw, and cannot underflow
@@ -161,7 +163,7 @@ def kto_statistic(ratio_kl, state, generator):
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     """shift: from a pair's own reference margin to the one that has the same rank as its policy margin."""
-    ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()
+    ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()  # pi - ratio: the reference's log-prob
     rank = (pi_w - pi_l).argsort().argsort()  # of each pair: 0 for the smallest policy margin
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 

@@ -67,8 +67,7 @@ class Head(torch.autograd.Function):
     def chunks(n, vocab_size, max_logits):
         """Split n positions into slices of at most max_logits // vocab_size positions, but at least one."""
         size = max(1, max_logits // vocab_size)
-        starts = range(0, n, size)
-        return [slice(start, min(start + size, n)) for start in starts]
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     @staticmethod
     def max_logits(device):
@@ -77,15 +76,15 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits, pieces) for each chunk of the N positions: their slice, the policy's logits (n, V), and the same in pieces.
+        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice, the policy's logits (n, V), pieces.
 
         policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. pieces: [(slice of the N positions, policy's
         logits, reference's logits or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
-        hidden, weight, _ = policy
+        hidden, weight, _bias = policy
         vocab_size = len(weight)
         # a chunk is as large as one matrix product may be; the caller needs copies of a piece's logits, so pieces are smaller
-        max_of_chunk, max_of_piece = Head.max_logits(hidden.device), 2**24 if hidden.is_cuda else 2**19
-        chunks = Head.chunks(len(hidden), vocab_size, max_of_chunk)
+        max_of_piece = 2**24 if hidden.is_cuda else 2**19
+        chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]
         # one buffer for each model and all chunks: on a CPU, fresh memory costs as much as the product
         buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide(hidden)) for _ in models]
@@ -107,10 +106,10 @@ class Head(torch.autograd.Function):
         hidden (N, d), weight (V, d), bias (V,) or None, target (N,). reference: its (hidden, weight, bias), or None."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        ctx.tails = []  # of each piece
+        ctx.tails = []  # of each piece: what divergence.mass has searched for, so that backward need not
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
-        for _, _, pieces in Head.logits((hidden, weight, bias), reference, config):
+        for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             for rows, logits, ref_logits in pieces:
                 piece_target = target[rows, None]  # (n, 1)
                 if divergence:
@@ -132,7 +131,7 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
-        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad
+        _hidden_trains, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # as forward's arguments
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
@@ -140,9 +139,9 @@ class Head(torch.autograd.Function):
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             # pieces are views of chunk_logits, which thereby become the gradient
             for piece_rows, logits, ref_logits in pieces:
-                mass = None  # with a divergence its gradient's part, see _to_gradient; next(tails): what forward had to search for
+                mass = None  # the divergence's part of the gradient, see _to_gradient
                 if divergence:
-                    mass, _ = divergence.mass(logits, ref_logits, next(tails))
+                    mass, _tail = divergence.mass(logits, ref_logits, next(tails))
                 _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, mass)
             d_logits = chunk_logits.to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
@@ -153,7 +152,7 @@ class Head(torch.autograd.Function):
                 d_weight += d_logits.T @ hidden[rows]
             if bias_trains:
                 d_bias += chunk_logits.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None  # none for target and the rest
 
 
 def _write_logits(out, hidden, weight, bias, config):
@@ -180,12 +179,12 @@ def _to_gradient(logits, target, grad, config, mass):
     # derivative of the soft cap, before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]
-    pi = torch.softmax(logits, 1, out=logits)
+    pi = torch.softmax(logits, 1, out=logits)  # logits and pi are one tensor now, which becomes the gradient
     if mass is None:
         pi.mul_(-grad_logps)
     else:
-        mass.mul_(grad[1, :, None])
-        pi.mul_(mass.sum(1, keepdim=True) - grad_logps).sub_(mass)
+        mass.mul_(grad[1, :, None])  # h mass
+        pi.mul_(mass.sum(1, keepdim=True) - grad_logps).sub_(mass)  # pi (h mass.sum() - g) - h mass
     logits.scatter_add_(1, target[:, None], grad_logps)
     if cap or scale != 1:
         logits *= slope * scale

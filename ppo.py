@@ -185,7 +185,7 @@ def make_round(first, rows):
         run.obey_signals(first, saved=first == 0)
 
     # columns of all tokens (log-probs pi and ref, values) and of all answers: name -> (tokens,), name -> (answers,)
-    tokens, answers = rollout.measure(run, ref, examples, stop_ids)
+    tokens, answers = rollout.measure(run, ref, examples, stop=stop_ids)
     # old: log-probs under the policy that wrote the answers; offline it is unknown, and the reference stands in for it
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
@@ -195,7 +195,7 @@ def make_round(first, rows):
         answers['score'] = scores
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
-        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)  # adds score, and more
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
         # the logged scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
@@ -322,7 +322,7 @@ def evaluate(seen):
     def measure(prompts, answers):
         """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""
         examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-        tokens, columns = rollout.measure(run, ref, examples, stop_ids)
+        tokens, columns = rollout.measure(run, ref, examples, stop=stop_ids)
         if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
@@ -331,8 +331,8 @@ def evaluate(seen):
         scores = {name: column for name, column in columns.items() if name.startswith('score')}
         return {'logratio': logratio} | scores
 
-    # rows: how many answers a rank samples side by side
-    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'rows': sample_batch}
+    # sample_batch: how many answers a rank samples side by side
+    settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'max_rows': sample_batch}
     generate.sample_held_out(run, {'policy': policy}, held_out, seen, measure, **settings)
     run.log_evaluation(seen, metrics)
 

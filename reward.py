@@ -70,17 +70,15 @@ def run_step(step, backward=False):
     After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
     of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
     # target gap between the two scores, (pairs,)
-    margin = step.labels.get('margin', torch.zeros(len(step.rows)))
+    step_margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
             s_w, s_l = scores[::2], scores[1::2]
-            batch_margin = move(margin[batch.slot], run.device)
-            loss = formulas.bradley_terry(
-                s_w, s_l, batch_margin, center_coef=center_coef, label_smoothing=label_smoothing
-            )
+            margin = move(step_margin[batch.slot], run.device)
+            loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
             (loss * batch.real).sum().backward()
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
@@ -90,7 +88,8 @@ def run_step(step, backward=False):
 def summary(columns, split):
     """Return metrics (name -> float) from the columns of a step or an evaluation. split: 'train' or 'eval'."""
     s_w, s_l = columns['s_w'], columns['s_l']
-    chosen, rejected = {'reward': s_w, 'n': columns['n_w']}, {'reward': s_l, 'n': columns['n_l']}
+    chosen = {'reward': s_w, 'n': columns['n_w']}
+    rejected = {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, is_right=s_w > s_l)
     return found | metrics.numbers({f'rewards_{split}/mean': (s_w + s_l).mean() / 2})
 

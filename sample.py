@@ -137,10 +137,12 @@ def read_prompts():
     # choose the fraction by hash, independent of the order of the data
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction
-    rows = list(itertools.compress(row_of_hash.values(), is_chosen))[:n_examples]
+    chosen = list(itertools.compress(row_of_hash.values(), is_chosen))  # the rows where is_chosen is true
+    rows = chosen[:n_examples]
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     if not rows:
-        raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
+        reasons, _notes = in_words(left_out)
+        raise UserError(f'there are no prompts in data {data!r}; left out: {reasons}')
     for row in rows:
         # --system is added only where the data has no system message of its own, as in training
         if chat or system:
@@ -164,7 +166,7 @@ def expected_row(i, sample):
     if prompts[i].get('tools'):
         row['tools'] = prompts[i]['tools']
     row['sample'] = sample
-    row['temperature'] = temperatures[sample // n]
+    row['temperature'] = temperatures[sample // n]  # the first n samples have the first temperature, and so on
     row['generator'] = generator or endpoint_model or model
     # hash the prompt rather than its index, which changes with the data; some servers take at most 31 bits
     row['seed'] = content_hash(seed, prompt, sample) % 2**31
@@ -211,7 +213,7 @@ def generate_all():
         # n samples of a prompt have one temperature
         waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
         # keys are in order, and a sort keeps that of prompts of equal length
-        waiting.sort(key=lambda key: -len(ids[key[0]]))
+        waiting.sort(key=lambda key: -len(ids[key[0]]))  # key[0]: index of the prompt; ids: the tokens of each prompt
         while waiting:
             n_rows = batch_size
             if max_tokens:
@@ -232,7 +234,7 @@ def generate_all():
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
         advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
         with errors.memory_for(f'{advice}; what is answered is kept'):
-            answers = generate.generate(net, tokenizer, prompt_ids, seeds, rows=n_rows, **settings)
+            answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 
         for row, prompt, answer_ids in zip(rows, prompt_ids, answers, strict=True):
             text = decode_answer(answer_ids, prompt, tokenizer, skip_special_tokens=True)
@@ -249,7 +251,7 @@ def ask_all():
     """Ask the endpoint for the answers that are not in out_dir yet, and append them. Counts failures in `failed`, by reason."""
 
     def jobs():
-        """Yield (row, request) when a request is to be sent; the row waits for response, finish and tokens."""
+        """Yield (row, request) when a request is to be sent. The row lacks response, finish and tokens."""
         for key in keys:
             if key not in done:
                 row = expected_row(*key)
@@ -257,14 +259,14 @@ def ask_all():
                 sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
                 yield row, {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
 
-    settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}
+    settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}  # proven: it has answered before
     for row, text, raw, error in ask(endpoint, jobs(), **settings):
         if error:
             failed[error] += 1
             continue
         is_text = isinstance(row['prompt'], str)
-        row['response'] = answer(text) if is_text else text
-        # finish reason and number of tokens are None if the reply, parsed JSON, has none or malformed ones
+        row['response'] = answer(text) if is_text else text  # answer: ' ' + text, as it follows a prompt that is text
+        # raw: the reply as parsed JSON. Finish reason and number of tokens are None if it has none or malformed ones
         finish = raw['choices'][0].get('finish_reason')
         if finish == 'stop':
             finish = 'eos'
@@ -335,12 +337,11 @@ def score_answers():
     data_rows = [getattr(prompts[i], 'raw', prompts[i]) for i, _ in rows_by_key]
     # a line has the value of each function, and in 'score' their weighted sum
     lines = [{'index': i, 'sample': sample, 'score': 0.0} for i, sample in rows_by_key]
-    # a function may have the name of one of these three
-    columns = [
-        f'score_{part.name}' if part.name in ('index', 'sample', 'score') else part.name for part in reward_parts
-    ]
+    # part.name: that of its function, which may be one of these names
+    taken = ('index', 'sample', 'score')
+    columns = [f'score_{part.name}' if part.name in taken else part.name for part in reward_parts]
     for part, column in zip(reward_parts, columns, strict=True):
-        values, _ = reward_functions.score(part, asked, responses, data_rows)
+        values, _timed_out = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
             line[column] = value

@@ -109,14 +109,14 @@ class Run:
     def load_data(self, *, train=None, held_out=None, **options):
         """Load run.train and run.held_out, the training and evaluation examples.
 
-        options: of load_examples, for both. train, held_out: dicts of further options for one of the two, which go first."""
+        options: of load_examples, for both. train, held_out: dicts of options that override them for one of the two."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
         common['undivided'] = eval_data is not None  # then no part of data is held out
-        # a run that takes at most a tenth of the first ENOUGH examples tokenises those only, and not millions
+        # enough: examples of each split to tokenise, if the run takes at most a tenth of the first ENOUGH; None: all
         fractions = (data_fraction, config.get('frac_good', 1), config.get('frac_bad', 1))
-        fraction = math.prod(share for share in fractions if share > 0)
+        fraction = math.prod(share for share in fractions if share > 0)  # what these leave of ENOUGH, at least
         is_short = config.n_examples and 10 * config.n_examples <= fraction * ENOUGH
         enough = {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
         for_train = common | options | {'data_fraction': data_fraction} | (train or {})
@@ -135,7 +135,8 @@ class Run:
 
         answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
         in_epochs = self.config.n_epochs * len(self.train) * answers_each
-        self.total = min(in_epochs, self.config.n_examples or in_epochs) // answers_each * answers_each  # whole prompts
+        n_examples = min(in_epochs, self.config.n_examples or in_epochs)
+        self.total = n_examples // answers_each * answers_each  # rounded down to whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)
 
@@ -172,9 +173,8 @@ class Run:
     def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
         """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
-        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name in the message).
-        share_prefix: compute the prompt of a pair once. forward: the policy's training pass, default response_logps. n_frozen: how
-        many models of the policy's size will be loaded later."""
+        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix:
+        compute the prompt of a pair once. forward: the training pass, if not response_logps. n_frozen: models yet to be loaded."""
         policy = self.policy
         # ppo.py's policy may hold a critic, a whole model
         critic = getattr(core(policy), 'critic', None)
@@ -197,7 +197,7 @@ class Run:
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: the models in memory besides the policy; None in place of one that there is not."""
+        examples. frozen: the models in memory besides the policy; None counts as none."""
         checkpoints_fit = room.check_room(self, frozen)
         # with save_every='auto', save no checkpoints if only the final model fits on the disk
         if save_every == 'auto' and not checkpoints_fit:
@@ -230,7 +230,7 @@ class Run:
 
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
-        self.logger = log.Log(out_dir, self.total, self.seen, log_every, wandb, tensorboard)
+        self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         verb = 'resuming' if self.seen else 'training'
         what = f'{verb} {method}' if method else verb
         n_epochs = self.total / len(self.train)
@@ -242,7 +242,7 @@ class Run:
     # ---- steps ----
 
     def make_step(self, examples, rows, first=0, max_tokens=None):
-        """Return the Step of these rows of examples. first: examples that the run took before. max_tokens: None: the run's."""
+        """Return the Step of these rows of examples. first: examples taken before. max_tokens: if not the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
@@ -255,7 +255,7 @@ class Run:
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
         self.clock = time.time()  # log_step, evaluations and checkpoints reset it
-        starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, self.seen)
+        starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, start=self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
             self.waited = time.time() - self.clock
             yield step
@@ -263,18 +263,19 @@ class Run:
     def within_memory(self, run_step, step, **options):
         """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
 
-        If memory runs out and max_tokens is 'auto', halve max_tokens and retry. Single process only: with more ranks, the others
-        would hang in a collective. Otherwise raises UserError."""
+        If memory runs out, one process with max_tokens='auto' halves it and tries again; others raise UserError."""
         while True:
-            # made ahead, before max_tokens was halved: give the step, which the caller has, too, smaller microbatches
+            # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
             if step.max_tokens > self.max_tokens:
                 remade = self.make_step(step.examples, step.rows, step.first)
-                step.batches, step.allocated, step.max_tokens = remade.batches, remade.allocated, remade.max_tokens
+                step.batches = remade.batches
+                step.allocated = remade.allocated
+                step.max_tokens = remade.max_tokens
             try:
                 with errors.memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)
             except UserError as error:
-                may_halve = max_tokens == 'auto' and self.world * tp == 1
+                may_halve = max_tokens == 'auto' and self.world * tp == 1  # other ranks would hang in a collective
                 # can_split: memory ran out, and in a microbatch of several examples
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
@@ -339,7 +340,7 @@ class Run:
     def save(self, seen):
         """Start writing a checkpoint, after `seen` examples, in the background; the newest keep_last are kept."""
         state = self.state | {'run': self.identity}
-        checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last)
+        checkpoint.save(self.config.out_dir, seen, self.policy, self.optimizer, state, keep_last=keep_last)
 
     def obey_signals(self, seen, saved=False):
         """Exit if a signal has asked for it, after saving a checkpoint. saved: save(seen) has been called already."""
@@ -365,6 +366,7 @@ class Run:
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
+        # the columns of one step after the other, in the order of the examples
         parts = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
@@ -382,8 +384,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
 
-        measure(prompts, answers): returns {column: (n,) tensor} for n answers. Returns {name: what measure returned}, or {} without
-        measure or after a stop signal."""
+        Returns {name: {column: (n,) tensor}, from measure(prompts, answers)}; {} without measure or after a signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
@@ -406,9 +407,9 @@ class Run:
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
-        # config: load_policy has set it there; the global may still be None
-        how = (build or self.build, folder, write_card, self.config['save_dtype'])
-        write = partial(export.write_model, self.policy, self.tokenizer, *how)
+        # config: load_policy has set save_dtype there; the global may still be None
+        how = {'build': build or self.build, 'folder': folder, 'card': write_card, 'dtype': self.config['save_dtype']}
+        write = partial(export.write_model, self.policy, self.tokenizer, **how)
         written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()
         guard.end()

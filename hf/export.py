@@ -51,7 +51,7 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
 
-    build(empty): builds the same model unsharded on the CPU, or without weights; card(folder): writes the model card
+    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card.
     With adapters, folder gets the merged model, and the folder `adapter` beside it the adapter alone, in float32.
     dtype: of the weights. Returns the one written, float32 if a weight overflows in dtype. UserError if the disk is full."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -76,13 +76,9 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 clear_path(temporary)
                 # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
                 if has_adapters:
-                    # the model is read again (of the hub, perhaps a newer commit): it must be the one that they were trained on
+                    # the model is read again, of the hub perhaps a newer commit
                     adapted = build(empty=False)
-                    run = recorded(folder.parent)
-                    if run and 'model' in run['contents']:
-                        model_now = model_hashes(run['options']['model'])
-                        run_now = run | {'contents': {'model': model_now}}
-                        check_same(f'{folder.parent} holds', run, run_now)
+                    _check_same_model(folder.parent)
                     lora.write(adapted, trained_weights, adapter_temporary)
                     plain_model = quantize.dequantize(adapted).merge_and_unload()
                     weights = plain_model.state_dict()
@@ -105,6 +101,14 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
             raise
 
     return on_one_rank(write)
+
+
+def _check_same_model(out_dir):
+    """Raise UserError if the model that the run in out_dir began with has changed: its adapters belong to that one."""
+    run = recorded(out_dir)
+    if run and 'model' in run['contents']:
+        hashes_now = model_hashes(run['options']['model'])
+        check_same(f'{out_dir} holds', run, run | {'contents': {'model': hashes_now}})
 
 
 def _save_weights(model, weights, dtype, folder):
@@ -160,9 +164,7 @@ def rounded(weights, dtype, generator):
 
 
 def write_card(out_dir, folder):
-    """Write the card of the run in out_dir to folder/README.md. If a file of the run is damaged, only print a note.
-
-    Raises UserError if the card cannot be written."""
+    """Write the card of the run in out_dir to folder/README.md; only say so if a file of the run is damaged."""
     try:
         text = _card_text(Path(out_dir), folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

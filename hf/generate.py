@@ -47,10 +47,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
     """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run. models: name -> sharded model; 'reference' answers with its adapters off. examples_seen: trained on so far.
-    measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields for samples.jsonl. n_written: how many answers
-    of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure}, empty without
-    measure, or after a stop signal, which truncates answers: nothing is written then."""
+    run: a training.Run, which has trained on examples_seen examples. models: name -> sharded model; 'reference' answers with its
+    adapters off. measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields of samples.jsonl. n_written:
+    how many answers of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure};
+    {} without measure, or after a stop signal, which truncates answers: then nothing is written."""
     tokenizer = run.tokenizer
     prompts = [prompt for prompt, _ in examples]
     # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
@@ -84,16 +84,16 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, rows=None
+    model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, max_rows=None
 ):
     """Sample an answer to each prompt in this process. Return lists of token ids.
 
     prompts: lists of token ids. seeds: one int per answer. temperature: 0 is greedy. keep_end: keep the stop token at the end of
-    an answer. rows: maximum batch size, None for all; rows of ended answers are refilled with waiting prompts. A stop signal
+    an answer. max_rows: batch size, None for all prompts; rows of ended answers are refilled with waiting prompts. A stop signal
     truncates all answers. Under FSDP, call it inside sharded.unsharded()."""
     inner = core(model)
     stop = stop_tokens(model, tokenizer)
-    n_rows = rows or len(prompts)
+    n_rows = max_rows or len(prompts)
     refill = can_refill(inner)
     answers = [[] for _ in prompts]
     # indices of answers: not started, and in progress
@@ -162,10 +162,9 @@ def _generation_mode(model, **settings):
 def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
     """Continue sequences (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
-    cache: a Cache of all but the last token of each sequence, an empty Cache to fill, or None. criteria, processors: a
-    StoppingCriteriaList and a LogitsProcessorList."""
+    cache: a Cache of all but each sequence's last token, an empty one to fill, or None. criteria, processors: lists."""
     n_cached = 0 if cache is None else cache.get_seq_length()
-    # pad on the left, as in the cache, whose columns may all be padding: generate() needs one column more
+    # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
     ids = []
@@ -199,11 +198,11 @@ def without_end(answer, stop):
 
 
 def can_refill(inner):
-    """Return whether _cache_for() can merge this model's caches: all layers hold keys and values of each token, or of the last ones."""
-    # not states that mix tokens (Mamba)
+    """Return whether _cache_for() can merge this model's caches: of keys and values of all tokens or of a window."""
+    # Mamba holds a state that mixes all tokens
     if inner._is_stateful or not inner._supports_default_dynamic_cache():
         return False
-    # nor attention in chunks that are counted from a row's first column, padding included (Llama 4)
+    # Llama 4 attends in chunks that it counts from a row's first column, padding included
     if getattr(inner.config, 'attention_chunk_size', None):
         return False
     empty_cache = transformers.DynamicCache(config=inner.config)
@@ -215,11 +214,11 @@ def _cache_for(inner, sequences, old_cache, old_rows):
     """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last, right-aligned.
 
     sequences[i] is in row old_rows[i] of old_cache already; those behind len(old_rows) are new, and computed here."""
-    caches = [(old_cache, old_rows)] if old_rows else []  # and the rows to keep
+    caches = [(old_cache, old_rows)] if old_rows else []  # (a cache, its rows that go into the result)
     new = sequences[len(old_rows) :]
     if new:
         # equal ones, for several answers to a prompt, are computed once
-        row_of = {}  # sequence without its last token -> row
+        row_of = {}  # sequence without its last token -> row of new_cache
         rows = [row_of.setdefault(tuple(sequence[:-1]), len(row_of)) for sequence in new]
         new_cache = transformers.DynamicCache(config=inner.config)
         # fills new_cache; the generated token is ignored
@@ -238,11 +237,11 @@ def _cache_for(inner, sequences, old_cache, old_rows):
             padded = []
             for cache, rows in caches:
                 states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
-                # pad the third dimension on the left; a negative number cuts padding off
+                # pad the tokens on the left, or with a negative number cut padding off there
                 n_pad = n_columns - states.shape[2]
                 padded.append(F.pad(states, (0, 0, n_pad, 0)))
             setattr(layer, name, torch.cat(padded))
-        # read by sliding-window layers: columns so far, with those that have left the window
+        # sliding-window layers read it: the number of columns so far, with those that have left the window
         layer.cumulative_length = width
     return merged
 
@@ -250,8 +249,7 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
 
-    n_sampled: tokens of each row's answer so far. All rows end together once `enough` of them have ended, but not before
-    REFILL_AFTER steps, or when a signal asks this process to stop."""
+    n_sampled: tokens of each row's answer so far. All end at a signal, or once `enough` have after REFILL_AFTER steps."""
     stop = torch.tensor(sorted(stop), device=inner.device)
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
     sampled = []  # for each step, the tokens of all rows: (rows,)
@@ -270,9 +268,9 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
 
 def _processors(seeds, n_sampled, temperature, top_p):
     """Return the LogitsProcessorList that makes greedy decoding sample, given each row's seed and number of tokens so far."""
-    # 0 is greedy; temperature before top_p, as in transformers
-    if temperature == 0:
+    if temperature == 0:  # greedy
         return transformers.LogitsProcessorList([_checked])
+    # temperature before top_p, as in transformers
     processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
     if top_p < 1:
         processors.append(transformers.TopPLogitsWarper(top_p))
@@ -281,7 +279,7 @@ def _processors(seeds, n_sampled, temperature, top_p):
 
 
 def _checked(ids, scores):
-    """Return scores as they are. Raises UserError if one is NaN, of which the largest is none or any token."""
+    """Logits processor: return scores as they are. UserError if one is NaN, where an argmax means nothing."""
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
     return scores

@@ -143,8 +143,8 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     """Return a copy of a model's config; it and the GenerationConfig are cached. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
-    # read a folder anew each time, as it may have changed; but not if it is gone by now, nor for an empty model, as for the export,
-    # which goes with the one that was loaded before
+    # a folder is read anew, as it may have changed. From the cache: a hub id, a folder that is gone by now, and an empty model,
+    # which the export makes to go with the one that was loaded before
     if name in _configs and (empty or not os.path.exists(name)):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
@@ -178,8 +178,8 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
 def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    is_lm: the file has an LM head, which is ignored, and no score head, which is initialised from seed
-    empty: no weights, on the meta device; device_map: passed to from_pretrained"""
+    is_lm: a reward model is made of a language model: its LM head is left out, and a score head is drawn from seed.
+    empty: no weights, on the meta device. device_map: passed to from_pretrained."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()
@@ -191,7 +191,7 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
         else:
             _check_files(name, config)
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
-            options |= {'ignore_mismatched_sizes': True}  # they are named below
+            options |= {'ignore_mismatched_sizes': True}  # transformers then lists them, and the first is named below
             model, info = auto.from_pretrained(name, config=config, **options)
             missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
             for key, in_file, in_config in sorted(info['mismatched_keys']):
@@ -201,7 +201,7 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-    # no problem with a new head: score.weight is missing, and lm_head.weight unused (a name without a layer number)
+    # as it should be for a language model: score.weight is missing, and lm_head.weight, of no numbered layer, unused
     if is_lm:
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
@@ -261,6 +261,7 @@ def _check_files(name, config):
         has_weights = any(Path(name).glob('*.safetensors'))
         has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
     else:
+        # offline, from_pretrained says whether the cache has them
         has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
         has_pickle = True
     if not has_weights:
@@ -286,7 +287,7 @@ def add_value_head(model, critic=None):
 def without_value_head(model):
     """Within the block, the model lacks what add_value_head added, if it did, so that it is exported as a plain causal LM."""
     inner = core(model)
-    name = getattr(inner, 'value_estimator', None)  # of the submodule that was added
+    name = getattr(inner, 'value_estimator', None)  # of the submodule that was added; None if there is none
     added = inner._modules.pop(name, None)
     try:
         yield
@@ -309,8 +310,7 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers reads chat templates into memory whole
     for file in Path(name).rglob('*.jinja'):
-        size = file.stat().st_size
-        limit = 4_000_000
+        size, limit = file.stat().st_size, 4_000_000
         if size > limit:
             raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library
@@ -340,7 +340,8 @@ def separate_pad(tokenizer):
 
 def check_tokenizer(tokenizer, model, name):
     """Raise UserError if the tokenizer has ids without a row in the model's embedding. name: the model's, for messages."""
-    rows, size = core(model).get_input_embeddings().num_embeddings, len(tokenizer)
+    rows = core(model).get_input_embeddings().num_embeddings
+    size = len(tokenizer)
     if size > rows:
         last = f'the last, {tokenizer.convert_ids_to_tokens(size - 1)}, has no row'
         way_out = 'remove such tokens, or use model.resize_token_embeddings and save_pretrained'
@@ -350,8 +351,7 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: the other model's tokenizer, or its name; a folder without a tokenizer only gets a note
-    other_role: such as 'the reference NAME', for messages"""
+    other: its tokenizer or name; a folder without one only gets a note. other_role: such as 'the reference NAME'."""
     if isinstance(other, str):
         if other == policy_name:
             return
@@ -370,14 +370,14 @@ def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_co
 
 
 def _weights_on_disk(name):
-    """Return what the headers of a model's .safetensors files say, or None if there is no file."""
+    """Return what the headers of a model's .safetensors files say (weight_map, parameter_count ...), or None."""
     file = hub.file_of(name, 'model.safetensors') or hub.file_of(name, 'model.safetensors.index.json')
     return get_local_safetensors_metadata(Path(file).parent) if file else None
 
 
 def stored_dtype(name):
     """Return the dtype of most weights on disk: 'bfloat16', 'float16', or else 'float32', also if there is no file."""
-    _, base = lora.adapter_and_base(name)
+    _saved, base = lora.adapter_and_base(name)
     metadata = _weights_on_disk(base)
     if metadata is None:
         return 'float32'
@@ -408,13 +408,11 @@ def fingerprints(config):
 
 
 def model_hashes(name):
-    """Return the hashes of a model; an adapter has those of its base model, too, as base/file."""
+    """Return {file: SHA-256} of a model; an adapter has the files of its base model, too, as base/FILE."""
     saved, base = lora.adapter_and_base(name)
-    if not saved:
-        return _hashes(name)
     hashes = _hashes(name)
-    for key, value in _hashes(base).items():
-        hashes[f'base/{key}'] = value
+    if saved:
+        hashes |= {f'base/{file}': digest for file, digest in _hashes(base).items()}
     return hashes
 
 

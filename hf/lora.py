@@ -114,18 +114,17 @@ def weights_hash(folder):
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # '': content_of() adds what a base model on the hub is
+        # '': the base model is on the hub, and has no folder to hash; content_of() adds its commit
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def content_of(name):
-    """Return weights_hash() of a folder, the commit of a hub id, for an adapter with that of its base model, or None."""
+    """Return weights_hash() of a folder, the commit of a hub id; with an adapter's base model. None if not found."""
     folder = hub.folder_of(name)
     if folder is None:
         return None
-    # the cache of the hub has a folder for each commit
-    content = weights_hash(name) or folder.name
+    content = weights_hash(name) or folder.name  # the cache of the hub has a folder for each commit
     saved, base = adapter_and_base(name)
     is_whole = saved is None or os.path.isdir(base)
     return content if is_whole else f'{content}+{content_of(base)}'
@@ -138,13 +137,13 @@ def _load_weights(model, saved, adapter_name='default'):
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
     try:
         result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-    # a module that it holds whole has other sizes than the model's: its embedding was resized for new tokens
+    # the adapter holds a module whole, in another size than the model's: such as an embedding resized for new tokens
     except RuntimeError as error:
         if 'size mismatch' not in str(error):
             raise
-        # of load_state_dict's list, the first mismatch
-        _, *mismatches = str(error).strip().splitlines()
-        mismatch = ' '.join(' '.join(mismatches[:1]).split())[:300].rstrip('.')
+        # the message is a heading, and then a line for each mismatch: keep the first of these
+        _heading, *mismatches = str(error).strip().splitlines()
+        mismatch = ' '.join(mismatches[0].split())[:300].rstrip('.') if mismatches else ''
         raise UserError(f'the adapter {saved.name!r} does not fit {saved.base}: {mismatch}: {WAY_OUT}') from None
     # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
@@ -206,10 +205,10 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the adapter options for loading the reference: those of the policy (adapters), or None for a model without new adapters.
+    """Return the adapter options to load the reference with: adapters, those of the policy, or None for no new ones.
 
     A policy with adapters is its own reference, under adapters_off(). It is loaded once more only for --cache_ref, which hashes it."""
-    # a new adapter starts as zero, so the model without it is the same; but 4-bit weights or a saved adapter change the model
+    # a new adapter starts as zero: without it the model is the same. 4-bit weights or a saved adapter change it
     is_changed = config['quantize'] or find_adapter(config['model'])
     return adapters if is_changed and config['ref_model'] is None else None
 
@@ -217,31 +216,13 @@ def reference_options(config, adapters):
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     """Return a loaded model in eval mode with its adapters. Raises UserError if they do not fit.
 
-    saved: SavedAdapter or None; adapters: dict from options(), or None to merge a saved adapter; empty: no weights yet
+    saved: SavedAdapter or None. adapters: dict from options(), or None to merge a saved adapter. empty: no weights yet.
     With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
     adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
-    if not adapters and not saved:
-        return model
-    # merge a saved adapter into the model, all of whose weights train then
     if not adapters:
-        say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
-        if empty:
-            return model
-        # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
-        wrapped = _peft_model(model, saved, None, task_type=None)
-        # untie head and embedding if the adapter changes one of them: PEFT has then replaced it by a layer with these attributes
-        embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
-        if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
-            separate(wrapped, ties(wrapped))
-        _load_weights(wrapped, saved)
-        # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            model = wrapped.merge_and_unload()
-        correct_tie_config(model)
-        return model.requires_grad_(True)
-    # or go on with an adapter, the saved one or a new one
+        return _merged(model, saved, empty) if saved else model
+    # go on with an adapter, the saved one or a new one
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
     task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
@@ -260,6 +241,26 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
         if dropout and path.endswith('lora_dropout.default'):
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
     return quantize.quantize(model) if adapters.get('quantize') else model
+
+
+def _merged(model, saved, empty):
+    """Return the model with a SavedAdapter merged into its weights, all of which train then. empty: no weights yet."""
+    say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
+    if empty:
+        return model
+    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
+    wrapped = _peft_model(model, saved, adapters=None, task_type=None)
+    # untie head and embedding if the adapter changes one: PEFT's layer in its place has one of these attributes
+    embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
+        separate(wrapped, ties(wrapped))
+    _load_weights(wrapped, saved)
+    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        merged = wrapped.merge_and_unload()
+    correct_tie_config(merged)
+    return merged.requires_grad_(True)
 
 
 def _new_config(model, adapters):
@@ -293,18 +294,21 @@ def _new_config(model, adapters):
 
 def _check_trainable(model, saved):
     """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
+    # outside: what it changes outside the blocks. 1. layers with adapters; that of the LM head would be ignored, since training
+    # reads the head's weight without calling the layer
     in_blocks = {module for block in blocks(model) for module in block.modules()}
-    # an adapter on the LM head would be ignored: training reads the head's weight without calling the layer
-    adapted = {path: module for path, module in model.named_modules() if hasattr(module, 'lora_A')}
-    outside = [path for path, module in adapted.items() if module not in in_blocks]
-    # modules that the adapter stores whole; only a reward model's head, which PEFT lists under both names, can train here
+    outside = []
+    for path, module in model.named_modules():
+        if hasattr(module, 'lora_A') and module not in in_blocks:
+            outside.append(path)
+    # 2. modules that it stores whole; only a reward model's head, which PEFT lists under both names, can train here
     outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
-    # weights of the model itself, which PEFT writes beside the adapter where an embedding was resized: the export leaves them out
+    # 3. weights of the model itself, which PEFT adds where an embedding was resized: the export leaves them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
-        keys = list(file.keys())
-    outside += sorted(key for key in keys if '.lora_' not in key and not re.search(r'\.(score|classifier)\.', key))
+        whole = [key for key in file.keys() if '.lora_' not in key]  # noqa: SIM118
+    outside += sorted(key for key in whole if not re.search(r'\.(score|classifier)\.', key))
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # of another task; load_model has already rejected the reverse, a reward model's adapter for a language model
+    # it may be of another task; load_model has rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:

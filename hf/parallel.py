@@ -65,8 +65,7 @@ def choose_arithmetic(config, device):
 def tensor_parallel(model, mesh, n_meshes):
     """Divide the blocks of a model, in place, among the ranks of a 1-d mesh by transformers' tensor-parallel plan.
 
-    n_meshes: number of such meshes; FSDP later shards each rank's part over them. Raises UserError if the architecture's plan is
-    missing or unsupported, or if a size does not divide."""
+    n_meshes: FSDP later shards each part over so many meshes. UserError if there is no plan, or a size does not divide."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
@@ -106,7 +105,7 @@ def tensor_parallel(model, mesh, n_meshes):
         elif style.startswith('colwise'):
             # torch calls it colwise to divide the rows of a weight (dim 0); FSDP divides each part again
             check_divides(len(module.weight), f'rows of {path}', parts=ranks * n_meshes)
-        # the other style in `styles` is for norms, of which only those of a single head work
+        # what is left in the plan are norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
     parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

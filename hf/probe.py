@@ -35,17 +35,18 @@ def _difference(found, expected):
 
 
 def can_pack(model, examples, device, wanted=True):
-    """Return whether packed batches give the model's own log-probs or scores up to rounding; if not, say why. False if not wanted.
+    """Return whether packed batches give the model's own log-probs or scores up to rounding; if not, say why.
 
-    examples: Examples, two of which are tried. If the result is False, the caller uses padded batches: raises UserError if those give
-    other numbers, too."""
+    examples: Examples, two of which are tried. If the result is False, as it is if packing is not wanted, the caller uses padded
+    batches: raises UserError if those give other numbers, too."""
     packed, padded = two_layouts(examples, device)
     if wanted:
-        max_error, reason = deviation(model, packed, padded)
+        max_error, reason = deviation(model, ours=packed, theirs=padded)
         if max_error <= _tolerance(model):
             return True
-    # our own forward on padded batches, which may err by a logit scale under a config key that Head of model.py does not read
-    max_error, message = deviation(model, padded, padded)
+    # try our own head on padded batches: it misses, say, a logit scale under a new key of the model's config.
+    # NaN passes, as it is of broken weights: the first step says so
+    max_error, message = deviation(model, ours=padded, theirs=padded)
     if max_error > _tolerance(model):
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
     if wanted:
@@ -57,7 +58,7 @@ def two_layouts(examples, device):
     """Return the first and the longest of these Examples as [packed Batch, padded Batch]."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
-    return [pack(two, [0, 1], pad=pad, device=device) for pad in (False, True)]
+    return [pack(two, slots=[0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
 def _tolerance(model):
@@ -72,29 +73,29 @@ def _tolerance(model):
 
 @errors.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
-def deviation(model, batch, padded):
-    """Compare our log-probs or scores of a batch, packed or padded, with the model's own forward on the same examples, padded.
+def deviation(model, ours, theirs):
+    """Compare our log-probs or scores of the batch `ours` with those of the model's own forward on the batch `theirs`.
 
-    Returns (maximum error as of _difference, what to say if that is too large). A packed batch that cannot run has an infinite error;
-    a padded one raises UserError."""
+    Both hold the same examples: ours packed or padded, theirs padded. Returns (maximum error as of _difference, what to say if that
+    is too large). A packed batch that cannot run has an infinite error; a padded one raises UserError."""
     config = core(model).config
-    is_packed = bool(batch.groups)  # only packed batches have groups
+    is_packed = bool(ours.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
     other_layers = set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}
     if is_packed and other_layers:
         return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
-        # at the end of the with block the model has the attention again that it has now
+        # first with padded attention, then with that of our batch; the end of the with block restores the present one
         with padded_attention(model):
-            expected = _transformers_numbers(model, padded)
+            expected = _transformers_numbers(model, theirs)
             set_attention(model, is_packed)
             # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
             if is_packed and config._attn_implementation != 'packed':
                 return math.inf, 'it takes no attention from outside'
             if _is_reward(model):
-                ours = model.response_scores(batch)
+                found = model.response_scores(ours)
             else:
-                (ours,) = model.response_logps(batch)
+                (found,) = model.response_logps(ours)
     # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument
     except Exception as error:
         if errors.out_of_memory(error):
@@ -109,7 +110,7 @@ def deviation(model, batch, padded):
         if is_of_machine or (is_our_file and isinstance(error, bugs)):
             raise
         return math.inf, first_line(error)
-    max_error = _difference(ours, expected)
+    max_error = _difference(found, expected)
     kind = 'scores' if _is_reward(model) else 'log-probs'
     return max_error, f'other {kind} than those of transformers, off by {max_error:.1%}'
 
@@ -144,7 +145,8 @@ def _outputs(model, device):
     # a prompt and two answers, of four random tokens each
     vocab_size = core(model).get_input_embeddings().num_embeddings
     ids = np.random.default_rng(0).integers(vocab_size, size=12)
-    prompt, answers = ids[:4], [ids[4:8], ids[8:]]
+    prompt = ids[:4]
+    answers = [ids[4:8], ids[8:]]
     batch = pack([(prompt, answers)], slots=[0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
     # fsdp.shard makes these functions methods of a sharded model, which gather its weights
@@ -155,11 +157,13 @@ def _outputs(model, device):
 
 
 def compare(model, expected, device, in_bfloat16):
-    """Raise UserError if a sharded model's scores or log-probs differ from expected, of measure_loaded(); in bfloat16 only warn."""
+    """Raise UserError if a sharded model gives other scores or log-probs than expected; in bfloat16 only warn.
+
+    expected: those of the same model before it was sharded, from measure_loaded(), for the same made-up example."""
     max_error = _difference(_outputs(model, device), expected)
     # free the parameters gathered by the forward
     model.reshard()
-    limit = 0.1 if in_bfloat16 else 0.01
+    limit = 0.1 if in_bfloat16 else 0.01  # of the expected value, or of 1 where that is smaller
     if max_error <= limit:
         return
     kind = 'scores' if _is_reward(model) else 'log-probs'
@@ -175,7 +179,7 @@ def check_positions(model, length, what):
     inner = core(model)
     tables = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
     has_table = any(re.search('wpe|position', name) for name in tables)
-    # those of GPT-J, CodeGen and CTRL are buffers; MPT makes one for each forward
+    # the tables of GPT-J, CodeGen and CTRL are buffers; MPT makes one in each forward
     buffers = [name for name, _ in inner.named_buffers()]
     has_buffer = any(name.endswith(('embed_positions', 'pos_encoding')) for name in buffers)
     has_table = has_table or has_buffer or inner.config.model_type == 'mpt'
@@ -198,9 +202,8 @@ def _length_limits(model):
 
     Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
     config = core(model).config.get_text_config()
-    max_positions = getattr(config, 'max_position_embeddings', None)
-    # MPT's
-    max_positions = max_positions or getattr(config, 'max_seq_len', None) or math.inf
+    # max_seq_len: MPT's name
+    max_positions = getattr(config, 'max_position_embeddings', None) or getattr(config, 'max_seq_len', None) or math.inf
     rope_options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     max_unscaled = math.inf
     # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}

@@ -55,7 +55,7 @@ def _look_up(build, examples, dtype):
     """Return (cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
     file = cache.path_of('reference', _key(build(empty=False), examples, dtype))
     if content := cache.read(file):
-        arrays, _ = content
+        arrays, _extra = content
         return file, arrays['logps']
     if file.exists():
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
@@ -96,12 +96,11 @@ def _compute(run, model, examples):
         # response_logps returns (1, answers of the batch), in the order of the examples
         with adapters_off(model):
             own_logps = torch.cat([model.response_logps(batch).view(-1, num_answers) for batch in batches])
-        # put the values of all ranks together, in a column for each answer; slots: index in rows of each of this rank's examples
+        # put the values of all ranks together, {number of the answer: column}; slots: index in rows of each of this rank's examples
         slots = [slot for batch in batches for slot in batch.slot]
-        own_columns = dict(enumerate(own_logps.T))
-        columns = fsdp.gather_columns(own_columns, slots, len(rows))
-        for answer, column in columns.items():
-            result[rows, answer] = column
+        columns = fsdp.gather_columns(dict(enumerate(own_logps.T)), slots, len(rows))
+        for number, column in columns.items():
+            result[rows, number] = column
         bar.update(len(rows))
     bar.close()
     return result

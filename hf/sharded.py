@@ -70,7 +70,7 @@ def unsharded(model):
     """Within the block, keep all weights gathered: generation is several times faster, and ranks need not run in step."""
     modules = fsdp_modules(model)
     try:
-        # FSDP takes the first module that runs as its root, and generation may start with one inside PEFT's wrapper
+        # FSDP takes the first module that runs as its root: run the model, as generation may start inside of PEFT's
         if modules or half_copies(model):
             model.be_root(None)
         for m in modules:
@@ -78,7 +78,7 @@ def unsharded(model):
             m.unshard()
         yield
     finally:
-        # as before: fsdp.shard lets a forward reshard the blocks, unless they stay gathered, but never the root
+        # as fsdp.shard has set it: a forward reshards the blocks, unless they stay gathered, but never the root
         for m in modules:
             is_resharded = m is not model and not model.stays_gathered
             m.set_reshard_after_forward(is_resharded, recurse=False)

@@ -40,9 +40,7 @@ def _set_parameter(model, name, parameter):
 
 
 def correct_tie_config(model):
-    """If head and embedding are separate but the config says tied, correct the config. Returns whether it was changed.
-
-    With the wrong config, loading the saved model would tie them."""
+    """Correct a config that ties head and embedding where the model does not. Returns whether it did."""
     inner = core(model)
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None or head.weight is embedding.weight:

@@ -52,21 +52,24 @@ class Tail(NamedTuple):
 
 
 def _cvar_mass(logits, ref_logits, tail=None, *, mu):
+    """Return (mass, tail) of cvar(mu) as a Divergence does: p / mu of tokens in the tail, else 0. p: the reference's."""
     z = (ref_logits - logits).detach()
     p = ref_logits.softmax(-1)
     tail = tail or find_tail(z, p, mu)
-    # 1 above the tail's end, its share at the end, 0 below. torch.gt is several times faster if it writes floats
+    # part of a token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with floats
     is_above = torch.gt(z, tail.high, out=torch.empty_like(z))
     is_counted = torch.gt(z, tail.low, out=torch.empty_like(z))
-    part = is_above.lerp_(is_counted, tail.share)
+    part = is_above.lerp_(is_counted, tail.share)  # is_above + share (is_counted - is_above)
     return p.mul_(part).div_(mu), tail
 
 
 def find_tail(z, p, mu, rounds=22):
-    """Return the Tail of z and p, (..., V) each, by bisection, which is faster than sorting. high - low is 2e-7 of the range of z.
+    """Return the Tail of z and p, (..., V) each: which tokens have the largest z, taken until their p sum to mu.
 
-    z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: low and high enclose 2, and share is 2/3."""
-    low, high = z.amin(-1, keepdim=True), z.amax(-1, keepdim=True)
+    z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: all of the 3 and 2/3 of the 2, so low < 2 <= high < 3, and share is 2/3.
+    By bisection, faster than sorting: `rounds` halvings leave a high - low of 2e-7 of the range of z."""
+    high = z.amax(-1, keepdim=True)
+    low = z.amin(-1, keepdim=True)
     low = low.nextafter(low.new_tensor(-torch.inf))  # all z > low
     buffer = torch.empty_like(z)
 
@@ -80,7 +83,8 @@ def find_tail(z, p, mu, rounds=22):
         high = torch.where(is_too_low, high, middle)
     above = p_above(high)
     p_between = p_above(low) - above
-    return Tail(low, high, ((mu - above) / p_between.clamp(min=1e-30)).clamp(0, 1))
+    share = (mu - above) / p_between.clamp(min=1e-30)
+    return Tail(low, high, share.clamp(0, 1))  # clamp: against rounding
 
 
 def erm(mu):
@@ -103,8 +107,9 @@ def released(mu, parts=2):
 
 
 def _released_mass(logits, ref_logits, tail=None, *, mu, parts):
+    """Return (mass, None) of released(mu, parts) as a Divergence does; it searches for no tail."""
     z = (ref_logits - logits).detach()
-    # the last part takes the remainder
+    # cut the vocabulary into parts of equal size; the last one takes the remainder
     size, rest = divmod(z.shape[-1], parts)
     sizes = [size] * (parts - 1) + [size + rest]
     is_counted = []
@@ -122,8 +127,7 @@ def divergence_of(loss, risk, mu):
     name = risk if loss.startswith('radpo') else 'kl'
     divergence = kl if name == 'kl' else RISKS[risk](mu)
     # backward trusts its mass: try it, on a few positions of a small vocabulary
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 4, 9, dtype=torch.float64, generator=generator)
+    logits = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     log_pi, log_ref = logits.log_softmax(-1)
     value, mass = divergence(log_pi.requires_grad_(), log_ref)
     (slope,) = torch.autograd.grad(value.sum(), log_pi)

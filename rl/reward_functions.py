@@ -60,10 +60,9 @@ class Failed(Exception):
 def parts_of_options(config, eval_data):
     """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither.
 
-    Sets config.reward_model if exactly one Part is a model, else config.reward_models, a list. Raises UserError for invalid
-    combinations of options."""
+    Sets config.reward_model if exactly one Part is a model, else config.reward_models. UserError for invalid options."""
     reward, model = config.reward, config.reward_model
-    # --reward goes before a reward_model that is not a flag, too
+    # --reward on the command line replaces a reward_model that is not: given() returns those of the two that are
     if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
         config['reward_model'] = model = None
@@ -168,9 +167,8 @@ def load_function(file, name):
         inspect.signature(function).bind('prompts', 'responses', 'rows')
     except TypeError:
         found = f'{name}{inspect.signature(function)} of {file}'
-        raise UserError(
-            f'--reward: {found} is called as {name}(prompts, responses, rows): give it these three'
-        ) from None
+        wanted = f'is called as {name}(prompts, responses, rows): give it these three'
+        raise UserError(f'--reward: {found} {wanted}') from None
     except ValueError:
         pass  # some functions of C have no signature
     return function
@@ -179,9 +177,9 @@ def load_function(file, name):
 @contextlib.contextmanager
 def _user_code():
     """Context manager: signals are unblocked; afterwards the current folder and torch's gradient mode are as before."""
-    torch = sys.modules.get('torch')  # not imported in workers
+    # gradient mode and folder are set to what they are: at its end, each of the two contexts sets that again
+    torch = sys.modules.get('torch')  # None in workers, which do not import it
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
-    # the run's paths are relative to the current folder
     with guard.unblocked(), contextlib.chdir('.'), gradients:
         yield
 
@@ -203,7 +201,8 @@ def call(part, prompts, responses, rows):
     values = [value.item() if hasattr(value, 'item') else value for value in values]
     for value in values:
         # not math.isfinite, which raises for an int beyond a float's range; NaN fails the comparison
-        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        is_finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if not is_finite:
             shown = 'an integer beyond all floats' if isinstance(value, int) else shorten(repr(value), 60)
             raise Failed(f'it returned {shown}, where a finite number is wanted')
     return [float(value) for value in values]
@@ -221,16 +220,15 @@ def _explained(error, file):
 def score(part, prompts, responses, rows, workers=None):
     """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
 
-    workers: the part's Workers, which call the function once per answer; None: one call in this process, without time limit.
-    Raises UserError, which names the first failing row."""
+    workers: the part's Workers, for a call per answer; None: one call here, without time limit. UserError names the failing row."""
     # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
-    # a call for each answer; None: it timed out
+    # by workers: a call for each answer, whose result is None if it timed out
     if workers:
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
-    # one call for all
+    # here: one call for all answers
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:
@@ -241,7 +239,7 @@ def score(part, prompts, responses, rows, workers=None):
 
 
 def _checked(part, prompts, rows, results):
-    """Return a list of the results of n single calls, an iterator. Raises UserError at the first that is a Failed."""
+    """Return the list of an iterator's results, one for each answer. Raises UserError at the first that is a Failed."""
     checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
@@ -312,7 +310,7 @@ def _work(fd, folder, file, name):
 
     All arguments are words of the command line that _start_worker makes. folder: of the relative paths in user code."""
     pipe = Connection(int(fd))
-    part = Part(name, 1.0, name, file)
+    part = Part(name, weight=1.0, function_or_model=name, file=file)
     parent = os.getppid()
     # undo the inherited signal mask of runtime/guard.py
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())

@@ -23,10 +23,9 @@ class Reward:
     """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
 
     def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
-        """Load the reward models and prepare the functions. Raises UserError if token ids differ from the policy's.
+        """Load the reward models and prepare the functions. UserError for other token ids, or too few positions.
 
-        max_tokens: per microbatch of a reward model. tokenizer: the policy's. longest: tokens of the longest prompt and answer;
-        UserError if a reward model does not take so many and an end token."""
+        max_tokens: of a reward model's microbatch. tokenizer: the policy's. longest: tokens of the longest answer with prompt."""
         self.parts = parts
         self.config = config
         self.max_tokens = max_tokens
@@ -72,8 +71,8 @@ class Reward:
         sources = {'train': config.data, 'test': config.eval_data or config.data}
         for split, examples in examples_by_split.items():
             if examples:
-                # rank 0 reads; None on the other ranks
-                read = partial(source_rows, examples, sources[split], split, 'prompts', **options)
+                # rank 0 reads {uid of a prompt: (prompt, data row)}; the other ranks get None
+                read = partial(source_rows, examples, sources[split], split, task='prompts', **options)
                 self.rows[split] = ranks.on_one_rank(read)
 
     def score_columns(self, examples, split, uids, ends=()):
@@ -87,8 +86,8 @@ class Reward:
         for part in self.parts:
             # functions run on rank 0, reward models on all ranks together
             if part.is_function:
+                # shared: rank 0 calls it, and all ranks get what it returns. late: whether each call took too long
                 call = partial(self._call_function, part, examples, split, uids, ends)
-                # called on rank 0, returned on all
                 values, late = ranks.shared(call)
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
@@ -102,7 +101,7 @@ class Reward:
             columns['score'] += part.weight * values
             if len(self.parts) > 1:
                 columns[f'score_{part.name}'] = values
-        # late if any of the functions was
+        # an answer is late if any of the functions was, of which each has a row here
         if self.config.reward_timeout and late_by_part:
             columns['late'] = torch.tensor(late_by_part).any(0).double()
         return columns

@@ -43,8 +43,7 @@ class Round:
         n_examples = len(self.examples)
         for number in range(passes):
             # an order of its own for every round and pass
-            rng = np.random.default_rng((seed, self.first, number))
-            order = rng.permutation(n_examples)
+            order = np.random.default_rng((seed, self.first, number)).permutation(n_examples)
             for start in range(0, n_examples, size):
                 yield order[start : start + size]
 
@@ -52,13 +51,12 @@ class Round:
 def sample(run, source, indices, *, answers_each, first_seed):
     """Sample `answers_each` answers to each of the prompts source[indices] from the policy. Return them as Examples.
 
-    Answer k has seed first_seed + k, so it depends neither on the number of ranks nor on where a run was resumed. Answers keep
-    their end token. Raises UserError if memory runs out."""
+    Answer k has seed first_seed + k, on any number of ranks and after any resume. Answers keep their end token."""
     prompts = [prompt.tolist() for prompt, _ in source.select(indices)]
     repeated = [prompt for prompt in prompts for _ in range(answers_each)]  # one for each answer
     seeds = range(first_seed, first_seed + len(repeated))
-    # rows: how many answers a rank samples side by side
-    settings = {'max_new_tokens': run.config.max_new_tokens, 'rows': run.config.sample_batch}
+    # sample_batch: how many answers a rank samples side by side
+    settings = {'max_new_tokens': run.config.max_new_tokens, 'max_rows': run.config.sample_batch}
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
     starts = range(0, len(answers), answers_each)  # of the answers to each prompt
@@ -69,10 +67,10 @@ def sample(run, source, indices, *, answers_each, first_seed):
 def token_indices(batch, rows, starts, per_prompt):
     """Return indices into the round's token columns for the N answer tokens of a microbatch: (N,), -1 for filler tokens.
 
-    rows: indices, in the round, of the step's examples. starts: (answers,) index of each answer's first token in the token
-    columns. per_prompt: answers per prompt."""
-    slot = np.array(batch.slot)  # index of each example in the step; -1: a filler
-    starts_by_example = starts.view(-1, per_prompt)  # of the round
+    rows: the step's examples, as indices in the round. starts: (answers,) where the tokens of each answer of the round begin in
+    the token columns. per_prompt: answers per prompt."""
+    slot = np.array(batch.slot)  # of each example of the microbatch: its index in the step; -1: a filler
+    starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
     # for a filler, rows[-1] has picked another example
     own_starts[slot < 0] = -1
@@ -84,8 +82,7 @@ def token_indices(batch, rows, starts, per_prompt):
 def token_columns(run, model, examples, starts, name, values=False):
     """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
 
-    They are the log-probs, called `name`, and with values, if the model has a critic, 'value'. starts: (answers,) index of each
-    answer's first token in the token columns."""
+    The log-probs are called `name`; the values, if there is a critic, 'value'. starts: as for token_indices."""
     lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
     # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
@@ -97,7 +94,7 @@ def token_columns(run, model, examples, starts, name, values=False):
         with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
             parts.append(model.token_logps(batch, values=values))  # (1, N): log-probs; or (2, N): and values
         indices.append(token_indices(batch, rows, starts, per_prompt))
-    # not strict: one row has one name
+    # a row for each name. strict=False: without a critic there is but one row, and 'value' is left out
     columns = dict(zip([name, 'value'], torch.cat(parts, 1), strict=False))
     return fsdp.gather_columns(columns, torch.cat(indices).cpu(), int(lengths.sum()))
 
@@ -111,9 +108,9 @@ def measure(run, ref, examples, stop):
     # column 0 of widths is the prompt
     n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     start = n.cumsum(0) - n
-    tokens = token_columns(run, run.policy, examples, start, 'pi', values=True)
+    tokens = token_columns(run, run.policy, examples, start, name='pi', values=True)
     with adapters_off(ref):
-        tokens |= token_columns(run, ref, examples, start, 'ref')
+        tokens |= token_columns(run, ref, examples, start, name='ref')
     # spans: (examples, 1 + answers, 2), begin and exclusive end
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
@@ -146,9 +143,9 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def speeds(n, elapsed, sampling):
-    """Return the metrics of a round on its size and speed. n: (answers,) tokens of each. elapsed: seconds of the round.
+    """Return the metrics of a round on its size and speed. n: tokens of each answer, (answers,).
 
-    sampling: seconds of these that went into sampling; their share of elapsed is a quotient like the speeds."""
+    elapsed: seconds that the round took. sampling: how many of them went into sampling, logged as a share."""
     amounts = {'examples_per_second': len(n), 'tokens_per_second': int(n.sum()), 'sampling_share': sampling}
     rates = {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': len(n)} | rates

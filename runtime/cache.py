@@ -14,9 +14,7 @@ from configurator import UserError
 
 
 def path_of(kind, key):
-    """Return the path of a cache file, named by kind and key, a hex hash of everything its contents depend on.
-
-    Raises UserError if there is neither NANOPREF_CACHE nor a home folder."""
+    """Return the path of a cache file. key: a hash of all that its contents depend on. UserError without a home."""
     folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
     # a process without a home, as in some containers
     if folder.startswith('~'):
@@ -41,7 +39,7 @@ def write(file, arrays, extra=None):
     """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache.
 
     arrays: {name: contiguous numpy array}. extra: a JSON-serializable value to keep beside them."""
-    # one entry, since safetensors writes several in any order
+    # in one entry: of several, safetensors varies the order, and so the bytes of the file
     metadata = {'extra': json.dumps([extra, _checksum(file, arrays, extra)])}
     # other processes, of other machines too, may write the same file
     temporary = file.with_suffix(f'.{uuid.uuid4().hex}')

@@ -58,7 +58,7 @@ def _live_tensors(model, optimizer):
             continue
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
-            # somebody's own optimizer may count in python; load() has to write into it
+            # an optimizer of the user's may count steps in a Python number, into which load() could not write
             if isinstance(value, int | float):
                 value = optimizer.state[p][key] = torch.tensor(float(value), dtype=torch.float64)
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
@@ -125,8 +125,7 @@ def wait():
 def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
 
-    copies: name -> CPU tensor, emptied as soon as they are written; shapes: of the tensors of all ranks; group: process group of
-    the writer threads."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: of the writer threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -136,8 +135,7 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
-        reader = HuggingFaceStorageReader(str(temporary))
-        if _saved_shapes(reader) != shapes:
+        if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
             raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))

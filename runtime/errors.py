@@ -14,25 +14,10 @@ from runtime.values import printable
 
 
 def report(kind, error, trace):
-    """Print an uncaught exception: a UserError or an out-of-memory error as one sentence (exit code 2), others as a traceback.
-
-    configurator.py makes it sys.excepthook."""
-    # turn out-of-memory errors into a UserError with this advice
+    """The sys.excepthook: print a UserError or full memory as one sentence (exit code 2), others as a traceback."""
+    # turn out-of-memory errors into a UserError with this advice, and then some others, too
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
-    # print() on a full disk: such an error names no file
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-        error = UserError(f'cannot print: {error.strerror}')
-    # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
-    of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
-    if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':
-        time.sleep(2)
-        reason, _, _ = str(error).partition('\n')
-        way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
-        error = UserError(f'another rank has ended: {way_out} ({reason[:300]})')
-    # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
-    if type(error).__name__ == 'PanicException':
-        reason = ' '.join(str(error).split())[:200]
-        error = UserError(f'a library cannot go on ({reason}): see to the files that it reads, such as tokenizer.json')
+    error = _of_circumstances(error)
     is_explained = isinstance(error, UserError)
     # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
@@ -54,6 +39,25 @@ def report(kind, error, trace):
         time.sleep(2)
     # not sys.exit: threads of the process group can abort a normal exit and change the exit code
     os._exit(2)
+
+
+def _of_circumstances(error):
+    """Return a UserError for an error of print(), of another rank or of a library in Rust; others as they are."""
+    # print() on a full disk: such an error names no file
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        return UserError(f'cannot print: {error.strerror}')
+    # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
+    of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
+    if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':
+        time.sleep(2)
+        reason, _, _ = str(error).partition('\n')
+        way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
+        return UserError(f'another rank has ended: {way_out} ({reason[:300]})')
+    # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
+    if type(error).__name__ == 'PanicException':
+        reason = ' '.join(str(error).split())[:200]
+        return UserError(f'a library cannot go on ({reason}): see to the files that it reads, such as tokenizer.json')
+    return error
 
 
 def out_of_memory(error):

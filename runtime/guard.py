@@ -40,23 +40,23 @@ def watch(name):
     if name != '__main__':
         return
     # open a stream that the shell has closed (>&-): the next file would get its number, and all that is printed
-    for name in ('stdin', 'stdout', 'stderr'):
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, 'r' if name == 'stdin' else 'w')
+    for stream_name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, stream_name) is None:
+            stream = open(os.devnull, 'r' if stream_name == 'stdin' else 'w')
             os.set_inheritable(stream.fileno(), True)  # children need it, too
-            setattr(sys, name, stream)
-            setattr(sys, f'__{name}__', stream)
+            setattr(sys, stream_name, stream)
+            setattr(sys, f'__{stream_name}__', stream)
     # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
-    # a thread of its own waits for signals, which all other threads block: the main thread may be inside C code for minutes
-    # (such as a rendezvous), where Python runs no handlers
+    # a thread waits for the SIGNALS (SIGTERM, SIGUSR1, SIGINT), which all others block: the main thread may be in C code for
+    # minutes (such as a rendezvous), where Python runs no handlers
     def listen():
         while True:
             on_signal(signal.sigwait(SIGNALS))
 
-    # a forked child has no such thread
+    # in a forked child, which has no such thread, signals do what they do in any program
     def restore_defaults():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -89,7 +89,7 @@ def on_signal(number):
     global _code
     if _stage == 'over':  # all is written
         return
-    # an earlier Ctrl-C has set _code. torchrun forwards the second one as SIGTERM; SIGUSR1 comes from a cluster's scheduler instead
+    # a second Ctrl-C: torchrun forwards it as SIGTERM, while SIGUSR1 comes from a cluster's scheduler
     is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
     exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
@@ -185,8 +185,8 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it has been called for the first try. A signal during the retries leaves one
-    last try, if it is the first signal or the first Ctrl-C; raises UserError if that fails."""
+    save(): starts a checkpoint; already_started: the caller has called it, for the first try. During the retries the first signal,
+    and after others the first Ctrl-C, leaves one last try: raises UserError if that fails."""
     from runtime import checkpoint, ranks
 
     # largest exit code of a signal so far, on any rank: 0, SAVED or INTERRUPTED. Not stop_asked(): it would raise the error of an
@@ -208,7 +208,7 @@ def keep(save, already_started=False):
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
             has_warned = True
-        # sleep for PAUSE seconds, or until a signal with a larger exit code, which all ranks look for together
+        # sleep for PAUSE seconds, or until a signal with a larger exit code (stop_asked() returns that of all ranks)
         for _second in range(PAUSE):
             time.sleep(1)
             is_last_try = stop_asked() > code_before
@@ -250,9 +250,8 @@ def finite(columns):
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    first: examples before this step. Per example of the step: rows (indices in run.train) and columns (name -> tensor). Appends
-    the non-finite examples, or all of them if only the gradient is not finite, to out_dir/bad_step.jsonl. Raises UserError if
-    there are more such steps than --skip_bad_steps."""
+    first: examples before this step. Of its examples: rows (indices in run.train) and columns (name -> tensor). Appends those that
+    are not finite, or all if only the gradient is not, to out_dir/bad_step.jsonl. UserError after more than --skip_bad_steps."""
     import torch
 
     # without step_weight: Dr. DPO's weights of all examples are no numbers where one loss is none

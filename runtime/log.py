@@ -66,8 +66,8 @@ def recorded(out_dir):
 def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}, such as {'model': {file: hash}, 'training
-    examples': hash}. neutral: options to ignore. Options that only one of them has do not count, unless run's is not at its default.
+    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
+    examples': hash}, say. Ignored: options in neutral, those of recorded_run alone, those of run alone that are at their default.
     place: start of the message, such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
     differences = []
     # '': an older version recorded no script
@@ -110,7 +110,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
     folder = Path(out_dir)
-    # to these sample.py and label.py add rows
+    # sample.py and label.py append rows to these
     for path in (folder / 'samples.jsonl', folder / 'verdicts.jsonl'):
         if path.is_symlink():
             raise UserError(IS_LINK.format(path))
@@ -185,7 +185,7 @@ def cut_back(out_dir, start, evaluated):
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
     cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
 
-    # of a row of metrics.jsonl. A new run keeps none, not even those of the evaluation at 0 examples
+    # whether to keep a row of metrics.jsonl. A new run keeps none, not even that of an evaluation at 0 examples
     def is_kept(row):
         last = evaluated if row['split'] == 'eval' else start
         return start > 0 and row['counters/examples'] <= last
@@ -197,10 +197,9 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers.
+        """Open the logs and the trackers. wandb: project or None.
 
-        total: examples of the run; start: examples done before a resume, or 0; every: examples between lines on the
-        screen; wandb: project or None."""
+        total: examples of the run; start: those before a resume; every: examples between lines on the screen."""
         self.total, self.start, self.every = total, start, every
         self.began = time.time()
         if not main_rank():
@@ -229,7 +228,7 @@ class Log:
         except (Exception, SystemExit) as error:
             if name not in self.failed:
                 lines = str(error).splitlines() or [type(error).__name__]
-                key = os.environ.get('WANDB_API_KEY')
+                key = os.environ.get('WANDB_API_KEY')  # a message may quote it
                 reason = lines[0].replace(key, '...') if key else lines[0]
                 say(f'note: {name} failed ({reason[:200]}): rows may be missing there; {self.path} has all of them')
             self.failed.add(name)
@@ -238,8 +237,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
 
-        Prints a line for each evaluation, and for each step that crosses a multiple of self.every examples: the metrics in SHOWN,
-        and for steps speed and time left."""
+        Prints the metrics in SHOWN of evaluations, and of steps that cross a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
@@ -270,13 +268,14 @@ class Log:
         say('  '.join(parts))
 
     def close(self):
-        """Flush the rows in memory and close the trackers, whose own cleanup os._exit skips. Idempotent."""
+        """Write the rows that wait in memory and close the trackers, which os._exit would not do. Idempotent."""
         if not main_rank():
             return
         try:
             append_kept()
         except UserError as error:
-            say(f'warning: {error}, and are lost')  # cannot write FILE: 3 rows wait for room, and are lost
+            # such as: cannot write FILE: 3 rows wait for room
+            say(f'warning: {error}, and are lost')
         while self.trackers:
             name, functions = self.trackers.popitem()
             if functions:  # None: opening failed
@@ -306,9 +305,9 @@ def progress(total, unit, description, **options):
 
 
 def speeds(step, elapsed, waited):
-    """Return the metrics of a step on its size and speed. elapsed: seconds that it took; waited: of them, those for its data.
+    """Return the metrics of a data.Step on size and speed. elapsed: its seconds; waited: those that it waited for data.
 
-    padding_share: of the tokens in its microbatches; data_wait_per_second: share of the time."""
+    padding_share: share of padding in its microbatches; data_wait_per_second: share of the time that was waiting."""
     n = len(step.rows)
     metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
     for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():

@@ -35,9 +35,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
 
 
 def of_dpo(objective, columns, split):
-    """Return the metrics of dpo.py (name -> float) from the columns of a step or an evaluation.
-
-    objective: a runtime.objective.Objective; split: 'train' or 'eval'."""
+    """Return dpo.py's metrics (name -> float) from the columns of a step or evaluation. split: 'train' or 'eval'."""
     if objective.paired:
         # a pair is right if the chosen answer has the higher reward
         chosen = answers_of(objective, columns, '_w')
@@ -82,7 +80,7 @@ def answers_of(objective, columns, side):
     side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the reward is what this loss compares: the log-ratio, with what else its formula has of beta, alpha, div and n
+    # the implicit reward: of the log-ratio and those of beta, alpha, divergence and length that the loss's formula has
     terms = {name: objective.options[name] for name in ('beta', 'alpha') if objective.uses[name]}
     if objective.has_divergence:
         terms['div'] = answers['div']

@@ -98,6 +98,7 @@ class Objective(NamedTuple):
         # ref_w = pi_w, ref_l = pi_l, ...: all log-ratios are 0
         log_probs = {name: x for name, x in columns.items() if name.startswith('pi')}
         columns = columns | {name.replace('pi', 'ref'): x for name, x in log_probs.items()}
+        # and so are those of kto's statistic, ratio_kl. The state is that of a first step
         if self.statistic:
             no_ratio = torch.zeros_like(columns['loss'])
             columns |= {'ratio_kl': no_ratio, 'state': {}, 'generator': torch.Generator()}
@@ -116,13 +117,14 @@ def objective_of(config, losses, statistics):
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
     has_risk = name.startswith('radpo')
-    # an option that some loss has in its signature; then those that are in none
+    # option -> whether this loss uses it: first the options in the signature of any loss, then those in none
     uses = {option: option in asks_for for option in inputs(*losses.values(), *statistics.values())}
+    # a divergence is one from the reference, so such a loss cannot go without
     uses |= {'reference_free': has_ratio and not has_divergence, 'risk': has_risk, 'mu': has_risk, 'sft_coef': paired}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
 
-    # this loss's defaults, and its values of options that it does not use
+    # terms that this loss cannot have are off, and what the user has not set gets the default of this loss
     options = dict(config)
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
@@ -132,11 +134,11 @@ def objective_of(config, losses, statistics):
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
 
+    # try the loss on made-up examples: this raises UserError if it fails; check_loss.py prints the same table
     table(name, fn, statistic, options)
-    is_mixed = 'ratio_kl' in asks_for
-    is_per_token = _is_per_token(fn, statistic, options)
-    found = (paired, needs_ref, has_divergence, is_per_token, is_mixed)
-    objective = Objective(name, fn, statistic, options, uses, *found)
+    found = {'needs_ref': needs_ref, 'has_divergence': has_divergence, 'is_mixed': 'ratio_kl' in asks_for}
+    found['is_per_token'] = _is_per_token(fn, statistic, options)
+    objective = Objective(name, fn, statistic, options, uses, paired, **found)
     # an option without effect is refused on the command line, and noted where a config file sets it
     unused = [option for option in config if not uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
@@ -176,13 +178,13 @@ def _reject_conflicts(objective):
 
 
 def _made_up(fn, statistic, options):
-    """Return (columns of an example at each of MARGINS, with those of the statistic; its log-ratios, which require gradients)."""
+    """Return (columns of made-up examples, one for each of MARGINS; the log-ratios of these, to differentiate)."""
     # inputs(fn) are its parameter names, of which PAIRS are columns of pairs
     is_paired = not PAIRS.isdisjoint(inputs(fn))
     margin = torch.tensor(MARGINS)
     # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
     ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
-    # typical values: a divergence of 0.3 nats, and for any column that has been added
+    # typical values: a divergence of 0.3 nats, and that for any column which somebody has added to PAIRS or SINGLES
     columns = dict.fromkeys(PAIRS | SINGLES, torch.full_like(margin, 0.3, requires_grad=True))
     columns['good'] = torch.ones_like(margin, dtype=torch.bool)
     for suffix, ratio in ratios.items():
@@ -232,7 +234,8 @@ def table(name, fn, statistic, options):
             alone.append(call(fn, options | example))
     except Exception as error:  # whatever a mistake in somebody's formula raises
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
-    if not isinstance(losses, torch.Tensor) or losses.shape != (len(MARGINS),) or alone[0].shape != (1,):
+    is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)
+    if not is_column or alone[0].shape != (1,):
         expected = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
         raise UserError(f'the loss {name} must return {expected}, not {losses!r:.60}')
     if not losses.requires_grad:

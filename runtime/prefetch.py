@@ -8,9 +8,7 @@ from runtime import errors
 
 
 def prefetch(iterator):
-    """Yield the items of an iterator, while a thread computes the next two.
-
-    The iterator's exceptions are raised here, as UserError if memory is full."""
+    """Yield an iterator's items while a thread computes the next two. Its exceptions are raised here."""
     # a new thread would use the first GPU; set_device(-1) does nothing
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     # a single thread keeps the order; next() returns end after the last item

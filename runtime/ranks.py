@@ -24,31 +24,14 @@ def setup(tp=1, options=()):
     tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value. UserError if ranks have different
     options, if their number is no multiple of tp, or if this machine has fewer GPUs than processes."""
     global _tp_size
-    # of this process on its own machine, as torchrun says
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    # its device: a GPU of its own, made current, or the CPU, whose cores the processes of a machine divide
-    device = torch.device('cpu')
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if local_world_size > gpus:
-            problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
-            error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
-            # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
-            error.of_this_rank = local_rank == 0
-            raise error
-        device = torch.device('cuda', local_rank)
-        torch.cuda.set_device(device)
-    elif 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-
+    device = _own_device()
     if not dist.is_initialized():
         store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
         if 'RANK' in os.environ:
             store, rank, world_size = next(rendezvous('env://'))
-            # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones, and
-            # hang. So each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0, and
-            # the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
+            # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones,
+            # and hang: each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0,
+            # and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
             is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
             restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
             store = dist.PrefixStore(f'start{restarts}', store)
@@ -66,6 +49,29 @@ def setup(tp=1, options=()):
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')
     _tp_size = tp
     return *data_rank(), device
+
+
+def _own_device():
+    """Return this process's device: a GPU, made current, or the CPU, whose cores a machine's processes divide.
+
+    Raises UserError if this machine has fewer GPUs than processes."""
+    # of this process on its own machine, as torchrun says
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if not torch.cuda.is_available():
+        if 'OMP_NUM_THREADS' not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+        return torch.device('cpu')
+    gpus = torch.cuda.device_count()
+    if local_world_size > gpus:
+        problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
+        # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
+        error.of_this_rank = local_rank == 0
+        raise error
+    device = torch.device('cuda', local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def data_rank():
@@ -124,7 +130,7 @@ def shared(fn):
 def first_of_host(fn):
     """Return fn() on every rank. One rank of each host runs first, so that the others find what fn has cached."""
     is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
-    results = [on_ranks(is_first, fn), on_ranks(not is_first, fn)]
+    results = [on_ranks(is_first, fn), on_ranks(not is_first, fn)]  # None on ranks where fn does not run
     return results[0] if is_first else results[1]
 
 

@@ -74,7 +74,7 @@ def hint(name, options):
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
     theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
-    # a name of other projects must be rather alike: reward_name is not exp_name. 0.6 is enough for one of ours
+    # how alike names must be: 0.6 for ours, but 0.7 for those of other projects, or reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
@@ -99,12 +99,11 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name in another project: what to say for it, a key of ELSEWHERE}, such as {'bf16': 'dtype=bfloat16'}.
-
-    Leaves out keys whose first word is none of these options, those of a script."""
+    """Return {name of such an option in other projects: what to write here}, such as {'bf16': 'dtype=bfloat16'}."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
-        if re.match(r'\w+', ours)[0] in options:
+        option = re.match(r'\w+', ours)[0]  # dtype of dtype=bfloat16
+        if option in options:
             found |= dict.fromkeys(theirs.split(), ours)
     return found
 
@@ -114,7 +113,7 @@ def problem(name, value):
     is_number = type(value) in (int, float)
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if is_number and not low <= value <= high:
-        least = 'above 0' if low == 1e-9 else f'at least {low}'
+        least = 'above 0' if low == 1e-9 else f'at least {low}'  # see RANGES
         most = '' if high == math.inf else f' and at most {high}'
         return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
@@ -161,9 +160,9 @@ def settle(config):
         if str(value).startswith('~/'):
             config[name] = os.path.expanduser(value)  # the shell leaves the ~ of --out_dir=~/x as it is
     # --model=out/dpo, the out_dir of a run, means out/dpo/model; but not if out/dpo has weights itself
-    for name in MODELS:
+    for name in MODELS:  # model, ref_model ...
         folder = config.get(name)
-        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
+        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):  # NO_MODEL: None, 'toy' ...
             continue
         has_weights = re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder)))
         if not has_weights:
@@ -185,10 +184,9 @@ def without_effect(config):
         found.append((['num_turns'], 'it is for sharegpt'))
     if not config.n_eval_examples:
         names = [name for name in ('eval_every', 'sample_during_eval') if config.get(name)]
-        why = 'there is nothing to evaluate on (n_eval_examples is 0)'
-        found.append((names, why))
+        found.append((names, 'there is nothing to evaluate on (n_eval_examples is 0)'))
     if not config.get('sample_during_eval', True):  # scripts that cannot sample have no such option
-        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
+        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')  # those on the command line
         found.append((given, 'sample_during_eval is off'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))

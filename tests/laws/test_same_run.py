@@ -136,7 +136,7 @@ def test_the_model_changes_while_it_trains(here, monkeypatch):
     """Adapters would be merged into another model than theirs. They are kept in a checkpoint, and the model can be put back."""
     write = export.write_model
     with monkeypatch.context() as patch:
-        patch.setattr(export, 'write_model', lambda *how: [flip_a_bit('model'), write(*how)])
+        patch.setattr(export, 'write_model', lambda *a, **b: [flip_a_bit('model'), write(*a, **b)])
         said = sentence(run, 'lora', 'lora')
     assert "model 'model' has changed since: model.safetensors" in said and 'the same command writes the model' in said
     assert not (here / 'lora/model').exists()
@@ -145,8 +145,8 @@ def test_the_model_changes_while_it_trains(here, monkeypatch):
     assert (here / 'lora/model').exists()
     # a whole model is written with the config that it has had
     with monkeypatch.context() as patch:
-        other = {'rms_norm_eps': 0.5}
-        patch.setattr(export, 'write_model', lambda *how: [change('model/config.json', **other), write(*how)][1])
+        eps = {'rms_norm_eps': 0.5}
+        patch.setattr(export, 'write_model', lambda *a, **b: [change('model/config.json', **eps), write(*a, **b)][1])
         run('sft', 'sft')
     assert json.loads((here / 'sft/model/config.json').read_text())['rms_norm_eps'] < 0.1
 

@@ -359,13 +359,12 @@ def test_the_configs_of_a_readme(tmp_path, capsys):
 
 def test_the_words_of_labels(tmp_path):
     """`datasets` keeps them beside the numbers, in all its files; 0 may be good."""
-    from datasets import ClassLabel, Dataset, Features, Value
-
-    labels = {'label': ClassLabel(names=['good', 'bad']), 'grade': ClassLabel(names=['0', '1'])}
-    features = Features(prompt=Value('string'), response=Value('string'), **labels)
+    hub = pytest.importorskip('datasets')
+    labels = {'label': hub.ClassLabel(names=['good', 'bad']), 'grade': hub.ClassLabel(names=['0', '1'])}
+    features = hub.Features(prompt=hub.Value('string'), response=hub.Value('string'), **labels)
     rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2, 'grade': 1} for i in range(4)]
     rows.append({'prompt': 'p', 'response': 'r', 'label': None})
-    table = Dataset.from_list(rows, features=features)
+    table = hub.Dataset.from_list(rows, features=features)
     table.to_parquet(str(tmp_path / 'a.parquet'))
     table.save_to_disk(str(tmp_path / 'saved'))
     for path in ('a.parquet', 'saved'):

@@ -80,7 +80,7 @@ def test_rows_come_and_go(name, monkeypatch):
     net, prompts = build(name), PROMPTS * 6
     alone = [sample(net, [p], [s])[0] for s, p in enumerate(prompts)]
     shapes = watch(net)
-    assert sample(net, prompts, range(24), rows=5) == alone
+    assert sample(net, prompts, range(24), max_rows=5) == alone
     assert max(rows for rows, _ in shapes) == 5
     # every token is drawn from a row, and the cache spares all others; mamba's rows wait for one another
     drawn = sum(min(12, len(answer) + 1) for answer in alone)

@@ -111,10 +111,10 @@ def asked(monkeypatch):
     asked, real = Counter(), generate.generate
     asked.rows = []
 
-    def counting(net, tokenizer, prompts, seeds, rows, **settings):
+    def counting(net, tokenizer, prompts, seeds, max_rows, **settings):
         asked.update(seeds)
-        asked.rows.append((rows, max(map(len, prompts))))
-        return real(net, tokenizer, prompts, seeds, rows=rows, **settings)
+        asked.rows.append((max_rows, max(map(len, prompts))))
+        return real(net, tokenizer, prompts, seeds, max_rows=max_rows, **settings)
 
     monkeypatch.setattr(generate, 'generate', counting)
     return asked
