@@ -92,7 +92,7 @@ def test_columns_that_nobody_reads(show):
     rows = [{'question': f'q{i}?', 'good': f'the answer to {i} is', 'bad': f'not the answer {i}'} for i in range(9)]
     for flags in ([], ['--task=prompts'], ['--json']):
         say_once.cache_clear()
-        assert 'note: columns not read: good, bad; if they are answers' in ''.join(show(rows, *flags))
+        assert 'note: columns not read: good, bad; if they ask or answer' in ''.join(show(rows, *flags))
     say_once.cache_clear()
     assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
 

@@ -304,6 +304,13 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'PRIME rollouts': {'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]},
         'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
+        'Search Arena': {'winner': 'model_b', 'messages_a': [user('q?'), assistant('b')], 'messages_b': QA, 'turn': 1},
+        'a table of raters': {'Prompt': 'q?', 'Response A': 'b', 'Response B': 'a', 'Preference': 'B is slightly better'},
+        'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'preference': 'A-is-clearly-better'},
+        **{f'the name of the better model, {end}': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', f'model_a{end}': 'x', f'model_b{end}': 'Y', 'winner': 'Y'} for end in ('', '_name')},
+        'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
+        'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
+        'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -404,11 +411,11 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
-    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
+    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw', 'neither')], [PAIR] * 3, {'tie': 2}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
-       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
+       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0, False, 0, 0), strict=True)),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
@@ -477,12 +484,16 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
+        ('chat_history', {'question': 'q', 'chat_history': [['what was asked before it', 'b']], 'answer': 'a'}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
     'may be an answer': [
         ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
         ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
+    'may be the better answer': [
+        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'})],
+    'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
 }
@@ -506,6 +517,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     ("'-2' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': -2}]),
+    ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
@@ -641,13 +653,15 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
     assert sources.describe(f'imdb:{raw("imdb")}') == "the reader 'imdb'"
 
 
-def test_columns_that_may_be_answers():
-    """Texts of four words, different in most rows, that nothing reads and that are not refused by their names."""
-    texts = {'good': 'the answer is', 'system': 'be as brief as', 'my_output': 'one output of the', 'short': 'number'}
-    others = {'topic': 'sums of two numbers', 'level': 3}
-    rows = [{name: f'{text} {i}' for name, text in texts.items()} | others for i in range(9)]
-    assert formats.unread_answers(rows) == formats.unread_answers(rows[:5] + [{}] * 4) == ['good']
-    assert formats.unread_answers(rows[:4] + [{}] * 4) == []
+@pytest.mark.parametrize('row', [{}, {'response': 'it is this'}, {'chosen': 'it is this', 'rejected': 'it is that'}])
+def test_columns_that_may_ask_or_answer(row):
+    """Texts of four words, different in most rows, of which no example has anything."""
+    texts = {'prompt': 'what is the sum', 'extra': 'the extra one is', 'short': 'number', 'whole': 'Q: what is the sum'}
+    few = {'topic': 'sums of two numbers', 'level': 3, 'meta': {'by': 'one of the authors'}} | row
+    rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
+    layout, others = formats.layout_of(rows[0]), [sources.Row(few | {'prompt': 'p'})] * 4
+    for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
+        assert formats.unread_texts(rows_with, layout) == found
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
