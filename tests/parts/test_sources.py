@@ -307,7 +307,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Search Arena': {'winner': 'model_b', 'messages_a': [user('q?'), assistant('b')], 'messages_b': QA, 'turn': 1},
         'a table of raters': {'Prompt': 'q?', 'Response A': 'b', 'Response B': 'a', 'Preference': 'B is slightly better'},
         'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'preference': 'A-is-clearly-better'},
-        **{f'the name of the better model, {end}': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', f'model_a{end}': 'x', f'model_b{end}': 'Y', 'winner': 'Y'} for end in ('', '_name')},
+        'the name of the better model': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'x', 'model_b': 'Y', 'winner': 'Y'},
+        'compar:IA': {'model_a_name': 'x', 'model_b_name': 'Y', 'chosen_model_name': 'x', 'conversation_a': QA, 'conversation_b': [user('q?'), assistant('b')]},
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
         'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
@@ -657,11 +658,18 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
 def test_columns_that_may_ask_or_answer(row):
     """Texts of four words, different in most rows, of which no example has anything."""
     texts = {'prompt': 'what is the sum', 'extra': 'the extra one is', 'short': 'number', 'whole': 'Q: what is the sum'}
-    few = {'topic': 'sums of two numbers', 'level': 3, 'meta': {'by': 'one of the authors'}} | row
+    few = {'topic': 'sums of two numbers', 'level': 3} | row
     rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
+    for i, labelled in enumerate(rows):
+        labelled['meta'] = {'by': f'one of the {i} authors'}
     layout, others = formats.layout_of(rows[0]), [sources.Row(few | {'prompt': 'p'})] * 4
     for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
         assert formats.unread_texts(rows_with, layout) == found
+    # HTML is not shown as it stands, and ties are not shown
+    html = {'question': 'this is &lt; my ', 'answers': [{'pm_score': n, 'text': f'answer {n}'} for n in (1, 2)]}
+    for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
+        rows = [sources.Row(other | {'question': f'{other["question"]}{i}'}) for i in range(9)]
+        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
