@@ -21,6 +21,7 @@ NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
+FOR_TESTS = "note: rows that are for tests, as their column 'split' says"
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
@@ -72,7 +73,8 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
 SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
+BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
+NO_WINNER = r'|none|nan|-1(\.0)?|equal|draw|neither|about the same|.=.|.*tie.*|.*both.*'
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
@@ -157,7 +159,8 @@ def parse_any(row, task=None, columns=None):
         examples[i] = messages.as_chats(example, system)
         if examples[i]['prompt'][0]['content'].strip() != system.strip():
             raise ValueError("the column 'system' and the system message of the chat are not the same")
-    return examples
+    is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
+    return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
 
 
 def layout_of(row):
@@ -506,10 +509,11 @@ def read_compared(row, task):
     # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
-        verdict = str(row[verdict_column]).strip().lower()
-        # model_a, b, 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
+        verdict = str(row[verdict_column]).strip(' []().').lower()
+        # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
         kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-        named = re.fullmatch(rf'(({kinds})[ _-]?)?([ab012])(\.0|>+.|[ -]is([ -]\w+){{0,2}}[ -]better)?', verdict)
+        much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
+        named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
         side = named[3] if named else ''
         # the name of the model
         models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
@@ -518,7 +522,7 @@ def read_compared(row, task):
         side = {'a': sides[0], 'b': sides[1]}.get(side, side)
         if side in sides:
             lead = 1 if side == sides[1] else -1
-        elif re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|neither|about the same|.=.|.*tie.*|.*both.*', verdict):
+        elif task == 'prompts' or re.fullmatch(NO_WINNER, verdict):
             lead = 0
         else:
             raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
@@ -787,7 +791,7 @@ def read_answer(row, task):
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
     better = [name for name in filter(BETTER.fullmatch, row) if isinstance(row[name], str)]
-    if better and not label:
+    if better and not label and task != 'prompts':
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
     # a column of THOUGHTS may also be a flag ('reasoning': 'on'), or the reason for a label

@@ -393,6 +393,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('prompts', {'prompt': [user('q?')]}, {
         'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
         'prompts of questions': {'prompt': [user('q?')], 'solution': '4'}, 'a chat as query': {'query': [user('q?')], 'idx': '4'}}),
+    ('prompts', PAIR, {'prompts beside a verdict': {'question': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': -2}}),
+    ('prompts', SFT, {'prompts beside an answer that may be better': {'question': 'q?', 'output': 'a', 'expected': 'b'}}),
     ('prompts', {'prompt': ASKS}, {'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
 ]
 
@@ -412,7 +414,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
-    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw', 'neither')], [PAIR] * 3, {'tie': 2}),
+    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither')], [PAIR] * 5, {'tie': 2}),
+    ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'split': x} for x in ('TRAIN', 'TEST')], [{'prompt': 'p', 'response': 'a'}] * 2, {formats.FOR_TESTS: 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
@@ -517,7 +520,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
-    ("'-2' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': -2}]),
+    *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
