@@ -510,12 +510,11 @@ def read_compared(row, task):
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
         verdict = str(row[verdict_column]).strip(' []().').lower()
-        # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
+        # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better', or the model's name; but -1 is no 1
         kinds = 'model|response|answer|completion|conversation|assistant|output|option'
         much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
         named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
         side = named[3] if named else ''
-        # the name of the model
         models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else side
         # a and b are the first and the second answer, also of response_1 and response_2
@@ -550,9 +549,8 @@ def read_compared(row, task):
 
 
 def read_votes(row, task):
-    """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
+    """Read LMSYS's votes: lists (JSON, or one text) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    # a question and answers that are no list of turns are the only ones
     lists = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in texts]
     texts = [[value] if isinstance(value, str) else value for value in lists]
     if not all(map(are_texts, texts)):
@@ -831,7 +829,6 @@ def read_chat(row, task):
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
     turns = [messages.read_message(turn) for turn in field(row, column, list)]
-    # two answers to one question: a flag may tell which one is meant
     for before, turn in pairwise(turns):
         flags = [name for name, flag in before.items() if isinstance(flag, bool) and turn.get(name) is (not flag)]
         if flags and before['role'] == turn['role'] == 'assistant':
