@@ -186,7 +186,7 @@ def unified(row, columns=None):
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    # Prompt -> prompt, 'Response A' -> response_a (KNOWN: all names with a meaning), unless two columns would get the same name
+    # Prompt -> prompt, 'Response A' -> response_a (KNOWN: names with a meaning), unless two columns would get one name
     lowered = {}
     for name, value in row.items():
         plain_name = re.sub('[ -]', '_', name.strip().lower())
@@ -929,7 +929,7 @@ def read_turns(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask or answer and of which no example has anything: texts in most rows, all different.
+    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different.
 
     A category or an id has fewer than four words, or the same ones in many rows. layout: its own columns are read."""
     found = defaultdict(set)

@@ -15,7 +15,7 @@ SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|mess
 SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, Tinker, slime)
+# other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask'.split()
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
