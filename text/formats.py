@@ -30,12 +30,12 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage starter_code'.split()
+ABOUT = ('context history options choices article passage starter_code '
+         'chat_history conversation_history dialogue_history dialog_history previous_messages').split()
 # columns that are each one of a question's options: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
-DOCUMENTS = ('document documents passages contexts ctxs body story paragraph premise article passage knowledge background preamble '
-             'chat_history conversation_history dialogue_history dialog_history previous_messages sql_context developer_message').split()
+DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
 # columns with an answer that may be meant in place of another one
@@ -74,7 +74,6 @@ SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COM
 SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
-NO_WINNER = r'|none|nan|-1(\.0)?|equal|draw|neither|about the same|.=.|.*tie.*|.*both.*'
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
@@ -214,7 +213,7 @@ def unified(row, columns=None):
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
     # if no column is known, the only one with messages, or one of these names, is the chat
-    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns', *DOCUMENTS}):
+    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns', *ABOUT, *DOCUMENTS}):
         chats = []
         for name, value in row.items():
             turns = value if isinstance(value, list) else []
@@ -356,7 +355,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
         value = row.get(name)
-        if value and name != column and not is_history(value):
+        if value and name != column and not (name == 'history' and is_history(value)):
             found.append((name, value if isinstance(value, list) else [value]))
     for name in texts_in:
         texts = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
@@ -516,12 +515,14 @@ def read_compared(row, task):
         named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
         side = named[3] if named else ''
         models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
-        side = sides[models.index(verdict)] if models.count(verdict) == 1 else side
+        side = sides[models.index(verdict)] if not named and models.count(verdict) == 1 else side
         # a and b are the first and the second answer, also of response_1 and response_2
         side = {'a': sides[0], 'b': sides[1]}.get(side, side)
         if side in sides:
             lead = 1 if side == sides[1] else -1
-        elif task == 'prompts' or re.fullmatch(NO_WINNER, verdict):
+        elif task == 'prompts' or re.fullmatch(
+            r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*tie.*|.*both.*', verdict
+        ):
             lead = 0
         else:
             raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
@@ -939,9 +940,10 @@ def unread_texts(rows, layout):
         shown = [text.strip() for text in _texts_in(examples) if len(text.split()) > 3]
         for name, value in row.items():
             texts = {text.strip() for text in _texts_in(value) if len(text.split()) > 3}
-            # objects describe, and a text with a question or an answer in it is the whole row
-            is_shown = any(text in part or part in text for part in shown for text in texts)
-            if not is_shown and not isinstance(value, dict):
+            # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
+            parts = value if isinstance(value, list) else [value]
+            describes = any(isinstance(part, dict) and 'content' not in part for part in parts)
+            if not describes and not any(text in part or part in text for part in shown for text in texts):
                 found[name] |= texts
     return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
 

@@ -307,7 +307,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Search Arena': {'winner': 'model_b', 'messages_a': [user('q?'), assistant('b')], 'messages_b': QA, 'turn': 1},
         'a table of raters': {'Prompt': 'q?', 'Response A': 'b', 'Response B': 'a', 'Preference': 'B is slightly better'},
         'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'preference': 'A-is-clearly-better'},
-        'the name of the better model': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'x', 'model_b': 'Y', 'winner': 'Y'},
+        'the name of the better model': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'x', 'model_b': 'Y', 'winner': 'Y'}, 'a model called as a side': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'b', 'model_b': 'y', 'winner': 'b'},
         'compar:IA': {'model_a_name': 'x', 'model_b_name': 'Y', 'chosen_model_name': 'x', 'conversation_a': QA, 'conversation_b': [user('q?'), assistant('b')]},
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
@@ -414,7 +414,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
-    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither')], [PAIR] * 5, {'tie': 2}),
+    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
     ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'split': x} for x in ('TRAIN', 'TEST')], [{'prompt': 'p', 'response': 'a'}] * 2, {formats.FOR_TESTS: 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
@@ -488,7 +488,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
-        ('chat_history', {'question': 'q', 'chat_history': [['what was asked before it', 'b']], 'answer': 'a'}),
+        ('chat_history', {'question': 'q', 'chat_history': [['a', 'b']], 'answer': 'a'}), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
@@ -664,7 +664,7 @@ def test_columns_that_may_ask_or_answer(row):
     few = {'topic': 'sums of two numbers', 'level': 3} | row
     rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
     for i, labelled in enumerate(rows):
-        labelled['meta'] = {'by': f'one of the {i} authors'}
+        labelled |= {'meta': {'by': f'one of the {i} authors'}, 'votes': [{'for': f'this one by number {i}'}]}
     layout, others = formats.layout_of(rows[0]), [sources.Row(few | {'prompt': 'p'})] * 4
     for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
         assert formats.unread_texts(rows_with, layout) == found
