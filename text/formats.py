@@ -30,8 +30,7 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
-ABOUT = ('context history options choices article passage starter_code '
-         'chat_history conversation_history dialogue_history dialog_history previous_messages').split()
+ABOUT = 'context history options choices article passage starter_code chat_history conversation_history previous_messages'.split()
 # columns that are each one of a question's options: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
@@ -518,11 +517,10 @@ def read_compared(row, task):
         side = sides[models.index(verdict)] if not named and models.count(verdict) == 1 else side
         # a and b are the first and the second answer, also of response_1 and response_2
         side = {'a': sides[0], 'b': sides[1]}.get(side, side)
+        no_winner = r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*'
         if side in sides:
             lead = 1 if side == sides[1] else -1
-        elif task == 'prompts' or re.fullmatch(
-            r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*tie.*|.*both.*', verdict
-        ):
+        elif task == 'prompts' or re.fullmatch(no_winner, verdict):
             lead = 0
         else:
             raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
@@ -937,14 +935,14 @@ def unread_texts(rows, layout):
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
-        shown = [text.strip() for text in _texts_in(examples) if len(text.split()) > 3]
+        shown = {text.strip() for text in _texts_in(examples) if len(text.split()) > 3}
         for name, value in row.items():
-            texts = {text.strip() for text in _texts_in(value) if len(text.split()) > 3}
+            texts = [text.strip() for text in _texts_in(value) if len(text.split()) > 3]
             # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
-            parts = value if isinstance(value, list) else [value]
-            describes = any(isinstance(part, dict) and 'content' not in part for part in parts)
-            if not describes and not any(text in part or part in text for part in shown for text in texts):
-                found[name] |= texts
+            describes = not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value)
+            is_shown = not shown.isdisjoint(texts) or any(x in part or part in x for part in shown for x in texts[:5])
+            if not describes and not is_shown:
+                found[name].update(texts)
     return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
 
 
