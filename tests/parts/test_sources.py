@@ -306,7 +306,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
         'Search Arena': {'winner': 'model_b', 'messages_a': [user('q?'), assistant('b')], 'messages_b': QA, 'turn': 1},
         'a table of raters': {'Prompt': 'q?', 'Response A': 'b', 'Response B': 'a', 'Preference': 'B is slightly better'},
-        'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'preference': 'A-is-clearly-better'},
+        'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'verdict': 'A-is-clearly-better'},
         'the name of the better model': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'x', 'model_b': 'Y', 'winner': 'Y'}, 'a model called as a side': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'b', 'model_b': 'y', 'winner': 'b'},
         'compar:IA': {'model_a_name': 'x', 'model_b_name': 'Y', 'chosen_model_name': 'x', 'conversation_a': QA, 'conversation_b': [user('q?'), assistant('b')]},
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
