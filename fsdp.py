@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf import lean, probe
 from hf.attention import set_attention
-from hf.half import HalfCopies
+from hf.half import HalfCopies, round_hidden
 from hf.parallel import tensor_parallel
 from hf.parts import blocks
 from hf.sharded import add_method, be_root, reshard
@@ -107,6 +107,8 @@ def _replicate(model, device, tied, half):
     """Move a model to the device, in place, and broadcast rank 0's tensors. half: compute in bfloat16. tied: see shard()."""
     if half:
         _round(model)
+        for block in blocks(model):
+            block.register_forward_pre_hook(round_hidden)
     if dist.get_rank() == 0:
         model.to(device)
     else:

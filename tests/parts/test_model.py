@@ -549,6 +549,18 @@ def test_replicas_in_bfloat16_compute_as_fsdp_does(saved, device, rank, checkpoi
     assert all(p.grad is None for p in replica.parameters())
 
 
+def test_positions_in_float32_beside_bfloat16(saved, device):
+    """XGLM's are a buffer: what is added to them is float32, which its blocks cannot take."""
+    sizes = {'vocab_size': VOCAB, 'd_model': 16, 'num_layers': 2, 'attention_heads': 4, 'ffn_dim': 24}
+    build = saved(hf.XGLMConfig(**sizes, **NONE))
+    found = []
+    for mode, train in (('full', True), ('none', True), ('none', False)):
+        net = fsdp.shard(build, device, dtype='bfloat16', mode=mode, train=train)
+        attention.set_attention(net, packed=False)
+        found.append(net.response_logps(pack(PAIRS, pad=True))[0])
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+
+
 def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
     """torch 2.11 wants an argument in every forward there. What copies and gathered weights take is known beforehand."""
     policy, ref = (
