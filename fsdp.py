@@ -155,7 +155,10 @@ def _distribute(model, loaded, device, half, cpu_offload):
     model.stays_gathered = model.shard_mode == 'grads'
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
+    home = type(model).__module__
     fully_shard(model, **settings, reshard_after_forward=False)
+    # FSDP gives the model a class of its own. In a class's module transformers looks whether it takes attention from outside
+    type(model).__module__ = home
     _fill(model, loaded, device, shard_device)
 
 

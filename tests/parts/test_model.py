@@ -561,6 +561,13 @@ def test_positions_in_float32_beside_bfloat16(saved, device):
     assert found[0].equal(found[1]) and found[0].equal(found[2])
 
 
+def test_a_sharded_model_takes_no_attention_either(saved, device, monkeypatch):
+    """In bfloat16 the log-probs of answers that see one another may differ by less than is allowed."""
+    monkeypatch.delattr(hf.GPTJForCausalLM, '_can_set_attn_implementation_cached_value', raising=False)
+    net = fsdp.shard(saved('gptj'), device, dtype='bfloat16', mode='full')
+    assert 'it takes no attention from outside' in can_pack(net)[-1]
+
+
 def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
     """torch 2.11 wants an argument in every forward there. What copies and gathered weights take is known beforehand."""
     policy, ref = (
