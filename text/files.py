@@ -160,8 +160,7 @@ def data_files(path):
     """Return the data files of a file, folder or glob pattern. Raises UserError if there are none."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        inside = sorted(Path(path, name) for name in glob.glob('**/*', root_dir=path, recursive=True))
-        found = [str(file) for file in inside if _is_data_file(file)]
+        found = [str(file) for file in sorted(_files_below(path)) if _is_data_file(file)]
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # next to other data files, a .txt is a licence or the like
@@ -176,6 +175,22 @@ def data_files(path):
     if not os.path.isfile(path):
         raise UserError(f'{path} is no file, but a pipe or a device: write its rows into a file first')
     return [path]
+
+
+def _files_below(folder):
+    """Return the Paths of the files in a folder and below. Links are followed; what they lead to is taken once, so that none is a loop."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real_place = os.path.realpath(place)
+        if real_place in seen:
+            folders.clear()
+            continue
+        seen.add(real_place)
+        # folders that are no links first; hidden ones, such as .git, are left alone
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # noqa: B023
+        found += [Path(place, name) for name in names if not name.startswith('.')]
+    return found
 
 
 def _is_data_file(file):

@@ -418,3 +418,11 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
         if seen == ['a']:
             files._write_note('a', 'o/n')
     assert seen == ['a', 'a', None]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """One outside as well; in circles no link leads."""
+    write(tmp_path, {'data/v1/a': ROWS[:2], 'elsewhere/b': ROWS[2:4]})
+    for name, target in {'latest': 'v1', 'self': '.', 'v1/up': '..', 'b': '../elsewhere'}.items():
+        (tmp_path / 'data' / name).symlink_to(target)
+    assert sorted(answers(str(tmp_path / 'data'))) == ALL[:4]
