@@ -6,6 +6,7 @@ No token spans the border of prompt and answer. Every answer ends with EOS, even
 """
 
 import math
+import os
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -527,7 +528,7 @@ def _read_cache(key, split, enough):
         if found := cache.read(file):
             arrays, left_out = found
             return Examples(**arrays, left_out=Counter(left_out))
-        if file.exists():
+        if os.path.exists(file):  # not file.exists(), which raises for a closed folder
             say(f'note: {file} is damaged: tokenising anew')
     return None
 

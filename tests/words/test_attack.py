@@ -297,8 +297,9 @@ def test_a_read_only_out_dir():
     assert 'cannot write to out_dir' in refused('sft.py', '--out_dir=out')
 
 
-def test_a_cache_that_is_a_file_costs_no_run(monkeypatch, capsys):
-    monkeypatch.setenv('NANOPREF_CACHE', 'good.jsonl')
+@pytest.mark.parametrize('place', ['good.jsonl', 'n' * 300])
+def test_a_cache_that_is_a_file_or_no_name_costs_no_run(monkeypatch, capsys, place):
+    monkeypatch.setenv('NANOPREF_CACHE', place)
     run_script('dpo.py', '--model=toy', *DATA, *SMALL, '--cache_ref', '--out_dir=out')
     said = capsys.readouterr().out
     assert 'tokens are not cached' in said and 'reference log-probs are not kept' in said and 'done: out/model' in said
