@@ -190,8 +190,8 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     assert not os.path.exists(child) or ') Z ' in open(child).read()
     # a forked child that comes back does not answer, too
     assert score(13, 20)[1] == [False] * 7
-    failures = (7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4'), (11, 'KeyboardInterrupt')
-    for i, words in failures:
+    errors = {7: 'ZeroDivisionError: division by zero', 9: 'its process has ended with code 4', 11: 'KeyboardInterrupt'}
+    for i, words in errors.items():
         with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {words}"):
             score(i, i + 1)
     # an error leaves the others usable
