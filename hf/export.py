@@ -98,11 +98,15 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                     card(temporary)
                 move_folder(temporary, folder)
                 return str(written_dtype).removeprefix('torch.')
-        except UserError:
+        except Exception as error:
             # free the disk space for the next attempt
             for path in (temporary, adapter_temporary):
                 shutil.rmtree(path, ignore_errors=True)
-            raise
+            if isinstance(error, UserError):
+                raise
+            # what transformers would not save, say: a UserError, so that all ranks hear of it and write a checkpoint
+            reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+            raise UserError(f'cannot write {folder}: {reason}') from error
 
     return on_one_rank(write)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import helpers
 import pytest
@@ -15,7 +16,7 @@ from stub import serve, serve_raw
 
 from configurator import UserError
 from feedback import answers, endpoint
-from hf import load
+from hf import export, load
 from runtime import hub, log, values
 from tests import forks
 from text import toy
@@ -277,6 +278,17 @@ def test_data_and_model_may_vanish_while_it_trains(folders, monkeypatch, script)
     assert not Path('model').exists() and Path('out/model/model.safetensors').exists()
     left, before = (json.loads((f / 'config.json').read_text()) for f in (Path('out/model'), folders / 'good'))
     assert left['hidden_size'] == before['hidden_size']
+
+
+def test_what_a_library_does_not_write_is_not_lost(monkeypatch):
+    """Such as a config that transformers reads and does not save."""
+    flags = '--model=toy', '--data=good.jsonl', '--eval_data=good.jsonl', '--out_dir=out', *SMALL
+    with monkeypatch.context() as patch:
+        patch.setattr(export, '_save_weights', MagicMock(side_effect=ValueError('no such\nchoice')))
+        with pytest.raises(UserError, match='out/model: ValueError: no such choice. What was trained is in a'):
+            run_script('dpo.py', *flags)
+    run_script('dpo.py', *flags)
+    assert Path('out/model/model.safetensors').exists()
 
 
 OUT = {'sft.py': '', 'dpo.py': '', 'reward.py': '', 'ppo.py': '--reward_model=gold', 'label.py': '--answers=answers.jsonl --gold=toy',
