@@ -1,6 +1,5 @@
 """Find the files, or the split of a hub dataset, that a source of rows means. readers.py reads them."""
 
-import bz2
 import glob
 import gzip
 import hashlib
@@ -21,8 +20,9 @@ from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
-# suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
-PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
+# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
+# a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
+PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
 # the end of messages to users
@@ -172,6 +172,8 @@ def data_files(path):
             raise UserError(f'there is no file or folder {path}{looked_in(path)}')
         return [file for match in matches for file in data_files(match)]
     # data files are read several times, and a second read of a pipe would block
+    if not os.path.exists(path):
+        raise UserError(f'{path} is a link to nothing: mend it')
     if not os.path.isfile(path):
         raise UserError(f'{path} is no file, but a pipe or a device: write its rows into a file first')
     return [path]

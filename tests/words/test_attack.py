@@ -257,7 +257,8 @@ def test_data_that_is_no_file(script):
     Path('folder.jsonl').mkdir()
     Path('link.jsonl').symlink_to('nowhere.jsonl')
     os.mkfifo('pipe.jsonl')
-    for name in ('folder.jsonl', 'link.jsonl', 'pipe.jsonl', 'good.jsonl/below.jsonl'):
+    assert 'link.jsonl is a link to nothing' in refused(script, '--data=link.jsonl')
+    for name in ('folder.jsonl', 'pipe.jsonl', 'good.jsonl/below.jsonl'):
         assert name in refused(script, f'--data={name}')
 
 
