@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
@@ -104,9 +105,8 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, UserError):
                 raise
-            # what transformers would not save, say: a UserError, so that all ranks hear of it and write a checkpoint
-            reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
-            raise UserError(f'cannot write {folder}: {reason}') from error
+            # such as a config that transformers does not save: all ranks hear of a UserError, and write a checkpoint
+            raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
     return on_one_rank(write)
 

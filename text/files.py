@@ -183,15 +183,12 @@ def _files_below(folder):
     """Return the Paths of the files in a folder and below. Links are followed; what they lead to is taken once, so that none is a loop."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        real_place = os.path.realpath(place)
-        if real_place in seen:
-            folders.clear()
-            continue
-        seen.add(real_place)
-        # folders that are no links first; hidden ones, such as .git, are left alone
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # noqa: B023
-        found += [Path(place, name) for name in names if not name.startswith('.')]
+        is_new = os.path.realpath(place) not in seen
+        seen.add(os.path.realpath(place))
+        # hidden ones, such as .git, are left alone; folders that are no links come first
+        visible = [Path(place, name) for name in (*folders, *names) if is_new and not name.startswith('.')]
+        folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
+        found += visible
     return found
 
 
