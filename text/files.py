@@ -183,10 +183,13 @@ def _files_below(folder):
     """Return the Paths of the files in a folder and below. Links are followed; what they lead to is taken once, so that none is a loop."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        is_new = os.path.realpath(place) not in seen
-        seen.add(os.path.realpath(place))
+        real_place = os.path.realpath(place)
+        if real_place in seen:
+            folders.clear()
+            continue
+        seen.add(real_place)
         # hidden ones, such as .git, are left alone; folders that are no links come first
-        visible = [Path(place, name) for name in (*folders, *names) if is_new and not name.startswith('.')]
+        visible = [Path(place, name) for name in (*folders, *names) if not name.startswith('.')]
         folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
         found += visible
     return found
