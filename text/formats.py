@@ -349,7 +349,10 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
         value = row.get(name)
-        if value and name != column and not is_history(value):
+        # prompt_of puts a history before a question that is a text, but not before a chat
+        if is_history(value):
+            value = [] if isinstance(row[column], str) else list(chain.from_iterable(value))
+        if value and name != column:
             found.append((name, value if isinstance(value, list) else [value]))
     for name in texts_in:
         texts = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
