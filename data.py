@@ -51,7 +51,7 @@ def plan(lengths, world_size, max_tokens):
     while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
         per_rank += 1
     # deal them out, heaviest first, so that all ranks run their heaviest microbatches at the same time
-    heaviest_first = sorted((-tokens, number, sorted(slots)) for tokens, number, slots in bins)
+    heaviest_first = sorted((-tokens, bin_number, sorted(slots)) for tokens, bin_number, slots in bins)
     return [[slots for *_, slots in heaviest_first[rank::world_size]] for rank in range(world_size)]
 
 

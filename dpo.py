@@ -248,7 +248,9 @@ def log_ratios(prompts, answers):
 
 
 def sample(seen):
-    """Sample answers of policy and reference to held-out prompts into samples.jsonl. Returns KL metrics, {} without a reference."""
+    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples.
+
+    With a reference, each answer there has its log-ratio; returns the policy's KL metrics, {} without a reference."""
     if not ref:
         return run.sample({'policy': run.policy}, seen)
     measured = run.sample({'policy': run.policy, 'reference': ref}, seen, measure=log_ratios)

@@ -159,9 +159,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, group):
-    """Return a DeviceMesh of all ranks: FSDP shards over its dimension 'dp'. group: only a key of the cache.
-
-    Dimensions of 8 ranks: dp 8; with tp=2: dp 4, tp 2."""
+    """Return a DeviceMesh of all ranks, (dp 8) or with tp=2 (dp 4, tp 2): FSDP shards over dp. group: a key of the cache."""
     sizes = {'dp': dist.get_world_size() // tp}
     if tp > 1:
         sizes['tp'] = tp

@@ -79,7 +79,7 @@ class Objective(NamedTuple):
     needs_ref: bool  # it compares policy and reference, so its rewards are log-ratios
     has_divergence: bool  # it takes the divergence of the policy from the reference, at each position
     is_per_token: bool  # it compares means over tokens
-    is_mixed: bool = False  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
+    is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
         """Call fn, a function of losses.py, with the options, columns and log-ratios that its signature asks for.
@@ -119,11 +119,12 @@ def objective_of(config, losses, statistics):
     has_risk = name.startswith('radpo')
     # option -> whether this loss uses it: first the options in the signature of any loss, then those in none
     uses = {option: option in asks_for for option in inputs(*losses.values(), *statistics.values())}
+    # a divergence is one from the reference, so such a loss cannot go without
     uses |= {'reference_free': has_ratio and not has_divergence, 'risk': has_risk, 'mu': has_risk, 'sft_coef': paired}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
 
-    # this loss's defaults, and its values of options that it does not use
+    # terms that this loss cannot have are off, and what the user has not set gets the default of this loss
     options = dict(config)
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
@@ -133,10 +134,11 @@ def objective_of(config, losses, statistics):
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
 
+    # try the loss on made-up examples: this raises UserError if it fails; check_loss.py prints the same table
     table(name, fn, statistic, options)
-    is_mixed = 'ratio_kl' in asks_for
-    is_per_token = _is_per_token(fn, statistic, options)
-    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_per_token, is_mixed)
+    found = {'needs_ref': needs_ref, 'has_divergence': has_divergence, 'is_mixed': 'ratio_kl' in asks_for}
+    found['is_per_token'] = _is_per_token(fn, statistic, options)
+    objective = Objective(name, fn, statistic, options, uses, paired, **found)
     # an option without effect is refused on the command line, and noted where a config file sets it
     unused = [option for option in config if not uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')

@@ -9,9 +9,9 @@ To add a layout, write a reader and add a row to READERS."""
 import json
 import os
 import re
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from functools import lru_cache
-from itertools import chain, combinations, dropwhile
+from itertools import chain, combinations, dropwhile, pairwise
 from operator import itemgetter
 
 from text import messages
@@ -21,6 +21,7 @@ NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
+FOR_TESTS = "note: rows that are for tests, as their column 'split' says"
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
@@ -29,13 +30,15 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage starter_code'.split()
+ABOUT = 'context history options choices article passage starter_code chat_history conversation_history previous_messages'.split()
 # columns that are each one of a question's options: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
-DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage'.split()
+DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
+# columns with an answer that may be meant in place of another one
+BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_(response|output|completion)|expected|ideal')
 # columns with the thought behind the answer
 THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')
 # an unknown column whose name contains one of these may be an answer
@@ -54,21 +57,22 @@ RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name 
 RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'response_j=chosen response_k=rejected', 'pos_resp=chosen neg_resp=rejected', 'response=chosen rejected_response=rejected',
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
+    'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
     'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
-RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt'}
+RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
-STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_'.split()
+STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_ messages_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
 SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner preferred preference better_response_id safer_response_id overall_response choice label'.split()
+BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
@@ -153,7 +157,8 @@ def parse_any(row, task=None, columns=None):
         examples[i] = messages.as_chats(example, system)
         if examples[i]['prompt'][0]['content'].strip() != system.strip():
             raise ValueError("the column 'system' and the system message of the chat are not the same")
-    return examples
+    is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
+    return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
 
 
 def layout_of(row):
@@ -179,20 +184,19 @@ def unified(row, columns=None):
     "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
-    # Prompt -> prompt (KNOWN: all names with a meaning), unless two columns would get the same name
+    # Prompt -> prompt, 'Response A' -> response_a (KNOWN: names with a meaning), unless two columns would get one name
     lowered = {}
     for name, value in row.items():
-        lowered[name.lower() if name.lower() in KNOWN else name] = value
+        plain_name = re.sub('[ -]', '_', name.strip().lower())
+        lowered[plain_name if plain_name in KNOWN else name] = value
     if len(lowered) == len(row):
         row = lowered
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
-    # columns that cannot be read: image_path, videos, audio_bytes, ...
     for name in row:
-        is_media = re.fullmatch(r'(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id', name, re.IGNORECASE)
-        if is_media and row[name]:
+        if messages.MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
     # Gemini: the system message is one, perhaps without a role
@@ -208,7 +212,7 @@ def unified(row, columns=None):
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
     # if no column is known, the only one with messages, or one of these names, is the chat
-    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns'}):
+    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns', *ABOUT, *DOCUMENTS}):
         chats = []
         for name, value in row.items():
             turns = value if isinstance(value, list) else []
@@ -247,11 +251,12 @@ def rename_columns(columns):
 
 def _unpack(row):
     """Move question, answers, scores and template settings out of the objects that data sets keep them in, in place."""
-    # NeMo RL: answers by rank, 0 the best: minus the rank is the score
+    # NeMo RL: answers by rank, 0 the best: minus the rank is the score; Gemini: by score
     completions = row.get('completions')
-    if isinstance(completions, list) and completions and all(map({'rank', 'completion'}.issubset, completions)):
-        row['completions'] = [item['completion'] for item in completions]
-        row['scores'] = [-field(item, 'rank', NUMBER) for item in completions]
+    for name, sign in (('rank', -1), ('score', 1)):
+        if isinstance(completions, list) and completions and all(map({name, 'completion'}.issubset, completions)):
+            row['completions'] = [messages.as_messages(item['completion']) for item in completions]
+            row['scores'] = [sign * field(item, name, NUMBER) for item in completions]
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -269,7 +274,7 @@ def _unpack(row):
     if are_texts(answers, 1) and has_chat and messages.read_message(chat[-1])['role'] == 'user':
         row['messages'] = chat + said(row.pop('answers')[0])
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
-    if isinstance(row.get('rejected_response'), str) and isinstance(row.get('messages'), list):
+    if isinstance(row.get('rejected_response'), str | list) and isinstance(row.get('messages'), list):
         chat = row['chosen'] = row.pop('messages')
         row['rejected'] = chat[:-1] + said(row.pop('rejected_response'))
     # SmolTalk 2: arguments for the chat template
@@ -350,7 +355,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     for name in names:
         value = row.get(name)
         # prompt_of puts a history before a question that is a text, but not before a chat
-        if is_history(value):
+        if name == 'history' and is_history(value):
             value = [] if isinstance(row[column], str) else list(chain.from_iterable(value))
         if value and name != column:
             found.append((name, value if isinstance(value, list) else [value]))
@@ -505,16 +510,20 @@ def read_compared(row, task):
     # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
-        verdict = str(row[verdict_column]).strip().lower()
-        # model_a, b, 1, 1.0, a>>b; but -1 is no 1
+        verdict = str(row[verdict_column]).strip(' []().').lower()
+        # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better', or the model's name; but -1 is no 1
         kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-        named = re.fullmatch(rf'(({kinds})[ _-]?)?([ab012])(\.0|>+.)?', verdict)
+        much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
+        named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
         side = named[3] if named else ''
+        models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
+        side = sides[models.index(verdict)] if not named and models.count(verdict) == 1 else side
         # a and b are the first and the second answer, also of response_1 and response_2
         side = {'a': sides[0], 'b': sides[1]}.get(side, side)
+        no_winner = r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*'
         if side in sides:
             lead = 1 if side == sides[1] else -1
-        elif re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|.=.|.*tie.*|.*both.*', verdict):
+        elif task == 'prompts' or re.fullmatch(no_winner, verdict):
             lead = 0
         else:
             raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
@@ -542,9 +551,10 @@ def read_compared(row, task):
 
 
 def read_votes(row, task):
-    """Read LMSYS's table of votes: lists (or JSON) of questions and of both models' answers, and a 1 for the winner."""
+    """Read LMSYS's votes: lists (JSON, or one text) of questions and of both models' answers, and a 1 for the winner."""
     texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    texts = [json.loads(value) if isinstance(value, str) else value for value in texts]
+    lists = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in texts]
+    texts = [[value] if isinstance(value, str) else value for value in lists]
     if not all(map(are_texts, texts)):
         raise LeftOut('empty answers')
     questions, *answers_of_sides = texts
@@ -780,6 +790,9 @@ def read_answer(row, task):
         return read_pair(row, task)
     # CarperAI's answers are texts in the column 'label', which is no label then
     label = {} if column == 'label' else label_of(row)
+    better = [name for name in filter(BETTER.fullmatch, row) if isinstance(row[name], str)]
+    if better and not label and task != 'prompts':
+        raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
     # a column of THOUGHTS may also be a flag ('reasoning': 'on'), or the reason for a label
     texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
@@ -818,6 +831,10 @@ def read_chat(row, task):
     question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
     column = first_of(CHATS, row)
     turns = [messages.read_message(turn) for turn in field(row, column, list)]
+    for before, turn in pairwise(turns):
+        flags = [name for name, flag in before.items() if isinstance(flag, bool) and turn.get(name) is (not flag)]
+        if flags and before['role'] == turn['role'] == 'assistant':
+            raise messages.BadValue(f'a question has two answers, and {flags[0]!r} is true of one: leave the other out')
     check_nothing_lost(row, column, turns)
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
@@ -913,20 +930,23 @@ def read_turns(row, task):
     return [example] + [{'drop': LATER}] * len(later)
 
 
-def unread_answers(rows):
-    """Return the columns beside a prompt that nothing reads and that may be answers: texts in most rows, all different.
+def unread_texts(rows, layout):
+    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different.
 
-    A category or an id has fewer than four words, or the same ones in many rows."""
-    found = []
-    for name in dict.fromkeys(chain.from_iterable(rows)):
-        texts = {row[name] for row in rows if isinstance(row.get(name), str)}
-        texts = {text for text in texts if len(text.split()) >= 4}
-        # of these names, read_prompt refuses LIKE_ANSWERS itself, and a solution may be for a reward function
-        is_named_like_answer = any(word in name.lower() for word in (*LIKE_ANSWERS, 'solution'))
-        is_read = name.lower() in (*QUESTIONS, *ABOUT, 'system')
-        if len(texts) > len(rows) / 2 and not is_read and not is_named_like_answer:
-            found.append(name)
-    return found
+    A category or an id has fewer than four words, or the same ones in many rows. layout: its own columns are read."""
+    found = defaultdict(set)
+    for row, examples in each(rows, parse_any):
+        if isinstance(examples, ValueError) or 'drop' in examples[0]:
+            continue
+        shown = {text.strip() for text in _texts_in(examples) if len(text.split()) > 3}
+        for name, value in row.items():
+            texts = [text.strip() for text in _texts_in(value) if len(text.split()) > 3]
+            # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
+            describes = not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value)
+            is_shown = not shown.isdisjoint(texts) or any(x in part or part in x for part in shown for x in texts[:5])
+            if not describes and not is_shown:
+                found[name].update(texts)
+    return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
 
 
 # fmt: off

@@ -15,10 +15,12 @@ SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|mess
 SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
-# other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner)
-TRAINS = ('loss', 'train', 'training', 'train_on_turn', 'need_calculate_loss')
+# other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
+TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask'.split()
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
+# columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
+MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -127,6 +129,9 @@ def read_message(turn):
     if isinstance(turn.get('tool_calls'), str):
         turn['tool_calls'] = parse_literal(turn['tool_calls'] or '[]')
         field(turn, 'tool_calls', list)  # raises an error if it is no list
+    for name in turn:
+        if MEDIA.fullmatch(name) and turn[name]:
+            raise BadValue(f'{name!r} of a message would be lost: only text is read')
     # a message with a tool call or a thought needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')

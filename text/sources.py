@@ -228,11 +228,11 @@ def _parsed(rows, parse, task, columns):
             if found_columns and column not in found_columns:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
-        # if only prompts are found, the answers may have names that are not known
-        if layout and layout.read is formats.read_prompt and (unread := formats.unread_answers(head)):
-            say_once(f'note: columns not read: {", ".join(unread)}; if they are answers, {SAY_WHICH}')
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
+        # columns that ask or answer may have names that are not known
+        if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
+            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, {SAY_WHICH}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 

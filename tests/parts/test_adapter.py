@@ -144,10 +144,8 @@ def test_refused():
 
     write()
     good, incomplete = CONFIG.read_text(), 'does not say its r, its lora_alpha and its model'
-    cases = [
-        (key, value, f'has {key}={value!r}, which is not supported here: name the whole model')
-        for key, value in UNSUPPORTED.items()
-    ]
+    unsupported = 'has {}={!r}, which is not supported here: name the whole model'.format
+    cases = [(key, value, unsupported(key, value)) for key, value in UNSUPPORTED.items()]
     cases += [(key, value, incomplete) for key, value in INCOMPLETE.items()]
     cases += [('base_model_name_or_path', base, words) for base, words in MISSING.items()]
     for key, value, words in cases:
@@ -206,11 +204,8 @@ def test_of_a_hub(monkeypatch):
         load.transformers.AutoTokenizer, 'from_pretrained', lambda name, **_: asked.append(name) or toy.tokenizer()
     )
     load.load_tokenizer('some/adapter')
-    assert (
-        asked == ['some/adapter']
-        and lora.content_of('some/adapter') == 'cache+base'
-        and lora.content_of('some/base') == 'base'
-    )
+    assert asked == ['some/adapter'] and lora.content_of('some/adapter') == 'cache+base'
+    assert lora.content_of('some/base') == 'base'
     places['some/base'] = 'nowhere'
     monkeypatch.setattr(lora, '_found', {})
     with pytest.raises(UserError, match="model of the adapter 'some/adapter' is missing.*its cache does not have it"):
@@ -234,10 +229,8 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     # a frozen copy only where it is the reference
     assert load.load_model('run/adapter', adapters=RANK).peft_config.keys() == {'default', 'reference'}
     assert load.load_model('run/adapter', adapters=RANK | {'keeps_copy': False}).peft_config.keys() == {'default'}
-    options = dict.fromkeys(('quantize', 'lora_alpha', 'lora_dropout', 'lora_targets')) | {
-        'model': 'toy',
-        'lora_rank': 2,
-    }
+    unset = 'quantize', 'lora_alpha', 'lora_dropout', 'lora_targets'
+    options = dict.fromkeys(unset) | {'model': 'toy', 'lora_rank': 2}
     for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
         assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps
 

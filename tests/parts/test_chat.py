@@ -1,9 +1,11 @@
 """Chat templates, in training and sampling alike: what an instruct model is trained on is what its template writes."""
 
 import json
+import resource
 import shutil
 import signal
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 
 from configurator import UserError
 from hf import load
-from text import chat, sources, toy
+from text import chat, messages, sources, toy
 from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer, encode_texts
 from text.tokenise import NO_CHAT, encode, tokenise, tokenise_prompts
 
@@ -160,6 +162,9 @@ def test_thoughts_are_trained_on_where_the_template_writes_them(tmp_path, field)
     found, counted = written(tokenizer_of(CHATML, '<|im_end|>'), *rows)
     assert not found and counted['pairs with equal answers'] == 1
     assert counted[f'messages with {field!r}, which the chat template does not write'] == 2
+    # whatever transformers does of it
+    both = dict.fromkeys(('thinking', 'reasoning_content'), 'one')
+    assert [*map(chat.with_thoughts, chats[0])] == [user('hi'), chats[0][1] | both]
 
 
 def test_calls_tools_and_their_results(tmp_path):
@@ -282,10 +287,11 @@ def test_tokens_are_those_of_the_whole(name, template):
         assert ids == t.apply_chat_template(turns, return_dict=True)['input_ids'][: len(ids)]
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
-    for words, answer in (('hi no', ' yes'), ('hi ', 'no')):
+    for words, answer in (('hi no', ' yes'), ('hi ', 'no'), ('', 'no')):
         prompt_ids, ids = encode(words, answer, None, t, 128, 64, 'start', Counter())
-        assert decode_answer(ids[:-1], prompt_ids, t) == answer
-        assert answer == 'no' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
+        assert not words or decode_answer(ids[:-1], prompt_ids, t) == answer
+        prompt_ids = prompt_ids if words else []  # without the BOS that an empty one becomes
+        assert words == 'hi ' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']
 
 
 def test_an_answer_behind_a_prompt_that_is_cut_within_a_character(monkeypatch):
@@ -298,6 +304,7 @@ def test_an_answer_behind_a_prompt_that_is_cut_within_a_character(monkeypatch):
 @pytest.mark.parametrize('name, t', KINDS.items(), ids=lambda x: x if isinstance(x, str) else '')
 def test_special_tokens_in_text_stay_text(name, t):
     t.chat_template = CHATML
+    assert chat.puts_space(t) == (name not in ('byte level', 'wordpiece'))
     ids, end = set(t.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])), {t.eos_token_id}
     for prompt, chosen in (('hi', f' {WORDS}'), (f'hi {WORDS} yes', ' yes')):
         examples = ids_of(t, {'prompt': prompt, 'chosen': chosen, 'rejected': ' no'})
@@ -352,6 +359,11 @@ def test_special_tokens_of_texts_that_a_template_has_written():
     assert examples.left_out['texts that begin or end with a special token: theirs are read as tokens'] == 1
     (ids,) = tokenise_prompts(['Name a river.<|im_start|>'], t, 99, 'start', Counter())
     assert ids[-1] == t.convert_tokens_to_ids('<|im_start|>')
+    # a BOS that begins a text is a token, and nothing else of it
+    t.add_special_tokens({'bos_token': '<s>'})
+    for begin in ('', '<s>'):
+        (found,) = tokenise_prompts([f'{begin}a <|im_start|> <s> b'], t, 99, 'start', Counter())
+        assert found.count(t.bos_token_id) == bool(begin) and ids[-1] not in found
 
 
 # ---- rows and templates that cannot be used ----
@@ -417,6 +429,23 @@ def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, word
         assert len(written(tokenizer_of(template, EOS), TEXTS)[0]) == 1
 
 
+def test_the_limits_of_a_template_are_those_of_the_docs():
+    text = ' '.join((Path(chat.__file__).parents[1] / 'docs/models.md').read_text().split())
+    assert '20 seconds of the processors and 1 GiB for' in text and 'messages of a chat may have 10 million' in text
+    assert (chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES, messages.LONGEST) == (20, 2**30, 10_000_000)
+
+
+def test_a_template_has_memory_beside_that_of_the_process():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    for soft, expected in ((before[0], now + 2**30), (now + 2**29, now + 2**29)):
+        resource.setrlimit(resource.RLIMIT_AS, (soft, before[1]))
+        with chat._limits():
+            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        assert abs(limit - expected) < 2**26 and resource.getrlimit(resource.RLIMIT_AS)[0] == soft
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def test_messages_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr('text.messages.LONGEST', 1000)
     long_thought = {'prompt': [user('a')], 'response': [assistant('b', thinking='c' * 1000)]}
@@ -425,12 +454,11 @@ def test_messages_have_a_limit(tmp_path, monkeypatch):
             read(tmp_path, row)
     assert read(tmp_path, {'prompt': 'a' * 1000, 'response': 'b'})
     # so have templates
-    for length, words in (
-        (len(CHATML), None),
-        (len(CHATML) - 1, f'not a text of at most {len(CHATML) - 1} characters'),
-    ):
+    for too_long in (0, 1):
+        length = len(CHATML) - too_long
+        words = f'not a text of at most {length} characters'
         monkeypatch.setattr('text.chat.TEMPLATE_LENGTH', length)
-        with pytest.raises(UserError, match=words) if words else silent():
+        with pytest.raises(UserError, match=words) if too_long else silent():
             written(tokenizer_of(CHATML, EOS), pair())
 
 
@@ -483,9 +511,10 @@ def test_training_and_sampling(instruct):
 
 
 GENERATION = '{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}'
+NO_PAD = '{"pad_token_id": -1, "eos_token_id": [3, 4]}'
 
 
-@pytest.mark.parametrize('content', [GENERATION, '{broken', None])
+@pytest.mark.parametrize('content', [GENERATION, NO_PAD, '{broken', None])
 def test_odd_generation_configs(instruct, tmp_path, content, capsys):
     """One that cannot be written again keeps its tokens, with a note; a broken or a missing one is passed over."""
     shutil.copytree(instruct / 'base', tmp_path / 'm')

@@ -77,7 +77,7 @@ def test_a_loss_with_a_statistic_of_its_own_trains(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(losses, 'drdpo_weight', lambda *columns, **keywords: weight(*columns, **keywords) * leaf.exp())
     monkeypatch.setattr(metrics, 'of_dpo', lambda *of: of_dpo(*of) | {'mine': torch.tensor(0.5)})
     mine = {'centred': centred, 'my_kto': lambda ratio, good, z, *, beta: losses.kto(ratio, good, z, beta=beta, w_good=2, w_bad=1)}
-    center = lambda ratio_w, ratio_l, state, generator: ({'center': (ratio_w - ratio_l).mean()}, state)  # noqa: E731
+    center = lambda ratio_w, ratio_l, state, generator: ({'center': (ratio_w - ratio_l).mean()}, {'a': 1, 'b': 0.5})  # noqa: E731
     for name, statistic in (('centred', center), ('my_kto', losses.kto_statistic)):
         monkeypatch.setitem(losses.LOSSES, name, mine[name])
         monkeypatch.setitem(losses.STATISTICS, name, statistic)

@@ -317,9 +317,8 @@ def test_what_a_rank_wrote_elsewhere_is_missed(tmp_path):
     """Where each host has an out_dir of its own, no checkpoint is complete."""
     ranks.setup()
     group, one = checkpoint._writer_group(dist.group.WORLD), torch.ones(2)
-    said = sentence(
-        checkpoint._write, tmp_path / '0000000005', {'one': one}, {'one': (2,), 'other': (3,)}, '{}', 1, group
-    )
+    shapes = {'one': (2,), 'other': (3,)}
+    said = sentence(checkpoint._write, tmp_path / '0000000005', {'one': one}, shapes, '{}', 1, group)
     assert 'all hosts must see one out_dir' in said and not list(tmp_path.iterdir())
 
 
@@ -493,6 +492,7 @@ def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total,
         found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
         assert found == ('auto' if n_steps < 4 else every)
     assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
+    assert room.save_every_of([0, 0, 0, 0], step, total) == 0  # a clock that stands still
 
 
 # ---- numbers that are not finite, memory ----
@@ -774,13 +774,10 @@ def test_bytes_saved_are_what_autograd_holds(whole):
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
     """The smallest limit on the way up counts, in both versions; 'max' is none."""
-    files = {
-        '/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n',
-        '/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes': '9223372036854771712\n',
-        '/sys/fs/cgroup/memory/a/memory.limit_in_bytes': '70000\n',
-        '/sys/fs/cgroup/c/memory.max': 'max\n',
-        '/sys/fs/cgroup/memory.max': '60000\n',
-    }
+    files = {'/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n'}
+    files['/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes'] = '9223372036854771712\n'
+    files['/sys/fs/cgroup/memory/a/memory.limit_in_bytes'] = '70000\n'
+    files |= {'/sys/fs/cgroup/c/memory.max': 'max\n', '/sys/fs/cgroup/memory.max': '60000\n'}
 
     def read(path):
         if str(path) not in files:

@@ -53,8 +53,8 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)['input_ids']
 
 
-def tokens(tokenizer, rows, task='pairs', max_length=64, max_prompt_length=32, truncation='start', margins=False):
-    return tokenise.tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, Counter(), margins)
+def tokens(tokenizer, rows, task='pairs', max_length=64, max_prompt_length=32, truncation='start', **how):
+    return tokenise.tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, Counter(), **how)
 
 
 def items(examples):
@@ -286,7 +286,7 @@ def test_a_second_load_reads_the_cache(write, count, cache, task, chat):
     # what is exported must not depend on the cache
     assert tokenizer.chat_template == other.chat_template and bool(other.chat_template) == chat
     assert same(load(source, tokenizer, task=task, cache=False), first) and len(count) == 2
-    assert len(list(cache.iterdir())) == 1
+    assert [file.name[:7] for file in cache.iterdir()] == ['tokens-']
 
 
 def test_what_makes_another_cache_file(write, count, cache, monkeypatch):
@@ -381,6 +381,8 @@ def test_a_few_examples_are_the_first_and_need_few_rows(write, reads, all_first)
     for _ in range(2):
         assert list(map(items, parts(source, enough=enough))) == [items(train)[:50], items(test)[:2]]
     assert len(reads) == before if all_first else len(reads) - before <= 180
+    del reads[:]  # three chunks are enough, and the next one is read meanwhile
+    assert len(load(source, enough={'train': 90}, cache=False)) == 90 and len(reads) == 120
     # what was cached of the first is not taken for all
     assert len(parts(source)[0]) > 300
 
@@ -459,17 +461,11 @@ def test_what_is_not_asked_for_is_not_done(write, cache):
     limits = {'max_length': 64, 'max_prompt_length': 32}
     plain = tokenise.load_examples(write(rows), 'train', tok, 'pairs', **limits)
     assert plain.margin is None and 350 < len(plain) < 400 and len(list(cache.iterdir())) == 2
-    assert (
-        plain.left_out == {'margins, which only reward.py uses': len(plain)} and tok.decode(plain[0][0]) == 'prompt 0'
-    )
-    chats = tokenise.load_examples(
-        write([{'messages': turns}]), 'train', make_tokenizer(), 'sft', **limits, undivided=True
-    )
+    assert plain.left_out == {'margins, which only reward.py uses': len(plain)}
+    assert tok.decode(plain[0][0]) == 'prompt 0'
+    chats = load(write([{'messages': turns}]), make_tokenizer(), task='sft')
     assert (chats[0][1][0] < 0).any()
-    assert (
-        len(tokenise.load_examples(write(2), 'train', transformers.ByT5Tokenizer(), 'pairs', **limits, undivided=True))
-        == 2
-    )
+    assert len(load(write(2), transformers.ByT5Tokenizer())) == 2
     with pytest.raises(UserError, match='line 401'):
         tokenise.load_examples(write([*rows, {'chosen': 1}]), 'train', tok, 'pairs', **limits)
 
@@ -480,6 +476,7 @@ def test_the_rows_behind_examples(write, chat, system, task):
     rows = [pair(f'p{i}', ' a', f' b{i}', extra=n) for n, i in enumerate((0, 1, 1, 2, 0))]
     source, read_args = write([*rows, {'prompt': 'p'}]), {'num_turns': 1, 'skip_bad_rows': False, 'columns': None}
     examples = load(source, make_tokenizer(), task=task, chat=chat, system=system)
+    source = write([*rows, *many_pairs(100), {'chosen': 1}])  # whose last rows are not needed
     found = tokenise.source_rows(examples, source, 'train', task, chat=chat, system=system, undivided=True, **read_args)
     turns = [{'role': 'system', 'content': system}] * bool(system)
     prompts = [[*turns, user(f'p{i}')] if turns or chat else f'p{i}' for i in range(3)]
@@ -587,6 +584,20 @@ def test_a_mismatched_answer_is_cut_to_the_length_of_an_example():
     assert len({none, none.select(slice(0))}) == 2  # each is itself, whatever it holds
 
 
+def test_the_hash_of_examples():
+    """Tokens, their borders and order, labels and margins count; what is not selected does not."""
+    some = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]]), ([9], [[1], [2]])])
+    same = Examples.of([([1, 2], [[3], [4, 5]]), ([6], [[7], [8]])])
+    two = some.select(slice(2))
+    assert two.content() == same.content()
+    margin = Examples(two.ids, two.spans, two.good, two.uid, two.left_out, margin=np.ones(2, np.float32))
+    changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
+    moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
+    others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
+    assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
+    assert some.select(slice(0)).content() == some.select(slice(0)).content()
+
+
 # ---- what scripts train on ----
 
 
@@ -624,15 +635,12 @@ def test_scripts_flip_training_examples_alone(train, capsys):
 def test_several_sources_all_take_part(tmp_path, monkeypatch):
     """In training, however few examples are enough, and in evaluation."""
     monkeypatch.setattr(training, 'ENOUGH', 40)
-    files = [
-        write_jsonl(tmp_path / f'{name}.jsonl', [pair(f'{name} {i}', ' a', ' b') for i in range(60)]) for name in 'pq'
-    ]
+    files = [write_jsonl(tmp_path / f'{p}.jsonl', [pair(f'{p} {i}', ' a', ' b') for i in range(60)]) for p in 'pq']
     sizes = '--model=toy --n_examples=4 --batch_size=4 --n_eval_examples=8 --warmup_steps=0'.split()
     of_p = load(files[0], toy.tokenizer()).uid
     for source, n_train in ((str(files[0]), 40), (f'{files[0]}+{files[1]}', 120)):
-        run = run_script(
-            'dpo.py', *sizes, f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path}/{n_train}'
-        )['run']
+        where = f'--data={source}', f'--eval_data={source}', f'--out_dir={tmp_path}/{n_train}'
+        run = run_script('dpo.py', *sizes, *where)['run']
         assert len(run.train) == n_train
         shares = [np.isin(examples.uid, of_p).mean() for examples in (run.train, run.held_out)]
         assert shares == [1, 1] if n_train == 40 else shares[0] == 0.5 and 0 < shares[1] < 1
@@ -658,9 +666,8 @@ def test_kto_is_never_compared_with_the_own_answer(train, tmp_path, n_examples, 
 
 # ---- steps ----
 
-STEPS = st.fixed_dictionaries(
-    {'n': st.integers(1, 30), 'batch_size': st.integers(1, 40), 'total': st.integers(1, 100), 'seed': st.integers(0, 9)}
-)
+RANGES = {'n': (1, 30), 'batch_size': (1, 40), 'total': (1, 100), 'seed': (0, 9)}
+STEPS = st.fixed_dictionaries({name: st.integers(*ends) for name, ends in RANGES.items()})
 
 
 @MANY
@@ -738,9 +745,8 @@ def test_plans_are_balanced_and_no_longer_than_need_be(world):
 # ---- packing ----
 
 IDS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
-GROUPS = st.integers(1, 2).flatmap(
-    lambda n: st.lists(st.tuples(IDS, st.lists(IDS, min_size=n, max_size=n)), min_size=1, max_size=12)
-)
+ONE_OR_TWO = st.integers(1, 2).map(lambda n: st.lists(IDS, min_size=n, max_size=n))
+GROUPS = ONE_OR_TWO.flatmap(lambda answers: st.lists(st.tuples(IDS, answers), min_size=1, max_size=12))
 LAYOUTS = [{'share_prefix': True}, {'share_prefix': False}, {'pad': True}]
 
 

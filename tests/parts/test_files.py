@@ -1,5 +1,6 @@
 """Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
 
+import bz2
 import gzip
 import json
 import os
@@ -226,13 +227,14 @@ def test_files_that_are_not_read(tmp_path, capsys):
     assert answers(str(tmp_path), undivided=True) == ['one']
     folder = write(tmp_path, dict.fromkeys(('train', 'test', 'notes'), ROWS[:3]))
     assert len(answers(folder)) == len(answers(folder, 'test')) == 3
+    sources.keep_data(f'toy+{folder}', f'{folder}/new.jsonl')  # to be written
+    with pytest.raises(UserError, match='is a file of the data'):
+        sources.keep_data(f'toy+{folder}', f'{folder}/notes.jsonl')
     assert capsys.readouterr().out == f'note: not read, since other files are named train: {folder}/notes.jsonl\n'
     # the same rows twice, or a file about the data
     answers(write(folder, {'train': ROWS[:3]}, '.parquet'))
-    assert (
-        f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
-        in capsys.readouterr().out
-    )
+    said = f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
+    assert said in capsys.readouterr().out
     Path(write(tmp_path / 'more', {'rows': ROWS}), 'about.json').write_text('{"license": "mit"}')
     refused(tmp_path / 'more', f'about.json.*or name the file that is meant: --data={tmp_path}/more/FILE; see README')
 
@@ -313,10 +315,8 @@ def test_a_readme_names_only_files_of_its_folder(tmp_path):
         with pytest.raises(UserError, match='which is outside of the folder'):
             files.folder_splits(str(folder))
     # lists of lists of the same, nine to the power of eleven: not a name
-    names = [
-        'a: &a [x, x, x, x, x, x, x, x, x]',
-        *(f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')),
-    ]
+    names = ['a: &a [x, x, x, x, x, x, x, x, x]']
+    names += [f'{new}: &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise('abcdefghijk')]
     write_jsonl(folder / 'train.jsonl', [{'prompt': 'a', 'response': 'b'}])
     (folder / 'README.md').write_text('\n'.join(['---', *names, 'configs: [{data_files: *k}]', '---', '']))
     assert files.folder_splits(str(folder)) == {'train': [str(folder / 'train.jsonl')]}
@@ -410,10 +410,29 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
     seen = []
     for there, sha in ((True, 'a'), (False, 'b'), (True, None)):
         monkeypatch.setattr(files.hub, 'reachable', lambda there=there: there)
-        known = {'o/n': SimpleNamespace(sha=sha)} if sha else {}
-        monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda api, hub_id, timeout, it=known: it[hub_id])
+        known = {('o/n', 10): SimpleNamespace(sha=sha)} if sha else {}
+        monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda _, name, timeout, it=known: it[name, timeout])
         hub_commit.cache_clear()
         seen.append(hub_commit('o/n'))
         if seen == ['a']:
             files._write_note('a', 'o/n')
     assert seen == ['a', 'a', None]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """One outside as well; in circles no link leads."""
+    write(tmp_path, {'data/v1/a': ROWS[:2], 'elsewhere/b': ROWS[2:4]})
+    for name, target in {'latest': 'v1', 'self': '.', 'v1/up': '..', 'b': '../elsewhere'}.items():
+        (tmp_path / 'data' / name).symlink_to(target)
+    assert sorted(answers(str(tmp_path / 'data'))) == ALL[:4]
+
+
+def test_streams_of_pbzip2(tmp_path):
+    """One after another; a damaged one is no end of the file."""
+    first, second = (bz2.compress(json.dumps(row).encode() + b'\n') for row in ROWS[:2])
+    file = tmp_path / 'a.jsonl.bz2'
+    file.write_bytes(first + second)
+    assert answers(str(file)) == ALL[:2]
+    file.write_bytes(first + b'\0\0\0\0' + second[4:])
+    with pytest.raises(UserError, match='cannot read .*a.jsonl.bz2: '):
+        answers(str(file))

@@ -1,5 +1,6 @@
 """Sampling: an answer depends on its prompt and its seed alone, and follows the model's own distribution."""
 
+import contextlib
 import types
 
 import numpy as np
@@ -212,10 +213,13 @@ def test_sharded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
     monkeypatch.setattr(generate, 'decode_answer', lambda ids, prompt_ids, tokenizer: tokenizer.decode(ids))
+    switched = []
+    monkeypatch.setattr(generate, 'adapters_off', lambda model: switched.append(model) or contextlib.nullcontext())
     for seen in (0, 64):
         models, examples = {'reference': net, 'policy': net}, [(prompt, []) for prompt in PROMPTS]
         assert generate.sample_held_out(run, models, examples, seen, max_new_tokens=12) == {}
         run.config.out_dir.mkdir(exist_ok=True)
+    assert switched == [None, net] * 2
     lines = read_jsonl(tmp_path / 'run/samples.jsonl')
     assert [line['examples'] for line in lines] == [0] * 8 + [64] * 8
     tokens = len(sample(plain, PROMPTS, seeds, keep_end=True)[1])

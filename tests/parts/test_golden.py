@@ -36,16 +36,12 @@ USED = set()  # names of losses.LOSSES that some case went through
 
 # what is not among the losses here: groups of the file, and options of cases
 SKIPPED = {
-    'trl_fdpo': 'f-divergences',
-    'trl_ld_dpo': 'weights of the tokens beyond the shorter answer',
-    'trl_wpo': "WPO's weights",
-    'trl_aot_unpaired': 'unpaired AOT',
-    'halos_dpo_humanline': 'humanline clamping of token ratios',
+    'trl_fdpo': 'f-divergences', 'trl_ld_dpo': 'weights of the tokens beyond the shorter answer', 'trl_wpo': "WPO's weights",
+    'trl_aot_unpaired': 'unpaired AOT', 'halos_dpo_humanline': 'humanline clamping of token ratios',
     'ra_dpo_cal_risk': 'log-probs replaced by their quantiles, which are not log-probs',
     'humanline': 'humanline clamping of token ratios',
-    'is_cal_risk_distribution_logps': 'log-probs replaced by their quantiles, which are not log-probs',
-    'use_weighting': "WPO's weights",
-}
+    'is_cal_risk_distribution_logps': 'log-probs replaced by their quantiles, which are not log-probs', 'use_weighting': "WPO's weights",
+}  # fmt: skip
 
 
 class Skip(Exception):

@@ -25,7 +25,7 @@ from stub import completion, serve, wait_until
 
 from configurator import UserError
 from feedback import endpoint, judge
-from feedback.answers import make_pairs, write_model_outputs
+from feedback.answers import make_pairs, raise_if_missing, read_text, write_model_outputs
 from hf import probe
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
@@ -147,6 +147,15 @@ def test_mistakes(content, options, error):
         Path('samples.jsonl').write_text(content)
     refused(re.escape(error), *options)
     assert not Path('out').exists() or os.listdir('out') == ['.lock']
+
+
+def test_what_is_missing_or_no_text():
+    with pytest.raises(UserError, match='^3 answers missing .2 times: b.: '):  # the most frequent reason
+        raise_if_missing(Counter('abb'), 'answers')
+    Path('a').write_bytes(b'\xff')
+    for name, reason in (('a', 'not a text file'), ('b', 'No such file or directory')):
+        with pytest.raises(UserError, match=f'^cannot read x.*: {reason}$'):
+            read_text(name, 'x')
 
 
 def test_equal_answers_alone():

@@ -360,13 +360,8 @@ def test_gradient_is_the_derivative(name):
 REF = double([0.5, 0.25, 0.125, 0.125]).log()
 PI = double([0.25, 0.25, 0.25, 0.25]).log()
 LOG_PI = double([0.125, 0.125, 0.25, 0.5]).log()
-DIVERGENCES = {
-    'kl': divergences.kl,
-    'cvar': divergences.cvar(0.4),
-    'erm': divergences.erm(2.0),
-    'released': divergences.released(0.7),
-    'released, unsplit': divergences.released(0.7, parts=1),
-}
+DIVERGENCES = {'kl': divergences.kl, 'cvar': divergences.cvar(0.4), 'erm': divergences.erm(2.0)}
+DIVERGENCES |= {'released': divergences.released(0.7), 'released, unsplit': divergences.released(0.7, parts=1)}
 # fmt: off
 BY_HAND = [  # divergence, log-probs of the policy, how many of them, the value in units of log 2
     # Z = log ref - log pi = (1, 0, -1, -1): KL(ref || pi) = 0.5 - 0.125 - 0.125
@@ -479,13 +474,9 @@ def test_worst_mass_is_that_of_a_sort(mu, dtype):
 
 # ---- the LM head that turns hidden states into log-probs and divergences ----
 
-CONFIGS = {
-    'plain': {},
-    'soft cap': {'final_logit_softcapping': 3.0},
-    'scale': {'logit_scale': 0.3},
-    'multiplier': {'lm_head_multiplier': 0.7},
-    'inverse scale and cap': {'logits_scaling': 2.0, 'final_logit_softcapping': 3.0},
-}
+CONFIGS = {'plain': {}, 'scale': {'logit_scale': 0.3}, 'multiplier': {'lm_head_multiplier': 0.7}}
+CONFIGS['soft cap'] = {'final_logit_softcapping': 3.0}
+CONFIGS['inverse scale and cap'] = {'logits_scaling': 2.0, 'final_logit_softcapping': 3.0}
 
 
 def plainly(hidden, weight, bias, config):
@@ -526,9 +517,8 @@ def test_head(name, config, with_bias, monkeypatch):
     # in chunks, of which blocks of one position
     for size in (1, 2, 5):
         monkeypatch.setattr(model.Head, 'chunks', staticmethod(partial(cut, {2**23: size, 2**19: 1})))
-        out = model.Head.apply(
-            *policy, target, SimpleNamespace(**config), divergence, (hidden, *head) if divergence else None
-        )
+        reference = (hidden, *head) if divergence else None
+        out = model.Head.apply(*policy, target, SimpleNamespace(**config), divergence, reference)
         torch.testing.assert_close(out, torch.stack(expected))
         with monkeypatch.context() as backward:
             backward.setattr(divergences, 'find_tail', None)  # forward has found cvar's

@@ -13,7 +13,8 @@ from runtime.objective import Objective
 def objective(name, *, paired=True, needs_ref=True, per_token=False, **options):
     options = {'beta': 0.1, 'beta_prime': None} | options
     uses = {'beta': True, 'alpha': False}
-    return Objective(name, losses.LOSSES[name], None, options, uses, paired, needs_ref, False, per_token)
+    functions = losses.LOSSES[name], losses.STATISTICS.get(name)
+    return Objective(name, *functions, options, uses, paired, needs_ref, False, per_token, False)
 
 
 def columns(**values):
@@ -71,7 +72,7 @@ ACC = r'; loss 1.000000 \(kto .* 0.500000\)\nnote: acc is the share of answers o
 ])  # fmt: skip
 def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
     options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
-    of_step = SINGLES | {'z': torch.zeros(3)} if name == 'kto' else PAIRS | REF
+    of_step = SINGLES if name == 'kto' else PAIRS | REF  # the z of its reference is 0
     asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
     metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen})
     assert re.fullmatch(f'step 0: rewards {chosen:.6f}, 0.000000{printed}', capsys.readouterr().out)

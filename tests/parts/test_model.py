@@ -569,9 +569,7 @@ def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
     in_blocks = [sum(p.numel() for p in each.parameters()) for each in sharded.fsdp_modules(policy)[1:]]
     assert kept - gathered == 2 * sum(in_blocks) and kept - copies == 2 * 3 * max(in_blocks)
     # somebody's own optimizer is taken for one with two moments
-    own, known = (
-        room.estimate(policy, 0, 1, optimizer=name, dtype='bfloat16', shard='none') for name in ('Lion', 'AdamW')
-    )
+    own, known = (estimate(optimizer=name, shard='none') for name in ('Lion', 'AdamW'))
     assert own == known
 
 
@@ -892,8 +890,9 @@ def test_what_is_summed_over_ranks(monkeypatch):
         assert found['b'].tolist() == whole and found['a'].tolist() == [2 - x for x in whole]
     assert fsdp.smallest(values) == 6 and reduced[-1] == fsdp.dist.ReduceOp.MIN
     net = torch.nn.Linear(2, 1)
-    net.reshard, net.shard_mode, net.weight.grad = lambda: None, 'none', torch.tensor([[4.0, 8.0]])
-    assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[[3.0, 5.0]]] == [net.weight.grad.tolist()]
+    for mode, mean in (('full', [4.0, 8.0]), ('none', [3.0, 5.0])):
+        net.reshard, net.shard_mode, net.weight.grad = lambda: None, mode, torch.tensor([[4.0, 8.0]])
+        assert [grad.tolist() for grad in fsdp.average_gradients(net)] == [[mean]] == [net.weight.grad.tolist()]
 
 
 @pytest.mark.parametrize('world, dtype, train, compared', [(1, 'float32', True, 0), (2, 'float32', True, 1), (1, 'bfloat16', True, 1), (1, 'bfloat16', False, 0)])  # fmt: skip
@@ -909,7 +908,6 @@ def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype
 @pytest.mark.parametrize('tp, sizes', [(1, {'dp': 8}), (2, {'dp': 4, 'tp': 2})])
 def test_meshes_of_eight_ranks(tp, sizes, monkeypatch):
     monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(get_world_size=lambda: 8))
-    monkeypatch.setattr(
-        fsdp, 'init_device_mesh', lambda _, sizes, mesh_dim_names: dict(zip(mesh_dim_names, sizes, strict=True))
-    )
+    mesh = lambda _, sizes, mesh_dim_names: dict(zip(mesh_dim_names, sizes, strict=True))  # noqa: E731
+    monkeypatch.setattr(fsdp, 'init_device_mesh', mesh)
     assert fsdp._mesh.__wrapped__('cpu', tp, None) == sizes

@@ -48,10 +48,12 @@ def show(tmp_path, monkeypatch, capsys):
     ([{'prompt': '12345', 'chosen': '678', 'rejected': '6'}], [], 1, [LENGTH_8]),
     ([{'prompt': '12345', 'response': '678'}], [], 1, [LENGTH_8]), ([{'prompt': '12345678'}], [], 1, [LENGTH_8]),
     ([{'messages': [user('12345'), assistant('678')]}], [], 1, [LENGTH_8]),
+    ([{'prompt': 'a'}] * 2001, [], 3, ['lengths in characters, of the first 2,000 examples: median 1,']),
+    ([{'prompt': 'a' * i} for i in range(1, 101)], [], 3, ['lengths in characters: median 50, 95% up to 95, longest 100\n']),
     ([{'messages': [user('Rain?'), assistant('', tool_calls=[CALL])]}], [], 1,
      ['user: Rain?\nresponse:\nassistant: [[{"tool_calls": [{"type": "function", ', '"Rome"}}}]}]]']),
     (PAIRS, ['--model=toy', '--n=1', '--max_length=12', '--max_prompt_length=6'], 1,
-     ['rejected: [[', '<|endoftext|>]]', 'lengths in tokens: median', 'cut at max_length 12: 100%']),
+     ['rejected: [[', '<|endoftext|>]]', 'lengths in tokens: median', 'cut at max_length 12: 100%', '5 margins, which only reward.py uses']),
     # a pair that is two single answers is shown once
     (PAIRS, ['--model=toy', '--n=2', '--task=singles'], 1, ['label: good', 'label: bad', '10 singles']),
     ([{'prompt': 'p', 'response': 'r', 'good': x} for x in (True, False)], [], 2, ['response, good:\n[[r]]', 'response, bad:\n[[r]]']),
@@ -90,7 +92,7 @@ def test_columns_that_nobody_reads(show):
     rows = [{'question': f'q{i}?', 'good': f'the answer to {i} is', 'bad': f'not the answer {i}'} for i in range(9)]
     for flags in ([], ['--task=prompts'], ['--json']):
         say_once.cache_clear()
-        assert 'note: columns not read: good, bad; if they are answers' in ''.join(show(rows, *flags))
+        assert 'note: columns not read: good, bad; if they ask or answer' in ''.join(show(rows, *flags))
     say_once.cache_clear()
     assert 'note' not in show(rows, '--columns=prompt=question, chosen=good, rejected=bad')[0]
 
@@ -174,6 +176,9 @@ def test_as_a_command(tmp_path):
     data = write_jsonl(tmp_path / 'data.jsonl', PAIRS[:1])
     done = forks.python('data.py', f'--data={data}', '--n=none', '--json')
     assert json.loads(done.stdout) == PAIRS[0] and done.returncode == 0, done.stderr
+    chats = f'--data=sharegpt:{ROOT}/tests/parts/raw/sharegpt.json'
+    done = forks.python('data.py', chats, '--skip_bad_rows', '--model=toy')
+    assert ': 2 sft\n' in done.stdout and 'cut at max_length 512: ' in done.stdout
     done = forks.python('data.py', f'--data={data}', '--task=pair')
     assert done.returncode == 2 and not done.stdout
     assert 'task must be one of pairs, singles, sft, prompts' in done.stderr

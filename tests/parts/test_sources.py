@@ -160,9 +160,12 @@ def test_a_reader_without_a_test_split_reads_all_files(tmp_path):
     assert len(both) == 2 * len(alone) > 0
 
 
-def test_annotations_are_recognised_by_their_fields():
+def test_annotations_are_recognised_by_their_fields(tmp_path):
     by_name, bare = (load(name + raw('annotations'), skip_bad_rows=True) for name in ('annotations:', ''))
     assert by_name == bare and 'annotations:PATH' in refusal('annotations')
+    for part, text in (('train', 'a'), ('test', 'b')):
+        write(tmp_path / f'{part}.json', [{'instruction': 'q', 'output_1': text, 'output_2': 'c', 'preference': 1}])
+    assert [answers(f'annotations:{tmp_path}', part) for part in ('train', 'test')] == [[' a'], [' b']]
 
 
 def test_toy():
@@ -172,7 +175,7 @@ def test_toy():
     assert 'toy world has no files' in refusal(f'toy:{raw("hh")}')
 
 
-@pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'),
+@pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'), ('a<p>b', 'a\n\nb'),
     ('a  \n b <b> c</b>d', 'a b cd'), ('<p>unclosed', 'unclosed'), ('<p>x <a href="u>v">link</a>, y</p><!-- <p>no -->', 'x link, y'),
     ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'), ('<H2>a</H2>2 < 3', 'a\n\n2 < 3'),
     ('<ul><li><p>a</p><p>b</p></li></ul>', '- a\n\nb'), ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
@@ -213,11 +216,12 @@ def test_hub_rows_and_errors(hub, monkeypatch):
 
     monkeypatch.setattr('huggingface_hub.hf_hub_download', refuse)
     assert refusal('owner/name') == "cannot read {}/train.json of 'owner/name' from the hub: no network at all"
-    assert refusal('alpaca_eval').startswith(
-        "cannot read alpaca_eval.json of 'tatsu-lab/alpaca_eval' from the hub: no net"
-    )
+    assert refusal('alpaca_eval').startswith("cannot read alpaca_eval.json of 'tatsu-lab/alpaca_eval' from the hub: ")
     hub.load_dataset_builder = refuse
     assert refusal('owner/other').startswith("cannot read 'owner/other' on the hub: no network at all (a config")
+    monkeypatch.setattr('text.files.hub.reachable', refuse)  # is asked before each file
+    with pytest.raises(ConnectionError):
+        load('alpaca_eval')
 
 
 def test_a_hub_dataset_is_known_by_its_commit_and_read_there(hub, monkeypatch):
@@ -300,6 +304,14 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'PRIME rollouts': {'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, True], 'steps': [['b'], ['a']]},
         'answers and ratings': {'instruction': 'q?', 'generations': ['b', 'a', 'x'], 'ratings': [1, 4, None]},
         'UltraInteract': {'trajectory': said('q?', '')[:1], **ANSWERS},
+        'Search Arena': {'winner': 'model_b', 'messages_a': [user('q?'), assistant('b')], 'messages_b': QA, 'turn': 1},
+        'a table of raters': {'Prompt': 'q?', 'Response A': 'b', 'Response B': 'a', 'Preference': 'B is slightly better'},
+        'MultiPref, one verdict': {'prompt': 'q?', 'completion_a': 'a', 'completion_b': 'b', 'verdict': 'A-is-clearly-better'},
+        'the name of the better model': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'x', 'model_b': 'Y', 'winner': 'Y'}, 'a model called as a side': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'model_a': 'b', 'model_b': 'y', 'winner': 'b'},
+        'compar:IA': {'model_a_name': 'x', 'model_b_name': 'Y', 'chosen_model_name': 'x', 'conversation_a': QA, 'conversation_b': [user('q?'), assistant('b')]},
+        'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
+        'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
+        'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -381,6 +393,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('prompts', {'prompt': [user('q?')]}, {
         'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
         'prompts of questions': {'prompt': [user('q?')], 'solution': '4'}, 'a chat as query': {'query': [user('q?')], 'idx': '4'}}),
+    ('prompts', PAIR, {'prompts beside a verdict': {'question': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': -2}}),
+    ('prompts', SFT, {'prompts beside an answer that may be better': {'question': 'q?', 'output': 'a', 'expected': 'b'}}),
     ('prompts', {'prompt': ASKS}, {'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
 ]
 
@@ -400,11 +414,12 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
-    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', 'draw')], [PAIR] * 3, {'tie': 1}),
+    ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
+    ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'split': x} for x in ('TRAIN', 'TEST')], [{'prompt': 'p', 'response': 'a'}] * 2, {formats.FOR_TESTS: 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
-       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0), strict=True)),
+       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0, False, 0, 0), strict=True)),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
@@ -434,6 +449,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('WebGPT', 'pairs', [{'question': {'id': '1', 'full_text': 'q?'}, 'answer_0': 'b', 'score_0': -n, 'answer_1': 'a', 'score_1': n} for n in (0.5, 0.0)], [PAIR], {'tie': 1}),
     ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
     *(('MT-Bench, questions', 'prompts', [{'question_id': 81, 'category': 'x', name: ['q?', 'why?', 'how?'], 'reference': []}], [{'prompt': [user('q?')]}], {formats.LATER: 2}) for name in ('turns', 'prompt')),
+    ('a number beside a prompt', 'sft', [{'prompt': 'q?', 'answer_tokens': 7, 'my_output': ''}], [{'prompt': 'q?'}], {}),
     ('Arena-Hard, questions', 'prompts', [{'question_id': 'x', 'turns': [{'content': 'q?'}]}], [{'prompt': [user('q?')]}], {}),
     ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 1}),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
@@ -473,12 +489,16 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
+        ('chat_history', {'question': 'q', 'chat_history': [['a', 'b']], 'answer': 'a'}), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
     'may be an answer': [
         ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
         ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
+    'may be the better answer': [
+        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'})],
+    'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
 }
@@ -501,7 +521,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("a message has a part of the type 'image'", [{'messages': [user([{'type': 'image', 'url': 'x'}]), assistant('a')]}]),
     ("'chosen' begins as a chat in JSON does", [{'prompt': 'q', 'chosen': "[{'role': 'user', 'content': 'q'} ...", 'rejected': 'b'}]),
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
-    ("'-2' is neither of response_1 and response_2", [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': -2}]),
+    *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
+    ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
@@ -618,8 +639,9 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     for content, words in (
         ([{'winer': 'a', 'answer_a': 'x', 'answer_b': 'y'}], 'the nearest layout, comparison, has answer_a, answer_b, winner'),
         ([{'winer': 'a'}], 'no other column is known; found'),
-        ([dict.fromkeys(map(str, range(12)), 1)], "'8' (number) and 3 more; the only row"),
+        *(([dict.fromkeys(map(str, range(n)), 1)], f"'8' (number){more}; the only row") for n, more in ((9, ''), (12, ' and 3 more'))),
         ([{}, {}, {'prompt': 'p', 'response': 'r'}], 'of the 3 rows from there on, 2 are bad: 2 with no columns; mend it'),
+        ([{}, {'a': 1}, {'b': 1}, {'prompt': 'p', 'response': 'r'}], "3 are bad: 1 with no columns; 1 with 'a' (number); mend it"),
         (rows[:30] + [{'prompt': 'p', 'response': 'r'}], '--skip_bad_rows'),  # not all of them after all
     ):  # fmt: skip
         assert words in refusal(write(tmp_path / 'data.jsonl', content))
@@ -636,15 +658,22 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
     assert sources.describe(f'imdb:{raw("imdb")}') == "the reader 'imdb'"
 
 
-def test_columns_that_may_be_answers():
-    """Texts of four words, different in most rows, that nothing reads and that are not refused by their names."""
-    texts = {'good': 'the answer is', 'system': 'be as brief as', 'my_output': 'one output of the', 'short': 'number'}
-    rows = [
-        {name: f'{text} {i}' for name, text in texts.items()} | {'topic': 'sums of two numbers', 'level': i}
-        for i in range(9)
-    ]
-    assert formats.unread_answers(rows) == formats.unread_answers(rows[:5] + [{}] * 4) == ['good']
-    assert formats.unread_answers(rows[:4] + [{}] * 4) == []
+@pytest.mark.parametrize('row', [{}, {'response': 'it is this'}, {'chosen': 'it is this', 'rejected': 'it is that'}])
+def test_columns_that_may_ask_or_answer(row):
+    """Texts of four words, different in most rows, of which no example has anything."""
+    texts = {'prompt': 'what is the sum', 'extra': 'the extra one is', 'short': 'number', 'whole': 'Q: what is the sum'}
+    few = {'topic': 'sums of two numbers', 'level': 3} | row
+    rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
+    for i, labelled in enumerate(rows):
+        labelled |= {'meta': {'by': f'one of the {i} authors'}, 'votes': [{'for': f'this one by number {i}'}]}
+    layout, others = formats.layout_of(rows[0]), [sources.Row(few | {'prompt': 'p'})] * 4
+    for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
+        assert formats.unread_texts(rows_with, layout) == found
+    # HTML is not shown as it stands, and ties are not shown
+    html = {'question': 'this is &lt; my ', 'answers': [{'pm_score': n, 'text': f'answer {n}'} for n in (1, 2)]}
+    for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
+        rows = [sources.Row(other | {'question': f'{other["question"]}{i}'}) for i in range(9)]
+        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
@@ -694,9 +723,7 @@ def test_times_in_messages(tmp_path):
     assert json.loads(json.dumps(examples)) == [SFT | {'response': [answer | {'timestamp': '2024-01-01T00:00:00'}]}]
 
 
-@pytest.mark.parametrize(
-    'source', ['nothing', 'missing.jsonl', 'some/missing.jsonl', 'a/b/c', 'hhh', 'HH', 'nothing:missing']
-)
+@pytest.mark.parametrize('source', 'nothing missing.jsonl some/missing.jsonl a/b/c hhh HH nothing:missing'.split())
 def test_unknown_sources(source):
     message = refusal(source)
     assert repr(source) in message and 'the known datasets' in message
@@ -863,10 +890,8 @@ LISTS = st.lists(NUMBERS, max_size=2) | st.lists(st.text(max_size=2), max_size=2
 VALUE = st.text(max_size=4) | CHAT | ANY | NUMBERS | LISTS
 FIELDS = ['prompt', 'chosen', 'rejected', 'response', 'good', 'completion', 'label', 'messages', 'text', 'preference']
 FIELDS += ['output_1', 'output_2', 'instruction', 'tools', 'system', 'history']
-LAYOUT = st.sampled_from(formats.LAYOUTS).map(lambda layout: sorted(layout.columns | {'prompt'}))
-ROWS = st.dictionaries(st.sampled_from(FIELDS), VALUE) | LAYOUT.flatmap(
-    lambda names: st.fixed_dictionaries(dict.fromkeys(names, VALUE))
-)
+LAYOUT = st.sampled_from(formats.LAYOUTS).map(lambda layout: dict.fromkeys(sorted(layout.columns | {'prompt'}), VALUE))
+ROWS = st.dictionaries(st.sampled_from(FIELDS), VALUE) | LAYOUT.flatmap(st.fixed_dictionaries)
 
 
 @settings(max_examples=500, deadline=None, database=None)

@@ -26,6 +26,9 @@ def test_interval_by_hand():
     # also where rounding would go beyond them
     ends = [winrate.interval([win] * n, range(n)) for n in range(1, 60) for win in (0, 1)]
     assert np.min(ends) >= 0 and np.max(ends) <= 1
+    # two answers a prompt, of nearly all one wins: with 30 prompts it is their error that counts
+    widths = [np.ptp(winrate.interval([1, 0] * (n - 2) + [1, 1, 0, 0], np.arange(2 * n) // 2)) for n in (29, 30)]
+    assert widths[1] < widths[0] / 2
     # ties only: no error, but eight of them do not prove that nothing is better
     low, high = winrate.interval([0.5] * 8, range(8))
     assert low < 0.25 and high > 0.75

@@ -79,15 +79,10 @@ def test_files_in_their_order_then_flags_wherever_they_stand(script, argv):
     file('rate = 2.0\nsteps = 2\n', 'b.py')
     scope = script(*argv.split())
     config = scope['config']
-    assert (
-        config == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'} and scope['double'] == 4
-    )  # what is derived follows
+    assert config == DEFAULTS | {'rate': 3.0, 'steps': 2, 'name': 'a'}
+    assert scope['double'] == 4  # what is derived follows
     assert all(same(scope[name], value) for name, value in config.items())
-    assert config.origin == dict.fromkeys(DEFAULTS, 'default') | {
-        'rate': 'command line',
-        'steps': 'b.py',
-        'name': 'a.py',
-    }
+    assert config.origin == dict.fromkeys(DEFAULTS, 'default') | dict(rate='command line', steps='b.py', name='a.py')
     # argv may be handed over
     scope = {'__file__': file(SCRIPT, 'script.py'), **DEFAULTS}
     assert configurator.configure(scope, ['--steps=3']) == DEFAULTS | {'steps': 3} and scope['steps'] == 3
@@ -251,8 +246,8 @@ def test_every_option_says_what_it_is(words):
     assert len(lines) > 9 and not [line for line in lines if line.endswith(')  ')]
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, *words.split(), '--help']
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, cwd=ROOT)
+    command, env = [sys.executable, *words.split(), '--help'], os.environ | {'PYTHONUNBUFFERED': ''}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, cwd=ROOT, env=env)
     os.close(write)
     assert done.returncode == 0 and not done.stderr
 
@@ -425,17 +420,10 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
 # ---- words of other code, and what follows from other options ----
 
 ELSEWHERE = {
-    '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$',
-    '--num-train-epochs=1': 'here it is n_epochs$',
-    '--learning_rat=1': 'did you mean lr.$',
-    '--bata=1': 'did you mean beta or data.$',
-    '--num_prompts=1': 'here it is n_examples$',
-    '--dataset_path=x': 'did you mean data.$',
-    '--reward_name=x': '--help lists the options ',
-    '--system_pro=x': 'did you mean system.$',
-    '--n_prompt=1': 'did you mean n_examples.$',
-    '--bf16': 'here it is dtype=bfloat16$',
-    '--loss.beta=1': 'here it is beta$',
+    '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$', '--num-train-epochs=1': 'here it is n_epochs$',
+    '--learning_rat=1': 'did you mean lr.$', '--bata=1': 'did you mean beta or data.$', '--num_prompts=1': 'here it is n_examples$',
+    '--dataset_path=x': 'did you mean data.$', '--reward_name=x': '--help lists the options ', '--system_pro=x': 'did you mean system.$',
+    '--n_prompt=1': 'did you mean n_examples.$', '--bf16': 'here it is dtype=bfloat16$', '--loss.beta=1': 'here it is beta$',
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
     '--beta 0.1': '--beta needs a value: --beta=value$',
     'loss.beta=0.1': r"'loss.beta=0.1' is neither a config file \(.py\) nor an option: one word, --name=value$",
@@ -448,7 +436,7 @@ ELSEWHERE = {
     'nosuch.jsonl': r"'nosuch.jsonl' is neither .* one word, --name=value$",
     '--max_length=1': 'max_length 1 leaves no room for an answer behind max_prompt_length 0$',
     '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199$',
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('argv', ELSEWHERE)
