@@ -305,7 +305,7 @@ def prompt_of(row, given_answer=None):
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
         # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat_column, turns, texts_in=(*QUESTIONS, *DOCUMENTS))
+            check_nothing_lost(row, chat_column, turns, _histories(row), texts_in=(*QUESTIONS, *DOCUMENTS))
             return turns
         # one that ends with an answer is none: then the given answer must begin with its question
         column = None
@@ -374,6 +374,11 @@ def _texts_in(value):
         return [value]
     parts = list(value.values()) if isinstance(value, dict) else value
     return [text for part in parts for text in _texts_in(part)] if isinstance(parts, list) else []
+
+
+def _histories(row):
+    """Return ['history'] if the row has a history, which does not go before a chat, else []."""
+    return ['history'] if is_history(row.get('history')) else []
 
 
 def is_history(value):
@@ -836,7 +841,7 @@ def read_chat(row, task):
         flags = [name for name, flag in before.items() if isinstance(flag, bool) and turn.get(name) is (not flag)]
         if flags and before['role'] == turn['role'] == 'assistant':
             raise messages.BadValue(f'a question has two answers, and {flags[0]!r} is true of one: leave the other out')
-    check_nothing_lost(row, column, turns, names=['history'] if is_history(row.get('history')) else ())
+    check_nothing_lost(row, column, turns, _histories(row))
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)
