@@ -343,17 +343,17 @@ steps_per_round = ppo_epochs * math.ceil(batch_size / minibatch_size)
 run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step', n_steps=n_rounds * steps_per_round)
 if run.eval_due_at_start():
     evaluate(run.seen)
-run.clock = time.time()
+run.clock = time.perf_counter()
 # steps() counts prompts, everything else answers
 prompts_per_round = batch_size // answers_per_prompt
 prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)
     run.obey_signals(this_round.first, saved=this_round.first == 0)  # the scores may have taken minutes
-    sampled = time.time()
+    sampled = time.perf_counter()
     metrics = this_round.metrics | train_round(this_round)
     # log the round; speeds include everything since the previous row
-    now = time.time()
+    now = time.perf_counter()
     metrics |= rollout.speeds(this_round.answers['n'], now - run.clock, sampled - run.clock)
     run.clock = now
     if training.skip_bad_steps:

@@ -284,7 +284,7 @@ def append_rows(rows):
     append(f'{out_dir}/{name}', rows)
     # of this rank; tokens is None where an endpoint does not say
     counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
-    speed = log.per_second(counts['tokens'], time.time() - started)
+    speed = log.per_second(counts['tokens'], time.perf_counter() - started)
     bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)
     bar.update(len(rows))
 
@@ -304,7 +304,7 @@ if done:
 ranks.on_one_rank(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
-started = time.time()
+started = time.perf_counter()
 counts = Counter()  # 'tokens' sampled by this rank
 failed = Counter()  # endpoint errors by reason
 n_missing = len(keys) - len(done)

@@ -254,10 +254,10 @@ class Run:
 
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
-        self.clock = time.time()  # log_step, evaluations and checkpoints reset it
+        self.clock = time.perf_counter()  # log_step, evaluations and checkpoints reset it
         starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, start=self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
-            self.waited = time.time() - self.clock
+            self.waited = time.perf_counter() - self.clock
             yield step
 
     def within_memory(self, run_step, step, **options):
@@ -310,8 +310,8 @@ class Run:
     def log_step(self, step, metrics):
         """Log a training row: metrics plus gradient norm, learning rate and speeds."""
         # time since the last step, without evaluations and checkpoints, which reset the clock
-        speeds = log.speeds(step, time.time() - self.clock, self.waited)
-        self.clock = time.time()
+        speeds = log.speeds(step, time.perf_counter() - self.clock, self.waited)
+        self.clock = time.perf_counter()
         row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | speeds
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
@@ -322,12 +322,12 @@ class Run:
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
         # for save_every='auto', time the first steps. Until then it stays 'auto', and no checkpoint is due
         if self.save_every == 'auto':
-            self.step_ends.append(time.time())
+            self.step_ends.append(time.perf_counter())
             self.save_every = room.save_every_of(self.step_ends, step, self.total)
         due = self.crossed(self.save_every, step.first, step.seen)
         if due:
             self.save(step.seen)
-            self.clock = time.time()
+            self.clock = time.perf_counter()
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
@@ -397,7 +397,7 @@ class Run:
         if not guard.stop_asked():
             self.logger.row('eval', seen, metrics)
             self.state['evaluated'] = seen
-        self.clock = time.time()  # log_step counts no time of evaluations
+        self.clock = time.perf_counter()  # log_step counts no time of evaluations
 
     # ---- the end ----
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
@@ -94,11 +95,14 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                     card(temporary)
                 move_folder(temporary, folder)
                 return str(written_dtype).removeprefix('torch.')
-        except UserError:
+        except Exception as error:
             # free the disk space for the next attempt
             for path in (temporary, adapter_temporary):
                 shutil.rmtree(path, ignore_errors=True)
-            raise
+            if isinstance(error, UserError):
+                raise
+            # such as a config that transformers does not save: all ranks hear of a UserError, and write a checkpoint
+            raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
     return on_one_rank(write)
 

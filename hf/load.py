@@ -162,6 +162,10 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     generation_config = None
     with contextlib.suppress(OSError, TypeError, ValueError):
         generation_config = transformers.GenerationConfig.from_pretrained(name)
+    pad_id = getattr(generation_config, 'pad_token_id', None)
+    # some models say so that they have none; the export could not save it
+    if isinstance(pad_id, int) and pad_id < 0:
+        generation_config.pad_token_id = None
     try:
         if generation_config is not None:
             generation_config.validate(strict=True)

@@ -4,6 +4,7 @@ The key is a hash of the reference's weights and the examples' tokens. Cached an
 
 import gc
 import hashlib
+import os
 from functools import partial
 
 import numpy as np
@@ -57,7 +58,7 @@ def _look_up(build, examples, dtype):
     if content := cache.read(file):
         arrays, _extra = content
         return file, arrays['logps']
-    if file.exists():
+    if os.path.exists(file):  # not file.exists(), which raises for a closed folder
         say(f'note: {file} is damaged or belongs to something else: computing the reference log-probs anew')
     return file, None
 

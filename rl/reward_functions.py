@@ -154,7 +154,7 @@ def load_function(file, name):
         try:
             with _user_code():
                 spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             del sys.modules[spec.name]
             raise UserError(f'--reward: cannot load {file}: {_explained(error, file)}') from None
 
@@ -180,8 +180,15 @@ def _user_code():
     # gradient mode and folder are set to what they are: at its end, each of the two contexts sets that again
     torch = sys.modules.get('torch')  # None in workers, which do not import it
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
-    with guard.unblocked(), contextlib.chdir('.'), gradients:
-        yield
+    process = os.getpid()
+    try:
+        # the run's paths are relative to the current folder
+        with guard.unblocked(), contextlib.chdir('.'), gradients:
+            yield
+    finally:
+        # a forked child that comes back here would answer a second time, or go on as a second run
+        if os.getpid() != process:
+            os._exit(1)
 
 
 def call(part, prompts, responses, rows):
@@ -192,7 +199,7 @@ def call(part, prompts, responses, rows):
             result = function(prompts, responses, rows)
             if inspect.iscoroutine(result):
                 result = asyncio.run(result)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise Failed(_explained(error, part.file)) from None
     # convert numpy arrays and tensors to lists, and numpy and tensor scalars to numbers
     values = result.tolist() if hasattr(result, 'tolist') else result

@@ -46,6 +46,9 @@ def _of_circumstances(error):
     # print() on a full disk: such an error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return UserError(f'cannot print: {error.strerror}')
+    # a folder that may not be looked into, or a name that is too long, which exists() raises
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+        return UserError(f'cannot use {error.filename}: {error.strerror}')
     # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
     of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
     if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':

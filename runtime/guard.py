@@ -23,10 +23,10 @@ from runtime import files, log
 from runtime.files import say
 
 # exit codes of a run that was stopped and has saved; with several signals, on any ranks, the larger code wins
-SAVED = 75  # after SIGTERM or SIGUSR1: start the same command again (EX_TEMPFAIL of sysexits.h)
+SAVED = 75  # after SIGTERM, SIGUSR1 or SIGHUP: start the same command again (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # after Ctrl-C, as in a shell
 PAUSE = 20  # seconds between attempts to write a checkpoint that must not be lost
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _stage = 'loading'  # 'loading': nothing to lose; 'training': unsaved steps; 'over': all is written, ignore signals
 _code = 0  # exit code requested by the signals so far; 0: no signal
 _progress = None  # for scripts without steps: function that returns a sentence about what is kept
@@ -50,7 +50,12 @@ def watch(name):
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
 
-    # a thread waits for the SIGNALS (SIGTERM, SIGUSR1, SIGINT), which all others block: the main thread may be in C code for
+    # nohup: a run that outlives its terminal
+    global SIGNALS
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        SIGNALS = SIGNALS[:3]
+
+    # a thread waits for the SIGNALS (SIGTERM, SIGUSR1, SIGINT, SIGHUP), which all others block: the main thread may be in C code for
     # minutes (such as a rendezvous), where Python runs no handlers
     def listen():
         while True:
@@ -89,8 +94,8 @@ def on_signal(number):
     global _code
     if _stage == 'over':  # all is written
         return
-    # a second Ctrl-C: torchrun forwards it as SIGTERM, while SIGUSR1 comes from a cluster's scheduler
-    is_second_interrupt = _code == INTERRUPTED and number != signal.SIGUSR1
+    # an earlier Ctrl-C has set _code. torchrun forwards the second one as SIGTERM; the others come from a scheduler or a terminal
+    is_second_interrupt = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
     exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
     is_first_signal = _code == 0
     _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)  # 130 or 75
@@ -99,12 +104,13 @@ def on_signal(number):
         message = 'stopped at once: steps since the last checkpoint are lost'
     elif exits_now:
         message = 'stopped'
-    # os.write, because print could deadlock if the main thread holds the lock of stderr
-    if main_rank() and (exits_now or is_first_signal):
-        os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
-    if exits_now:
-        if main_rank() and _progress:
+    # os.write, because print could deadlock if the main thread holds the lock of stderr. A terminal or a reader may be gone
+    with contextlib.suppress(OSError):
+        if main_rank() and (exits_now or is_first_signal):
+            os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+        if exits_now and main_rank() and _progress:
             os.write(1, f'{_progress()}\n'.encode())
+    if exits_now:
         os._exit(_code)
 
 

@@ -201,7 +201,7 @@ class Log:
 
         total: examples of the run; start: those before a resume; every: examples between lines on the screen."""
         self.total, self.start, self.every = total, start, every
-        self.began = time.time()
+        self.began = time.perf_counter()
         if not main_rank():
             return
         folder = Path(out_dir)
@@ -259,8 +259,7 @@ class Log:
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
         if split == 'train':
-            seconds_each = (time.time() - self.began) / max(1, examples - self.start)
-            # max: the clock may have been set back
+            seconds_each = (time.perf_counter() - self.began) / max(1, examples - self.start)
             left = max(0, int(seconds_each * (self.total - examples)))  # seconds
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
@@ -316,7 +315,7 @@ def speeds(step, elapsed, waited):
 
 
 def per_second(amount, seconds):
-    """Return amount / seconds, or NaN, which Log.row() drops, if seconds is not positive (clock set back)."""
+    """Return amount / seconds, or NaN, which Log.row() drops, if seconds is not positive (a clock that stands still)."""
     return amount / seconds if seconds > 0 else math.nan
 
 

@@ -181,7 +181,7 @@ def save_every_of(step_ends, step, total):
         return 'auto'
     # of a step: the median, measured on rank 0 so that all ranks agree
     seconds = ranks.shared(lambda: float(np.median(np.diff(step_ends))))
-    num_steps = max(1, round(SAVE_AFTER / seconds))
+    num_steps = max(1, round(SAVE_AFTER / max(seconds, 1e-3)))
     examples_of_a_step = step.seen - step.first
     every = num_steps * examples_of_a_step
     if every >= total - step.seen:

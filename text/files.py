@@ -1,6 +1,5 @@
 """Find the files, or the split of a hub dataset, that a source of rows means. readers.py reads them."""
 
-import bz2
 import glob
 import gzip
 import hashlib
@@ -21,8 +20,9 @@ from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
-# suffix of compressed files -> function that opens them; None: pyarrow, since Python < 3.14 has no zstd
-PACKED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}
+# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
+# a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
+PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
 # the end of messages to users
@@ -161,8 +161,7 @@ def data_files(path):
     """Return the data files of a file, folder or glob pattern. Raises UserError if there are none."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        inside = sorted(Path(path, name) for name in glob.glob('**/*', root_dir=path, recursive=True))
-        found = [str(file) for file in inside if _is_data_file(file)]
+        found = [str(file) for file in sorted(_files_below(path)) if _is_data_file(file)]
         if not found:
             raise UserError(f'the folder {path} has no data file; they end in {", ".join(FORMATS)} ({HELP})')
         # next to other data files, a .txt is a licence or the like
@@ -174,9 +173,27 @@ def data_files(path):
             raise UserError(f'there is no file or folder {path}{looked_in(path)}')
         return [file for match in matches for file in data_files(match)]
     # data files are read several times, and a second read of a pipe would block
+    if not os.path.exists(path):
+        raise UserError(f'{path} is a link to nothing: mend it')
     if not os.path.isfile(path):
         raise UserError(f'{path} is no file, but a pipe or a device: write its rows into a file first')
     return [path]
+
+
+def _files_below(folder):
+    """Return the Paths of the files in a folder and below. Links are followed; what they lead to is taken once, so that none is a loop."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real_place = os.path.realpath(place)
+        if real_place in seen:
+            folders.clear()
+            continue
+        seen.add(real_place)
+        # hidden ones, such as .git, are left alone; folders that are no links come first
+        visible = [Path(place, name) for name in (*folders, *names) if not name.startswith('.')]
+        folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
+        found += visible
+    return found
 
 
 def _is_data_file(file):

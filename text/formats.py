@@ -305,7 +305,7 @@ def prompt_of(row, given_answer=None):
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
         # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat_column, turns, texts_in=(*QUESTIONS, *DOCUMENTS))
+            check_nothing_lost(row, chat_column, turns, _histories(row), texts_in=(*QUESTIONS, *DOCUMENTS))
             return turns
         # one that ends with an answer is none: then the given answer must begin with its question
         column = None
@@ -328,10 +328,13 @@ def prompt_of(row, given_answer=None):
     # a single column of that form, such as 'A', is no choice between options
     if len(options) == 1:
         options = []
-    check_nothing_lost(row, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
+    # LLaMA-Factory's history goes before a question that is a text
+    continues = isinstance(prompt, str) and is_history(row.get('history'))
+    others = [name for name in (*QUESTIONS, *ABOUT, *options) if not (continues and name == 'history')]
+    check_nothing_lost(row, column, turns + earlier, others)
     if isinstance(prompt, list):
         return prompt
-    if is_history(row.get('history')):
+    if continues:
         return messages.alternating(chain.from_iterable(row['history'])) + turns
     stays_text = column == 'prompt' or prompt.endswith(TURN_MARKERS)
     return prompt if stays_text else turns
@@ -354,8 +357,9 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     found = []  # (column, its texts); a column may be in names and in DOCUMENTS
     for name in names:
         value = row.get(name)
-        if value and name != column and not (name == 'history' and is_history(value)):
-            found.append((name, value if isinstance(value, list) else [value]))
+        if value and name != column:
+            parts = value if isinstance(value, list) else [value]
+            found.append((name, _texts_in(value) if is_history(value) else parts))
     for name in texts_in:
         texts = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
         found.append((name, texts))
@@ -370,6 +374,11 @@ def _texts_in(value):
         return [value]
     parts = list(value.values()) if isinstance(value, dict) else value
     return [text for part in parts for text in _texts_in(part)] if isinstance(parts, list) else []
+
+
+def _histories(row):
+    """Return ['history'] if the row has a history, which does not go before a chat, else []."""
+    return ['history'] if is_history(row.get('history')) else []
 
 
 def is_history(value):
@@ -832,7 +841,7 @@ def read_chat(row, task):
         flags = [name for name, flag in before.items() if isinstance(flag, bool) and turn.get(name) is (not flag)]
         if flags and before['role'] == turn['role'] == 'assistant':
             raise messages.BadValue(f'a question has two answers, and {flags[0]!r} is true of one: leave the other out')
-    check_nothing_lost(row, column, turns)
+    check_nothing_lost(row, column, turns, _histories(row))
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)

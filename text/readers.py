@@ -92,12 +92,11 @@ def read_file(file):
 
 def _open(file):
     """Return a binary stream of a file's decompressed contents."""
-    suffix = Path(file).suffix.lower()
-    if suffix == '.zst':
+    open_file = PACKED.get(Path(file).suffix.lower(), open)
+    if isinstance(open_file, str):
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(file, compression='zstd'))
-    open_file = PACKED.get(suffix, open)  # gzip.open for .gz, ...; open for a file that is not compressed
+        return io.BufferedReader(pyarrow.input_stream(file, compression=open_file))
     return open_file(file, 'rb')
 
 

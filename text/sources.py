@@ -295,9 +295,9 @@ def _is_example(example):
 
 
 def _refusal(row, error, any_valid, following, source):
-    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid:
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout.
 
-    whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
+    any_valid: whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'

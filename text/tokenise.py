@@ -5,6 +5,7 @@ sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encod
 No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
 
 import math
+import os
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -542,7 +543,7 @@ def _read_cache(key, split, enough):
         if found := cache.read(file):
             arrays, left_out = found
             return Examples(**arrays, left_out=Counter(left_out))
-        if file.exists():
+        if os.path.exists(file):  # not file.exists(), which raises for a closed folder
             say(f'note: {file} is damaged: tokenising anew')
     return None
 

@@ -22,7 +22,7 @@ FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every
          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.2',
          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 STARTED = []
-CODES = {signal.SIGTERM: guard.SAVED, signal.SIGUSR1: guard.SAVED, signal.SIGINT: guard.INTERRUPTED}
+CODES = dict.fromkeys(guard.SIGNALS, guard.SAVED) | {signal.SIGINT: guard.INTERRUPTED}
 SAVED = 'saved: the same command continues from here'
 
 
@@ -210,6 +210,19 @@ with guard.unblocked():
     send(signal.SIGINT)
 print(ended, *map(int, heard), set(guard.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, []))"""
     assert python('-c', code).stdout == f'{-signal.SIGTERM} {signal.SIGUSR1:d} {signal.SIGINT:d} True\n'
+
+
+def test_a_terminal_that_is_gone():
+    """Under nohup its signal is none; a stream that nobody reads keeps no other signal from ending a script."""
+    code = """import os, signal, time
+from runtime import guard
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+guard.watch('__main__')
+os.kill(os.getpid(), signal.SIGHUP)
+os.close(2)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(20)"""
+    assert python('-c', code).returncode == guard.INTERRUPTED
 
 
 def test_torchrun(tmp_path, whole):

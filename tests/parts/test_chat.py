@@ -511,9 +511,10 @@ def test_training_and_sampling(instruct):
 
 
 GENERATION = '{"do_sample": false, "temperature": 0.5, "eos_token_id": [3, 4]}'
+NO_PAD = '{"pad_token_id": -1, "eos_token_id": [3, 4]}'
 
 
-@pytest.mark.parametrize('content', [GENERATION, '{broken', None])
+@pytest.mark.parametrize('content', [GENERATION, NO_PAD, '{broken', None])
 def test_odd_generation_configs(instruct, tmp_path, content, capsys):
     """One that cannot be written again keeps its tokens, with a note; a broken or a missing one is passed over."""
     shutil.copytree(instruct / 'base', tmp_path / 'm')

@@ -492,6 +492,7 @@ def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total,
         found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
         assert found == ('auto' if n_steps < 4 else every)
     assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
+    assert room.save_every_of([0, 0, 0, 0], step, total) == 0  # a clock that stands still
 
 
 # ---- numbers that are not finite, memory ----

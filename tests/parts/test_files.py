@@ -1,5 +1,6 @@
 """Files and folders as people have them: formats and compressions, splits and configs, what a broken download says."""
 
+import bz2
 import gzip
 import json
 import os
@@ -416,3 +417,22 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
         if seen == ['a']:
             files._write_note('a', 'o/n')
     assert seen == ['a', 'a', None]
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """One outside as well; in circles no link leads."""
+    write(tmp_path, {'data/v1/a': ROWS[:2], 'elsewhere/b': ROWS[2:4]})
+    for name, target in {'latest': 'v1', 'self': '.', 'v1/up': '..', 'b': '../elsewhere'}.items():
+        (tmp_path / 'data' / name).symlink_to(target)
+    assert sorted(answers(str(tmp_path / 'data'))) == ALL[:4]
+
+
+def test_streams_of_pbzip2(tmp_path):
+    """One after another; a damaged one is no end of the file."""
+    first, second = (bz2.compress(json.dumps(row).encode() + b'\n') for row in ROWS[:2])
+    file = tmp_path / 'a.jsonl.bz2'
+    file.write_bytes(first + second)
+    assert answers(str(file)) == ALL[:2]
+    file.write_bytes(first + b'\0\0\0\0' + second[4:])
+    with pytest.raises(UserError, match='cannot read .*a.jsonl.bz2: '):
+        answers(str(file))

@@ -251,6 +251,17 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
         assert [row['variant'] for row in rows] == ['padded', 'cached'] and 'pairs_per_second' not in rows[0]
 
 
+def test_the_time_of_day_measures_nothing(monkeypatch, tmp_path, small_toy):
+    """It may be set back or on while a run lasts."""
+    ticks = itertools.count(1e9, -5)
+    monkeypatch.setattr(time, 'time', lambda: next(ticks))
+    end_process_group()
+    run_script('dpo.py', *FLAGS['dpo.py'].format(tmp_path).split())
+    end_process_group()
+    rows = [row for row in read_jsonl(tmp_path / 'run/metrics.jsonl') if row['split'] == 'train']
+    assert rows and all(row['examples_per_second'] > 0 and 0 <= row['data_wait_per_second'] <= 1 for row in rows)
+
+
 def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
     clock = iter(range(0, 10**6, 20))
     monkeypatch.setattr('tqdm.std.time', lambda: next(clock))

@@ -165,6 +165,8 @@ def f(prompts, responses, rows):
     while response == '5': pass
     if response == '7': 1 / 0
     if response == '9': os._exit(4)
+    if response == '11': raise KeyboardInterrupt
+    if response == '13' and not os.fork(): raise OSError
     return [os.getpid()]
 """
 
@@ -186,7 +188,10 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     # nobody waits for a child that was orphaned, so it may stay as a zombie
     child = f'/proc/{(tmp_path / "child").read_text()}/stat'
     assert not os.path.exists(child) or ') Z ' in open(child).read()
-    for i, words in (7, 'ZeroDivisionError: division by zero'), (9, 'its process has ended with code 4'):
+    # a forked child that comes back does not answer, too
+    assert score(13, 20)[1] == [False] * 7
+    errors = {7: 'ZeroDivisionError: division by zero', 9: 'its process has ended with code 4', 11: 'KeyboardInterrupt'}
+    for i, words in errors.items():
         with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {words}"):
             score(i, i + 1)
     # an error leaves the others usable

@@ -483,6 +483,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('question', {'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}), ('question', {'prompt': 'p', 'question': 'q', **ANSWERS}),
         ('options', {'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}), ('article', {'question': 'q', 'article': 'c', 'answer': 'a'}),
         ('documents', {'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}),
+        *(('history', {'history': [['a?', 'b']], **rest}) for rest in ({'prompt': [user('q')], **ANSWERS}, {'messages': [user('q')], **ANSWERS}, {'messages': said('q', 'a')}, {'text': 'a'})),
         ('history', {'question': 'q', 'history': [['x']], **ANSWERS}), ('prompt', {'prompt': 'p', 'text': 'a'}),
         ('A', {'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}), ('option_a', {'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}),
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import helpers
 import pytest
@@ -15,7 +16,7 @@ from stub import serve, serve_raw
 
 from configurator import UserError
 from feedback import answers, endpoint
-from hf import load
+from hf import export, load
 from runtime import hub, log, values
 from tests import forks
 from text import toy
@@ -256,7 +257,8 @@ def test_data_that_is_no_file(script):
     Path('folder.jsonl').mkdir()
     Path('link.jsonl').symlink_to('nowhere.jsonl')
     os.mkfifo('pipe.jsonl')
-    for name in ('folder.jsonl', 'link.jsonl', 'pipe.jsonl', 'good.jsonl/below.jsonl'):
+    assert 'link.jsonl is a link to nothing' in refused(script, '--data=link.jsonl')
+    for name in ('folder.jsonl', 'pipe.jsonl', 'good.jsonl/below.jsonl'):
         assert name in refused(script, f'--data={name}')
 
 
@@ -279,6 +281,17 @@ def test_data_and_model_may_vanish_while_it_trains(folders, monkeypatch, script)
     assert left['hidden_size'] == before['hidden_size']
 
 
+def test_what_a_library_does_not_write_is_not_lost(monkeypatch):
+    """Such as a config that transformers reads and does not save."""
+    flags = '--model=toy', '--data=good.jsonl', '--eval_data=good.jsonl', '--out_dir=out', *SMALL
+    with monkeypatch.context() as patch:
+        patch.setattr(export, '_save_weights', MagicMock(side_effect=ValueError('no such\nchoice')))
+        with pytest.raises(UserError, match='out/model: ValueError: no such choice. What was trained is in a'):
+            run_script('dpo.py', *flags)
+    run_script('dpo.py', *flags)
+    assert Path('out/model/model.safetensors').exists()
+
+
 OUT = {'sft.py': '', 'dpo.py': '', 'reward.py': '', 'ppo.py': '--reward_model=gold', 'label.py': '--answers=answers.jsonl --gold=toy',
        'sample.py': '--n_examples=2', 'tools/bench.py': '--model=toy'}  # fmt: skip
 
@@ -297,8 +310,9 @@ def test_a_read_only_out_dir():
     assert 'cannot write to out_dir' in refused('sft.py', '--out_dir=out')
 
 
-def test_a_cache_that_is_a_file_costs_no_run(monkeypatch, capsys):
-    monkeypatch.setenv('NANOPREF_CACHE', 'good.jsonl')
+@pytest.mark.parametrize('place', ['good.jsonl', 'n' * 300])
+def test_a_cache_that_is_a_file_or_no_name_costs_no_run(monkeypatch, capsys, place):
+    monkeypatch.setenv('NANOPREF_CACHE', place)
     run_script('dpo.py', '--model=toy', *DATA, *SMALL, '--cache_ref', '--out_dir=out')
     said = capsys.readouterr().out
     assert 'tokens are not cached' in said and 'reference log-probs are not kept' in said and 'done: out/model' in said

@@ -2,6 +2,7 @@
 
 Most cases run a script in this process, where the UserError can be caught; one ends a process, one a group of two."""
 
+import errno
 import itertools
 import json
 import math
@@ -435,10 +436,18 @@ def test_another_working_directory(words, says, tmp_path, monkeypatch):
         helpers.run_script(script, *flags)
 
 
-def test_a_library_in_rust_that_gives_up_is_a_sentence(monkeypatch, capfd):
-    """As tokenizers does at a pattern such as (a|a|aa)+$."""
-    panic, codes = type('PanicException', (BaseException,), {}), []
+# as of tokenizers at a pattern such as (a|a|aa)+$
+PANIC = type('PanicException', (BaseException,), {})('Onig: retry-limit')
+
+
+@pytest.mark.parametrize('error, says', [
+    (PANIC, 'a library cannot go on (Onig: retry-limit)'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'theirs/x'), 'cannot use theirs/x: Permission denied'),
+    (OSError(errno.ENAMETOOLONG, 'File name too long', 'n' * 300), 'nnn: File name too long'),
+])  # fmt: skip
+def test_errors_of_others_that_are_a_sentence(error, says, monkeypatch, capfd):
+    codes = []
     monkeypatch.setattr('os._exit', codes.append)
     monkeypatch.setattr('sys.__stderr__', sys.stderr)
-    errors.report(panic, panic('Onig: retry-limit'), None)
-    assert codes == [2] and 'a library cannot go on (Onig: retry-limit)' in capfd.readouterr().err
+    errors.report(type(error), error, None)
+    assert codes == [2] and says in capfd.readouterr().err
