@@ -57,7 +57,7 @@ def _add_gradient(weight, copy):
 
 
 def round_hidden(block, inputs):
-    """Forward hook of a block: round its first input to bfloat16, as FSDP does. XGLM adds float32 positions to it."""
+    """Forward hook of a block: round its first input to bfloat16, as FSDP does with all. XGLM adds float32 positions to it."""
     if inputs and isinstance(inputs[0], torch.Tensor):
         return inputs[0].bfloat16(), *inputs[1:]
     return inputs

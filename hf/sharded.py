@@ -62,7 +62,9 @@ def half_copies(model):
 
 
 def be_root(model, unused):
-    """Do nothing. As a method of model, it makes model FSDP's root, or swaps bfloat16 copies in. unused: torch 2.11's FSDP on CUDA wants an argument."""
+    """Do nothing. As a method of model, it makes model FSDP's root, or swaps bfloat16 copies in.
+
+    unused: torch 2.11's FSDP on CUDA wants an argument."""
 
 
 @contextlib.contextmanager

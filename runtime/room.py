@@ -126,8 +126,8 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
 
     policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; shard: none, grads
     or full, as in training.py; frozen: number of parameters of other models, in the compute dtype; is_step: the microbatch is a
-    whole step. 'buffers' are a chunk of logits, and weights gathered by FSDP or
-    copied to bfloat16; 'gradients' are left out as far as they take the place of activations."""
+    whole step. 'buffers' are a chunk of logits, and weights gathered by FSDP or copied to bfloat16; 'gradients' are left out as far
+    as they take the place of activations."""
     bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
     num_trained = _count(policy.parameters(), only_trained=True)
     # buffers: 4-bit weights, say
