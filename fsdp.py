@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hf import lean, probe
 from hf.attention import set_attention
-from hf.half import HalfCopies, round_hidden
+from hf.half import HalfCopies, round_to_half
 from hf.parallel import tensor_parallel
 from hf.parts import blocks
 from hf.sharded import add_method, be_root, reshard
@@ -106,9 +106,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 def _replicate(model, device, tied, half):
     """Move a model to the device, in place, and broadcast rank 0's tensors. half: compute in bfloat16. tied: see shard()."""
     if half:
-        _round(model)
-        for block in blocks(model):
-            block.register_forward_pre_hook(round_hidden)
+        round_to_half(model)
     if dist.get_rank() == 0:
         model.to(device)
     else:
@@ -123,16 +121,6 @@ def _replicate(model, device, tied, half):
         model.register_forward_pre_hook(model.half_copies.swap_in)
 
 
-def _round(model):
-    """Round the weights of a model to bfloat16, in place; weights that train stay float32 tensors. Buffers stay as they are.
-
-    Unrounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump to the other one with the first
-    update, however small."""
-    for p in model.parameters():
-        rounded = p.data.bfloat16()
-        p.data = rounded.to(p.dtype) if p.requires_grad else rounded
-
-
 def _distribute(model, loaded, device, half, cpu_offload):
     """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -145,7 +133,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
         # the empty model gets its dtypes from it, and its weights from loaded
         for each in (model, loaded):
             if each is not None:
-                _round(each)
+                round_to_half(each)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
         shard_device = torch.device('cpu')

@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 
+from hf.parts import blocks
+
 
 class HalfCopies:
     """The bfloat16 copies of a model's trained weights. swap_in() puts the copies into the modules, swap_out() the weights.
@@ -56,8 +58,20 @@ def _add_gradient(weight, copy):
     copy.grad = None
 
 
-def round_hidden(block, inputs):
-    """Forward hook of a block: round its first input to bfloat16, as FSDP does with all. XGLM adds float32 positions to it."""
+def round_to_half(model):
+    """Round a model's weights, and what goes into its blocks, to bfloat16, in place. Weights that train stay float32 tensors.
+
+    Unrounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump to the other one with the first
+    update, however small. Buffers stay as they are: XGLM adds float32 positions to the input of its first block."""
+    for p in model.parameters():
+        rounded = p.data.bfloat16()
+        p.data = rounded.to(p.dtype) if p.requires_grad else rounded
+    for block in blocks(model):
+        block.register_forward_pre_hook(_round_hidden)
+
+
+def _round_hidden(block, inputs):
+    """Forward hook of a block: round its first input, as FSDP does with all."""
     if inputs and isinstance(inputs[0], torch.Tensor):
         return inputs[0].bfloat16(), *inputs[1:]
     return inputs
