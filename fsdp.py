@@ -129,7 +129,8 @@ def _distribute(model, loaded, device, half, cpu_offload):
     settings = {'mesh': mesh['dp']}
     shard_device = device  # where the shards of the weights are kept
     if half:
-        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)  # to compute, to sum gradients
+        # to compute, to sum gradients; what is float32 in a block, such as OLMo's rotary angles, stays so, as in a replica
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         # the empty model gets its dtypes from it, and its weights from loaded
         for each in (model, loaded):
             if each is not None:

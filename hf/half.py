@@ -71,7 +71,7 @@ def round_to_half(model):
 
 
 def _round_hidden(block, inputs):
-    """Forward hook of a block: round its first input, as FSDP does with all."""
+    """Forward hook of a block: round its first input."""
     if inputs and isinstance(inputs[0], torch.Tensor):
         return inputs[0].bfloat16(), *inputs[1:]
     return inputs

@@ -549,10 +549,13 @@ def test_replicas_in_bfloat16_compute_as_fsdp_does(saved, device, rank, checkpoi
     assert all(p.grad is None for p in replica.parameters())
 
 
-def test_positions_in_float32_beside_bfloat16(saved, device):
-    """XGLM's are a buffer: what is added to them is float32, which its blocks cannot take."""
-    sizes = {'vocab_size': VOCAB, 'd_model': 16, 'num_layers': 2, 'attention_heads': 4, 'ffn_dim': 24}
-    build = saved(hf.XGLMConfig(**sizes, **NONE))
+SIZES = {'vocab_size': VOCAB, 'd_model': 16, 'num_layers': 2, 'attention_heads': 4, 'ffn_dim': 24, **NONE}
+
+
+@pytest.mark.parametrize('settings', [hf.XGLMConfig(**SIZES), hf.Olmo2Config(**GROUPED)])
+def test_positions_in_float32_beside_bfloat16(settings, saved, device):
+    """XGLM's are added to what its blocks take, OLMo's turn queries and keys: a replica, FSDP and a frozen model agree."""
+    build = saved(settings)
     found = []
     for mode, train in (('full', True), ('none', True), ('none', False)):
         net = fsdp.shard(build, device, dtype='bfloat16', mode=mode, train=train)
