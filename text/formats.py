@@ -531,10 +531,8 @@ def read_compared(row, task):
             lead = 1 if side == sides[1] else -1
         elif named and task != 'prompts':
             # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
-            meant = f'write {columns[0]} or {columns[1]} there'
-            raise messages.DoubtfulCode(
-                f'{verdict[:24]!r} is no number of {" and ".join(columns)}, so other rows may count otherwise, too: {meant}'
-            )
+            doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
+            raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]} or {columns[1]} there')
         elif task == 'prompts' or re.fullmatch(no_winner, verdict):
             lead = 0
         else:
