@@ -529,6 +529,10 @@ def read_compared(row, task):
         no_winner = r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*'
         if side in sides:
             lead = 1 if side == sides[1] else -1
+        elif named and task != 'prompts':
+            # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
+            doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
+            raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]} or {columns[1]} there')
         elif task == 'prompts' or re.fullmatch(no_winner, verdict):
             lead = 0
         else:

@@ -37,6 +37,10 @@ DIALOGUES = {
 }
 
 
+class DoubtfulCode(ValueError):
+    """A value that makes those of other rows doubtful, too: such rows cannot be left out one by one."""
+
+
 class BadValue(ValueError):
     """Raised for a value that cannot be read, where the columns are known and it is no use to name others."""
 

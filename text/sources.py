@@ -26,7 +26,7 @@ from text import files, formats
 from text.examples import in_words
 from text.files import ENDINGS, HELP, content_hash
 from text.formats import Layout, each
-from text.messages import BadValue, answer, ask, field, message
+from text.messages import BadValue, DoubtfulCode, answer, ask, field, message
 from text.readers import Row, read_rows
 
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
@@ -267,7 +267,7 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
     any_valid = False
     for row, examples in parsed_rows:
         if isinstance(examples, Exception):
-            if not skip_bad_rows:
+            if not skip_bad_rows or isinstance(examples, DoubtfulCode):
                 raise UserError(_refusal(row, examples, any_valid, parsed_rows, source)) from None
             left_out[f'bad rows: {examples}'] += 1
             continue
@@ -301,6 +301,8 @@ def _refusal(row, error, any_valid, following, source):
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'
+    if isinstance(error, DoubtfulCode):
+        return f'{text} ({HELP})'
     seen = [(row, error)]
     # a file that is broken further down must not hide this message
     with suppress(UserError):

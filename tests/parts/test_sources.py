@@ -589,6 +589,15 @@ def test_bad_rows(tmp_path, row, reason):
     assert examples == [good] * 2 and list(left_out.values()) == [2] and reason in next(iter(left_out))
 
 
+@pytest.mark.parametrize('skip', [False, True])
+def test_a_verdict_that_makes_others_doubtful_is_not_left_out_alone(tmp_path, skip):
+    """0 beside response_1 and response_2: half of the pairs would be upside down if only the rows with 0 went."""
+    answers = {'prompt': 'q', 'response_1': 'a', 'response_2': 'b'}
+    path = write(tmp_path / 'data.jsonl', [answers | {'winner': winner} for winner in (1, 1, 0, 1)])
+    with pytest.raises(UserError, match="line 3: '0' is no number of .*: write response_1 or response_2 there"):
+        load(path, skip_bad_rows=skip)
+
+
 def test_columns_that_the_user_names(tmp_path):
     path, margin = tmp_path / 'data.jsonl', {'margin': 2.0}
     row = {'ask': 'q?', 'tone': 'Be brief.', 'good_answer': 'a', 'bad_answer': 'b', 'prompt': 'not this', 'sure': 2, 'ok': 0,
