@@ -31,11 +31,11 @@ class HalfCopies:
         """Copy the weights and let the modules compute with the copies. unused: what a forward hook is given."""
         if self.are_in:
             return
-        self.are_in = True
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
         for parameters, name, weight in self.places:
             parameters[name] = self.copies[weight]
+        self.are_in = True
 
     def swap_out(self):
         """Let the modules have the weights again, as optimizer, checkpoints and export need them."""
