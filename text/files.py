@@ -150,7 +150,7 @@ def _note(*parts):
 
 
 def _write_note(text, *parts):
-    """Write the file _note(*parts), if possible: a run goes on without it."""
+    """Keep text, what the hub has said, for runs without the hub: in the file _note(*parts), if it can be written."""
     with suppress(OSError, UserError):
         file = _note(*parts)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -207,40 +207,47 @@ def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
 
     config: a config in the README; None: its default or only one. Raises UserError if this config is missing or ambiguous."""
-    import huggingface_hub
-
     path = os.path.expanduser(path)
-    configs = {}  # config name -> its entry in the README
-    entry = {}  # that of `config`; {} names no files
-    readme = os.path.join(path, 'README.md')
-    try:
-        listed = (huggingface_hub.metadata_load(readme) or {}).get('configs', []) if os.path.exists(readme) else []
-        configs = {str(item.get('config_name', 'default')): item for item in listed}
-    except Exception as error:  # no YAML, or not as it should be
-        say_once(f'note: the header of {readme} cannot be read ({hub.first_line(error)}): files count by their names')
-    if configs or config:
-        # fall back to the default config, or to the only one
-        defaults = [name for name, item in configs.items() if name == 'default' or item.get('default')]
-        candidates = [config] if config else defaults or list(configs)
-        if len(candidates) != 1 or candidates[0] not in configs:
-            problem = f'no config {config!r}' if config else 'several configs'
-            names = ', '.join(configs) or 'none'
-            raise UserError(f'{path} has {problem}; there are {names}: say which: --data={path}:CONFIG ({HELP})')
-        [config] = candidates
-        entry = configs[config]
+    config, entry, has_others = _readme_entry(path, config)
     named_files = _named_files(path, entry)
     if named_files:
         return named_files
     if 'data_files' in entry:
         missing = f'{path} has none of the files that its README names for the config {config!r}'
         # the files present may belong to other configs
-        if len(configs) > 1:
+        if has_others:
             raise UserError(f'{missing}: fetch them')
         say_once(f'note: {missing}: files count by their names')
     if 'data_dir' in entry:
         _check_inside(path, str(entry['data_dir']))
         path = os.path.join(path, str(entry['data_dir']))
     return _splits_by_name(path)
+
+
+def _readme_entry(path, config):
+    """Return (config's name, its entry in the README of a folder, whether there are other configs); {} without a README.
+
+    config: the wanted name; None: the default or only one. Raises UserError if it is missing or ambiguous."""
+    import huggingface_hub
+
+    configs = {}  # config name -> its entry
+    readme = os.path.join(path, 'README.md')
+    try:
+        listed = (huggingface_hub.metadata_load(readme) or {}).get('configs', []) if os.path.exists(readme) else []
+        configs = {str(item.get('config_name', 'default')): item for item in listed}
+    except Exception as error:  # no YAML, or not as it should be
+        say_once(f'note: the header of {readme} cannot be read ({hub.first_line(error)}): files count by their names')
+    if not configs and not config:
+        return None, {}, False
+    # fall back to the default config, or to the only one
+    defaults = [name for name, item in configs.items() if name == 'default' or item.get('default')]
+    candidates = [config] if config else defaults or list(configs)
+    if len(candidates) != 1 or candidates[0] not in configs:
+        problem = f'no config {config!r}' if config else 'several configs'
+        names = ', '.join(configs) or 'none'
+        raise UserError(f'{path} has {problem}; there are {names}: say which: --data={path}:CONFIG ({HELP})')
+    [name] = candidates
+    return name, configs[name], len(configs) > 1
 
 
 def _named_files(folder, entry):

@@ -49,11 +49,12 @@ class BadValue(ValueError):
 
 
 def field(row, key, kind=str):
-    """Return row[key]. Raises ValueError unless its type is kind, its length is within LONGEST, and UTF-8 can encode it."""
+    """Return row[key]. Raises ValueError if it is missing, and BadValue, which is one, if it is not of the type kind, is
+    longer than LONGEST, cannot be encoded as UTF-8, or is no finite number."""
     value = row.get(key, ...) if isinstance(row, dict) else ...  # ...: missing
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
-        # a missing column may have another name
+        # where a column is missing, the refusal asks which one is meant (sources._refusal)
         error = ValueError if value is ... else BadValue
         raise error(f'{key!r} is missing or of the wrong type')
     # NaN fails every comparison

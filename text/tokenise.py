@@ -178,9 +178,10 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
-    """Tokenise rows; return ({split: Examples}, whether all rows were read). A second split gets the .held_out rows.
+    """Tokenise rows; return ({split: Examples}, whether all rows were read).
 
-    enough: {split: count}, to stop when every split has so many; without a count, all rows are read."""
+    splits: one, or ['train', 'test']: then the second gets the rows whose .held_out is true. limits: a Limits. enough:
+    {split: count}, to stop when every split has so many; without a count, all rows are read. margins: keep those of pairs."""
     builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
     is_complete = True
@@ -448,8 +449,8 @@ def fit_conversation(prompt, segments, limits, left_out):
     prompt = add_bos(prompt, limits)
     answer = []
     for i, segment in enumerate(segments):
-        is_trained = i % 2 == 0
-        answer += segment if is_trained else [~token for token in segment]
+        is_answer = i % 2 == 0
+        answer += segment if is_answer else [~token for token in segment]
     # close with EOS, unless it is there: some templates write a newline after it, so look at the last two tokens
     if eos not in answer[-2:]:
         answer.append(eos)
