@@ -137,9 +137,7 @@ def parse_any(row, task=None, columns=None):
         # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
         prompt = example['prompt']
         if isinstance(prompt, list):
-            example['prompt'] = [turn | {} for turn in prompt]
-            for turn in example['prompt']:
-                turn.pop('weight', None)
+            example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
         if row.get('tools'):
             example['tools'] = field(row, 'tools', list)
         if not row.get('system'):
