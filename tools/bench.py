@@ -325,11 +325,10 @@ if data == 'synthetic':
     pairs = []
     for _ in range(steps.size):
         # fixed lengths override the drawn ones
-        drawn = []
-        for median, sigma, most in LENGTHS:
-            length = rng.lognormal(math.log(median), sigma)
-            drawn.append(np.clip(length, 2, most))
-        lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
+        lengths = []
+        for fixed, (median, sigma, most) in zip(fixed_lengths, LENGTHS, strict=True):
+            drawn = rng.lognormal(math.log(median), sigma)
+            lengths.append(fixed or int(np.clip(drawn, 2, most)))
         prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
         pairs.append((prompt, answers))
     examples = Examples.of(pairs)
