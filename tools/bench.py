@@ -266,8 +266,13 @@ class Variant:
         # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        options = {'optimizer': optimizer, 'dtype': dtype, 'world_size': world_size, 'shard': self.policy.shard_mode}
-        needs = room.estimate(self.policy, self.per_token, largest, frozen=frozen, is_step=len(batches) == 1, **options)
+        options = {
+            'world_size': world_size,
+            'shard': self.policy.shard_mode,
+            'frozen': frozen,
+            'is_step': len(batches) == 1,
+        }
+        needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
