@@ -35,7 +35,7 @@ from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import errors, ranks
+from runtime import errors, log, ranks
 from runtime.prefetch import move
 from text.examples import Examples
 
@@ -191,8 +191,7 @@ def make_round(first, rows):
 
     # 2. scores, (answers,): offline the labels
     if offline:
-        scores = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
-        answers['score'] = scores
+        scores = answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
         answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)  # adds score, and more
@@ -354,7 +353,8 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
     metrics = this_round.metrics | train_round(this_round)
     # log the round; speeds include everything since the previous row
     now = time.perf_counter()
-    metrics |= rollout.speeds(this_round.answers['n'], now - run.clock, sampled - run.clock)
+    n = this_round.answers['n']
+    metrics |= log.speeds(len(n), int(n.sum()), now - run.clock, sampling_share=sampled - run.clock)
     run.clock = now
     if training.skip_bad_steps:
         metrics['counters/bad_steps'] = run.state['bad_steps']

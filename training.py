@@ -310,9 +310,11 @@ class Run:
     def log_step(self, step, metrics):
         """Log a training row: metrics plus gradient norm, learning rate and speeds."""
         # time since the last step, without evaluations and checkpoints, which reset the clock
-        speeds = log.speeds(step, time.perf_counter() - self.clock, self.waited)
+        elapsed = time.perf_counter() - self.clock
+        speeds = log.speeds(len(step.rows), step.tokens, elapsed, data_wait_per_second=self.waited)
         self.clock = time.perf_counter()
-        row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | speeds
+        padding = {'padding_share': 1 - step.tokens / step.allocated}
+        row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | padding | speeds
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
             row['counters/bad_steps'] = self.state['bad_steps']

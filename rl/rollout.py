@@ -13,7 +13,7 @@ from hf import generate
 from hf.lora import adapters_off
 from rl import formulas
 from rl.rewards import toy_metrics
-from runtime import errors, log, metrics
+from runtime import errors, metrics
 from runtime.prefetch import move
 from text.examples import Examples
 
@@ -140,15 +140,6 @@ def advantages_and_targets(config, tokens, scores, n):
     if config.whiten:
         advantage = formulas.whiten(advantage, mask)
     return advantage[mask], target[mask]
-
-
-def speeds(n, elapsed, sampling):
-    """Return the metrics of a round on its size and speed. n: tokens of each answer, (answers,).
-
-    elapsed: seconds that the round took. sampling: how many of them went into sampling, logged as a share."""
-    amounts = {'examples_per_second': len(n), 'tokens_per_second': int(n.sum()), 'sampling_share': sampling}
-    rates = {name: log.per_second(amount, elapsed) for name, amount in amounts.items()}
-    return {'counters/step_examples': len(n)} | rates
 
 
 def describe(run, examples, tokens, answers, split):

@@ -303,15 +303,13 @@ def progress(total, unit, description, **options):
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 
-def speeds(step, elapsed, waited):
-    """Return the metrics of a data.Step on size and speed. elapsed: its seconds; waited: those that it waited for data.
+def speeds(n, tokens, elapsed, **parts):
+    """Return the metrics of a step or round of n examples and so many tokens on size and speed. elapsed: the seconds that it took.
 
-    padding_share: share of padding in its microbatches; data_wait_per_second: share of the time that was waiting."""
-    n = len(step.rows)
-    metrics = {'counters/step_examples': n, 'padding_share': 1 - step.tokens / step.allocated}
-    for name, amount in {'examples': n, 'tokens': step.tokens, 'data_wait': waited}.items():
-        metrics[f'{name}_per_second'] = per_second(amount, elapsed)
-    return metrics
+    parts: metric -> how many of these went into something, such as waiting for data; logged as a share."""
+    amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
+    rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
+    return {'counters/step_examples': n} | rates
 
 
 def per_second(amount, seconds):

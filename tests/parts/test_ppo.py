@@ -15,7 +15,7 @@ from configurator import Config
 from rl import formulas, rewards, rollout
 from rl.reward_functions import Part
 from rl.rewards import Reward, texts
-from runtime import guard, ranks
+from runtime import guard, log, ranks
 from text import toy
 from text.examples import Examples
 
@@ -133,7 +133,7 @@ def test_slots_and_speeds_of_a_round():
     found = rollout.token_indices(batch, np.array([2, 0]), starts, per_prompt=2)
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
     speeds = {'counters/step_examples': 2, 'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
-    assert rollout.speeds(torch.tensor([3, 5]), elapsed=4.0, sampling=1.0) == speeds
+    assert log.speeds(2, 8, elapsed=4.0, sampling_share=1.0) == speeds
     # every pass covers all
     of_five = rollout.Round(0, None, range(5), {}, {}, {})
     one, two, three, *more = of_five.minibatches(2, passes=2, seed=0)
