@@ -283,7 +283,10 @@ class Run:
             with errors.memory_of(step.batches, self.max_tokens):
                 sharded.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
-            self.max_tokens = self.state['max_tokens'] = room.halved(self.max_tokens, step.batches)
+            largest = max(batch.ids.numel() for batch in step.batches)
+            half = min(self.max_tokens, largest) // 2
+            log.say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={half}')
+            self.max_tokens = self.state['max_tokens'] = half
 
     def update(self, step, columns, weight, number=None, rows=None):
         """Apply the gradients of a Step. Returns False if it is bad and was skipped. UserError after more than skip_bad_steps of them.

@@ -190,14 +190,6 @@ def save_every_of(step_ends, step, total):
     return every
 
 
-def halved(max_tokens, batches):
-    """Return half of max_tokens, or of the largest of these microbatches, which did not fit, if that is smaller. Says so."""
-    largest = max(batch.ids.numel() for batch in batches)
-    half = min(max_tokens, largest) // 2
-    say(f'memory: a microbatch of {largest} tokens does not fit: going on with max_tokens={half}')
-    return half
-
-
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return mode; for 'auto', 'none' (a whole model on each rank) if that fills at most a quarter of its memory, else 'full'."""
     if mode != 'auto':
@@ -287,8 +279,7 @@ def bytes_per_token(policy, forward, train, packed):
         # with activation checkpointing, backward recomputes one block at a time: add the activations of an average block, those of
         # a forward without checkpointing divided by the number of blocks. hf/lean.py has made the forward of each such block
         # partial(checkpointed, its own forward)
-        forwards = {m: m.forward for m in policy.modules()}
-        checkpointed = {m: f for m, f in forwards.items() if getattr(f, 'func', None) is lean.checkpointed}
+        checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
         for block, recomputing in checkpointed.items():
             block.forward = recomputing.args[0]
         if checkpointed:
