@@ -28,7 +28,6 @@ from rl.divergences import divergence_of
 from runtime import errors, metrics, ranks
 from runtime.objective import objective_of
 from runtime.prefetch import move
-from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -237,13 +236,12 @@ def run_step(step, backward=False, shift=None):
 summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluation, split) -> metrics
 
 
-def log_ratios(prompts, answers):
-    """Return {'logratio': log-prob under policy minus reference, 'tokens': length}, (n,) each, of n answers. All are token ids."""
-    examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
-    batches = run.make_step(examples, np.arange(len(answers))).batches
+def log_ratios(examples):
+    """Return the 'logratio' (log-probs of policy minus reference) and 'tokens' (lengths) of Examples of n answers, (n,) each."""
+    batches = run.make_step(examples, np.arange(len(examples))).batches
     with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
         parts = [measure(batch, as_pairs=False) for batch in batches]
-    columns = fsdp.gather(parts, batches, len(answers))
+    columns = fsdp.gather(parts, batches, len(examples))
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 

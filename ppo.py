@@ -37,7 +37,6 @@ from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import errors, log, ranks
 from runtime.prefetch import move
-from text.examples import Examples
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -121,7 +120,7 @@ prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
     run.train.left_out.pop('answers cut', None)  # only dummy answers were cut
-elif noise_rate:
+else:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
 train, held_out, total = run.train, run.held_out, run.total
@@ -318,9 +317,8 @@ def evaluate(seen):
     # measure() fills it; it stays empty after a stop signal, and is then not logged
     metrics = {}
 
-    def measure(prompts, answers):
-        """Fill in metrics. Return more fields for samples.jsonl, of n answers (token ids): logratio and scores, (n,) each."""
-        examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+    def measure(examples):
+        """Fill in metrics. Return more fields for samples.jsonl, of Examples of n answers: logratio, scores."""
         tokens, columns = rollout.measure(run, ref, examples, stop=stop_ids)
         if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)

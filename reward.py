@@ -53,8 +53,7 @@ run = training.Run(config)
 # a score is read at the end of text, so that must not be the pad token
 run.tokenizer = separate_pad(run.tokenizer)
 run.load_data(task='pairs', margins=True)
-if noise_rate:
-    run.train = run.train.flip(noise_rate, seed)
+run.train = run.train.flip(noise_rate, seed)
 run.count_data()
 run.load_policy(partial(load_reward, model, new_head=True, adapters=run.adapters, **run.model_options()))
 longest = max(run.train.longest(), run.held_out.longest())

@@ -387,9 +387,7 @@ class Run:
 
     @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
-        """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See generate.sample_held_out.
-
-        Returns {name: {column: (n,) tensor}, from measure(prompts, answers)}; {} without measure or after a signal."""
+        """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See sample_held_out."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)

@@ -18,7 +18,7 @@ from hf.parts import core
 from runtime import guard, ranks
 from runtime.files import append, say_once
 from text.chat import decode_answer
-from text.examples import GOLDEN_STEP, splitmix64
+from text.examples import GOLDEN_STEP, Examples, splitmix64
 
 # Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
 # tokens after the last refill: a refill takes as long as sampling one or two tokens.
@@ -48,7 +48,7 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
     """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
 
     run: a training.Run, which has trained on examples_seen examples. models: name -> sharded model; 'reference' answers with its
-    adapters off. measure(prompts, answers): returns {column: (n,) tensor} for n prompts, more fields of samples.jsonl. n_written:
+    adapters off. measure(Examples of n answers): returns {column: (n,) tensor}, more fields of the file. n_written:
     how many answers of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure};
     {} without measure, or after a stop signal, which truncates answers: then nothing is written."""
     tokenizer = run.tokenizer
@@ -69,7 +69,8 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
         if guard.stop_asked():
             return {}
         if measure and prompts:
-            measured[name] = measure(prompts, answers)
+            pairs = [(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+            measured[name] = measure(Examples.of(pairs))
         stop = stop_tokens(model, tokenizer)
         for i, answer in enumerate(answers[:n_written]):
             row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}

@@ -232,12 +232,12 @@ def test_sharded(tmp_path, monkeypatch, capsys):
         assert ('no KL' in capsys.readouterr().out) == (settings == {'temperature': 0.7})  # once
 
     # with a measure, of so many answers; nothing of no prompts, nor after a signal
-    def measure(prompts, answers):
+    def measure(answers):
         return {'third': torch.full((len(answers),), 1 / 3)}
 
     options = {'measure': measure, 'n_written': 2, 'max_new_tokens': 12}
     found = generate.sample_held_out(run, {'policy': net}, examples, 70, **options)
-    assert found['policy']['third'].tolist() == measure(None, PROMPTS)['third'].tolist()
+    assert found['policy']['third'].tolist() == measure(PROMPTS)['third'].tolist()
     assert generate.sample_held_out(run, {'policy': net}, [], 80, **options) == {}
     monkeypatch.setattr(generate.guard, 'stop_asked', lambda: True)
     assert generate.sample_held_out(run, {'policy': net}, examples, 90, **options) == {}
