@@ -279,7 +279,10 @@ def bytes_per_token(policy, forward, train, packed):
         # with activation checkpointing, backward recomputes one block at a time: add the activations of an average block, those of
         # a forward without checkpointing divided by the number of blocks. hf/lean.py has made the forward of each such block
         # partial(checkpointed, its own forward)
-        checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
+        checkpointed = {}
+        for m in policy.modules():
+            if getattr(m.forward, 'func', None) is lean.checkpointed:
+                checkpointed[m] = m.forward
         for block, recomputing in checkpointed.items():
             block.forward = recomputing.args[0]
         if checkpointed:

@@ -838,9 +838,12 @@ def read_chat(row, task):
     column = first_of(CHATS, row)
     turns = [messages.read_message(turn) for turn in field(row, column, list)]
     for before, turn in pairwise(turns):
-        flags = [name for name, flag in before.items() if isinstance(flag, bool) and turn.get(name) is (not flag)]
-        if flags and before['role'] == turn['role'] == 'assistant':
-            raise messages.BadValue(f'a question has two answers, and {flags[0]!r} is true of one: leave the other out')
+        if not before['role'] == turn['role'] == 'assistant':
+            continue
+        # two answers in a row: a flag may tell which one counts
+        for name, flag in before.items():
+            if isinstance(flag, bool) and turn.get(name) is (not flag):
+                raise messages.BadValue(f'a question has two answers, and {name!r} is true of one: leave the other out')
     check_nothing_lost(row, column, turns, _histories(row))
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
@@ -949,7 +952,10 @@ def unread_texts(rows, layout):
             texts = _texts_in(value, min_words=4)
             # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
             describes = not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value)
-            is_shown = not shown.isdisjoint(texts) or any(x in part or part in x for part in shown for x in texts[:5])
+            is_shown = not shown.isdisjoint(texts)
+            # or a part of what is shown, or the other way round
+            for text in texts[:5]:
+                is_shown = is_shown or any(text in part or part in text for part in shown)
             if not describes and not is_shown:
                 found[name].update(texts)
     return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
