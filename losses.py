@@ -105,9 +105,7 @@ def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
     is_near = x > -0.6931471805599453  # log(1/2). -1 replaces what a formula cannot take: its gradient would be NaN
-    near = (-torch.expm1(x.where(is_near, -1.0))).log()
-    far = torch.log1p(-x.where(~is_near, -1.0).exp())
-    return torch.where(is_near, near, far)
+    return torch.where(is_near, (-torch.expm1(x.where(is_near, -1.0))).log(), torch.log1p(-x.where(~is_near, -1.0).exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
