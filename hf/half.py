@@ -35,8 +35,10 @@ class HalfCopies:
 
     def _add_gradient(self, weight, copy):
         """Move the gradient of a copy, which is complete, to its weight. At the end of the backward, swap out."""
-        grad, copy.grad = copy.grad, None
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        grad = copy.grad
+        copy.grad = None
+        has_hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        if has_hooks:
             weight.backward(grad.float())  # calls these hooks
         elif weight.grad is None:
             weight.grad = grad.float()

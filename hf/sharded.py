@@ -49,7 +49,7 @@ def check_trained(model, optimizer):
         raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
     if {p.dtype for p in trained} >= {torch.bfloat16, torch.float32}:
         advice = 'freeze for a while after load_policy(), not in the function that it takes'
-        raise UserError(f'the optimizer trains bfloat16 weights beside float32: {advice}')
+        raise UserError('the optimizer trains bfloat16 weights beside float32: ' + advice)
 
 
 def fsdp_modules(model):
