@@ -221,14 +221,19 @@ def test_loads_into_a_model_that_has_run(tmp_path):
 def test_between_steps_a_policy_has_its_weights(tmp_path, monkeypatch):
     """In bfloat16, where a forward shows copies: when somebody makes an optimizer, and takes a mean after an evaluation."""
     seen = []
-    for name in ('set_batching', 'evaluate'):
 
-        def spied(self, *args, inner=getattr(training.Run, name), **options):
+    def spied(name):
+        inner = getattr(training.Run, name)
+
+        def call(self, *args, **options):
             inner(self, *args, **options)
             seen.append({p.dtype for p in self.policy.parameters()})
 
-        monkeypatch.setattr(training.Run, name, spied)
-    run(tmp_path / 'run', '--dtype=bfloat16', script='sft.py')
+        monkeypatch.setattr(training.Run, name, call)
+
+    spied('set_batching')
+    spied('evaluate')
+    run(tmp_path / 'run', '--dtype=bfloat16', '--max_tokens=400', script='sft.py')
     assert len(seen) > 2 and set.union(*seen) == {torch.float32}
 
 
