@@ -137,9 +137,7 @@ def parse_any(row, task=None, columns=None):
         # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
         prompt = example['prompt']
         if isinstance(prompt, list):
-            example['prompt'] = [turn | {} for turn in prompt]
-            for turn in example['prompt']:
-                turn.pop('weight', None)
+            example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
         if row.get('tools'):
             example['tools'] = field(row, 'tools', list)
         if not row.get('system'):
@@ -360,20 +358,18 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
         if value and name != column:
             parts = value if isinstance(value, list) else [value]
             found.append((name, _texts_in(value) if is_history(value) else parts))
-    for name in texts_in:
-        texts = [part for part in _texts_in(row.get(name)) if len(part.split()) > 3]
-        found.append((name, texts))
+    found += [(name, _texts_in(row.get(name), min_words=4)) for name in texts_in]
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
 
 
-def _texts_in(value):
-    """Return all strings in a JSON-like value."""
+def _texts_in(value, min_words=0):
+    """Return all strings of at least min_words words in a JSON-like value, stripped."""
     if isinstance(value, str):
-        return [value]
+        return [value.strip()] if len(value.split()) >= min_words else []
     parts = list(value.values()) if isinstance(value, dict) else value
-    return [text for part in parts for text in _texts_in(part)] if isinstance(parts, list) else []
+    return [text for part in parts for text in _texts_in(part, min_words)] if isinstance(parts, list) else []
 
 
 def _histories(row):
@@ -948,9 +944,9 @@ def unread_texts(rows, layout):
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
-        shown = {text.strip() for text in _texts_in(examples) if len(text.split()) > 3}
+        shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            texts = [text.strip() for text in _texts_in(value) if len(text.split()) > 3]
+            texts = _texts_in(value, min_words=4)
             # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
             describes = not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value)
             is_shown = not shown.isdisjoint(texts) or any(x in part or part in x for part in shown for x in texts[:5])

@@ -266,13 +266,8 @@ class Variant:
         # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        options = {
-            'world_size': world_size,
-            'shard': self.policy.shard_mode,
-            'frozen': frozen,
-            'is_step': len(batches) == 1,
-        }
-        needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
+        options = {'optimizer': optimizer, 'dtype': dtype, 'world_size': world_size, 'shard': self.policy.shard_mode}
+        needs = room.estimate(self.policy, self.per_token, largest, frozen=frozen, is_step=len(batches) == 1, **options)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
@@ -330,11 +325,10 @@ if data == 'synthetic':
     pairs = []
     for _ in range(steps.size):
         # fixed lengths override the drawn ones
-        drawn = []
-        for median, sigma, most in LENGTHS:
-            length = rng.lognormal(math.log(median), sigma)
-            drawn.append(np.clip(length, 2, most))
-        lengths = [fixed or int(length) for fixed, length in zip(fixed_lengths, drawn, strict=True)]
+        lengths = []
+        for fixed, (median, sigma, most) in zip(fixed_lengths, LENGTHS, strict=True):
+            drawn = rng.lognormal(math.log(median), sigma)
+            lengths.append(fixed or int(np.clip(drawn, 2, most)))
         prompt, *answers = [rng.integers(0, num_ids, length) for length in lengths]
         pairs.append((prompt, answers))
     examples = Examples.of(pairs)
