@@ -16,8 +16,9 @@ class HalfCopies:
     Backward adds the gradient of a copy to .grad of its weight, in float32, frees it, and swaps out at its end: loops then see weights."""
 
     def __init__(self, model):
+        trained = [p for p in model.parameters() if p.requires_grad]
         # weight -> its copy; a tied weight has one copy
-        self.copies = {p: torch.nn.Parameter(p.detach().bfloat16()) for p in model.parameters() if p.requires_grad}
+        self.copies = {weight: torch.nn.Parameter(weight.detach().bfloat16()) for weight in trained}
         self.places = []  # (parameters of a module by name, name, weight): where a weight is used
         self.are_in = False
         for module in model.modules():
@@ -31,7 +32,8 @@ class HalfCopies:
         vars(self).update(state)
         for weight, copy in self.copies.items():
             # a proxy, because copy and hook would keep each other for good
-            copy.register_post_accumulate_grad_hook(partial(HalfCopies._add_gradient, weakref.proxy(self), weight))
+            hook = partial(HalfCopies._add_gradient, weakref.proxy(self), weight)
+            copy.register_post_accumulate_grad_hook(hook)
 
     def _add_gradient(self, weight, copy):
         """Move the gradient of a copy, which is complete, to its weight. At the end of the backward, swap out."""
@@ -44,10 +46,11 @@ class HalfCopies:
             weight.grad = grad.float()
         else:
             weight.grad += grad
-        torch.autograd.Variable._execution_engine.queue_callback(self.swap_out)
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self.swap_out)
 
     def swap_in(self, *unused):
-        """Copy the weights, frozen or not, and let the modules compute with the copies. unused: what a forward hook is given."""
+        """Copy the weights, and what is frozen, and let the modules compute with the copies. unused: what a forward hook is given."""
         if self.are_in:
             return
         with torch.no_grad():

@@ -638,8 +638,7 @@ def test_a_fork_copies_a_bfloat16_replica(saved, device):
     assert steps_by(net, optimizer)
     with torch.no_grad():
         assert copied.response_logps(pack(PAIRS)).equal(first) and not net.response_logps(pack(PAIRS)).equal(first)
-    copied.reshard()
-    optimizer = fsdp.make_optimizer('AdamW', copied, 0.01, 0.0)
+    optimizer = fsdp.make_optimizer('AdamW', copied, 0.01, 0.0)  # of the weights, though copies are in
     assert steps_by(copied, optimizer) == {name for name, _ in copied.named_parameters()}
     alive = [weakref.ref(each) for model in (net, copied) for each in (model.half_copies, model.lm_head.weight)]
     del net, copied, optimizer
