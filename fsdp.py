@@ -14,7 +14,7 @@ from hf import lean, probe
 from hf.attention import set_attention
 from hf.half import HalfCopies, round_to_half
 from hf.parallel import tensor_parallel
-from hf.parts import blocks
+from hf.parts import blocks, core
 from hf.sharded import add_method, be_root, reshard
 from hf.ties import tie_as, ties
 from model import hidden_and_head, response_logps
@@ -118,7 +118,8 @@ def _replicate(model, device, tied, half):
         dist.broadcast(tensor.data, 0)
     if half and any(p.requires_grad for p in model.parameters()):
         model.half_copies = HalfCopies(model)
-        model.register_forward_pre_hook(model.half_copies.swap_in)
+        for each in {model, core(model)}:  # PEFT's wrapper, and the model in it, which generates
+            each.register_forward_pre_hook(model.half_copies.swap_in)
 
 
 def _distribute(model, loaded, device, half, cpu_offload):
@@ -184,6 +185,7 @@ def _fill(model, loaded, device, shard_device):
 
 def make_optimizer(name, model, lr, weight_decay):
     """Return AdamW, SGD, or RMSprop (of the original DPO code; half of AdamW's memory) over the trainable parameters."""
+    model.reshard()
     params = [p for p in model.parameters() if p.requires_grad]
     classes = {'AdamW': partial(torch.optim.AdamW, fused=True), 'RMSprop': RMSprop, 'SGD': torch.optim.SGD}
     return classes[name](params, lr=lr, weight_decay=weight_decay)

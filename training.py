@@ -194,6 +194,7 @@ class Run:
         if max_tokens == 'auto':
             per_token = self.bytes_per_token()
             self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, n_frozen)
+        policy.reshard()  # its parameters are weights again, of which somebody may make an optimizer
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
@@ -400,6 +401,7 @@ class Run:
         if not guard.stop_asked():
             self.logger.row('eval', seen, metrics)
             self.state['evaluated'] = seen
+        self.policy.reshard()  # its parameters are weights again, of which somebody may take a mean
         self.clock = time.perf_counter()  # log_step counts no time of evaluations
 
     # ---- the end ----

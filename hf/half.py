@@ -2,6 +2,7 @@
 
 FSDP does the same for a sharded model. On a single rank its hooks would only cost time: half of a step of a small model."""
 
+import weakref
 from functools import partial
 
 import torch
@@ -12,50 +13,59 @@ from hf.parts import blocks
 class HalfCopies:
     """The bfloat16 copies of a model's trained weights. swap_in() puts the copies into the modules, swap_out() the weights.
 
-    Backward adds the gradient of a copy to .grad of its weight, in float32, and frees it."""
+    Backward adds the gradient of a copy to .grad of its weight, in float32, frees it, and swaps out at its end: loops then see weights."""
 
     def __init__(self, model):
-        self.copies = {}  # weight -> its copy; a tied weight has one copy
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # weight -> its copy; a tied weight has one copy
+        self.copies = {weight: torch.nn.Parameter(weight.detach().bfloat16()) for weight in trained}
         self.places = []  # (parameters of a module by name, name, weight): where a weight is used
         self.are_in = False
         for module in model.modules():
             for name, weight in module._parameters.items():
-                if weight is None or not weight.requires_grad:
-                    continue
-                self.places.append((module._parameters, name, weight))
-                if weight not in self.copies:
-                    self.copies[weight] = torch.nn.Parameter(weight.detach().bfloat16())
-                    self.copies[weight].register_post_accumulate_grad_hook(partial(_add_gradient, weight))
+                if weight in self.copies:
+                    self.places.append((module._parameters, name, weight))
+        self.__setstate__({})
+
+    def __setstate__(self, state):
+        """Take state, of a deep copy, and let autograd call _add_gradient: hooks are not copied."""
+        vars(self).update(state)
+        for weight, copy in self.copies.items():
+            # a proxy, because copy and hook would keep each other for good
+            hook = partial(HalfCopies._add_gradient, weakref.proxy(self), weight)
+            copy.register_post_accumulate_grad_hook(hook)
+
+    def _add_gradient(self, weight, copy):
+        """Move the gradient of a copy, which is complete, to its weight. At the end of the backward, swap out."""
+        grad = copy.grad
+        copy.grad = None
+        has_hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+        if has_hooks:
+            weight.backward(grad.float())  # calls these hooks
+        elif weight.grad is None:
+            weight.grad = grad.float()
+        else:
+            weight.grad += grad
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self.swap_out)
 
     def swap_in(self, *unused):
-        """Copy the weights and let the modules compute with the copies. unused: what a forward hook is given."""
+        """Copy the weights, and what is frozen, and let the modules compute with the copies. unused: what a forward hook is given."""
         if self.are_in:
             return
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
         for parameters, name, weight in self.places:
-            parameters[name] = self.copies[weight]
+            parameters[name] = self.copies[weight].requires_grad_(weight.requires_grad)
         self.are_in = True
 
     def swap_out(self):
         """Let the modules have the weights again, as optimizer, checkpoints and export need them."""
+        if not self.are_in:
+            return
         self.are_in = False
         for parameters, name, weight in self.places:
-            parameters[name] = weight
-
-    def drop_gradients(self):
-        """Forget what a backward that ended in an error has not added to the weights."""
-        for copy in self.copies.values():
-            copy.grad = None
-
-
-def _add_gradient(weight, copy):
-    """Move the gradient of a copy to its weight. Autograd calls this as soon as the copy's gradient is complete."""
-    if weight.grad is None:
-        weight.grad = copy.grad.float()
-    else:
-        weight.grad += copy.grad
-    copy.grad = None
+            parameters[name] = weight.requires_grad_(self.copies[weight].requires_grad)
 
 
 def round_to_half(model):

@@ -5,6 +5,7 @@ A replica that trains in bfloat16 gathers nothing: where FSDP gathers weights, i
 import contextlib
 import types
 
+import torch
 import torch.distributed as dist
 
 from configurator import UserError
@@ -12,13 +13,12 @@ from configurator import UserError
 
 def add_method(model, function):
     """Make function(model, ...) a method of the model. FSDP gathers the root module's parameters for it, as it does for forward."""
-    copies = half_copies(model)
 
     def with_copies(model, *args, **options):
-        copies.swap_in()
+        model.half_copies.swap_in()
         return function(model, *args, **options)
 
-    setattr(model, function.__name__, types.MethodType(with_copies if copies else function, model))
+    setattr(model, function.__name__, types.MethodType(with_copies if half_copies(model) else function, model))
     if model in fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
 
@@ -34,21 +34,22 @@ def reshard(model):
 
 def abandon_backward(model):
     """Clear what a backward that ended in an error leaves behind. Otherwise later ones would give no gradients, or wrong ones."""
-    if copies := half_copies(model):
-        copies.drop_gradients()
     if fsdp_modules(model):
         # what FSDP runs at the end of a backward, and otherwise would not run again: it takes the broken one for unfinished
         model._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def check_trained(model, optimizer):
-    """Raise UserError where an optimizer trains what is no parameter of the model: it would be neither averaged over ranks nor saved."""
+    """Raise UserError where an optimizer trains what is no parameter of the model, neither averaged nor saved, or a weight in bfloat16."""
     model.reshard()
     own = set(map(id, model.parameters()))
     trained = [p for group in optimizer.param_groups for p in group['params']]
     if not own.issuperset(map(id, trained)):
         advice = 'let the function that load_policy() takes add it to the model'
         raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
+    if {p.dtype for p in trained} >= {torch.bfloat16, torch.float32}:
+        advice = 'freeze for a while after load_policy(), not in the function that it takes'
+        raise UserError('the optimizer trains bfloat16 weights beside float32: ' + advice)
 
 
 def fsdp_modules(model):

@@ -218,6 +218,25 @@ def test_loads_into_a_model_that_has_run(tmp_path):
     assert state['examples'] == 48 and optimizer.param_groups[0]['lr'] == 0.5
 
 
+def test_between_steps_a_policy_has_its_weights(tmp_path, monkeypatch):
+    """In bfloat16, where a forward shows copies: when somebody makes an optimizer, and takes a mean after an evaluation."""
+    seen = []
+
+    def spied(name):
+        inner = getattr(training.Run, name)
+
+        def call(self, *args, **options):
+            inner(self, *args, **options)
+            seen.append({p.dtype for p in self.policy.parameters()})
+
+        monkeypatch.setattr(training.Run, name, call)
+
+    spied('set_batching')
+    spied('evaluate')
+    run(tmp_path / 'run', '--dtype=bfloat16', '--max_tokens=400', script='sft.py')
+    assert len(seen) > 2 and set.union(*seen) == {torch.float32}
+
+
 def test_ranks_wait_for_one_that_works_alone():
     """In the group of training, and in that of the thread that writes."""
     ranks.setup()

@@ -3,10 +3,13 @@
 The other side of each comparison is a few lines here that know no packing: `dense_logps` and `plain_logps`. The models
 have two layers and random weights, large enough that a wrong mask, position, scale or soft cap shows in the first digits."""
 
+import copy
+import gc
 import inspect
 import json
 import math
 import types
+import weakref
 from functools import partial
 from unittest import mock
 
@@ -513,7 +516,7 @@ def test_bfloat16(name, saved, device):
 @pytest.mark.parametrize('rank', [None, 2])
 @pytest.mark.parametrize('checkpointing', [False, True, 'selective'])
 def test_replicas_in_bfloat16_compute_as_fsdp_does(saved, device, rank, checkpointing):
-    """Bit for bit. Their copies serve a whole step; after it, and beside what is frozen, there is float32 alone."""
+    """Bit for bit. After a backward, and beside what is frozen, there is float32 alone."""
 
     def adapted(empty=False):
         net = saved('llama', tie_word_embeddings=True)(empty=empty)
@@ -537,16 +540,118 @@ def test_replicas_in_bfloat16_compute_as_fsdp_does(saved, device, rank, checkpoi
     kinds = {(p.dtype, p.requires_grad) for p in replica.parameters()}
     frozen = {(torch.bfloat16, False)} if rank else set()
     assert kinds == {(torch.float32, True)} | frozen
-    # any forward swaps the copies in, a backward that ended in an error leaves nothing
+    # any forward swaps the copies in, of the model inside PEFT's wrapper, too, and a backward swaps them out
     attention.set_attention(replica, packed=False)
-    for forward, batch in ((replica, pack(PAIRS, pad=True).ids), (replica.response_logps, pack(PAIRS, pad=True))):
-        replica.reshard()
-        forward(batch)
+    forwards = (replica, parts.core(replica), lambda ids: replica.response_logps(pack(PAIRS, pad=True))[0])
+    for forward in forwards:
+        found = forward(pack(PAIRS, pad=True).ids)
         assert {p.dtype for p in replica.parameters()} == {torch.bfloat16}
-    last = [p for p in replica.parameters() if p.requires_grad][-1]
-    last.grad = torch.ones_like(last)
-    sharded.abandon_backward(replica)
-    assert all(p.grad is None for p in replica.parameters())
+        getattr(found, 'logits', found).sum().backward()
+        assert {(p.dtype, p.requires_grad) for p in replica.parameters()} == kinds
+        assert all(p.grad is not None for p in replica.parameters() if p.requires_grad)
+
+
+def fork(saved, device, rank=None, change=lambda net: None):
+    """A replica in bfloat16, and AdamW."""
+
+    def build(empty=False):
+        net = saved('llama')(empty=empty)
+        options = {'rank': rank, 'alpha': 4, 'dropout': 0.0, 'targets': None}
+        net = lora.adapt(net, None, options, empty=empty) if rank else net
+        change(net)
+        return net
+
+    net = fsdp.shard(build, device, dtype='bfloat16', mode='none')
+    return net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0)
+
+
+def steps_by(net, optimizer, own=None):
+    """Take a step, own() for the update, and return the names of weights that have changed."""
+    net.reshard()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.response_logps(pack(PAIRS))[0].square().mean().backward()
+    own() if own else fsdp.update(net, optimizer, 0.01, 1.0, 1.0)
+    net.reshard()
+    return {name for name, p in net.named_parameters() if not p.equal(before[name])}
+
+
+@pytest.mark.parametrize('are_in', [False, True])
+def test_a_fork_freezes_weights_of_a_bfloat16_replica(are_in, saved, device):
+    """Of weights or copies, whichever it finds, and it may train them again. PEFT's disable_adapter freezes, too."""
+    net, optimizer = fork(saved, device)
+    every = {name for name, _ in net.named_parameters()}
+    first = {name for name in every if 'layers.0' in name}
+    for wanted, expected in ((False, every - first), (True, every)):
+        if are_in:
+            net.response_logps(pack(PAIRS))
+        for name in first:
+            net.get_parameter(name).requires_grad = wanted
+        assert steps_by(net, optimizer) == steps_by(net, optimizer) == expected
+    adapted, optimizer = fork(saved, device, rank=2)
+    with adapted.disable_adapter(), torch.no_grad():
+        adapted.response_logps(pack(PAIRS))
+    trained = steps_by(adapted, optimizer) | steps_by(adapted, optimizer)
+    assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad} != set()
+
+
+def test_a_fork_steps_a_bfloat16_replica_by_itself(saved, device):
+    """Without fsdp.update: gradients are with the weights after backward, and the next forward takes new weights."""
+    net, optimizer = fork(saved, device)
+    twin, known = fork(saved, device)
+
+    def own():
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        net.zero_grad()
+
+    for _ in range(3):
+        net.response_logps(pack(PAIRS))[0].square().mean().backward()
+        own()
+        steps_by(twin, known)
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert_close(p, q, 1e-5)
+
+
+@pytest.mark.parametrize('kind', ['register_hook', 'register_post_accumulate_grad_hook'])
+def test_a_fork_hooks_gradients_of_a_bfloat16_replica(kind, saved, device):
+    net, _ = fork(saved, device)
+    seen = []
+    for p in net.parameters():
+        hook = {
+            'register_hook': lambda g: seen.append(g) or 0 * g,
+            'register_post_accumulate_grad_hook': lambda p: seen.append(p.grad),
+        }[kind]
+        getattr(p, kind)(hook)
+    expected = same_grads(fork(saved, device)[0], pack(PAIRS))[1]
+    found = same_grads(net, pack(PAIRS))[1]
+    assert {x.dtype for x in seen} == {torch.float32} and len(seen) == len(found)
+    assert all(g.equal(0 * expected[name] if kind == 'register_hook' else expected[name]) for name, g in found.items())
+
+
+def test_a_fork_copies_a_bfloat16_replica(saved, device):
+    """As a reference it computes the same, and stays where it is; it may also train. Neither is kept for good."""
+    net, optimizer = fork(saved, device)
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        first = net.response_logps(pack(PAIRS))
+        assert copied.response_logps(pack(PAIRS)).equal(first)
+    assert steps_by(net, optimizer)
+    with torch.no_grad():
+        assert copied.response_logps(pack(PAIRS)).equal(first) and not net.response_logps(pack(PAIRS)).equal(first)
+    optimizer = fsdp.make_optimizer('AdamW', copied, 0.01, 0.0)  # of the weights, though copies are in
+    assert steps_by(copied, optimizer) == {name for name, _ in copied.named_parameters()}
+    alive = [weakref.ref(each) for model in (net, copied) for each in (model.half_copies, model.lm_head.weight)]
+    del net, copied, optimizer
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 4
+
+
+def test_what_was_loaded_frozen_does_not_train_in_bfloat16(saved, device):
+    net, _ = fork(saved, device, change=lambda net: net.model.layers[0].requires_grad_(False))
+    sharded.check_trained(net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0))
+    net.requires_grad_(True)
+    with pytest.raises(UserError, match='trains bfloat16 weights beside float32'):
+        sharded.check_trained(net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0))
 
 
 SIZES = {'vocab_size': VOCAB, 'd_model': 16, 'num_layers': 2, 'attention_heads': 4, 'ffn_dim': 24, **NONE}
