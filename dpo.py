@@ -271,6 +271,7 @@ def check_first_step():
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
     metrics.say_first_step(objective, columns, found)
+    run.policy.reshard()  # its parameters are weights again, of which somebody may take a mean
 
 
 run.start(loss)

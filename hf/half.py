@@ -57,6 +57,7 @@ class HalfCopies:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
         for parameters, name, weight in self.places:
             parameters[name] = self.copies[weight].requires_grad_(weight.requires_grad)
+        self.trained = {weight: weight.requires_grad for weight in self.copies}
         self.are_in = True
 
     def swap_out(self):
@@ -65,7 +66,11 @@ class HalfCopies:
             return
         self.are_in = False
         for parameters, name, weight in self.places:
-            parameters[name] = weight.requires_grad_(self.copies[weight].requires_grad)
+            parameters[name] = weight
+        # what has been frozen meanwhile, by way of a copy, stays so; of weights frozen by themselves the copies know nothing
+        for weight, copy in self.copies.items():
+            if copy.requires_grad != self.trained[weight]:
+                weight.requires_grad_(copy.requires_grad)
 
 
 def round_to_half(model):

@@ -53,8 +53,10 @@ def _live_tensors(model, optimizer):
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
     tensors = {}
+    # also what was trained and then frozen
+    trained = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
+        if p not in trained:
             continue
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
@@ -240,8 +242,9 @@ def load(folder, model, optimizer):
     of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
     # have the optimizer allocate its state tensors, which it does in its first step; what that does to the weights is overwritten
     model.reshard()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -193,6 +193,11 @@ def _files_below(folder):
         visible = [Path(place, name) for name in (*folders, *names) if not name.startswith('.')]
         folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
         found += visible
+    broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
+    if broken:
+        say_once(
+            f'note: left out, since they are links to nothing: {len(broken)} files of {folder}, such as {broken[0]}'
+        )
     return found
 
 

@@ -30,7 +30,8 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
-ABOUT = 'context history options choices article passage starter_code chat_history conversation_history previous_messages'.split()
+ABOUT = ('context history options choices article passage starter_code chat_history conversation_history dialogue_history '
+         'dialog_history previous_messages').split()
 # columns that are each one of a question's options: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
@@ -528,7 +529,7 @@ def read_compared(row, task):
         elif named and task != 'prompts':
             # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
             doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
-            raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]} or {columns[1]} there')
+            raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]}, {columns[1]} or tie there')
         elif task == 'prompts' or re.fullmatch(no_winner, verdict):
             lead = 0
         else:

@@ -276,6 +276,25 @@ def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
     assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
 
 
+def test_weights_that_were_trained_and_then_frozen_are_in_a_checkpoint(tmp_path):
+    ranks.setup()
+    weights = []
+    for is_first in (True, False):
+        net = torch.nn.ModuleDict({'a': torch.nn.Linear(2, 2), 'b': torch.nn.Linear(2, 2)})
+        net.shard_mode, net.reshard = 'none', lambda: None
+        optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
+        if is_first:
+            net['b'](net['a'](torch.ones(2))).sum().backward()
+            optimizer.step()
+            net['a'].requires_grad_(False)
+            checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
+            checkpoint.wait()
+        else:
+            checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
+        weights.append([p.tolist() for p in net.parameters()])
+    assert weights[0] == weights[1]
+
+
 # ---- a full disk ----
 
 

@@ -194,13 +194,17 @@ def test_home_and_patterns(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
-def test_a_folder_as_the_hub_has_it(tmp_path, held_out):
+def test_a_folder_as_the_hub_has_it(tmp_path, held_out, capsys):
     write(tmp_path, {f'data/train-0000{i}-of-00002': ROWS[i::2] for i in range(2)}, '.parquet')
     assert divided(write(tmp_path, {'notes': [{'response': 'no data'}]}))
     write(tmp_path, {f'data/{held_out}-00000-of-00001': ROWS[:3]}, '.parquet')
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2] and answers(str(tmp_path), 'test') == ALL[:3]
     assert divided(f'{tmp_path}[train]') is False and divided(str(tmp_path / 'data/train*'))
     assert answers(f'{tmp_path}[{held_out}]', undivided=True) == ALL[:3]
+    # shards that git-annex has not fetched
+    (tmp_path / 'data/train-00002-of-00003.parquet').symlink_to('not fetched')
+    assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2]
+    assert 'links to nothing: 1 files of' in capsys.readouterr().out
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 

@@ -579,7 +579,8 @@ def steps_by(net, optimizer, own=None):
 def test_a_fork_freezes_weights_of_a_bfloat16_replica(are_in, saved, device):
     """Of weights or copies, whichever it finds, and it may train them again. PEFT's disable_adapter freezes, too."""
     net, optimizer = fork(saved, device)
-    every = {name for name, _ in net.named_parameters()}
+    weights = dict(net.named_parameters())
+    every = set(weights)
     first = {name for name in every if 'layers.0' in name}
     for wanted, expected in ((False, every - first), (True, every)):
         if are_in:
@@ -587,6 +588,11 @@ def test_a_fork_freezes_weights_of_a_bfloat16_replica(are_in, saved, device):
         for name in first:
             net.get_parameter(name).requires_grad = wanted
         assert steps_by(net, optimizer) == steps_by(net, optimizer) == expected
+    # or the weights themselves, while copies are in their places
+    net.response_logps(pack(PAIRS))
+    for name in first:
+        weights[name].requires_grad = False
+    assert steps_by(net, optimizer) == steps_by(net, optimizer) == every - first
     adapted, optimizer = fork(saved, device, rank=2)
     with adapted.disable_adapter(), torch.no_grad():
         adapted.response_logps(pack(PAIRS))

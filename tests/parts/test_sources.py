@@ -489,7 +489,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
-        ('chat_history', {'question': 'q', 'chat_history': [['a', 'b']], 'answer': 'a'}), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
+        *((name, {'question': 'q', name: [['a', 'b']], 'answer': 'a'}) for name in ('chat_history', 'dialogue_history', 'dialog_history')), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
@@ -594,7 +594,7 @@ def test_a_verdict_that_makes_others_doubtful_is_not_left_out_alone(tmp_path, sk
     """0 beside response_1 and response_2: half of the pairs would be upside down if only the rows with 0 went."""
     answers = {'prompt': 'q', 'response_1': 'a', 'response_2': 'b'}
     path = write(tmp_path / 'data.jsonl', [answers | {'winner': winner} for winner in (1, 1, 0, 1)])
-    with pytest.raises(UserError, match="line 3: '0' is no number of .*: write response_1 or response_2 there"):
+    with pytest.raises(UserError, match="line 3: '0' is no number of .*: write response_1, response_2 or tie there"):
         load(path, skip_bad_rows=skip)
 
 
