@@ -58,7 +58,7 @@ def recorded(out_dir):
         script = Path(record.get('command', [''])[0]).name
         run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{file} is damaged: choose another --out_dir, or delete it') from None
+        raise UserError(f'{file} is damaged, or not of a run: choose another --out_dir') from None
     other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
     return run if other_files else None
 
@@ -327,7 +327,7 @@ def warmup_steps(config, n_steps):
         say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: {never}')
     if not is_default or wanted <= tenth:
         return wanted
-    say(f'note: {tenth or "no"} steps of warm-up, a tenth of this short run: --warmup_steps={wanted} for more')
+    say(f'note: warm-up takes {tenth} of {n_steps} steps, a tenth of this short run, in place of warmup_steps={wanted}')
     return tenth
 
 
