@@ -1,6 +1,6 @@
 """A whole model on every rank that trains in bfloat16: float32 weights for the optimizer, bfloat16 copies for forward and backward.
 
-FSDP does the same for a sharded model. On a single rank its hooks would only cost time: half of a step of a small model."""
+FSDP does the same for a sharded model. On a single rank its hooks would only cost time."""
 
 import weakref
 from functools import partial
@@ -13,7 +13,8 @@ from hf.parts import blocks
 class HalfCopies:
     """The bfloat16 copies of a model's trained weights. swap_in() puts the copies into the modules, swap_out() the weights.
 
-    Backward adds the gradient of a copy to .grad of its weight, in float32, frees it, and swaps out at its end: loops then see weights."""
+    Backward adds the gradient of a copy to .grad of its weight, in float32, and frees it. At its end it swaps out, so that
+    between backward and the next forward the model has weights."""
 
     def __init__(self, model):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -50,14 +51,14 @@ class HalfCopies:
         engine.queue_callback(self.swap_out)
 
     def swap_in(self, *unused):
-        """Copy the weights, and what is frozen, and let the modules compute with the copies. unused: what a forward hook is given."""
+        """Update the copies, also in requires_grad, and let the modules compute with them. unused: a forward hook's arguments."""
         if self.are_in:
             return
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
         for parameters, name, weight in self.places:
             parameters[name] = self.copies[weight].requires_grad_(weight.requires_grad)
-        self.trained = {weight: weight.requires_grad for weight in self.copies}
+        self.required_grad = {weight: weight.requires_grad for weight in self.copies}
         self.are_in = True
 
     def swap_out(self):
@@ -69,7 +70,7 @@ class HalfCopies:
             parameters[name] = weight
         # what has been frozen meanwhile, by way of a copy, stays so; of weights frozen by themselves the copies know nothing
         for weight, copy in self.copies.items():
-            if copy.requires_grad != self.trained[weight]:
+            if copy.requires_grad != self.required_grad[weight]:
                 weight.requires_grad_(copy.requires_grad)
 
 
