@@ -94,9 +94,6 @@ def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
     return [prompt_text, *texts]
 
 
-# ---- special tokens in the data ----
-
-
 class Special(NamedTuple):
     """A tokenizer's special tokens, as regular expressions."""
 
@@ -156,12 +153,11 @@ def _special_in(tokenizer, *_keys_of_cache):
 
 
 def _mark_texts(prompt, answers, special, left_out):
-    """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
-
-    Nothing is marked in texts that a chat template has written: their special tokens are meant as tokens."""
+    """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end."""
     bos = special.bos if prompt.startswith(special.bos) else ''
     prompt_body = prompt.removeprefix(bos)
-    # a template has written them if the prompt (the first answer if it is empty) begins or ends with a special token
+    # a template has written texts whose prompt (or first answer, if it is empty) begins or ends with a special token: theirs
+    # are meant as tokens
     begins_special = special.any.match(prompt_body or ''.join(answers[:1]))
     ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', prompt_body)
     is_formatted = bool(begins_special or ends_special)
@@ -193,9 +189,6 @@ def marked(chat, special, left_out):
     return turns
 
 
-# ---- the chat template ----
-
-
 def template_of(tokenizer, tools=None):
     """Return the source of the chat template for a chat with these tools, or PLAIN_CHAT. Raises UserError."""
     if not tokenizer.chat_template:
@@ -208,8 +201,7 @@ def template_of(tokenizer, tools=None):
     if isinstance(template, str) and len(template) <= TEMPLATE_LENGTH:
         return template
     expected = f'a text of at most {TEMPLATE_LENGTH:,} characters, or several with one of the name default'
-    text = str(template)
-    found = f'{type(template).__name__} of {len(text):,} characters, {text[:60]!r}'
+    found = f'{type(template).__name__} of {len(str(template)):,} characters, {str(template)[:60]!r}'
     raise UserError(f"the tokenizer's chat template is not {expected}, but {found}: mend it in the model folder")
 
 
@@ -244,9 +236,8 @@ def _limits():
 
 
 def write(chat, tools, tokenizer, **options):
-    """Return a chat as text, written by the chat template. options: for apply_chat_template.
-
-    Raises Refused if the template cannot write this chat, and UserError if it can write none, or exceeds a limit."""
+    """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the template
+    cannot write this chat, and UserError if it can write none, or exceeds a limit."""
     template = template_of(tokenizer, tools)
     options |= {'tools': tools, 'chat_template': template, 'tokenize': False}
     text = _apply_template(chat, tokenizer, options)
@@ -329,16 +320,15 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
-    """Count in left_out what the template does not write: contents, other fields of messages, and tools.
-
-    text: what write_again(turns, tools) returns. A field is unwritten if the text without it is the same."""
+    """Count in left_out what the template does not write: contents, other fields of messages, and tools. text: what
+    write_again(turns, tools) returns."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += num_changed
     tools_unwritten = bool(tools) and write_again(turns, None) == text
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
-        """Return whether the text is the same without this field of the turns at these indices."""
+        """Return whether the text is the same without this field of the turns at these indices: it is not written."""
         reduced = [dict(turn) for turn in turns]
         for i in indices:
             del reduced[i][name]
@@ -361,8 +351,7 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 def encode_texts(texts, tokenizer, before=None):
     """Return the token ids of each text, without BOS and EOS; what stands between marks is encoded as ordinary text.
 
-    before: the texts that they continue ('': none), or None if they continue none. It matters only to a tokenizer that puts
-    a space before every text: none belongs there."""
+    before: the texts that they continue ('': none): a tokenizer that puts a space before every text must not put one there."""
     if before is None or not puts_space(tokenizer):
         return _encode_all(texts, tokenizer)
     # a text's ids are those of the whole (the text before it, and the text) without those of the text before it
@@ -389,9 +378,7 @@ def puts_space(tokenizer):
 
 
 def decode_answer(ids, prompt_ids, tokenizer, **options):
-    """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning.
-
-    options: for tokenizer.decode."""
+    """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning."""
     if not puts_space(tokenizer):
         return tokenizer.decode(ids, **options)
     prompt = tokenizer.decode(prompt_ids, **options)
@@ -433,9 +420,8 @@ def _encode_marked(text, tokenizer, at_start=True):
 
 
 def _encode_piece(text, tokenizer, as_text, at_start=False):
-    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text.
-
-    at_start: allow the space that some tokenizers add at the start of a text."""
+    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text. at_start:
+    allow the space that some tokenizers add at the start of a text."""
     if not at_start:
         # encode the piece after a newline, then remove the newline's ids, unless the tokenizer merged it with the text
         newline = _encode_piece('\n', tokenizer, as_text, at_start=True)

@@ -98,8 +98,6 @@ class LeftOut(Exception):
 # columns: a frozenset of the columns that a row must have
 Layout = namedtuple('Layout', 'name columns read')
 
-# ---- any row ----
-
 
 def each(rows, read):
     """Yield (row, read(row)) for every row; (row, ValueError) if it is invalid, (row, [{'drop': reason}]) if it is left out."""
@@ -174,8 +172,7 @@ def layout_of(row):
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
 
-    columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
-    "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
+    columns: {our name: column of the row}; if given, only these are read. Raises ValueError."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
     # Prompt -> prompt, 'Response A' -> response_a (KNOWN: names with a meaning), unless two columns would get one name
@@ -188,6 +185,7 @@ def unified(row, columns=None):
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
+    # nulls stay where they mean "not labelled" or "no winner"
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
     for name in row:
         if messages.MEDIA.fullmatch(name) and row[name]:
@@ -301,7 +299,6 @@ def first_of(names, row):
 
 def prompt_of(row, given_answer=None):
     """Return the prompt of a row: a list of messages, or text for the answer to continue. Raises ValueError if it has none.
-
     given_answer: an answer, text or chat, that may include its question: a row without a column for it then gives None."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
     if chat_column and column != 'prompt':
@@ -354,7 +351,6 @@ def _ends_with(prompt, given_answer):
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     """Raise ValueError if another column than `column`, which the messages `turns` are from, asks what is not in them.
-
     names: columns whose whole content must be in them. texts_in: columns that may also hold names or numbers."""
     text = '\n'.join(turn['content'] for turn in turns)
     found = []  # (column, its texts); a column may be in names and in texts_in
@@ -383,10 +379,8 @@ def is_history(value):
 
 
 def example_of(row, columns):
-    """Return the example of a row: {'prompt', and every key of columns}. Raises ValueError, and LeftOut.
-
-    columns: {'chosen', 'rejected' or 'response': its column}. All are texts or all are chats; only behind a chat in the
-    column 'prompt' text answers stay texts."""
+    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in the
+    column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': its column}."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt
@@ -418,9 +412,8 @@ def example_of(row, columns):
 
 
 def _take_off_question(prompt, answers):
-    """Return (prompt, answers, {'repeats': bool}): text answers {key: text} without the question if all begin with it.
-
-    An empty question gives {} in place of {'repeats'}. Raises ValueError if only one answer begins with the question."""
+    """Return (prompt, answers, {'repeats': whether all answers began with the question, which was then taken off}). answers:
+    {key: text}. An empty question gives {}. Raises ValueError if only one answer begins with it."""
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     if not question:
         return prompt, answers, {}
@@ -435,8 +428,7 @@ def _take_off_question(prompt, answers):
 
 
 def _example_of_chats(prompt, answers):
-    """Return the example of answers that are chats, {'chosen', 'rejected' or 'response': chat}: each continues the prompt
-    (text, chat or None) or repeats it. Raises ValueError, and LeftOut."""
+    """Return the example of answers {key: chat}: each continues the prompt (text, chat or None) or repeats it."""
     if not all(answers.values()):
         raise LeftOut('empty answers')
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
@@ -471,11 +463,11 @@ def _joined(prompt, chat):
 
 
 def _split_off_prompt(row, answers):
-    """Return the example of two texts, {'chosen', 'rejected'}, that begin with the prompt: each is split at its last turn
-    marker. Raises ValueError if there is none, or if a column such as 'prompts' may be the prompt."""
+    """Return the example of two texts that begin with the prompt: each is split at its last turn marker. Raises ValueError."""
     if len(answers) == 1:
         raise ValueError("'prompt' is missing")
     chosen, rejected = answers.values()
+    # a column such as 'prompts' may be the prompt
     for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
         text = str(row[name]).strip()
         if len(text.split()) > 2 and text not in chosen:
@@ -700,9 +692,8 @@ def read_scored(row, task):
 
 
 def rank_groups(rows, task, read):
-    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
-
-    read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
+    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together. read(row) returns
+    (prompt, [(score, answer)])."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
         # a ValueError or [{'drop': reason}] that each() gives in place of what read() returns, a tuple
@@ -712,6 +703,7 @@ def rank_groups(rows, task, read):
         prompt, scored = found
         _, _, all_scored = groups.setdefault(json.dumps(prompt), (row, prompt, []))
         all_scored += [pair for pair in scored if pair not in all_scored]
+    # the examples of a group come with its first row
     for row, prompt, all_scored in groups.values():
         yield row, rank_answers(prompt, all_scored, task)
 
@@ -747,9 +739,8 @@ def read_rated(rows, task):
 
 
 def read_trees(rows, task, language=None):
-    """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
-
-    The prompt is the conversation above. language: read only messages in this language; None: all."""
+    """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen, to the
+    conversation above them. language: read only messages in this language; None: all."""
     rows = list(rows)
     by_id = {str(row.get('message_id')): row for row in rows}
     # [parent, language, rank] as text -> row; as text, since a bad row may have lists there
@@ -948,10 +939,7 @@ def read_turns(row, task):
     """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
     _check_no_answer(row, task)
     turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
-    texts = []
-    for turn in turns:
-        is_object = isinstance(turn, dict) and turn.keys() == {'content'}
-        texts.append(turn['content'] if is_object else turn)
+    texts = [turn['content'] if isinstance(turn, dict) and turn.keys() == {'content'} else turn for turn in turns]
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
     # only the first is a prompt: the later ones need answers to it
@@ -961,9 +949,8 @@ def read_turns(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different.
-
-    A category or an id has fewer than four words, or the same ones in many rows. layout: its own columns are read."""
+    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different. (A category or
+    an id has fewer than four words, or the same ones in many rows.) The columns of `layout` are read."""
     found = defaultdict(set)  # column -> its different texts
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:

@@ -45,9 +45,6 @@ class BadValue(ValueError):
     """Raised for a value that cannot be read, where the columns are known and it is no use to name others."""
 
 
-# ---- fields of a row ----
-
-
 def field(row, key, kind=str):
     """Return row[key], of the type kind. Raises ValueError if it is missing, and BadValue (a ValueError) if it is of another
     type, longer than LONGEST, no finite number, or cannot be encoded as UTF-8."""
@@ -101,9 +98,8 @@ def no_answer_error(key, last_role):
 
 
 def read_message(turn):
-    """Return a copy of a message as {'role', 'content', other fields}, without nulls. Raises ValueError.
-
-    The role is one of ROLES, or one that the chat template may know. An answer that is not to be trained on has 'weight': 0."""
+    """Return a copy of a message as {'role', 'content', other fields}; only an answer that is not to be trained on has a
+    'weight', 0. Raises ValueError."""
     if not isinstance(turn, dict):
         raise BadValue('a message is no object with a role and content')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
@@ -165,13 +161,9 @@ def are_texts(value, count=None):
     return all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
-# ---- forms of a chat ----
-
-
 def as_messages(value, must_be_chat=False):
-    """Return a chat in any form as a list of messages for read_message(); other values unchanged.
-
-    must_be_chat: the column is known to hold chats, so that a list of texts is one, too, or of questions with answers."""
+    """Return a chat in any form as a list of messages for read_message(); other values unchanged. must_be_chat: the column is
+    known to hold chats, so that a list of texts is one, too, or of questions with answers."""
     if isinstance(value, str):
         value = _parse_chat(value, any_list=must_be_chat)
     if isinstance(value, dict) and value.keys() == {'messages'}:
@@ -202,7 +194,6 @@ def as_messages(value, must_be_chat=False):
 
 def _parse_chat(text, any_list):
     """Return the messages that a text holds in JSON or as a Python literal, or its list of strings; other text unchanged.
-
     any_list: try each text that begins with a bracket, not only those that begin with a message."""
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
         return text
@@ -221,9 +212,6 @@ def parse_literal(text):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(source.strip())
     return None
-
-
-# ---- texts, messages and chats ----
 
 
 def ask(text):
@@ -261,9 +249,8 @@ def alternating(texts):
 
 
 def split_dialogue(text, turn_pattern):
-    """Return the messages of a dialogue in one text, from its first marker on. turn_pattern: regular expression of the
-    markers that begin a turn; its only group is the speaker."""
-    # [text before, speaker, text, speaker, text, ...]
+    """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
+    # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
     roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
@@ -301,13 +288,13 @@ def as_chats(example, system=None):
 
 
 def instruction(prompt):
-    """Return a prompt, in Anthropic's format or messages, as AlpacaEval's instruction: a single question's text, or the whole
-    dialogue as text. A system message is left out."""
+    """Return a prompt, a text or messages, as AlpacaEval's instruction: its only question, or the whole dialogue as text."""
     if isinstance(prompt, str):
         text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
         # ask() gives the prompt back
         is_single_question = ask(text) == prompt and ASSISTANT not in text
         return text if is_single_question else prompt
+    # a system message is left out
     turns = [turn for turn in prompt if turn['role'] != 'system']
     if len(turns) == 1:
         return turns[0]['content']

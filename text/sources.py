@@ -186,9 +186,7 @@ def locate(source):
 
 
 def fingerprint(source):
-    """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit.
-
-    Raises UserError if a file cannot be read."""
+    """Return a hash of a source's name and content, or None for hub data without a commit. Raises UserError."""
     _, path, hub_id = locate(source)
     # toy.py always generates the same rows
     content = 'generated' if source == 'toy' else None
@@ -213,13 +211,9 @@ def nothing_left(source, split, left_out):
     return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
 
 
-# ---- from rows to examples ----
-
-
 def _parsed(rows, parse, task, columns):
-    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
-
-    parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
+    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError. parse: a function of one row, a
+    Layout, or None to detect the layout. columns: the option --columns, which replaces parse."""
     if parse is None or columns:
         column_of = _parse_option(columns)
         rows = iter(rows)
@@ -277,7 +271,6 @@ def describe(source):
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
-
     parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_valid = False
     for row, examples in parsed_rows:
@@ -310,9 +303,8 @@ def _is_example(example):
 
 
 def _refusal(row, error, any_valid, following, source):
-    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout.
-
-    any_valid: whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid: whether
+    an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'
@@ -366,9 +358,6 @@ def _columns(row):
         named.append(f'{str(key)[:24]!r} ({kind})')
     more = f' and {len(row) - 9} more' if len(row) > 9 else ''
     return ', '.join(named) + more or 'no columns'
-
-
-# ---- datasets ----
 
 
 class HubDataset(NamedTuple):
@@ -449,8 +438,7 @@ def get_toy(split, path=None):
     """Return (rows, parse) of the pairs that toy.py generates."""
     if path:
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
-    rows = toy.pairs(split, 6000 if split == 'train' else 600)
-    return rows, lambda row: [dict(row)]
+    return toy.pairs(split, 6000 if split == 'train' else 600), lambda row: [dict(row)]
 
 
 def get_alpaca_eval(split, path=None):

@@ -20,9 +20,8 @@ def marks_answers(tokenizer, tools):
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
 
-    Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
-    tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. left_out: Counter of reasons, updated.
-    Raises chat.Refused."""
+    Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Raises Refused.
+    turns: messages; answers of weight 0 are context. left_out: Counter of reasons, updated. See chat.py for marks."""
     special = chat.special_of(tokenizer)
     if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
@@ -82,9 +81,8 @@ def _spans_by_marks(turns, tools, tokenizer):
 
 
 def _span(turns, i, tools, full_text, write, stop):
-    """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown.
-
-    write(turns, tools) returns a conversation's text. stop: a pattern of the end of turn."""
+    """Return (start, end) of the answer turns[i] in full_text = write(turns, tools), with its end of turn, a match of the
+    pattern `stop`; None if it is not found."""
     prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):
