@@ -652,9 +652,9 @@ def rank_answers(prompt, scored, task):
 def read_stack_exchange(row, task):
     """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
     scored = []
-    for found in field(row, 'answers', list):
-        score = field(found, 'pm_score', NUMBER)
-        text = messages.strip_html(field(found, 'text'))
+    for item in field(row, 'answers', list):
+        score = field(item, 'pm_score', NUMBER)
+        text = messages.strip_html(field(item, 'text'))
         scored.append((score, answer(text)))
     question = messages.strip_html(field(row, 'question'))
     return rank_answers(ask(question), scored, task)
@@ -663,16 +663,16 @@ def read_stack_exchange(row, task):
 def read_nectar(row, task):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
     answers = field(row, 'answers', list)
-    scored = [(-field(found, 'rank', NUMBER), answer(field(found, 'answer'))) for found in answers]
+    scored = [(-field(item, 'rank', NUMBER), answer(field(item, 'answer'))) for item in answers]
     return rank_answers(field(row, 'prompt').rstrip(), scored, task)
 
 
 def read_completions(row, task):
     """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
-    for found in field(row, 'completions', list):
-        score_name = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
-        scored.append((field(found, score_name, NUMBER), said(field(found, 'response'))))
+    for item in field(row, 'completions', list):
+        score_name = 'overall_score' if item.get('fine-grained_score') is None else 'fine-grained_score'
+        scored.append((field(item, score_name, NUMBER), said(field(item, 'response'))))
     return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
@@ -961,11 +961,9 @@ def unread_texts(rows, layout):
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
             texts = _texts_in(value, min_words=4)
-            is_shown = not shown.isdisjoint(texts)
-            # a text is also shown if an example has it in it, or if it is the whole row: has an example's text in it
-            for text in texts[:5]:
-                is_shown = is_shown or any(text in part or part in text for part in shown)
-            if not is_shown:
+            # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
+            is_part = any(text in part or part in text for text in texts[:5] for part in shown)
+            if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
     return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
 

@@ -33,7 +33,7 @@ from text.readers import Row, read_rows
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 TEXT = str | list  # a list of messages
-KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
+TYPES = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
@@ -297,9 +297,9 @@ def _is_example(example):
     """Return whether a value that parse() gave is an example as this file's docstring describes them."""
     if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
         return False
-    names = KINDS.keys() & example.keys()  # KINDS: field -> type
+    known = TYPES.keys() & example.keys()
     is_label_valid = example.get('good', True) in (True, False)  # 1 and 0, too
-    return is_label_valid and all(isinstance(example[name], KINDS[name]) for name in names)
+    return is_label_valid and all(isinstance(example[name], TYPES[name]) for name in known)
 
 
 def _refusal(row, error, any_valid, following, source):
