@@ -56,7 +56,7 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
 
 
 def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
-    """Do what render() does with chats: an answer is what the template writes after the prompt."""
+    """Return what render() returns, of chats: the prompt as the template writes it, and of an answer what it writes behind that."""
     # if only some are chats, texts become messages
     prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
     answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
@@ -207,10 +207,10 @@ def template_of(tokenizer, tools=None):
 
 @contextlib.contextmanager
 def _limits():
-    """Raise OutOfTime or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
-    outside the main thread, where signals cannot be handled, and outside Linux."""
+    """Raise OutOfTime or MemoryError in the body if it exceeds the CPU time or memory of a chat template."""
     memory_use = Path('/proc/self/statm')
     in_main_thread = threading.current_thread() is threading.main_thread()
+    # no limits outside the main thread, where signals cannot be handled, and outside Linux
     if not in_main_thread or not memory_use.exists():
         yield
         return
@@ -219,12 +219,13 @@ def _limits():
         raise OutOfTime
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    # the first number is the size of the address space in pages
+    # the template may add TEMPLATE_BYTES to the address space, whose size in pages is the first number
     num_pages = int(memory_use.read_text().split()[0])
     allowed = num_pages * resource.getpagesize() + TEMPLATE_BYTES
     if soft != resource.RLIM_INFINITY:
         allowed = min(allowed, soft)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    # the virtual timer counts CPU time
     old_handler = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
@@ -271,8 +272,8 @@ def _apply_template(chat, tokenizer, options):
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         # no row can be written then
         if any(kind.__name__ == 'TemplateSyntaxError' for kind in type(error).__mro__):
-            wrong = f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}'
-            raise UserError(f'{wrong}: {reason}') from None
+            name, line = tokenizer.name_or_path, error.lineno
+            raise UserError(f'the chat template of {name!r} has a mistake in line {line}: {reason}') from None
         raise Refused(f'the chat template refuses an example: {reason}') from None
 
 

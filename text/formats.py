@@ -141,7 +141,7 @@ def _completed(example, row):
         example['tools'] = field(row, 'tools', list)
     if not row.get('system'):
         return example
-    # a prompt that a chat template has already formatted may contain the system message
+    # a prompt that a chat template has already written may contain the system message
     system = field(row, 'system')
     text = prompt if isinstance(prompt, str) else ''
     if text.endswith(TURN_MARKERS) and system.strip() in text:
@@ -191,6 +191,7 @@ def unified(row, columns=None):
         if messages.MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
+    # in place
     _find_chat(row)
     _unpack(row)
     _parse_tools(row)
@@ -472,7 +473,7 @@ def _split_off_prompt(row, answers):
         text = str(row[name]).strip()
         if len(text.split()) > 2 and text not in chosen:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
-    # HH has ASSISTANT in both answers, even if the prompts before it differ (see below)
+    # HH has ASSISTANT in both texts, even if the prompts before it differ
     common = os.path.commonprefix([chosen, rejected])
     marker = ASSISTANT if ASSISTANT in chosen else first_of(TURN_MARKERS, common)
     if marker is None:
@@ -480,7 +481,7 @@ def _split_off_prompt(row, answers):
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
     prompt, _, chosen = chosen.rpartition(marker)
     rejected_prompt, _, rejected = rejected.rpartition(marker)
-    # about 1 in 900 pairs of HH
+    # so do about 1 in 900 pairs of HH
     if prompt != rejected_prompt:
         raise LeftOut(DIFFERENT)
     return {'prompt': prompt + marker, 'chosen': chosen, 'rejected': rejected}
@@ -567,12 +568,13 @@ def _lead_by_name(row, verdict_column, columns, task):
 def read_votes(row, task):
     """Read LMSYS's votes: questions, answers of model A and of model B, each a list (or its JSON, or one text), and a 1 in
     'winner_model_a' or 'winner_model_b'."""
-    texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    lists = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in texts]
-    texts = [[value] if isinstance(value, str) else value for value in lists]
-    if not all(map(are_texts, texts)):
+    values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
+    values = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in values]
+    lists = [[value] if isinstance(value, str) else value for value in values]
+    # an answer may be null
+    if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
-    questions, *answers_of_sides = texts
+    questions, *answers_of_sides = lists
     comparison = {'winner': ''}  # '' stays for a tie
     for side, answers in zip('ab', answers_of_sides, strict=True):
         exchanges = zip(questions, answers, strict=False)

@@ -119,8 +119,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
     its_files = splits[chosen] if path else None  # None: read_rows downloads them
-    rows = read_rows(hub_id, chosen, its_files, name=config)
-    return rows, None, test is None
+    return read_rows(hub_id, chosen, its_files, name=config), None, test is None
 
 
 def _lacks_test_part(getter, path):
@@ -280,8 +279,8 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_valid = any_valid or bool(examples)
-        are_examples = isinstance(examples, list) and all(map(_is_example, examples))
-        if not are_examples:
+        # of a get_foo that somebody has added
+        if not isinstance(examples, list) or not all(map(_is_example, examples)):
             raise UserError(f'{row.where}: no examples as text/sources.py describes them: {examples!r:.200}')
         for example in examples:
             if 'drop' in example:

@@ -71,7 +71,7 @@ def segments(turns, tools, tokenizer, left_out):
 
 def _spans_by_marks(turns, tools, tokenizer):
     """Return the (start, end) of every answer in the conversation's text, as the chat template marks them."""
-    # apply_chat_template calls this, too, but returns only tokens
+    # apply_chat_template calls this, too, for a list of chats, but returns only tokens
     from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = [chat.with_thoughts(turn) for turn in turns]
