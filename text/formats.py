@@ -191,7 +191,7 @@ def unified(row, columns=None):
         if messages.MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
-    # in place
+    # these change the row in place
     _find_chat(row)
     _unpack(row)
     _parse_tools(row)
@@ -941,7 +941,10 @@ def read_turns(row, task):
     """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
     _check_no_answer(row, task)
     turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
-    texts = [turn['content'] if isinstance(turn, dict) and turn.keys() == {'content'} else turn for turn in turns]
+    texts = []
+    for turn in turns:
+        is_object = isinstance(turn, dict) and turn.keys() == {'content'}
+        texts.append(turn['content'] if is_object else turn)
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
     # only the first is a prompt: the later ones need answers to it
