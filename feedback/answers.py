@@ -32,8 +32,8 @@ def append(path, rows, sync=True):
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
 
-    key_of: may raise KeyError, TypeError or ValueError for a damaged row, or UserError with a message of its own; both become
-    a UserError with the line number, as does a line that is not JSON. An incomplete last line is cut off, with a note."""
+    An incomplete last line is cut off the file, with a note. Raises UserError with the line's number for a line that is not JSON,
+    and where key_of refuses a row: by KeyError, TypeError or ValueError for a damaged one, or by a UserError of its own."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
     size = len(content)
@@ -77,7 +77,7 @@ def raise_if_missing(failed, what):
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
 
-    wanted(index, sample): returns the fields and values that this row must have, or None if the run has no such answer.
+    wanted(index, sample): returns a dict of fields that this row must have, or None if the run has no such answer.
     Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
     def key_of(row):
@@ -87,7 +87,7 @@ def collect(out_dir, wanted):
         field(row, 'response')
         field(row, 'finish', str | None)
         expected = wanted(*key)
-        # of this run: each field that it must have has its value
+        # | overwrites fields of the row: it differs then if one of them had another value, or was missing
         if expected is None or row | expected != row:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
@@ -96,7 +96,7 @@ def collect(out_dir, wanted):
     rank_files = sorted(Path(out_dir).glob('samples-*.jsonl'))
     rows = {}
     for path in (merged, *rank_files):
-        # read_back gives {} for a missing file. If two files have the same answer, keep the first: the right operand of | wins
+        # if two files have the same answer, the first file's stays: the right operand of | wins
         rows = read_back(path, key_of) | rows
     rows = dict(sorted(rows.items()))
     files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
@@ -128,18 +128,10 @@ def read_answers(path):
             if row.error:
                 raise ValueError(row.error)
             if 'instruction' in row:
-                prompt, response = field(row, 'instruction'), field(row, 'output')
-                # as in text/formats.py, what an instruction is about may stand beside it
-                if row.get('input'):
-                    prompt += '\n\n' + field(row, 'input')
-                # model_outputs.json has a dialogue with its role markers, but a single question without them
-                is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
-                # answer() adds the space after the last marker; behind a single question label.py adds it
-                response = answer(response) if is_dialogue else response
-                prompt = prompt if is_dialogue else ask(prompt)
+                prompt, response = _from_model_outputs(row)
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
-            # the defaults of rows without these fields: a fixed name, and the next free number
+            # rows without these two fields get a fixed name and the next number
             generator = field({'generator': 'unnamed', **row}, 'generator')
             key = instruction(prompt), generator
             sample = field({'sample': num_answers[key], **row}, 'sample', int)
@@ -153,6 +145,19 @@ def read_answers(path):
     return answers
 
 
+def _from_model_outputs(row):
+    """Return (prompt, answer) of a row of model_outputs.json, which has a dialogue with its role markers, a single question
+    without. Raises ValueError."""
+    prompt, response = field(row, 'instruction'), field(row, 'output')
+    # as in text/formats.py, what an instruction is about may stand beside it
+    if row.get('input'):
+        prompt += '\n\n' + field(row, 'input')
+    if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
+        # answer() adds the space after the last marker; behind a single question label.py adds it
+        return prompt, answer(response)
+    return ask(prompt), response
+
+
 def make_pairs(answers_file, against_file=None):
     """Return (pairs, Counter of what is left out by reason) from one or two files of answers.
 
@@ -164,18 +169,18 @@ def make_pairs(answers_file, against_file=None):
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
-    # instruction -> its number: one that is asked again has pairs of its own, but is one prompt to an interval
+    # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
     numbers = {}
-    for question, group in our_groups.items():
-        number = numbers.setdefault(group[0]['instruction'], len(numbers))
+    for (text, time), group in our_groups.items():
+        number = numbers.setdefault(text, len(numbers))
         matches = combinations(group, 2)
         # zip skips answers that have no counterpart
         if against_file:
-            matches = zip(group, their_groups.get(question, []), strict=False)
+            matches = zip(group, their_groups.get((text, time), []), strict=False)
         for first, second in matches:
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             asked = second if is_plain(first) else first
-            pair = {'prompt': asked['prompt'], 'instruction': first['instruction'], 'question': number}
+            pair = {'prompt': asked['prompt'], 'instruction': text, 'question': number}
             if asked['tools']:
                 pair['tools'] = asked['tools']
             pair['outputs'] = [first['response'], second['response']]
@@ -196,16 +201,15 @@ def make_pairs(answers_file, against_file=None):
 
 
 def _by_question(answers):
-    """Group answers (dicts of read_answers) as {question: answers sorted by sample number}.
+    """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by sample number}.
 
-    A file may ask an instruction more than once, so a question is (instruction, number of times it was asked before)."""
+    A file may ask an instruction more than once; time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
-    times_seen = Counter()  # of each (instruction, generator, sample)
+    times_seen = Counter()  # (instruction, generator, sample) -> how often
     for row in answers:
-        # samples 0, 1, 0, 1 of one generator: the instruction was asked twice, and the second 0 and 1 answer the second time
+        # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
         key = row['instruction'], row['generator'], row['sample']
-        question = row['instruction'], times_seen[key]
-        groups.setdefault(question, []).append(row)
+        groups.setdefault((row['instruction'], times_seen[key]), []).append(row)
         times_seen[key] += 1
     for group in groups.values():
         group.sort(key=lambda row: row['sample'])

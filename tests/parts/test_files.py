@@ -419,7 +419,7 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
         hub_commit.cache_clear()
         seen.append(hub_commit('o/n'))
         if seen == ['a']:
-            files._write_note('a', 'o/n')
+            files._remember('a', 'o/n')
     assert seen == ['a', 'a', None]
 
 
