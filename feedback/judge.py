@@ -23,10 +23,10 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 def read_prompt(name):
     """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
 
-    It must have {instruction}, {answer_1} and {answer_2} exactly once each, and ask for a 'Verdict:' line; else, or if it cannot be
-    read, UserError is raised. {mark}, a random string that delimits the answers, is recommended: a note is printed without it."""
+    Raises UserError if it cannot be read, has not {instruction}, {answer_1} and {answer_2} once each, or asks for no 'Verdict:' line.
+    Prints a note if it lacks {mark}, a string that no answer can know, to show where answers begin and end."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
-    text = read_text(folder / name, f'--judge_prompt={name}')
+    text = read_text(folder / name, f'--judge_prompt={name}')  # named by its option in messages
     slots = SLOT.findall(text)
     found = sorted(slot for slot in slots if slot != 'mark')
     if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
@@ -54,7 +54,7 @@ def question(template, pair, order):
 
 
 def preference(text, raw, order):
-    """Return the answer that a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
+    """Return which answer a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
 
     text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
     A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
@@ -62,16 +62,16 @@ def preference(text, raw, order):
         return None
     # the regexes are slow on long lines: match only the start of a line, and no verdict that is longer
     lines = [line for line in text.splitlines() if not EMPTY.fullmatch(line[:200])]
-    last_two = []  # 'a', 'b', 'tie', or None for a line that is not a verdict
+    verdicts = []  # of the last two lines: 'a', 'b', 'tie', or None for a line that is not a verdict
     for line in lines[-2:]:
         # judges sometimes write non-breaking spaces
         match = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
-        last_two.append(match[1].lower() if match else None)
-    last = last_two[-1] if last_two else None
+        verdicts.append(match[1].lower() if match else None)
+    verdict = verdicts[-1] if verdicts else None
     # two different verdicts in a row: the judge only repeats the options
-    if last is None or last_two[0] not in (None, last):
+    if verdict is None or verdicts[0] not in (None, verdict):
         return None
-    if last == 'tie':
+    if verdict == 'tie':
         return 1.5
     letter_of_first = 'a' if order == 1 else 'b'
-    return 1 if last == letter_of_first else 2
+    return 1 if verdict == letter_of_first else 2
