@@ -132,7 +132,6 @@ def read_sources():
 
 def read_prompts():
     """Return (rows, Counter of what was left out or changed): the prompts to answer. Raises UserError if there are none.
-
     A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
     all_rows, left_out = read_sources()
     row_of_hash = {}  # the first row with each prompt
@@ -163,7 +162,6 @@ def read_prompts():
 
 def expected_row(i, sample):
     """Return the fields of a row of samples.jsonl that are known before sampling, for answer number `sample` to prompt i.
-
     None if this run has no such answer. collect() compares the rows found in out_dir with these."""
     if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
         return None
@@ -213,7 +211,6 @@ if not endpoint:
 
 def plan_batches():
     """Return batches of all answers as (n_rows, keys): answers to generate, n_rows of them at a time.
-
     They are the same on every rank and after a resume. A batch has one temperature; those of the longest prompts come first."""
     batches = []
     for temperature_number in range(len(temperatures)):

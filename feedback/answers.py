@@ -202,7 +202,6 @@ def make_pairs(answers_file, against_file=None):
 
 def _by_question(answers):
     """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by sample number}.
-
     A file may ask an instruction more than once; time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
     times_seen = Counter()  # (instruction, generator, sample) -> how often

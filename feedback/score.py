@@ -72,7 +72,6 @@ SECTIONS = {
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
     """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after ranks.setup.
-
     Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
@@ -133,7 +132,6 @@ class _Group(NamedTuple):
 
 def _groups(items, eos, max_length, max_tokens):
     """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
-
     Appends eos to answers that do not end with it. Raises UserError for an empty prompt, or more than max_length tokens in all."""
     by_prompt = {}  # prompt ids as bytes -> the groups with this prompt
     for slot, (prompt, answer) in enumerate(items):
@@ -193,7 +191,6 @@ def main():
 
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
-
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
@@ -224,7 +221,6 @@ def create_output():
 
 def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
-
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     # a prompt is cut to half of the limit if the whole is too long
     options = {'max_length': limit, 'max_prompt_length': limit // 2, 'truncation': truncation, 'left_out': left_out}
@@ -280,7 +276,6 @@ def report(rows):
 
 def accuracy(pairs):
     """Return (accuracy, text with accuracy, 95% interval and counts) for scored pairs, which are rows of --out.
-
     The accuracy is the share of pairs with margin > 0; the interval treats pairs with the same prompt as one cluster."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
@@ -306,7 +301,6 @@ def table(pairs):
 
 def reward_bench(accuracies):
     """Return RewardBench's table as lines. accuracies: {subset: (accuracy, text about it)}.
-
     By its rules, a section's score weights its subsets by their published sizes, and the total is the mean of the sections."""
     lines = []
     missing = []

@@ -88,7 +88,6 @@ def length_controlled(wins, difference, clusters):
 
 def _fit_logistic(x, wins):
     """Fit P(win) = sigmoid(x @ beta) by maximum likelihood (Newton's method). x (n, k), wins (n,).
-
     Returns (beta (k,), Fisher information (k, k), residuals wins - P(win) (n,)), or None if there is no finite maximum."""
     beta = np.zeros(x.shape[1])
     for _ in range(50):

@@ -24,7 +24,6 @@ def counted(count, noun):
 
 def in_words(left_out):
     """Return a Counter of reasons as a text, and a list of those that are notes.
-
     {'rows cut': 1, 'tie': 2, 'note: no chats': 3} -> ('1 row cut, 2 ties', ['note: no chats (3 times)']); {} -> ('nothing', [])."""
     counts = []
     notes = []

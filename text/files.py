@@ -88,7 +88,6 @@ def choose_splits(names, wanted, source):
 @cache
 def hub_files(hub_id, **options):
     """Return ({split: names of its files} of a hub dataset, their commit); without the hub, as they were seen last.
-
     options: arguments of load_dataset, such as name: the config, or None for the default or only one. Raises UserError."""
     commit = hub_commit(hub_id)
     # the files of a commit never change, so use what an earlier run remembered, if it did
@@ -210,7 +209,6 @@ def _is_data_file(file):
 
 def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
-
     config: the name of a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
     path = os.path.expanduser(path)
     configs = _readme_configs(path)
@@ -249,7 +247,6 @@ def _readme_configs(folder):
 
 def _choose_config(configs, wanted, path):
     """Return the name of the wanted config, else of the default or only one; None if none is wanted and there is none.
-
     configs: {name: fields} of the README of path. Raises UserError if the config is missing or ambiguous."""
     if not configs and not wanted:
         return None
@@ -293,7 +290,6 @@ def _check_inside(folder, pattern):
 
 def _splits_by_name(path):
     """Return {split: files} from the file names of a file, folder or pattern; a name that tells no split means 'train'.
-
     Such files are left out, with a note, if others are named train."""
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))

@@ -43,7 +43,6 @@ class Row(dict):
 
 def read_rows(hub_id, split, path, **options):
     """Yield the Rows of local files, or of a split of the hub dataset hub_id if path is None. Raises UserError.
-
     path: a list of files; or a file or folder, of which those of the split are read. options: of files.hub_files, for the hub."""
     if path is not None:
         chosen = path if isinstance(path, list) else files.local_files(path, split)
@@ -156,7 +155,6 @@ def _label_words(schema):
 
 def _without_inner_nulls(raw):
     """Return a row of a columnar file without the None fields inside its columns; columns that are None stay.
-
     Such files give all messages the same fields: a message without tool calls has 'tool_calls': None."""
 
     def without_nulls(value):
@@ -232,7 +230,6 @@ def _read_table(file, delimiter=','):
 
 def _cells(file, delimiter):
     """Yield (number of its first line, cells, error or '') for each row of a table. Raises UserError for malformed files.
-
     cells: {column: text, or None if empty}, without a column that has no name (row numbers written by pandas)."""
     csv.field_size_limit(2**30)  # of one cell, in bytes; the default is 128 KiB
     with _open_text(file) as stream:

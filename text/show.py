@@ -262,7 +262,6 @@ def _decode_example(examples, i, tokenizer, task):
 
 def summary(run, n_eval_examples):
     """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example.
-
     n_eval_examples: how many examples to evaluate on the user wants."""
     train = run.train
     n_held_out = len(run.held_out)

@@ -149,7 +149,6 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
     """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
-
     Returns {uid of the example: (prompt, raw row with all columns)}."""
     wanted = set(examples.uid.tolist())
     found = {}
@@ -171,7 +170,6 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
 
 def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
     """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
-
     margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
@@ -295,7 +293,6 @@ def _answers_for(row, task, left_out):
 
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
-
     The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
@@ -333,7 +330,6 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
 
 def _encode_in_chunks(items, tokenizer):
     """Encode items (builder, texts, Part); yield lists of (builder, ids of each text, Part), in order.
-
     A thread encodes a chunk while the next one is read and rendered here."""
 
     def encode_chunk(chunk):
@@ -369,7 +365,6 @@ def _encode_in_chunks(items, tokenizer):
 
 class Builder:
     """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36.
-
     limits: the Limits that they are truncated to. left_out: Counter of what was left out or changed, by reason."""
 
     def __init__(self, limits):
@@ -505,7 +500,6 @@ def truncate_prompt(prompt, limits, left_out):
 
 def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
     """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError.
-
     tools: the row's, for the chat template, or None. left_out: Counter of what was cut or changed."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
@@ -521,7 +515,6 @@ def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, trun
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
-
     prompts: texts, chats or rows. A prompt that the chat template rejects raises UserError, or (skip_bad_rows) has None for ids."""
     limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # of each prompt; None if it is rejected
@@ -542,14 +535,12 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
 
 def _cache_file(key, split, enough):
     """Return the path of a split's cache file. key: hash of all else that its tokens depend on.
-
     enough: {split: count} if only so many examples were tokenised (load_examples); {} for the file with all of them."""
     return cache.path_of('tokens', f'{content_hash(key, split, enough):016x}')
 
 
 def _read_cache(key, split, enough):
     """Return the Examples of a split from its cache file, or None. Prints a note about a damaged file.
-
     The file with all examples serves, too, if only `enough` are wanted."""
     for counts in [{}, enough] if enough else [{}]:
         file = _cache_file(key, split, counts)

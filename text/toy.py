@@ -92,7 +92,6 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 def pairs(split: str, n: int = 6000):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
-
     Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
