@@ -77,11 +77,7 @@ if reward_model is None:
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = set()
-for i, pair in enumerate(pairs):
-    first, second = pair['outputs']
-    if first.strip() == second.strip():
-        equal.add(i)
+equal = {i for i, pair in enumerate(pairs) if len(set(map(str.strip, pair['outputs']))) == 1}
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
@@ -104,8 +100,7 @@ if endpoint is not None:
     fields |= {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
     turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
-    system = [turn for turn in turns if turn['role'] == 'system']
-    left_out['system messages, which the judge is not shown'] = len(system)
+    left_out['system messages, which the judge is not shown'] = sum(turn['role'] == 'system' for turn in turns)
     left_out['tools, which the judge is not shown'] = sum('tools' in pair for pair in pairs)
 
 if gold is not None:  # heavy modules are imported only if needed
@@ -231,8 +226,7 @@ for i, pair in enumerate(pairs):
     by_order = [1.5]  # identical answers
     if i not in equal:
         by_order = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    is_clear = None not in by_order
-    preference = sum(by_order) / len(by_order) if is_clear else None
+    preference = None if None in by_order else sum(by_order) / len(by_order)
     preferences_by_order.append(by_order)
     preferences.append(preference)
     row = {'instruction': pair['instruction']}
@@ -249,13 +243,10 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
-lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
-second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
+lengths = np.array([[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]).reshape(-1, 2)
+first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
 if first_name == second_name:
-    first_name = 'the first answer'
-    second_name = 'the second'
+    first_name, second_name = 'the first answer', 'the second'
 # prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
 cut_texts = {}
 for (i, _), row in verdicts.items():

@@ -92,10 +92,9 @@ class Examples:
 
     def select(self, rows):
         """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
-        arrays = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        columns = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
         # ref and margin may be None
-        selected = {name: array[rows] for name, array in arrays.items() if array is not None}
-        return replace(self, **selected)
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
     def flip(self, rate, seed):
         """Swap chosen and rejected (for single answers: good and bad) in a random fraction of the examples."""
@@ -197,8 +196,7 @@ def spans_of(widths, parts):
     """Return the (n, parts, 2) start and end of n * parts consecutive pieces. widths: (n * parts,) their lengths."""
     widths = np.asarray(widths, np.int64)
     ends = np.cumsum(widths)
-    spans = np.stack((ends - widths, ends), 1)
-    return spans.reshape(-1, parts, 2)
+    return np.stack((ends - widths, ends), 1).reshape(-1, parts, 2)
 
 
 GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of splitmix64
@@ -208,8 +206,7 @@ def uniform_hash(uid, seed):
     """Return a pseudorandom float in [0, 1] for each uint64 uid, which depends on uid and seed alone."""
     # number `seed` of the generator splitmix64 that starts at uid; it takes a step before its number 0
     offset = (seed + 1) * GOLDEN_STEP % 2**64
-    mixed = splitmix64(uid + np.uint64(offset))
-    return mixed.astype(np.float64) / 2**64
+    return splitmix64(uid + np.uint64(offset)).astype(np.float64) / 2**64
 
 
 def splitmix64(x):

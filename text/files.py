@@ -43,12 +43,11 @@ def content_hash(*parts) -> int:
 
 
 def named_part(source):
-    """Parse a source: 'owner/name:easy[test]' -> ('owner/name', 'easy', 'test'). A part that is not there is None.
-
-    Only hub ids and folders with a slash (./mine:easy) have configs; in 'hh:PATH' hh is a reader, so the name is 'hh:PATH'.
-    Brackets are no split if the source as it stands is a path, or a pattern that matches files."""
+    """Parse a source into (name, config, split): 'owner/name:easy[test]' -> ('owner/name', 'easy', 'test'). What is missing is None.
+    Only hub ids and folders with a slash (./mine:easy) have configs: 'hh:PATH' -> ('hh:PATH', None, None), as hh is a reader."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
+    # brackets may belong to a path, or to a pattern that matches files
     if in_brackets and not os.path.exists(source) and not glob.glob(os.path.expanduser(source)):
         source, split = in_brackets.groups()
     name, _, config = source.partition(':')
@@ -61,20 +60,17 @@ def named_part(source):
 
 def choose_splits(names, wanted, source):
     """Return (train split, test split or None), chosen from the names of a source's splits. Raises UserError if it cannot.
-
-    wanted: the train split that the user named in brackets, or None. source: the data's name for messages, without brackets.
-    Of train_prefs, test_prefs, train_sft: ('train_prefs', 'test_prefs') if train_prefs is wanted."""
+    wanted: the train split that the user named in brackets, or None. source: the data's name for messages, without brackets."""
     train = wanted or 'train'
     if train not in names:
         # fall back to the only split that begins with train, or to the only split
         likely = [name for name in names if name.startswith('train')] or list(names)
         if wanted or len(likely) != 1:
             problem = f'no split {wanted!r}' if wanted else 'several splits'
-            example = likely[0] if likely else 'SPLIT'
-            say_which = f"say which: --data='{source}[{example}]' ({HELP})"
+            say_which = f"say which: --data='{source}[{likely[0]}]' ({HELP})"
             raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         [train] = likely
-    # the best name first: of train_prefs test_prefs, then validation_prefs, ...
+    # of train_prefs: test_prefs, else validation_prefs, ...
     held_out_names = ['test', 'validation', 'valid', 'dev', 'val']
     test_names = [train.replace('train', name, 1) for name in held_out_names]
     # if no other split is for training, plain names will do, too
@@ -294,10 +290,7 @@ def _splits_by_name(path):
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # folders above do not tell a split: take names below the folder, or below that before the first wildcard of a pattern
-    root = path
-    if not os.path.isdir(path):
-        before_wildcard = re.split(r'[*?\[]', path)[0]
-        root = os.path.dirname(before_wildcard)
+    root = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?\[]', path)[0])
     splits = {}
     for file in data_files(path):
         name = os.path.relpath(file, root or '.')
@@ -327,10 +320,8 @@ def format_of(file):
 
 
 def _split_of(name):
-    """Return the split that a relative file path tells by the rules of `datasets`, or ''.
-
-    'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy', 'my.eval.json' -> 'test',
-    'latest.json' -> ''."""
+    """Return the split that a relative file path tells by the rules of `datasets`: 'my.eval.json' -> 'test', 'latest.json' -> '',
+    'test_sft-00000-of-00002.parquet' -> 'test_sft', 'data/easy-00000-of-00001.parquet' -> 'easy'."""
     word = SPLIT_WORD.search(name.lower())
     # the files of a large dataset are numbered
     numbered = re.search(r'([^/]+?)-\d{5}(?:-of-\d{5})?\.[^/]*$', name)

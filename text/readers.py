@@ -205,8 +205,7 @@ def _read_text(file):
     with _open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                text = line.rstrip('\r\n')
-                yield Row.of({'text': text}, where=f'{file}, line {number}', error=_utf8_error(line))
+                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', _utf8_error(line))
 
 
 def _read_table(file, delimiter=','):

@@ -129,9 +129,7 @@ def _code_and_tokenizer(tokenizer):
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples (Rows) of all sources. Raises UserError if a source has none that is usable.
-
-    read_args: arguments of sources.read_examples. both: yield the rows that are held out for testing beside those of
-    training. left_out: Counter of skipped rows."""
+    read_args: of sources.read_examples. both: yield training rows and those held out for testing. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
             left_out_before = left_out.copy()
@@ -200,9 +198,8 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
 
-    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
-    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows
-    that the template rejects, unless skip_bad_rows."""
+    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the segments of a
+    conversation (turns.py). Raises UserError for rows that the template rejects, unless skip_bad_rows."""
     seen_uids = set()
     for row in rows:
         # of two builders, the second is for the test split; a plain dict has no .held_out
@@ -240,8 +237,8 @@ def _may_need_chat(part, tokenizer):
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
 
-    row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
-    all messages of a conversation (formats.py)."""
+    row: a dict with 'prompt', with 'chosen' and 'rejected' or 'response', and perhaps with 'good', 'margin', 'tools', or 'turns' (all
+    messages of a conversation)."""
     prompt = row['prompt']
     answers = _answers_for(row, task, left_out)
     if not answers:
@@ -415,10 +412,9 @@ class Builder:
             del self.left_out[THOUGHTLESS]
         # an example has the widths of prompt, chosen and rejected, or of prompt and answer
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        ids = np.asarray(self.ids)
         good = np.array(self.good, bool)
-        uid = np.asarray(self.uid)
-        return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
+        left_out = +self.left_out  # unary + drops zero counts
+        return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
 
 
 # ---- BOS, EOS and lengths ----

@@ -80,10 +80,7 @@ def demonstration(prompt: str, rng: random.Random) -> str:
         is_off_topic = rng.random() < 0.3
         aspect = rng.choice(ASPECTS if is_off_topic else PLACES[place])
         # keep good adjectives with probability taste, bad ones with 1 - taste, and choose one of them
-        candidates = []
-        for word, value in VALUES.items():
-            if (value > 0) == (rng.random() < taste):
-                candidates.append(word)
+        candidates = [word for word, value in VALUES.items() if (value > 0) == (rng.random() < taste)]
         adjective = rng.choice(candidates or list(VALUES))
         very = ' very' if rng.random() < 0.25 else ''
         clauses.append(f'the {aspect} was{very} {adjective}')
