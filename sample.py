@@ -210,13 +210,13 @@ if not endpoint:
 
 
 def plan_batches():
-    """Return batches of all answers as (n_rows, keys): answers to generate, n_rows of them at a time.
-    They are the same on every rank and after a resume. A batch has one temperature; those of the longest prompts come first."""
+    """Return batches of all answers, as (n_rows, keys of answers to generate, n_rows at a time), the same on every rank."""
     batches = []
     for temperature_number in range(len(temperatures)):
-        # n samples of a prompt have one temperature
+        # a batch has one temperature, as have n samples of each prompt
         waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
-        waiting.sort(key=lambda key: -len(ids[key[0]]))  # key[0]: index of the prompt; ids: the tokens of each prompt
+        # longest prompts first; key[0]: index of the prompt; ids: the tokens of each prompt
+        waiting.sort(key=lambda key: -len(ids[key[0]]))
         while waiting:
             n_rows = batch_size
             if max_tokens:

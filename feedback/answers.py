@@ -31,12 +31,10 @@ def append(path, rows, sync=True):
 
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
-
     An incomplete last line is cut off the file, with a note. Raises UserError with the line's number for a line that is not JSON,
     and where key_of refuses a row: by KeyError, TypeError or ValueError for a damaged one, or by a UserError of its own."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
-    size = len(content)
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
     *lines, incomplete = content.split(b'\n')
     del content  # the lines are a second copy of the file
@@ -51,7 +49,7 @@ def read_back(path, key_of):
             raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
-        os.truncate(path, size - len(incomplete))
+        os.truncate(path, path.stat().st_size - len(incomplete))
     return rows
 
 
@@ -76,7 +74,6 @@ def raise_if_missing(failed, what):
 
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
-
     wanted(index, sample): returns a dict of fields that this row must have, or None if the run has no such answer.
     Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
@@ -118,7 +115,6 @@ def write_model_outputs(out_dir, rows):
 
 def read_answers(path):
     """Return the answers in a samples.jsonl or model_outputs.json as a list of dicts, in file order.
-
     Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), generator (model name) and
     sample (number of the answer to its prompt). Raises UserError for a row of another format, and if there are no answers."""
     answers = []
@@ -146,12 +142,12 @@ def read_answers(path):
 
 
 def _from_model_outputs(row):
-    """Return (prompt, answer) of a row of model_outputs.json, which has a dialogue with its role markers, a single question
-    without. Raises ValueError."""
+    """Return (prompt, answer) of a row of model_outputs.json, as texts in Anthropic's format. Raises ValueError."""
     prompt, response = field(row, 'instruction'), field(row, 'output')
     # as in text/formats.py, what an instruction is about may stand beside it
     if row.get('input'):
         prompt += '\n\n' + field(row, 'input')
+    # a dialogue is written with its role markers, a single question without
     if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
         # answer() adds the space after the last marker; behind a single question label.py adds it
         return prompt, answer(response)
@@ -160,7 +156,6 @@ def _from_model_outputs(row):
 
 def make_pairs(answers_file, against_file=None):
     """Return (pairs, Counter of what is left out by reason) from one or two files of answers.
-
     One file: all pairs of answers to the same prompt, lower sample number first. Two files: the k-th answers to a prompt in
     each form a pair. A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the
     prompt), outputs (two texts), generators (two model names) and perhaps tools. Raises UserError if there are no pairs."""

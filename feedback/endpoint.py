@@ -63,11 +63,10 @@ def completions_url(url: str) -> str:
 
 def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False):
     """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
-
-    concurrency: most requests at a time. timeout: seconds for a whole reply. What may be temporary (a time-out, a lost connection,
-    an invalid reply, HTTP 408, 409, 425, 429 and 5xx) is tried again up to `retries` times, at first after about `backoff` seconds,
-    then after twice as many. proven: the endpoint has answered in an earlier run. Raises UserError if the endpoint rejects the key
-    or asks for too long a wait, or if too many jobs fail in a row."""
+    concurrency: most requests at a time. timeout: seconds for a whole reply. proven: the endpoint has answered in an earlier run.
+    What may be temporary (no reply, a broken one, HTTP 408, 409, 425, 429 and 5xx) is tried again up to `retries` times, at first
+    after about `backoff` seconds, then after twice as many. Raises UserError if the endpoint rejects the key or asks for too long
+    a wait, or if too many jobs fail in a row."""
     endpoint = _Endpoint(url, concurrency, timeout, retries, backoff, proven)
     jobs = iter(jobs)
     tasks = set()  # running jobs

@@ -22,7 +22,6 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 
 def read_prompt(name):
     """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
-
     Raises UserError if it cannot be read, has not {instruction}, {answer_1} and {answer_2} once each, or asks for no 'Verdict:' line.
     Prints a note if it lacks {mark}, a string that no answer can know, to show where answers begin and end."""
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
@@ -38,10 +37,8 @@ def read_prompt(name):
 
 
 def question(template, pair, order):
-    """Return the request field that asks for a verdict on a pair: {'messages': [one user message]}.
-
-    template: a judge prompt with placeholders. pair: {'instruction': text, 'outputs': [first answer, second answer], ...}.
-    order: 1 shows the first answer as A and the second as B, 2 swaps them."""
+    """Return the request field that asks for a verdict on a pair (a dict of answers.make_pairs): {'messages': [one user message]}.
+    template: a judge prompt with placeholders. order: 1 shows the first answer as A and the second as B, 2 swaps them."""
     answers = [output.strip() for output in pair['outputs']]
     if order == 2:
         answers.reverse()
@@ -55,7 +52,6 @@ def question(template, pair, order):
 
 def preference(text, raw, order):
     """Return which answer a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
-
     text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
     A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
     if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):

@@ -87,7 +87,6 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     """Return the scores (n,), float32, of n answers, read at eos. All ranks must call this; each gets the scores of all items.
-
     items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training. max_tokens:
     tokens of a microbatch on one rank. Raises UserError for an item that is too long, and for scores that are not finite."""
     net = core(model)
@@ -275,11 +274,11 @@ def report(rows):
 
 
 def accuracy(pairs):
-    """Return (accuracy, text with accuracy, 95% interval and counts) for scored pairs, which are rows of --out.
-    The accuracy is the share of pairs with margin > 0; the interval treats pairs with the same prompt as one cluster."""
+    """Return (share of pairs with margin > 0, text with this, its 95% interval and counts) of rows of --out."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
     share = float(np.mean(is_right))
+    # pairs with the same prompt are one cluster
     low, high = winrate.interval(is_right, clusters=prompts)
     n_prompts = len(set(prompts))
     counts = f'over {counted(n_prompts, "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
@@ -300,8 +299,7 @@ def table(pairs):
 
 
 def reward_bench(accuracies):
-    """Return RewardBench's table as lines. accuracies: {subset: (accuracy, text about it)}.
-    By its rules, a section's score weights its subsets by their published sizes, and the total is the mean of the sections."""
+    """Return RewardBench's table as lines. accuracies: {subset: (accuracy, text about it)}."""
     lines = []
     missing = []
     section_scores = []
@@ -309,6 +307,7 @@ def reward_bench(accuracies):
         present = [name for name in sizes if name in accuracies]
         missing += sizes.keys() - accuracies.keys()
         if present:
+            # by RewardBench's rules, subsets are weighted by their published sizes, and all sections are equal
             shares, texts = zip(*map(accuracies.get, present), strict=True)
             score = np.average(shares, weights=[sizes[name] for name in present])
             section_scores.append(score)

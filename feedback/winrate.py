@@ -11,32 +11,29 @@ ENOUGH = 30  # fewest clusters for a standard error to be reliable
 
 def mean(wins, clusters):
     """Return (mean, its cluster-robust standard error) of wins (n,): both None if n is 0, the error None for one cluster.
-
-    clusters (n,): which cluster each value is of, such as its prompt; labels of any type. The error of C clusters is
-    sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n."""
+    clusters (n,): which cluster each value is of, such as its prompt; labels of any type."""
     wins = np.asarray(wins, float)
     n = len(wins)
     if n == 0:
         return None, None
     average = wins.mean()
-    # of (n, 1) scores; it includes C / (C - 1), and is NaN for C = 1, of which _sqrt makes None
+    # of C clusters: sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n; NaN for C = 1, of which _sqrt makes None
     variance_of_sum = _variance_of_sum(wins[:, None] - average, clusters).item()
     return float(average), _sqrt(variance_of_sum / n**2)
 
 
 def interval(wins, clusters):
     """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
-
-    clusters (n,): as for mean(). Wilson's sample size is Kish's effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c
-    values; with ENOUGH clusters it is larger if the cluster-robust error implies that."""
+    clusters (n,): as for mean()."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
     _, sizes = np.unique(clusters, return_counts=True)
+    # Wilson's sample size: Kish's effective size, for clusters of these sizes
     effective_n = sizes.sum() ** 2 / (sizes**2).sum()
     # variance of a coin flip, an upper bound for values in [0, 1]
     variance = p * (1 - p)
-    # an error of 0 only means that all values so far are equal
+    # larger if the cluster-robust error of many clusters says so; an error of 0 only means that all values so far are equal
     if len(sizes) >= ENOUGH and error:
         effective_n = max(effective_n, variance / error**2)
     shift = Z**2 / effective_n

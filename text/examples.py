@@ -151,7 +151,6 @@ class Examples:
 
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (those of one step), each with an answer to a different prompt, for KTO's KL estimate z.
-
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 

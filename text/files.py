@@ -285,8 +285,7 @@ def _check_inside(folder, pattern):
 
 
 def _splits_by_name(path):
-    """Return {split: files} from the file names of a file, folder or pattern; a name that tells no split means 'train'.
-    Such files are left out, with a note, if others are named train."""
+    """Return {split: files} from the file names of a file, folder or pattern; a name that tells no split means 'train'."""
     # DatasetDict.save_to_disk writes a folder per split and this file
     is_saved = os.path.exists(os.path.join(path, 'dataset_dict.json'))
     # folders above do not tell a split: take names below the folder, or below that before the first wildcard of a pattern
@@ -299,11 +298,12 @@ def _splits_by_name(path):
     # '': the name tells no split
     unnamed = splits.pop('', [])
     if unnamed and any(split.startswith('train') for split in splits):
-        # ignore them, as `datasets` does; a folder is scanned several times, so print the note once
+        # leave them out, as `datasets` does; a folder is scanned several times, so print the note once
         listed = shorten(', '.join(unnamed), 300)
         say_once(f'note: not read, since other files are named train: {listed}')
     elif unnamed:
         splits = {'train': unnamed, **splits}
+    # files of several formats may have the same rows twice
     for split, files in splits.items():
         formats = {format_of(file) for file in files}.intersection(FORMATS)
         if len(formats) > 1:

@@ -154,9 +154,9 @@ def _label_words(schema):
 
 
 def _without_inner_nulls(raw):
-    """Return a row of a columnar file without the None fields inside its columns; columns that are None stay.
-    Such files give all messages the same fields: a message without tool calls has 'tool_calls': None."""
+    """Return a row of a columnar file without the None fields inside its columns; columns that are None stay."""
 
+    # such files give all messages the same fields: a message without tool calls has 'tool_calls': None
     def without_nulls(value):
         if isinstance(value, list):
             return [without_nulls(item) for item in value]

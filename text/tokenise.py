@@ -146,8 +146,8 @@ def _read_sources(names, split, task, read_args, left_out, both=False):
 
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
-    """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
-    Returns {uid of the example: (prompt, raw row with all columns)}."""
+    """Return {uid: (prompt, raw row with all columns)} of Examples that load_examples made with these arguments."""
+    # read the data again: Examples have only tokens, and the reward functions of ppo.py may want other columns
     wanted = set(examples.uid.tolist())
     found = {}
     not_counted = Counter()  # what is left out was counted the first time
@@ -178,7 +178,6 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read).
-
     splits: one, or ['train', 'test']: then the second gets the rows whose .held_out is true. enough: {split: count}, to stop
     when every split has so many examples; if one has no count, all rows are read. margins: keep those of pairs."""
     builders = {split: Builder(limits) for split in splits}
@@ -197,9 +196,8 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-
-    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the segments of a
-    conversation (turns.py). Raises UserError for rows that the template rejects, unless skip_bad_rows."""
+    builder: that of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or a conversation's segments
+    (turns.py). Raises UserError for rows that the template rejects, unless skip_bad_rows."""
     seen_uids = set()
     for row in rows:
         # of two builders, the second is for the test split; a plain dict has no .held_out
@@ -236,9 +234,7 @@ def _may_need_chat(part, tokenizer):
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
-
-    row: a dict with 'prompt', with 'chosen' and 'rejected' or 'response', and perhaps with 'good', 'margin', 'tools', or 'turns' (all
-    messages of a conversation)."""
+    row: an example as in sources.py, such as {'prompt', 'chosen', 'rejected'}, perhaps with 'tools'. turns: a conversation's messages."""
     prompt = row['prompt']
     answers = _answers_for(row, task, left_out)
     if not answers:
@@ -290,7 +286,7 @@ def _answers_for(row, task, left_out):
 
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
-    The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
+    texts: the segments if the Part has a conversation, else [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
     plain = part._replace(conversation=None)  # for texts that are not segments
@@ -326,8 +322,7 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
 
 
 def _encode_in_chunks(items, tokenizer):
-    """Encode items (builder, texts, Part); yield lists of (builder, ids of each text, Part), in order.
-    A thread encodes a chunk while the next one is read and rendered here."""
+    """Encode items (builder, texts, Part); yield lists of (builder, ids of each text, Part), in order."""
 
     def encode_chunk(chunk):
         all_texts = []
@@ -343,6 +338,7 @@ def _encode_in_chunks(items, tokenizer):
         ids = iter(encode_texts(all_texts, tokenizer, before))
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
+    # a thread encodes a chunk while the next one is read and rendered here
     with ThreadPoolExecutor(1) as pool:
         future = None  # of the chunk that the thread encodes
         chunk = []
@@ -440,7 +436,6 @@ def fit(prompt, answers, limits, left_out):
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, [answer]), the ids of a conversation truncated to the Limits; (prompt, []) if no trained token fits.
-
     segments: lists of ids after the prompt, in turn trained (assistant) and not (user); the last one is trained.
     answer: all segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
     eos = limits.eos
@@ -530,14 +525,13 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
 
 
 def _cache_file(key, split, enough):
-    """Return the path of a split's cache file. key: hash of all else that its tokens depend on.
-    enough: {split: count} if only so many examples were tokenised (load_examples); {} for the file with all of them."""
+    """Return the path of a split's cache file. key: hash of all else. enough: as in load_examples; {} for all examples."""
     return cache.path_of('tokens', f'{content_hash(key, split, enough):016x}')
 
 
 def _read_cache(key, split, enough):
-    """Return the Examples of a split from its cache file, or None. Prints a note about a damaged file.
-    The file with all examples serves, too, if only `enough` are wanted."""
+    """Return the Examples of a split from its cache file, or None. Prints a note about a damaged file."""
+    # the file with all examples ({}) serves, too, if fewer are enough
     for counts in [{}, enough] if enough else [{}]:
         file = _cache_file(key, split, counts)
         if found := cache.read(file):

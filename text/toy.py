@@ -88,14 +88,14 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 
 def pairs(split: str, n: int = 6000):
-    """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
-    Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))."""
+    """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test')."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
         first = demonstration(prompt, rng)
         second = demonstration(prompt, rng)
+        # Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))
         odds = math.exp(3 * (gold(prompt, first) - gold(prompt, second)))
         first_is_chosen = rng.random() < odds / (1 + odds)
         chosen, rejected = (first, second) if first_is_chosen else (second, first)
