@@ -1,5 +1,4 @@
 """Read and write files of sampled answers and of verdicts, and form the pairs of answers that label.py judges.
-
 sample.py writes samples.jsonl (a row per answer) and model_outputs.json (AlpacaEval's format), label.py verdicts.jsonl (a row
 per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank r > 0 appends to samples-r.jsonl."""
 
@@ -78,7 +77,6 @@ def collect(out_dir, wanted):
     Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
 
     def key_of(row):
-        """Return (index, sample) of a row after checking its fields. Raises ValueError or UserError."""
         key = field(row, 'index', int), field(row, 'sample', int)
         # these raise if the row has no such text
         field(row, 'response')
@@ -219,7 +217,6 @@ def read_verdicts(path):
     """Return the verdicts in a verdicts.jsonl as {(pair number, order): row}. Raises UserError for a damaged row."""
 
     def key_of(row):
-        """Return (pair, order) of a row after checking its fields. Raises KeyError or ValueError."""
         # preference: 1, 2, 1.5 for a tie or None for an unclear reply; verdicts of a reward model have no text
         if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
             raise ValueError

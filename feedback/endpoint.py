@@ -1,5 +1,4 @@
 """An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), for sample.py and label.py.
-
 The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says."""
 
 import asyncio

@@ -52,8 +52,8 @@ def question(template, pair, order):
 
 def preference(text, raw, order):
     """Return which answer a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
-    text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
-    A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
+    text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B."""
+    # unclear, since its end may be missing
     if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):
         return None
     # the regexes are slow on long lines: match only the start of a line, and no verdict that is longer

@@ -125,7 +125,6 @@ class _Group(NamedTuple):
 
     @property
     def tokens(self):
-        """The number of tokens of the prompt and all answers."""
         return len(self.prompt) + sum(map(len, self.answers))
 
 

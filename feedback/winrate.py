@@ -1,5 +1,4 @@
 """Win rates from verdicts: confidence intervals and length control.
-
 label.py reports them, and feedback/score.py uses the intervals. A win is 1, a loss 0, a tie 1/2. Pairs with the same prompt are
 correlated, so they form a cluster, and all standard errors are cluster-robust."""
 
@@ -46,19 +45,16 @@ def interval(wins, clusters):
 
 def length_controlled(wins, difference, clusters):
     """Return (win rate at equal length, its standard error, its interval, length effect b), or four None without a finite fit.
-
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus that of the second. clusters (n,): as for
     mean(). Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty.
-
-    The rate is sigmoid(a), s the root mean square of the differences; b is 0 if all are 0. There is no finite fit without pairs,
-    if all are wins or all losses, if the difference alone predicts every win, or if it is the same (not 0) in all pairs.
-    The interval [low, high] holds the rate with 95%. It is None if the fit is exact; with one cluster the error is None, too."""
+    There is no finite fit without pairs, if all are wins or all losses, if the difference alone predicts every win, or if it is the
+    same (not 0) in all pairs. The interval is None if the fit is exact; with one cluster the error is None, too."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
     x = np.ones((len(wins), 1))  # intercept a
     lengths_differ = difference.any()
     if lengths_differ:
-        s = np.sqrt((difference**2).mean())
+        s = np.sqrt((difference**2).mean())  # root mean square
         x = np.column_stack([x, np.tanh(difference / s)])  # slope b
     fit = _fit_logistic(x, wins) if len(wins) else None
     if fit is None:

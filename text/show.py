@@ -150,8 +150,7 @@ def _print_text():
         counts[task] += len(items)
         if tokenizer and len(lengths) < MEASURED:
             # in tokens, with limits that truncate nothing
-            limits = 2**30, 2**29, truncation
-            tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
+            tokenised = tokenise([example], tokenizer, task, 2**30, 2**29, truncation, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         elif len(lengths) < MEASURED:
             lengths += map(_num_characters, items)

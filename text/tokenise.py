@@ -1,5 +1,4 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
-
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
 sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
 No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
@@ -486,12 +485,9 @@ def truncate_prompt(prompt, limits, left_out):
     return prompt[:num_bos] + prompt[num_bos + excess :]
 
 
-# ---- the same for sample.py and label.py ----
-
-
 def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
     """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError.
-    tools: the row's, for the chat template, or None. left_out: Counter of what was cut or changed."""
+    tools: for the chat template, or None. left_out: Counter of what was cut or changed."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
         texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
