@@ -30,8 +30,7 @@ def append(path, rows, sync=True):
 
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
-    An incomplete last line is cut off the file, with a note. Raises UserError with the line's number for a line that is not JSON,
-    and where key_of refuses a row: by KeyError, TypeError or ValueError for a damaged one, or by a UserError of its own."""
+    Raises UserError with the number of a line that is not JSON, or that key_of refuses by KeyError, TypeError, ValueError or UserError."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
@@ -46,6 +45,7 @@ def read_back(path, key_of):
         except (ValueError, KeyError, TypeError, RecursionError):
             problem = f'{path}, line {number}, is damaged'
             raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
+    # cut it off, or the next row would be appended to it
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
         os.truncate(path, path.stat().st_size - len(incomplete))
@@ -73,8 +73,7 @@ def raise_if_missing(failed, what):
 
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
-    wanted(index, sample): returns a dict of fields that this row must have, or None if the run has no such answer.
-    Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
+    wanted(index, sample): the fields that this row must have, or None if the run has no such answer. Raises UserError for other rows."""
 
     def key_of(row):
         key = field(row, 'index', int), field(row, 'sample', int)
@@ -93,6 +92,7 @@ def collect(out_dir, wanted):
     for path in (merged, *rank_files):
         # if two files have the same answer, the first file's stays: the right operand of | wins
         rows = read_back(path, key_of) | rows
+    # all rows are right, so merge the files
     rows = dict(sorted(rows.items()))
     files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
     # safe to delete only after the merged file is on disk

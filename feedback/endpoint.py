@@ -42,7 +42,7 @@ class _AttemptFailed(Exception):
         self.can_retry, self.connected, self.wait = can_retry, connected, wait
 
 
-def completions_url(url: str) -> str:
+def completions_url(url):
     """Return the chat completions URL of a base URL with or without /v1. Raises UserError for a malformed URL."""
     try:
         is_plain = re.fullmatch(r'https?://[\w.:/%~+\[\]-]+', url, re.ASCII)

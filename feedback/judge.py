@@ -21,9 +21,8 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 
 
 def read_prompt(name):
-    """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
-    Raises UserError if it cannot be read, has not {instruction}, {answer_1} and {answer_2} once each, or asks for no 'Verdict:' line.
-    Prints a note if it lacks {mark}, a string that no answer can know, to show where answers begin and end."""
+    """Return the text of a judge prompt file. Raises UserError if it cannot be read or is not as messages below say."""
+    # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     text = read_text(folder / name, f'--judge_prompt={name}')  # named by its option in messages
     slots = SLOT.findall(text)
@@ -31,6 +30,7 @@ def read_prompt(name):
     if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         has = f'{name} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once'
         raise UserError(f'{has}, and ask for a last line that is Verdict: A, Verdict: B or Verdict: tie')
+    # a mark that no answer can know shows where answers begin and end
     if 'mark' not in slots:
         say(f'note: {name} has no {{mark}}, so an answer can write the signs that are to show where it ends')
     return text

@@ -71,12 +71,12 @@ SECTIONS = {
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
-    """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after ranks.setup.
-    Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
+    """Load and shard a reward model, a folder or hub id; return (model, tokenizer). Call on all ranks, after ranks.setup."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # try both on two pairs of random tokens, (prompt, [chosen, rejected]), all of different lengths
+    # batches are packed if that gives the same scores as padding, otherwise padded
+    # tried on two pairs of random tokens, (prompt, [chosen, rejected]), of different lengths
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     pairs = Examples.of([(a, [b, c[:5]]), (b[:7], [c[:9], a])])
     set_attention(model, can_pack(model, pairs, device))
@@ -85,8 +85,8 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 
 @errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
-def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
-    """Return the scores (n,), float32, of n answers, read at eos. All ranks must call this; each gets the scores of all items.
+def scores(model, tokenizer, items, max_tokens):
+    """Return the scores of n answers, an (n,) float32 array, read at eos. All ranks must call this; each gets the scores of all items.
     items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training. max_tokens:
     tokens of a microbatch on one rank. Raises UserError for an item that is too long, and for scores that are not finite."""
     net = core(model)
@@ -129,8 +129,7 @@ class _Group(NamedTuple):
 
 
 def _groups(items, eos, max_length, max_tokens):
-    """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
-    Appends eos to answers that do not end with it. Raises UserError for an empty prompt, or more than max_length tokens in all."""
+    """Return items (prompt ids, answer ids) in _Groups of at most max_tokens, or of one answer if that is longer. Raises UserError."""
     by_prompt = {}  # prompt ids as bytes -> the groups with this prompt
     for slot, (prompt, answer) in enumerate(items):
         prompt = np.asarray(prompt, np.int64)

@@ -22,8 +22,7 @@ def mean(wins, clusters):
 
 
 def interval(wins, clusters):
-    """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
-    clusters (n,): as for mean()."""
+    """Return [low, high], the Wilson 95% interval for the mean of wins (n,) in [0, 1]; None if n is 0. clusters: as for mean()."""
     p, error = mean(wins, clusters)
     if p is None:
         return None

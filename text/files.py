@@ -34,7 +34,7 @@ SAME_SPLIT = {'training': 'train', 'testing': 'test', 'eval': 'test', 'evaluatio
               'dev': 'validation', 'valid': 'validation', 'val': 'validation'}  # fmt: skip
 
 
-def content_hash(*parts) -> int:
+def content_hash(*parts):
     """Return a 64-bit hash of JSON-serializable values, which unlike hash() is the same in every process."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     # surrogatepass: texts may contain lone surrogates
@@ -242,8 +242,7 @@ def _readme_configs(folder):
 
 
 def _choose_config(configs, wanted, path):
-    """Return the name of the wanted config, else of the default or only one; None if none is wanted and there is none.
-    configs: {name: fields} of the README of path. Raises UserError if the config is missing or ambiguous."""
+    """Return the name of the wanted config, else of the default or only one, else (without any) None. Raises UserError."""
     if not configs and not wanted:
         return None
     defaults = [name for name, fields in configs.items() if name == 'default' or fields.get('default')]

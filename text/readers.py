@@ -228,8 +228,7 @@ def _read_table(file, delimiter=','):
 
 
 def _cells(file, delimiter):
-    """Yield (number of its first line, cells, error or '') for each row of a table. Raises UserError for malformed files.
-    cells: {column: text, or None if empty}, without a column that has no name (row numbers written by pandas)."""
+    """Yield (number of its first line, {column: text, None if empty}, error or '') for each row of a table. Raises UserError."""
     csv.field_size_limit(2**30)  # of one cell, in bytes; the default is 128 KiB
     with _open_text(file) as stream:
         table = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -245,6 +244,7 @@ def _cells(file, delimiter):
                     if len(row) != len(names):
                         error = f'{len(row)} cells, and the table has {len(names)} columns'
                     cells = {name: cell or None for name, cell in zip(names, row, strict=False)}
+                    # a column without a name: row numbers, as pandas writes them
                     cells.pop('', None)
                     yield line, cells, error
                 line = table.line_num + 1

@@ -260,14 +260,14 @@ def _decode_example(examples, i, tokenizer, task):
 
 
 def summary(run, n_eval_examples):
-    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example.
-    n_eval_examples: how many examples to evaluate on the user wants."""
+    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example."""
     train = run.train
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples
     n_tokens = int(train.lengths.sum())
     sizes = f'{len(train):,} training examples ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
+    # n_eval_examples: how many the user wants
     if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
     # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches

@@ -67,7 +67,6 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
-
     task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
@@ -195,11 +194,10 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-    builder: that of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or a conversation's segments
-    (turns.py). Raises UserError for rows that the template rejects, unless skip_bad_rows."""
+    texts: [prompt, *answers], or a conversation's segments. Raises UserError for rows that the template rejects (skip_bad_rows: no)."""
     seen_uids = set()
     for row in rows:
-        # of two builders, the second is for the test split; a plain dict has no .held_out
+        # the builder of the row's split: of two, the second is for the test split; a plain dict has no .held_out
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
         left_out = builder.left_out
         example = as_chats(row, system) if chat or system else row
@@ -356,12 +354,11 @@ def _encode_in_chunks(items, tokenizer):
 
 
 class Builder:
-    """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36.
-    limits: the Limits that they are truncated to. left_out: Counter of what was left out or changed, by reason."""
+    """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
 
     def __init__(self, limits):
-        self.limits = limits
-        self.left_out = Counter()
+        self.limits = limits  # the Limits that examples are truncated to
+        self.left_out = Counter()  # reason -> examples left out or changed
         self.ids = array('i')
         self.widths = array('q')  # tokens of each prompt and each answer
         self.good = array('b')  # this and the next two: a value for each example
@@ -435,8 +432,7 @@ def fit(prompt, answers, limits, left_out):
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, [answer]), the ids of a conversation truncated to the Limits; (prompt, []) if no trained token fits.
-    segments: lists of ids after the prompt, in turn trained (assistant) and not (user); the last one is trained.
-    answer: all segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
+    segments: lists of ids, in turn trained (assistant) and not (user). answer: all of them joined, with untrained tokens as ~id."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
     answer = []
@@ -486,8 +482,7 @@ def truncate_prompt(prompt, limits, left_out):
 
 
 def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
-    """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError.
-    tools: for the chat template, or None. left_out: Counter of what was cut or changed."""
+    """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
         texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
@@ -515,9 +510,6 @@ def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad
     encoded = encode_texts([text for text in texts if text is not None], tokenizer)
     truncated = (truncate_prompt(add_bos(ids, limits), limits, left_out) for ids in encoded)
     return [None if text is None else next(truncated) for text in texts]
-
-
-# ---- the cache on the disk ----
 
 
 def _cache_file(key, split, enough):

@@ -30,12 +30,12 @@ VALUES = {
 WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
 
 
-def place_of(prompt: str) -> str:
+def place_of(prompt):
     """Return the place that a prompt names."""
     return prompt.removeprefix('Review of the ').removesuffix(':')
 
 
-def gold(prompt: str, answer: str) -> float:
+def gold(prompt, answer):
     """Return the gold reward of an answer, in [-2.5, 1.5]: the mean score of its clauses."""
     aspects_of_place = PLACES.get(place_of(prompt), ())
     scores = []
@@ -49,8 +49,8 @@ def gold(prompt: str, answer: str) -> float:
     return sum(scores) / len(scores)  # _clauses yields at least one
 
 
-def well_formed(answer: str) -> bool:
-    """Whether every clause is grammatical and the answer ends with a full stop."""
+def well_formed(answer):
+    """Return whether every clause is grammatical and the answer ends with a full stop."""
     return all(adjective is not None for _, _, adjective in _clauses(answer))
 
 
@@ -69,8 +69,8 @@ def _clauses(answer):
         yield None, False, None
 
 
-def demonstration(prompt: str, rng: random.Random) -> str:
-    """Return a random answer, more or less positive and sometimes off topic."""
+def demonstration(prompt, rng):
+    """Return a random answer, more or less positive and sometimes off topic. rng: a random.Random."""
     place = place_of(prompt)
     # probability of a positive adjective, drawn once per answer
     taste = rng.random()
@@ -86,7 +86,7 @@ def demonstration(prompt: str, rng: random.Random) -> str:
     return ' ' + ' and '.join(clauses) + ' .'
 
 
-def pairs(split: str, n: int = 6000):
+def pairs(split, n=6000):
     """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test')."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
