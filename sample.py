@@ -109,7 +109,7 @@ if endpoint and world_size > 1:
 
 
 def read_sources():
-    """Return (rows, Counter of what was left out) of all sources in --data. A row has 'prompt', and perhaps 'tools'."""
+    """Return (rows, Counter of what was left out) of all of --data. A row is a dict with 'prompt', text or chat, perhaps 'tools'."""
     rows = []
     left_out = Counter()
     # without --split, take the split 'test', or (undivided) all rows of data without splits
@@ -131,8 +131,7 @@ def read_sources():
 
 
 def read_prompts():
-    """Return (rows, Counter of what was left out or changed): the prompts to answer. Raises UserError if there are none.
-    A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
+    """Return (the rows of read_sources to answer, Counter of what was left out or changed). Raises UserError if there are none."""
     all_rows, left_out = read_sources()
     row_of_hash = {}  # the first row with each prompt
     for row in all_rows:

@@ -92,7 +92,6 @@ def collect(out_dir, wanted):
     for path in (merged, *rank_files):
         # if two files have the same answer, the first file's stays: the right operand of | wins
         rows = read_back(path, key_of) | rows
-    # all rows are right, so merge the files
     rows = dict(sorted(rows.items()))
     files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
     # safe to delete only after the merged file is on disk
@@ -153,10 +152,9 @@ def _from_model_outputs(row):
 
 
 def make_pairs(answers_file, against_file=None):
-    """Return (pairs, Counter of what is left out by reason) from one or two files of answers.
-    One file: all pairs of answers to the same prompt, lower sample number first. Two files: the k-th answers to a prompt in
-    each form a pair. A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the
-    prompt), outputs (two texts), generators (two model names) and perhaps tools. Raises UserError if there are no pairs."""
+    """Return (pairs, Counter of what is left out) of one file of answers (any two to a prompt, lower sample number first), or of two
+    (the k-th answers to a prompt in each). A pair is a dict: prompt (text or chat), instruction (the prompt as plain text),
+    question (number of the prompt), outputs (two texts), generators (two names), perhaps tools. Raises UserError without pairs."""
     ours = read_answers(answers_file)
     theirs = read_answers(against_file) if against_file else []
     our_groups = _by_question(ours)

@@ -63,9 +63,8 @@ def completions_url(url):
 def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False):
     """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
     concurrency: most requests at a time. timeout: seconds for a whole reply. proven: the endpoint has answered in an earlier run.
-    What may be temporary (no reply, a broken one, HTTP 408, 409, 425, 429 and 5xx) is tried again up to `retries` times, at first
-    after about `backoff` seconds, then after twice as many. Raises UserError if the endpoint rejects the key or asks for too long
-    a wait, or if too many jobs fail in a row."""
+    Time-outs, lost connections, broken replies and HTTP 408, 409, 425, 429 and 5xx are retried up to `retries` times, first after
+    about `backoff` seconds. Raises UserError if the endpoint rejects the key, asks for too long a wait, or fails too often in a row."""
     endpoint = _Endpoint(url, concurrency, timeout, retries, backoff, proven)
     jobs = iter(jobs)
     tasks = set()  # running jobs
@@ -126,8 +125,7 @@ class _Endpoint:
     async def run(self, key, body):
         """Run a job, with retries, and return its Reply. Raises UserError if every other job would fail, too."""
         for attempt in itertools.count():
-            # until then; a negative time is no wait
-            await asyncio.sleep(self.not_before - time.monotonic())
+            await asyncio.sleep(self.not_before - time.monotonic())  # a negative time is no wait
             try:
                 response, content = await self.post(body)
                 return Reply(key, *self.read(response, content))

@@ -21,7 +21,7 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 
 
 def read_prompt(name):
-    """Return the text of a judge prompt file. Raises UserError if it cannot be read or is not as messages below say."""
+    """Return the text of a judge prompt file. Raises UserError if it cannot be read, or lacks what it must have."""
     # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     text = read_text(folder / name, f'--judge_prompt={name}')  # named by its option in messages

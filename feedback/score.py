@@ -75,8 +75,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # batches are packed if that gives the same scores as padding, otherwise padded
-    # tried on two pairs of random tokens, (prompt, [chosen, rejected]), of different lengths
+    # pack batches if that scores as padding does: tried on pairs (prompt, [chosen, rejected]) of random tokens
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
     pairs = Examples.of([(a, [b, c[:5]]), (b[:7], [c[:9], a])])
     set_attention(model, can_pack(model, pairs, device))
@@ -229,7 +228,8 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     for task, example in examples:
         # without an id, the position in the data
         row = {'id': example.raw.get('id', example.where or None)}
-        row |= {by: example.raw[by]} if by in example.raw else {}
+        if by in example.raw:
+            row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
         # an Examples of one, or of none if it was skipped

@@ -9,14 +9,13 @@ ENOUGH = 30  # fewest clusters for a standard error to be reliable
 
 
 def mean(wins, clusters):
-    """Return (mean, its cluster-robust standard error) of wins (n,): both None if n is 0, the error None for one cluster.
-    clusters (n,): which cluster each value is of, such as its prompt; labels of any type."""
+    """Return (mean, its cluster-robust standard error) of wins (n,), None if undefined. clusters (n,): labels, such as prompts."""
     wins = np.asarray(wins, float)
     n = len(wins)
     if n == 0:
         return None, None
     average = wins.mean()
-    # of C clusters: sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n; NaN for C = 1, of which _sqrt makes None
+    # C clusters: error = sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n, NaN for C = 1, of which _sqrt makes None
     variance_of_sum = _variance_of_sum(wins[:, None] - average, clusters).item()
     return float(average), _sqrt(variance_of_sum / n**2)
 

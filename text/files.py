@@ -95,9 +95,9 @@ def hub_files(hub_id, **options):
 
     try:
         # hf://: not a folder of that name here
-        dataset = datasets.load_dataset_builder(f'hf://datasets/{hub_id}', revision=commit, **options)
-        splits = {str(split): [] for split in dataset.config.data_files}
-        for split, addresses in dataset.config.data_files.items():
+        found = datasets.load_dataset_builder(f'hf://datasets/{hub_id}', revision=commit, **options).config.data_files
+        splits = {str(split): [] for split in found}
+        for split, addresses in found.items():
             for address in addresses:
                 # hf://datasets/OWNER/NAME@COMMIT/FILE: this gives a commit that was unknown so far
                 _, _, place = address.partition('@')

@@ -87,7 +87,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     key = content_hash(hashes, names, task, read_args, limits, render_args, margins, *_code_and_tokenizer(tokenizer))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
-        # if the test split is taken from the train rows, tokenise and cache both splits in one pass
+        # tokenise and cache both splits in one pass, if test is a part of the train rows and the key stands for all rows
         can_cache_both = cache and is_fingerprinted and split == 'train' and not undivided
         both = can_cache_both and all(map(sources.divides, names))
         splits = ['train', 'test'] if both else [split]
@@ -193,8 +193,8 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
-    """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
-    texts: [prompt, *answers], or a conversation's segments. Raises UserError for rows that the template rejects (skip_bad_rows: no)."""
+    """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example. Raises UserError.
+    texts: [prompt, *answers], or a conversation's segments. skip_bad_rows: count rows that the template rejects, do not raise."""
     seen_uids = set()
     for row in rows:
         # the builder of the row's split: of two, the second is for the test split; a plain dict has no .held_out
@@ -231,7 +231,7 @@ def _may_need_chat(part, tokenizer):
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
-    row: an example as in sources.py, such as {'prompt', 'chosen', 'rejected'}, perhaps with 'tools'. turns: a conversation's messages."""
+    row: an example as in sources.py, such as {'prompt', 'chosen', 'rejected'}; row['turns']: all messages of a conversation."""
     prompt = row['prompt']
     answers = _answers_for(row, task, left_out)
     if not answers:
@@ -418,7 +418,7 @@ def fit(prompt, answers, limits, left_out):
     prompt = add_bos(prompt, limits)
     # the chat template may have written EOS already
     answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
-    longest_answer = max(len(answer) for answer in answers)
+    longest_answer = max(map(len, answers))
     if len(prompt) + longest_answer <= limits.max_length:
         return prompt, answers
     prompt = truncate_prompt(prompt, limits, left_out)
@@ -488,7 +488,6 @@ def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, trun
         texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
-    # the answer continues the prompt
     prompt_ids, answer_ids = encode_texts(texts, tokenizer, before=['', texts[0]])
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], limits, left_out)
