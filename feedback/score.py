@@ -187,6 +187,7 @@ def main():
 
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
+
     task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
     examples = []
     left_out = Counter()
@@ -195,7 +196,7 @@ def read():
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     for source in data.split('+'):
-        # the first example decides the task of the source; the Counter is not kept, since the source is read again below
+        # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
         # without any example (first is {}) what follows finds none, and says why
