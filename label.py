@@ -165,9 +165,9 @@ def reward_items(items):
     """Return (reward, {what was cut of the item: times}) for each item (prompt, answer, tools), by --gold or --reward_model."""
     if gold is not None:
         return [(toy.gold(prompt, text), {}) for prompt, text, _ in items]
-    limits = (max_length, max_prompt_length, truncation)
+    lengths = (max_length, max_prompt_length, truncation)
     cuts = [Counter() for _ in items]
-    ids = [encode(*item, tokenizer, *limits, left_out=cut) for item, cut in zip(items, cuts, strict=True)]
+    ids = [encode(*item, tokenizer, lengths, left_out=cut) for item, cut in zip(items, cuts, strict=True)]
     rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
     return [(reward, +cut) for reward, cut in zip(rewards, cuts, strict=True)]  # + of a Counter drops zeros
 

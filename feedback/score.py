@@ -220,9 +220,9 @@ def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     # a prompt is cut to half of the limit if the whole is too long
-    options = {'max_length': limit, 'max_prompt_length': limit // 2, 'truncation': truncation, 'left_out': left_out}
+    lengths = (limit, limit // 2, truncation)
     # margins=True: the data's margins, which nothing reads here, are not counted as left out
-    options |= {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
+    options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
     targets = []  # of each item: (row, name of the column) that its score goes to
@@ -234,7 +234,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
         # an Examples of one, or of none if it was skipped
-        for prompt, answers in tokenise([example], tokenizer, task, **options):
+        for prompt, answers in tokenise([example], tokenizer, task, lengths, left_out, **options):
             rows.append(row)
             items += [(prompt, answer) for answer in answers]
             targets += [(row, name) for name in names]

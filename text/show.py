@@ -150,7 +150,7 @@ def _print_text():
         counts[task] += len(items)
         if tokenizer and len(lengths) < MEASURED:
             # in tokens, with limits that truncate nothing
-            tokenised = tokenise([example], tokenizer, task, 2**30, 2**29, truncation, left_out, skip_bad_rows=True)
+            tokenised = tokenise([example], tokenizer, task, (2**30, 2**29, truncation), left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         elif len(lengths) < MEASURED:
             lengths += map(_num_characters, items)
@@ -160,8 +160,8 @@ def _print_text():
 def _as_seen(example, task, tokenizer):
     """Return an example as the text that a model sees, with marks around what is trained on, or else why it sees nothing."""
     reasons = Counter()
-    limits = max_length, max_prompt_length, truncation
-    tokenised = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
+    lengths = (max_length, max_prompt_length, truncation)
+    tokenised = tokenise([example], tokenizer, task, lengths, reasons, skip_bad_rows=True)
     texts = [_decode_example(tokenised, i, tokenizer, task) for i in range(len(tokenised))]
     return '\n\n'.join(texts) if texts else 'left out: ' + ', '.join(+reasons)  # + drops zero counts
 

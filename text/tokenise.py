@@ -164,10 +164,10 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
 # ---- from a row to an item of Examples ----
 
 
-def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
-    """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
-    margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
-    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
+def tokenise(rows, tokenizer, task, lengths, left_out, margins=False, **render_args):
+    """Return the Examples of rows of text or chat. lengths: (max_length, max_prompt_length, truncation). left_out: Counter of reasons
+    for skipped rows. margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
+    limits = Limits.of(tokenizer, *lengths)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
     examples = tokenised['train']
     left_out.update(examples.left_out)
@@ -481,16 +481,15 @@ def truncate_prompt(prompt, limits, left_out):
     return prompt[:num_bos] + prompt[num_bos + excess :]
 
 
-def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
-    """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError."""
+def encode(prompt, answer, tools, tokenizer, lengths, left_out):
+    """Return (prompt ids, answer ids) of one prompt and answer, as tokenise() makes them of rows. Raises UserError."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
         texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
     prompt_ids, answer_ids = encode_texts(texts, tokenizer, before=['', texts[0]])
-    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
-    prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], limits, left_out)
+    prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], Limits.of(tokenizer, *lengths), left_out)
     return prompt_ids, answer_ids
 
 
