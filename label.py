@@ -139,6 +139,7 @@ if reward_model is not None:
 
 def ask_judge(todo):
     """Ask the endpoint for verdicts; yield a row of verdicts.jsonl as a reply arrives. todo: keys (pair index, order).
+
     A failed request yields nothing, and is counted in `failed`. Raises UserError if all others would fail, too."""
     # requests, each built when it is sent; `fields` are what all have in common
     jobs = (((i, order), fields | judge.question(template, pairs[i], order)) for i, order in todo)

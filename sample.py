@@ -161,6 +161,7 @@ def read_prompts():
 
 def expected_row(i, sample):
     """Return the fields of a row of samples.jsonl that are known before sampling, for answer number `sample` to prompt i.
+
     None if this run has no such answer. collect() compares the rows found in out_dir with these."""
     if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
         return None

@@ -1,4 +1,5 @@
 """Read and write files of sampled answers and of verdicts, and form the pairs of answers that label.py judges.
+
 sample.py writes samples.jsonl (a row per answer) and model_outputs.json (AlpacaEval's format), label.py verdicts.jsonl (a row
 per verdict). .jsonl files are append-only, so a killed run resumes where it stopped. Rank r > 0 appends to samples-r.jsonl."""
 
@@ -30,6 +31,7 @@ def append(path, rows, sync=True):
 
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
+
     Raises UserError with the number of a line that is not JSON, or that key_of refuses by KeyError, TypeError, ValueError or UserError."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
@@ -73,6 +75,7 @@ def raise_if_missing(failed, what):
 
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
+
     wanted(index, sample): the fields that this row must have, or None if the run has no such answer. Raises UserError for other rows."""
 
     def key_of(row):
@@ -112,6 +115,7 @@ def write_model_outputs(out_dir, rows):
 
 def read_answers(path):
     """Return the answers in a samples.jsonl or model_outputs.json as a list of dicts, in file order.
+
     Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), generator (model name) and
     sample (number of the answer to its prompt). Raises UserError for a row of another format, and if there are no answers."""
     answers = []
@@ -193,6 +197,7 @@ def make_pairs(answers_file, against_file=None):
 
 def _by_question(answers):
     """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by sample number}.
+
     A file may ask an instruction more than once; time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
     times_seen = Counter()  # (instruction, generator, sample) -> how often

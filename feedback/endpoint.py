@@ -1,4 +1,5 @@
 """An async client for OpenAI-compatible chat endpoints (hosted models, vLLM, `transformers serve`), for sample.py and label.py.
+
 The API key, from NANOPREF_API_KEY or else OPENAI_API_KEY, is redacted from everything a server says."""
 
 import asyncio
@@ -62,6 +63,7 @@ def completions_url(url):
 
 def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False):
     """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
+
     concurrency: most requests at a time. timeout: seconds for a whole reply. proven: the endpoint has answered in an earlier run.
     Time-outs, lost connections, broken replies and HTTP 408, 409, 425, 429 and 5xx are retried up to `retries` times, first after
     about `backoff` seconds. Raises UserError if the endpoint rejects the key, asks for too long a wait, or fails too often in a row."""

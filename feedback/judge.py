@@ -38,6 +38,7 @@ def read_prompt(name):
 
 def question(template, pair, order):
     """Return the request field that asks for a verdict on a pair (a dict of answers.make_pairs): {'messages': [one user message]}.
+
     template: a judge prompt with placeholders. order: 1 shows the first answer as A and the second as B, 2 swaps them."""
     answers = [output.strip() for output in pair['outputs']]
     if order == 2:
@@ -52,6 +53,7 @@ def question(template, pair, order):
 
 def preference(text, raw, order):
     """Return which answer a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
+
     text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B."""
     # unclear, since its end may be missing
     if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):

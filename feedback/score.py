@@ -86,6 +86,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens):
     """Return the scores of n answers, an (n,) float32 array, read at eos. All ranks must call this; each gets the scores of all items.
+
     items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training. max_tokens:
     tokens of a microbatch on one rank. Raises UserError for an item that is too long, and for scores that are not finite."""
     net = core(model)
@@ -218,6 +219,7 @@ def create_output():
 
 def score_examples(model, tokenizer, examples, limit, left_out):
     """Return rows of --out (dicts) with the scores of examples, a list of (task, example). All ranks must call this.
+
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     # a prompt is cut to half of the limit if the whole is too long
     lengths = (limit, limit // 2, truncation)

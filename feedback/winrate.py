@@ -1,4 +1,5 @@
 """Win rates from verdicts: confidence intervals and length control.
+
 label.py reports them, and feedback/score.py uses the intervals. A win is 1, a loss 0, a tie 1/2. Pairs with the same prompt are
 correlated, so they form a cluster, and all standard errors are cluster-robust."""
 
@@ -43,6 +44,7 @@ def interval(wins, clusters):
 
 def length_controlled(wins, difference, clusters):
     """Return (win rate at equal length, its standard error, its interval, length effect b), or four None without a finite fit.
+
     wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus that of the second. clusters (n,): as for
     mean(). Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty.
     There is no finite fit without pairs, if all are wins or all losses, if the difference alone predicts every win, or if it is the
@@ -79,6 +81,7 @@ def length_controlled(wins, difference, clusters):
 
 def _fit_logistic(x, wins):
     """Fit P(win) = sigmoid(x @ beta) by maximum likelihood (Newton's method). x (n, k), wins (n,).
+
     Returns (beta (k,), Fisher information (k, k), residuals wins - P(win) (n,)), or None if there is no finite maximum."""
     beta = np.zeros(x.shape[1])
     for _ in range(50):

@@ -24,6 +24,7 @@ def counted(count, noun):
 
 def in_words(left_out):
     """Return a Counter of reasons as a text, and a list of those that are notes.
+
     {'rows cut': 1, 'tie': 2, 'note: no chats': 3} -> ('1 row cut, 2 ties', ['note: no chats (3 times)']); {} -> ('nothing', [])."""
     counts = []
     notes = []
@@ -151,6 +152,7 @@ class Examples:
 
     def mismatched(self, rows, max_length, more):
         """Return the prompts at rows (those of one step), each with an answer to a different prompt, for KTO's KL estimate z.
+
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 

@@ -44,6 +44,7 @@ def content_hash(*parts):
 
 def named_part(source):
     """Parse a source into (name, config, split): 'owner/name:easy[test]' -> ('owner/name', 'easy', 'test'). What is missing is None.
+
     Only hub ids and folders with a slash (./mine:easy) have configs: 'hh:PATH' -> ('hh:PATH', None, None), as hh is a reader."""
     split = None
     in_brackets = re.fullmatch(r'(.+)\[([\w.+-]+)\]', source)
@@ -60,6 +61,7 @@ def named_part(source):
 
 def choose_splits(names, wanted, source):
     """Return (train split, test split or None), chosen from the names of a source's splits. Raises UserError if it cannot.
+
     wanted: the train split that the user named in brackets, or None. source: the data's name for messages, without brackets."""
     train = wanted or 'train'
     if train not in names:
@@ -84,6 +86,7 @@ def choose_splits(names, wanted, source):
 @cache
 def hub_files(hub_id, **options):
     """Return ({split: names of its files} of a hub dataset, their commit); without the hub, as they were seen last.
+
     options: arguments of load_dataset, such as name: the config, or None for the default or only one. Raises UserError."""
     commit = hub_commit(hub_id)
     # the files of a commit never change, so use what an earlier run remembered, if it did
@@ -205,6 +208,7 @@ def _is_data_file(file):
 
 def folder_splits(path, config=None):
     """Return {split: files} of a file, folder or pattern, from the folder's README, or else from the file names.
+
     config: the name of a config in the README; None: its default or only one. Raises UserError if it is missing or ambiguous."""
     path = os.path.expanduser(path)
     configs = _readme_configs(path)

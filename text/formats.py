@@ -300,6 +300,7 @@ def first_of(names, row):
 
 def prompt_of(row, given_answer=None):
     """Return the prompt of a row: a list of messages, or text for the answer to continue. Raises ValueError if it has none.
+
     given_answer: an answer, text or chat, that may include its question: a row without a column for it then gives None."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
     if chat_column and column != 'prompt':
@@ -352,6 +353,7 @@ def _ends_with(prompt, given_answer):
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     """Raise ValueError if another column than `column`, which the messages `turns` are from, asks what is not in them.
+
     names: columns whose whole content must be in them. texts_in: columns that may also hold names or numbers."""
     text = '\n'.join(turn['content'] for turn in turns)
     found = []  # (column, its texts); a column may be in names and in texts_in

@@ -194,6 +194,7 @@ def as_messages(value, must_be_chat=False):
 
 def _parse_chat(text, any_list):
     """Return the messages that a text holds in JSON or as a Python literal, or its list of strings; other text unchanged.
+
     any_list: try each text that begins with a bracket, not only those that begin with a message."""
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
         return text

@@ -270,6 +270,7 @@ def describe(source):
 
 def _valid(parsed_rows, source, left_out, skip_bad_rows):
     """Yield the examples of all valid rows as Rows, and count the others in left_out. Raises UserError for a bad row.
+
     parsed_rows: iterator of (row, its examples or a ValueError)."""
     any_valid = False
     for row, examples in parsed_rows:

@@ -1,4 +1,5 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
+
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
 sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
 No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
@@ -67,6 +68,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
                   num_turns=1, skip_bad_rows=False, columns=None, chat=False, system=None, last_turn_only=False,
                   data_fraction=1.0, seed=0, cache=True, margins=False, enough=None):  # fmt: skip
     """Return the tokenised Examples of a split ('train' or 'test') of data such as 'hh+shp', a hub id or a file.
+
     task: 'pairs', 'singles' (KTO; a pair makes two), 'sft' or 'prompts'. max_length, max_prompt_length: in tokens; long
     examples lose the start ('end': the end) of the prompt, then the ends of the answers. undivided, num_turns,
     skip_bad_rows, columns: for sources.read_examples. chat: turn texts into chats. system: system message to prepend.
@@ -127,6 +129,7 @@ def _code_and_tokenizer(tokenizer):
 
 def _read_sources(names, split, task, read_args, left_out, both=False):
     """Yield the untokenised examples (Rows) of all sources. Raises UserError if a source has none that is usable.
+
     read_args: of sources.read_examples. both: yield training rows and those held out for testing. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
@@ -176,6 +179,7 @@ def tokenise(rows, tokenizer, task, lengths, left_out, margins=False, **render_a
 
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read).
+
     splits: one, or ['train', 'test']: then the second gets the rows whose .held_out is true. enough: {split: count}, to stop
     when every split has so many examples; if one has no count, all rows are read. margins: keep those of pairs."""
     builders = {split: Builder(limits) for split in splits}
@@ -194,6 +198,7 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
     """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example. Raises UserError.
+
     texts: [prompt, *answers], or a conversation's segments. skip_bad_rows: count rows that the template rejects, do not raise."""
     seen_uids = set()
     for row in rows:
@@ -231,6 +236,7 @@ def _may_need_chat(part, tokenizer):
 
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
+
     row: an example as in sources.py, such as {'prompt', 'chosen', 'rejected'}; row['turns']: all messages of a conversation."""
     prompt = row['prompt']
     answers = _answers_for(row, task, left_out)
@@ -283,6 +289,7 @@ def _answers_for(row, task, left_out):
 
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
+
     texts: the segments if the Part has a conversation, else [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
@@ -432,6 +439,7 @@ def fit(prompt, answers, limits, left_out):
 
 def fit_conversation(prompt, segments, limits, left_out):
     """Return (prompt, [answer]), the ids of a conversation truncated to the Limits; (prompt, []) if no trained token fits.
+
     segments: lists of ids, in turn trained (assistant) and not (user). answer: all of them joined, with untrained tokens as ~id."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
@@ -495,6 +503,7 @@ def encode(prompt, answer, tools, tokenizer, lengths, left_out):
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
+
     prompts: texts, chats or rows. A prompt that the chat template rejects raises UserError, or (skip_bad_rows) has None for ids."""
     limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # of each prompt; None if it is rejected
