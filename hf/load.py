@@ -415,24 +415,15 @@ def fingerprints(config):
 
 
 def model_hashes(name):
-    """Return {file: SHA-256} of a model; an adapter has the files of its base model, too, as base/FILE."""
-    saved, base = lora.adapter_and_base(name)
-    hashes = _hashes(name)
-    if saved:
-        hashes |= {f'base/{file}': digest for file, digest in _hashes(base).items()}
-    return hashes
-
-
-def _hashes(name):
-    """Return {file: SHA-256} for a folder, or for the files of a hub id that have been loaded; {} for others."""
+    """Return {file: SHA-256} of a model's folder, or of what has been loaded of a hub id. An adapter's base model: base/FILE."""
     folder = hub.folder_of(name)
-    if folder is None:
-        return {}
-    # the files that define a model
-    suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
-    files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
-    # in the cache of the hub, only those that load_model reads: other programs may have fetched more
+    # the files that define a model; in the cache of the hub, only those that load_model reads, as other programs may fetch more
+    pattern = r'.+\.(safetensors|json|model|txt|jinja|py)'
     if not os.path.isdir(name):
-        of_model = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
-        files = [file for file in files if re.fullmatch(of_model, file.name)]
-    return {file.name: file_hash(file) for file in sorted(files)}
+        pattern = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
+    files = sorted(folder.iterdir()) if folder else []
+    hashes = {file.name: file_hash(file) for file in files if re.fullmatch(pattern, file.name) and file.is_file()}
+    saved, base = lora.adapter_and_base(name)
+    if saved:
+        hashes |= {f'base/{file}': digest for file, digest in model_hashes(base).items()}
+    return hashes
