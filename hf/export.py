@@ -63,7 +63,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     model.reshard()
     # a model with adapters is a PeftModel around the transformers model, which core() returns
     has_adapters = core(model) is not model
-    # gather full tensors on the CPU of rank 0; with adapters only the trained ones
+    # gather weights on the CPU of rank 0; with adapters only the trained ones, of adapters and a reward model's head
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
     trained_weights = get_model_state_dict(model, options=options)
     tied = ties(model)  # such as the LM head, if it is the embedding
@@ -77,7 +77,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 clear_path(temporary)
                 # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
                 if has_adapters:
-                    # the model is read again, of the hub perhaps a newer commit
+                    # this reads the base model again, which may have changed since
                     adapted = build(empty=False)
                     _check_same_model(folder.parent)
                     lora.write(adapted, trained_weights, adapter_temporary)
@@ -101,7 +101,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, UserError):
                 raise
-            # such as a config that transformers does not save: all ranks hear of a UserError, and write a checkpoint
+            # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
             raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
     return on_one_rank(write)
@@ -112,6 +112,7 @@ def _check_same_model(out_dir):
     run = recorded(out_dir)
     if run and 'model' in run['contents']:
         hashes_now = model_hashes(run['options']['model'])
+        # the same run but for these hashes
         check_same(f'{out_dir} holds', run, run | {'contents': {'model': hashes_now}})
 
 
@@ -121,26 +122,24 @@ def _save_weights(model, weights, dtype, folder):
     Frees memory: it clears `weights` and moves the model to the meta device."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
-    for name in weights:
-        largest = 0.0
-        if weights[name].numel():
-            largest = torch.linalg.vector_norm(weights[name].float(), torch.inf)
+    for name, weight in weights.items():
+        largest = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
         if limit < largest < torch.inf:
             cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
             say(f'note: {cause}: the model is kept in float32')
             dtype = torch.float32
             break
-    # write a tensor of several names (tied) once, under the first: named_parameters() lists no other
+    # a tied tensor has several names: write it once, under the first, the only one that named_parameters() lists
     first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
     # fixed seed: the same weights always give the same file
     generator = torch.Generator().manual_seed(0)
     # as transformers does, keep some in float32, such as the bias by which DeepSeek V3 chooses experts
-    kept = model._get_dtype_plan(dtype)  # parts of their names
+    parts_in_float32 = model._get_dtype_plan(dtype)  # parts of their names
     rounded_weights = {}
     for name, weight in weights.items():
-        is_kept = any(part in name for part in kept)
+        in_float32 = any(part in name for part in parts_in_float32)
         if name in first_names:
-            rounded_weights[name] = rounded(weight, torch.float32 if is_kept else dtype, generator)
+            rounded_weights[name] = rounded(weight, torch.float32 if in_float32 else dtype, generator)
     # free the original weights, as large as the model, before writing
     weights.clear()
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
@@ -149,10 +148,10 @@ def _save_weights(model, weights, dtype, folder):
 
 
 def rounded(weights, dtype, generator):
-    """Round float32 weights stochastically to dtype, so that small updates from training survive on average.
+    """Round float32 weights to dtype at random: 30% of the way to the next number of dtype, a weight moves there with chance 0.3.
 
-    A weight 30% of the way to the next number of dtype moves there with probability 0.3; below 6.1e-5 the numbers of float16
-    are further apart, and weights go to the nearest one. Integers are returned as is."""
+    So small updates from training survive on average. float16 weights below 6.1e-5 move less often, to the nearest number.
+    Integers are returned as they are."""
     if not weights.is_floating_point():
         return weights
     # mantissa bits of float32 that dtype lacks

@@ -1,6 +1,7 @@
 """A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
 
-A replica that trains in bfloat16 gathers nothing: where FSDP gathers weights, it swaps its bfloat16 copies in (half.py)."""
+A replica that trains in bfloat16 has an attribute half_copies, the HalfCopies of half.py, otherwise None. It gathers nothing:
+where FSDP gathers weights, it swaps these copies in."""
 
 import contextlib
 import types
@@ -18,7 +19,7 @@ def add_method(model, function):
         model.half_copies.swap_in()
         return function(model, *args, **options)
 
-    method = with_copies if half_copies(model) else function
+    method = with_copies if model.half_copies else function
     setattr(model, function.__name__, types.MethodType(method, model))
     if fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
@@ -29,8 +30,8 @@ def reshard(model):
     for module in fsdp_modules(model):
         # FSDP's own method, by the class: on the root, module.reshard is this function (see fsdp.shard)
         type(module).reshard(module)
-    if copies := half_copies(model):
-        copies.swap_out()
+    if model.half_copies:
+        model.half_copies.swap_out()
 
 
 def abandon_backward(model):
@@ -61,15 +62,8 @@ def fsdp_modules(model):
     return [module for module in model.modules() if hasattr(module, 'unshard')]
 
 
-def half_copies(model):
-    """Return the HalfCopies of a replica that trains in bfloat16, or None."""
-    return getattr(model, 'half_copies', None)
-
-
 def be_root(model, unused):
-    """Do nothing: a call of it as a method, by add_method(), makes the model FSDP's root or swaps its bfloat16 copies in.
-
-    unused: torch 2.11's FSDP on CUDA wants an argument."""
+    """Do nothing: as a method, by add_method(), its call makes the model FSDP's root or swaps copies in. FSDP wants an argument."""
 
 
 @contextlib.contextmanager
@@ -78,7 +72,7 @@ def unsharded(model):
     modules = fsdp_modules(model)
     try:
         # FSDP takes the first module that runs as its root. Generation may start inside of PEFT's wrapper: run the wrapper first
-        if modules or half_copies(model):
+        if modules or model.half_copies:
             model.be_root(None)
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
