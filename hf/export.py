@@ -217,8 +217,7 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
-        numbers = {name: value for name, value in evaluations[-1].items() if isinstance(value, float)}
-        table = [f'| {name} | {value:.4g} |' for name, value in numbers.items()]
+        table = [f'| {name} | {value:.4g} |' for name, value in evaluations[-1].items() if isinstance(value, float)]
         text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
     listed = '\n'.join(f'{name} = {value!r}' for name, value in options.items())
     text += f'\nOptions:\n\n```python\n{listed}\n```\n'

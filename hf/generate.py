@@ -34,14 +34,12 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
-    own_prompts = [prompts[i] for i in indices]
-    own_seeds = [seeds[i] for i in indices]
     with sharded.unsharded(model):
-        own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
+        own_answers = generate(model, tokenizer, [prompts[i] for i in indices], [seeds[i] for i in indices], **settings)
     answers = {}  # index of the prompt -> answer
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
-    return [answers.get(i) for i in range(len(prompts))]
+    return [answers[i] for i in range(len(prompts))]
 
 
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):

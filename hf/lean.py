@@ -94,12 +94,10 @@ class LeanBlock:
             self.recipes.clear()
 
     def recomputed(self, function, *inputs, module=None, **options):
-        """Return function(*inputs, **options), and record a Recipe to recompute it in backward.
-
-        module: the one whose parameters the function uses, if it uses any. There is no Recipe without gradients, or with options."""
+        """Return function(*inputs), and record a Recipe to recompute it in backward. module: has the function's parameters, if any."""
         # a Recipe detaches its inputs, which works for plain tensors only
-        has_plain_inputs = all(type(x) is torch.Tensor for x in inputs)
-        if options or not has_plain_inputs or not torch.is_grad_enabled():
+        has_plain_inputs = not options and all(type(x) is torch.Tensor for x in inputs)
+        if not has_plain_inputs or not torch.is_grad_enabled():
             return function(*inputs, **options)
         recipe = Recipe(function, inputs)
         parameters = module.parameters() if module else ()

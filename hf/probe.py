@@ -143,9 +143,7 @@ def measure_loaded(model):
 
 
 def _outputs(model, device):
-    """Return a model's outputs for a made-up prompt with two answers, on the CPU.
-
-    These are a reward model's scores (2,), or log-probs of the 8 answer tokens (1, 8); with a critic also their values: (2, 8)."""
+    """Return a model's outputs for a made-up example, on the CPU: scores (2,), log-probs (1, 8), or log-probs and values (2, 8)."""
     # a prompt and two answers, of four random tokens each
     vocab_size = core(model).get_input_embeddings().num_embeddings
     prompt, *answers = np.random.default_rng(0).integers(vocab_size, size=12).reshape(3, 4)
@@ -179,11 +177,10 @@ def check_positions(model, length, what):
     """Raise UserError if sequences of length tokens are too long for the model. what: their name in the message."""
     inner = core(model)
     embeddings = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
-    has_table = any(re.search('wpe|position', name) for name in embeddings)
+    tables = [name for name in embeddings if re.search('wpe|position', name)]
     # the tables of GPT-J, CodeGen and CTRL are buffers; MPT makes one in each forward
-    buffers = [name for name, _ in inner.named_buffers()]
-    has_buffer = any(name.endswith(('embed_positions', 'pos_encoding')) for name in buffers)
-    has_table = has_table or has_buffer or inner.config.model_type == 'mpt'
+    tables += [name for name, _ in inner.named_buffers() if name.endswith(('embed_positions', 'pos_encoding'))]
+    has_table = tables or inner.config.model_type == 'mpt'
     max_positions, max_unscaled = _length_limits(model)
     too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
     # without a table of positions, as with rotary embeddings, a model may go beyond its max_positions

@@ -88,9 +88,7 @@ def parts_of_options(config, eval_data):
 
 
 def parse(text):
-    """Parse a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model' into Parts; the default weight is 1.
-
-    Loads the functions, so that mistakes in their files surface early. Raises UserError."""
+    """Parse a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model' into Parts; the default weight is 1. Raises UserError."""
     parts = []
     for term in text.split('+'):
         scorer, star, weight_text = term.partition('*')
@@ -107,7 +105,7 @@ def parse(text):
         # number duplicate names by their place in the sum: f_1, f_3
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
-        # only rank 0 calls functions
+        # the result is needed later, and by rank 0 alone: load them now, so that mistakes in their files surface early
         if part.is_function and main_rank():
             load_function(part.file, part.function_or_model)
     return parts

@@ -64,8 +64,8 @@ class Reward:
         examples_by_split: train= and test= Examples of prompts; None for a split whose answers are never scored."""
         if not any(part.is_function for part in self.parts):
             return
-        # with the same options as for the Examples, so that the prompts are the same
         config = self.config
+        # as when the Examples were made, so that the prompts are the same
         options = {name: config[name] for name in ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')}
         options['undivided'] = config.eval_data is not None  # then no part of data is held out
         sources = {'train': config.data, 'test': config.eval_data or config.data}
@@ -108,9 +108,7 @@ class Reward:
         """Call a part's function on all answers, on rank 0. Return two lists: scores, and whether each call was late (score 0).
 
         split, uids, ends: as for score_columns. Prints a note if there were late calls. Raises UserError if the function fails."""
-        prompts = []
-        responses = []
-        rows = []
+        asked = []  # (prompt, response, data row) of each answer
         for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
@@ -121,9 +119,8 @@ class Reward:
                 # chat templates add white space around messages; in plain text it is part of the answer
                 if is_chat:
                     response = response.strip()
-                prompts.append(prompt)
-                responses.append(response)
-                rows.append(row)
+                asked.append((prompt, response, row))
+        prompts, responses, rows = map(list, zip(*asked, strict=True))
         values, late = reward_functions.score(part, prompts, responses, rows, self.workers.get(part))
         if any(late):
             say(f'note: {sum(late)} of {len(late)} calls of {part} took too long (--reward_timeout): they give 0')
