@@ -24,10 +24,9 @@ def register_attention():
 
 
 def set_attention(model, packed, for_padded=None):
-    """Switch a model to packed_attention, or with packed=False to an implementation of transformers, for padded batches.
+    """Switch a model to packed_attention, or with packed=False to one of transformers', for padded batches. UserError if it has none.
 
-    for_padded: that implementation ('sdpa', 'eager', ...). The model remembers it for later calls, which pass None. If none was ever
-    passed, it is sdpa if the model supports that, else eager. Raises UserError if the model lacks the implementation."""
+    for_padded: 'sdpa', 'eager' ... The model remembers it for later calls, which pass None. Without: sdpa where it works, else eager."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -148,8 +147,7 @@ def blocks_of(groups):
 class Block:
     """Consecutive groups of a packed row, cut into pieces. sizes: tokens of each piece.
 
-    Several small groups are one piece, which attends in one call under a mask. The pieces of a single group are its prompt and its
-    answers, with one call per answer."""
+    Several small groups are one piece, under a mask. The pieces of a single group are its prompt and each of its answers."""
 
     def __init__(self, groups):
         self.groups = groups
@@ -186,8 +184,7 @@ class Varlen:
     groups: [(tokens of a prompt, tokens of each answer that shares it)]. The example: [(2, (1, 2))], a prompt of 2 with answers of 1
     and 2, so a row of 5 tokens. Queries are in row order. A prompt's belong to its first answer.
     cu_q, cu_k: cumulative numbers of queries and keys: [0, 3, 5] and [0, 3, 7], as the prompt's keys come twice.
-    gather (K,): indices in the row of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared: they are in row order then.
-    copies: as from _copies(gather)."""
+    gather (K,): indices in the row of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared. copies: _copies(gather)."""
 
     def __init__(self, groups):
         n_queries, n_keys = [], []  # of each answer

@@ -117,9 +117,7 @@ def _check_same_model(out_dir):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), stochastically rounded to dtype, with model's class and config. Returns the dtype written.
-
-    Frees memory: it clears `weights` and moves the model to the meta device."""
+    """Save weights (name -> tensor), rounded to dtype, with model's class and config. Uses both up. Returns the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
     limit = torch.finfo(dtype).max
     for name, weight in weights.items():
@@ -150,8 +148,8 @@ def _save_weights(model, weights, dtype, folder):
 def rounded(weights, dtype, generator):
     """Round float32 weights to dtype at random: 30% of the way to the next number of dtype, a weight moves there with chance 0.3.
 
-    So small updates from training survive on average. float16 weights below 6.1e-5 move less often, to the nearest number.
-    Integers are returned as they are."""
+    So small updates from training survive on average. float16 weights below 6.1e-5 move less often, to the nearest number."""
+    # integers stay as they are
     if not weights.is_floating_point():
         return weights
     # mantissa bits of float32 that dtype lacks

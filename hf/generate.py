@@ -27,9 +27,7 @@ REFILL_AFTER = 8
 
 
 def sample(model, tokenizer, prompts, seeds, **settings):
-    """Sample an answer to every prompt from a sharded model, split over all ranks. Return all answers (token ids) on every rank.
-
-    prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate()."""
+    """Sample an answer to every prompt from a sharded model, as generate() does, split over all ranks. Every rank returns them all."""
     # deal the prompts out to the ranks by length: similar lengths per batch, equal work per rank
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

@@ -335,9 +335,8 @@ def load_tokenizer(name, trust_remote_code=False):
 
 
 def separate_pad(tokenizer):
-    """Give a tokenizer a pad token other than its EOS, and right padding, in place. Returns the tokenizer.
-
-    Needed for reward models: transformers reads the score at the last non-pad token, which has to be the EOS."""
+    """Return a tokenizer with right padding and a pad token other than its EOS, changed in place, as reward models need it."""
+    # transformers reads the score at the last token that is no padding: that has to be the EOS
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({'pad_token': '<|pad|>'})
     tokenizer.padding_side = 'right'
@@ -357,13 +356,12 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: that tokenizer, or the name of the model; a folder without a tokenizer only gets a note
-    other_role: the other model in messages, such as 'the reference NAME'. policy_name: the policy in messages"""
+    other: that tokenizer, or the model's name. For messages: policy_name; other_role, such as 'the reference NAME'."""
     if isinstance(other, str):
         if other == policy_name:
             return
         lacks_tokenizer = Path(other).is_dir() and not any(Path(other).glob('*token*'))
-        # an adapter without a tokenizer has that of its base model
+        # but load_tokenizer finds one for an adapter, that of its base model
         if lacks_tokenizer and not lora.find_adapter(other):
             say_once(f'note: {other_role} comes without a tokenizer: it must read the tokens of {policy_name}')
             return
@@ -406,11 +404,10 @@ def fingerprints(config):
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
     # the models in a sum, --reward='DIR1 + DIR2*0.5', are listed by rl/reward_functions.py: {'reward': {'DIR1/FILE': hash, ...}}
-    option = 'reward' if config.get('reward') else 'reward_model'
-    for name in getattr(config, 'reward_models', ()):
-        hashes = {} if name in NO_MODEL else model_hashes(name)
-        for file, digest in hashes.items():
-            hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
+    names = [name for name in getattr(config, 'reward_models', ()) if name not in NO_MODEL]
+    hashes = {f'{name}/{file}': digest for name in names for file, digest in model_hashes(name).items()}
+    if hashes:
+        hashes_of['reward' if config.get('reward') else 'reward_model'] = hashes
     return hashes_of
 
 

@@ -262,9 +262,7 @@ def _merged(model, saved, empty):
 
 
 def _new_config(model, adapters):
-    """Return the peft.LoraConfig of a new adapter on linear layers of the model's blocks. Raises UserError for unknown names.
-
-    adapters: dict from options(), with targets such as 'q_proj v_proj', or None for all linear layers"""
+    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: dict from options(). May raise UserError."""
     import peft
 
     modules = {module for block in blocks(model) for module in block.modules()}
@@ -272,7 +270,7 @@ def _new_config(model, adapters):
     # (path, name, module) of all modules of the model: ('model.layers.0.self_attn.q_proj', 'q_proj', Linear)
     layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
     known = sorted({name for _, name, module in layers if module in linear})
-    targets = adapters['targets']
+    targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'

@@ -307,9 +307,7 @@ class Workers:
 
 
 def _work(fd, folder, file, name):
-    """Be a worker process: serve calls of function `name` in file from the pipe with file descriptor fd, until it closes.
-
-    The arguments are words of the command line that _start_worker makes. folder: the run's current folder."""
+    """Be a worker process: serve calls of function `name` in file, from the pipe with file descriptor fd. folder: the run's current."""
     pipe = Connection(int(fd))
     part = Part(name, weight=1.0, function_or_model=name, file=file)
     parent = os.getppid()

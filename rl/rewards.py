@@ -59,9 +59,7 @@ class Reward:
         return reward_model, its_tokenizer
 
     def read_rows(self, **examples_by_split):
-        """Read the data again, for the columns that reward functions may want, into self.rows. No-op without functions.
-
-        examples_by_split: train= and test= Examples of prompts; None for a split whose answers are never scored."""
+        """Fill self.rows, which only functions need. examples_by_split: train=, test= Examples; None if their answers are not scored."""
         if not any(part.is_function for part in self.parts):
             return
         config = self.config
