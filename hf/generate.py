@@ -32,8 +32,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
+    own_prompts = [prompts[i] for i in indices]
+    own_seeds = [seeds[i] for i in indices]
     with sharded.unsharded(model):
-        own_answers = generate(model, tokenizer, [prompts[i] for i in indices], [seeds[i] for i in indices], **settings)
+        own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
     answers = {}  # index of the prompt -> answer
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
@@ -162,9 +164,12 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
     # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
-    n_pads = [width - len(sequence) for sequence in sequences]
-    ids = [[pad_id] * n_pad + list(sequence) for n_pad, sequence in zip(n_pads, sequences, strict=True)]
-    mask = [[0] * n_pad + [1] * (width - n_pad) for n_pad in n_pads]
+    ids = []
+    mask = []
+    for sequence in sequences:
+        n_pad = width - len(sequence)
+        ids.append([pad_id] * n_pad + list(sequence))
+        mask.append([0] * n_pad + [1] * len(sequence))
     # generate() wants the ids of the columns that are not cached, but the mask of all columns
     ids = torch.tensor(ids, device=inner.device)[:, n_cached:]
     mask = torch.tensor(mask, device=inner.device)
@@ -298,7 +303,7 @@ class _Draw(transformers.LogitsProcessor):
         blocks = padded.view(n_rows, side, side)
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
         block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
-        self.step += np.uint64(1)
+        self.step += 1
         # draw a block of each row, then a token of this block
         block_scores = _checked(ids, blocks.logsumexp(2))  # (rows, side)
         block = (block_scores + block_noise).argmax(1)  # (rows,)
@@ -310,11 +315,10 @@ class _Draw(transformers.LogitsProcessor):
 
     def noise(self, n):
         """Return (rows, n) float32 Gumbel noise for this step. Step s of a row uses the counters s * n to s * n + n - 1."""
-        first = self.step * np.uint64(n)  # (rows,)
-        counters = first[:, None] + np.arange(n, dtype=np.uint64)  # (rows, n)
-        states = self.keys[:, None] + counters * np.uint64(GOLDEN_STEP)
+        counters = self.step[:, None] * n + np.arange(n, dtype=np.uint64)  # (rows, n)
+        states = self.keys[:, None] + counters * GOLDEN_STEP
         # keep 53 of the 64 bits, as many as a float64 has; + 0.5 avoids log(0)
-        upper_bits = splitmix64(states) >> np.uint64(11)
+        upper_bits = splitmix64(states) >> 11
         uniform = (upper_bits + 0.5) / 2**53  # in (0, 1)
         noise = torch.from_numpy(-np.log(-np.log(uniform))).float()
         # pinned memory makes the copy to the GPU asynchronous

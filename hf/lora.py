@@ -267,16 +267,17 @@ def _new_config(model, adapters):
 
     modules = {module for block in blocks(model) for module in block.modules()}
     linear = {module for module in modules if isinstance(module, torch.nn.Linear | Conv1D)}
-    # (path, name, module) of all modules of the model: ('model.layers.0.self_attn.q_proj', 'q_proj', Linear)
-    layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
-    known = sorted({name for _, name, module in layers if module in linear})
+    paths = {path for path, module in model.named_modules() if module in linear}
+    # model.layers.0.self_attn.q_proj -> q_proj
+    known = sorted({path.rpartition('.')[2] for path in paths})
     targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = [path for path, name, module in layers if name in wanted and module not in linear]
+    named = [path for path, _ in model.named_modules() if path.rpartition('.')[2] in wanted]
+    others = [path for path in named if path not in paths]
     # Conv1D, the linear layer of GPT-2, stores its weight transposed
     is_transposed = any(isinstance(module, Conv1D) for module in linear)
     where = {'target_modules': wanted, 'exclude_modules': others or None, 'fan_in_fan_out': is_transposed}
@@ -294,8 +295,8 @@ def _check_trainable(model, saved):
     replaced = sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
     # weights of the model itself, which PEFT adds where an embedding was resized: the export would leave them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
-        whole = [key for key in file.keys() if '.lora_' not in key]  # noqa: SIM118
-    whole = sorted(key for key in whole if not re.search(r'\.(score|classifier)\.', key))
+        keys = sorted(file.keys())
+    whole = [key for key in keys if not re.search(r'\.lora_|\.(score|classifier)\.', key)]
     outside = adapted + replaced + whole
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # load_model has rejected the reverse, a reward model's adapter for a language model
@@ -340,6 +341,5 @@ def describe(model):
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
     total += quantize.count_packed_weights(model)
-    adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A')]
-    layers = sorted({path.rpartition('.')[2] for path in adapted})
-    return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'
+    layers = {path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')}
+    return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(sorted(layers))}'

@@ -90,8 +90,7 @@ def _compute(run, model, examples):
     result = np.zeros((len(examples), num_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
     # 512 examples at a time
-    for start in range(0, len(examples), 512):
-        rows = np.arange(start, min(start + 512, len(examples)))
+    for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger
         batches = run.make_step(examples, rows, max_tokens=4 * run.max_tokens).batches
         # response_logps returns (1, answers of the batch), in the order of its examples

@@ -106,7 +106,9 @@ class Reward:
         """Call a part's function on all answers, on rank 0. Return two lists: scores, and whether each call was late (score 0).
 
         split, uids, ends: as for score_columns. Prints a note if there were late calls. Raises UserError if the function fails."""
-        asked = []  # (prompt, response, data row) of each answer
+        prompts = []
+        responses = []
+        rows = []
         for uid, (prompt_ids, answers) in zip(uids.tolist(), examples, strict=True):
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
@@ -117,8 +119,9 @@ class Reward:
                 # chat templates add white space around messages; in plain text it is part of the answer
                 if is_chat:
                     response = response.strip()
-                asked.append((prompt, response, row))
-        prompts, responses, rows = map(list, zip(*asked, strict=True))
+                prompts.append(prompt)
+                responses.append(response)
+                rows.append(row)
         values, late = reward_functions.score(part, prompts, responses, rows, self.workers.get(part))
         if any(late):
             say(f'note: {sum(late)} of {len(late)} calls of {part} took too long (--reward_timeout): they give 0')

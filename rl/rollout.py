@@ -4,6 +4,7 @@ A token column has one number per answer token of the round, answer after answer
 run is a training.Run. All ranks call these functions together and get the same results."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -59,10 +60,9 @@ def sample(run, source, indices, *, answers_each, first_seed):
     # sample_batch: how many answers a rank samples side by side
     settings = {'max_new_tokens': run.config.max_new_tokens, 'max_rows': run.config.sample_batch}
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
-        answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
-    starts = range(0, len(answers), answers_each)  # of the answers to each prompt
-    groups = [answers[start : start + answers_each] for start in starts]
-    return Examples.of(list(zip(prompts, groups, strict=True)))
+        answers = iter(generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings))
+    # the next answers are those to the next prompt
+    return Examples.of([(prompt, list(islice(answers, answers_each))) for prompt in prompts])
 
 
 def token_indices(batch, rows, starts, per_prompt):
