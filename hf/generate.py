@@ -39,7 +39,7 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     answers = {}  # index of the prompt -> answer
     for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
         answers |= rank_answers
-    return [answers[i] for i in range(len(prompts))]
+    return [answers.get(i) for i in range(len(prompts))]
 
 
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):

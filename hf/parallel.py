@@ -1,6 +1,7 @@
 """Tensor parallelism, which divides the matrices of each block among ranks, and what the options about devices mean."""
 
 import os
+import re
 
 import torch
 
@@ -99,7 +100,7 @@ def tensor_parallel(model, mesh, n_meshes):
     head_shape = (getattr(config, 'head_dim', None),)
     for path, module in inner.named_modules():
         # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
-        path_in_plan = '.'.join('*' if part.isdigit() else part for part in path.split('.'))
+        path_in_plan = re.sub(r'\b\d+\b', '*', path)
         style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
             check_divides(module.weight.shape[1], f'columns of {path}')

@@ -95,10 +95,9 @@ def _compute(run, model, examples):
         batches = run.make_step(examples, rows, max_tokens=4 * run.max_tokens).batches
         # response_logps returns (1, answers of the batch), in the order of its examples
         with adapters_off(model):
-            own_logps = torch.cat([model.response_logps(batch).view(-1, num_answers) for batch in batches])
-        # put the columns of all ranks together, {0: of the first answers, 1: ...}. A slot is an index in rows, or -1 for a filler
-        slots = [slot for batch in batches for slot in batch.slot]
-        columns = fsdp.gather_columns(dict(enumerate(own_logps.T)), slots, len(rows))
+            tables = [model.response_logps(batch).view(-1, num_answers) for batch in batches]
+        # a column for the first answer of each example, one for the second ...; gather() puts those of all ranks together
+        columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], batches, len(rows))
         for number, column in columns.items():
             result[rows, number] = column
         bar.update(len(rows))
