@@ -79,10 +79,8 @@ class HalfCopies:
 
 
 def round_to_half(model):
-    """Round a model's weights to bfloat16, in place, and from now on also the hidden states that go into its blocks.
-
-    Weights that train remain float32 tensors, of rounded numbers. Otherwise a weight halfway between two bfloat16 numbers, common in
-    fp16 files, would jump from one to the other with the first update, however small."""
+    """Round a model's weights, in place, and all that goes into its blocks to bfloat16. Weights that train stay float32 tensors."""
+    # if not rounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump with any update, however small
     for p in model.parameters():
         rounded = p.data.bfloat16()
         p.data = rounded.to(p.dtype) if p.requires_grad else rounded

@@ -1,8 +1,7 @@
 """Selective activation checkpointing: recompute norms and MLP activations in backward instead of saving their outputs.
 
-Outputs of matmuls and attention are saved as usual. A norm or activation records a Recipe of its output, and
-saved_tensors_hooks make later layers save the Recipe instead of the output. torch's own selective checkpointing
-dispatches every operation, which takes three times as long."""
+Outputs of matmuls and attention are saved as usual. A norm or activation records a Recipe of its output, and saved_tensors_hooks
+make later layers save the Recipe instead. torch's own selective checkpointing is slower: it dispatches every operation."""
 
 import inspect
 from functools import partial

@@ -1,8 +1,7 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
-The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
-frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the ranks and on
-max_tokens; passes without gradients, such as one for a step's statistic, have no dropout."""
+The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a frozen
+copy of it. With lora_dropout results depend on the ranks and on max_tokens. Passes without gradients have no dropout."""
 
 import contextlib
 import hashlib
@@ -285,9 +284,8 @@ def _new_config(model, adapters):
 
 
 def _check_trainable(model, saved):
-    """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel.
-
-    It must not change anything outside the blocks, but for a reward model's head, which PEFT calls score and classifier."""
+    """Raise UserError if a saved adapter cannot be trained further, only merged. model: the one inside the PeftModel."""
+    # it may change blocks and, in a reward model, the head, which PEFT calls score and classifier
     in_blocks = {module for block in blocks(model) for module in block.modules()}
     # layers with LoRA: training would ignore that of the LM head, as it reads the head's weight without calling the layer
     adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]

@@ -25,8 +25,7 @@ def check(config):
     # with --pack=False batches are padded anyway
     if config['attn'] and config['pack']:
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
-
-    # what is left is about device_map, which spreads a model over the GPUs of one process
+    # all that follows is about device_map, which spreads a model over the GPUs of one process
     if config['device_map'] is None:
         return
     if 'RANK' in os.environ:

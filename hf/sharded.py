@@ -1,7 +1,6 @@
 """A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
 
-A replica that trains in bfloat16 has an attribute half_copies, the HalfCopies of half.py, otherwise None. It gathers nothing:
-where FSDP gathers weights, it swaps these copies in."""
+model.half_copies: None, or of a replica that trains in bfloat16 its HalfCopies (half.py), swapped in where FSDP gathers weights."""
 
 import contextlib
 import types

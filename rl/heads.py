@@ -1,7 +1,6 @@
 """Log-probs and values of answer tokens, and reward-model scores of answers.
 
-Like the functions of model.py, these need gathered parameters: fsdp.py attaches token_logps and response_scores to every sharded
-model as methods that run inside a forward of the root module."""
+fsdp.shard makes token_logps and response_scores methods of a sharded model, which gather its weights, as it does with those of model.py."""
 
 import torch
 import torch.nn.functional as F

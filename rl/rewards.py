@@ -103,9 +103,7 @@ class Reward:
         return columns
 
     def _call_function(self, part, examples, split, uids, ends):
-        """Call a part's function on all answers, on rank 0. Return two lists: scores, and whether each call was late (score 0).
-
-        split, uids, ends: as for score_columns. Prints a note if there were late calls. Raises UserError if the function fails."""
+        """Call a part's function on all answers, see score_columns. Return two lists: scores, and whether each was late (score 0)."""
         prompts = []
         responses = []
         rows = []

@@ -68,8 +68,7 @@ def sample(run, source, indices, *, answers_each, first_seed):
 def token_indices(batch, rows, starts, per_prompt):
     """Return the places in the round's token columns of the N answer tokens of a microbatch: (N,) indices, -1 for filler tokens.
 
-    rows: the numbers of the step's examples in the round. starts: where each answer of the round begins in the token columns,
-    (answers,). per_prompt: answers per prompt."""
+    rows: the numbers of the step's examples in the round. starts: where each answer of the round begins in the columns, (answers,)."""
     slot = np.array(batch.slot)  # of each example of the microbatch: its index in rows; -1: a filler
     starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
@@ -144,9 +143,7 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def describe(run, examples, tokens, answers, split):
-    """Return the log metrics of sampled answers: name -> float. The toy world adds its gold reward.
-
-    tokens, answers: as from measure(), and with columns of scores. split: 'train' or 'eval', part of the metric names."""
+    """Return the log metrics of sampled answers, name -> float. tokens, answers: columns by name. split: 'train' or 'eval'."""
     logratio = tokens['pi'] - tokens['ref']
     # estimates from tokens that the policy has sampled: its entropy is the mean of -pi, its KL to the reference that of pi - ref
     found = {
