@@ -112,7 +112,6 @@ def _check_same_model(out_dir):
     run = recorded(out_dir)
     if run and 'model' in run['contents']:
         hashes_now = model_hashes(run['options']['model'])
-        # the same run but for these hashes
         check_same(f'{out_dir} holds', run, run | {'contents': {'model': hashes_now}})
 
 

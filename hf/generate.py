@@ -20,10 +20,9 @@ from runtime.files import append, say_once
 from text.chat import decode_answer
 from text.examples import GOLDEN_STEP, Examples, splitmix64
 
-# rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of all rows have ended, but not before REFILL_AFTER
-# tokens: a refill takes as long as sampling one or two tokens
-REFILL_SHARE = 4
-REFILL_AFTER = 8
+# a refill takes as long as sampling one or two tokens
+REFILL_SHARE = 4  # rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of all rows have ended
+REFILL_AFTER = 8  # but not before so many tokens
 
 
 def sample(model, tokenizer, prompts, seeds, **settings):
@@ -98,8 +97,7 @@ def generate(
     waiting = list(range(len(prompts)))
     active = []
     # KV cache, and the row in it of each active answer that has started
-    cache = None
-    cache_rows = []
+    cache, cache_rows = None, []
     with _generation_mode(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
             # start new answers in the free rows, behind those in the cache

@@ -80,17 +80,16 @@ class HalfCopies:
 
 def round_to_half(model):
     """Round a model's weights, in place, and all that goes into its blocks to bfloat16. Weights that train stay float32 tensors."""
-    # if not rounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump with any update, however small
+    # a weight halfway between two bfloat16 numbers, common in fp16 files, would otherwise jump with its first update, however small
     for p in model.parameters():
         rounded = p.data.bfloat16()
         p.data = rounded.to(p.dtype) if p.requires_grad else rounded
-    # XGLM, for one, adds positions to the input of its first block from a buffer, which stays float32
+
+    def round_hidden(block, inputs):
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            return inputs[0].bfloat16(), *inputs[1:]
+        return inputs
+
+    # buffers stay float32: XGLM, for one, adds positions from one to the input of its first block
     for block in blocks(model):
-        block.register_forward_pre_hook(_round_hidden)
-
-
-def _round_hidden(block, inputs):
-    """Forward hook of a block: round its first input, the hidden states."""
-    if inputs and isinstance(inputs[0], torch.Tensor):
-        return inputs[0].bfloat16(), *inputs[1:]
-    return inputs
+        block.register_forward_pre_hook(round_hidden)

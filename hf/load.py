@@ -73,8 +73,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     if _is_classifier(config, base) or (saved and saved.is_reward):
         raise UserError(f'{name!r} is a reward model: a language model is needed here')
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
-    # _read_config has read it; none for the toy model, for instance
-    if _generation_configs.get(base):
+    if _generation_configs.get(base):  # set by _read_config
         model.generation_config = copy.deepcopy(_generation_configs[base])
     # the config may tie head and embedding although the file has both. An empty model has read no file
     if not options.get('empty') and correct_tie_config(model):

@@ -35,10 +35,9 @@ def _difference(found, expected):
 
 
 def can_pack(model, examples, device, wanted=True):
-    """Return whether the model can compute on packed batches: its log-probs or scores are then its own, up to rounding.
+    """Return whether the model's log-probs or scores on packed batches are its own, up to rounding. Tries two of these Examples.
 
-    Tries two of these Examples. False, and a note, if it cannot; False also if packing is not wanted. The caller then pads batches:
-    raises UserError if padded ones give wrong numbers, too."""
+    If they are not, prints a note. The caller then pads batches, as it does if packing is not wanted: UserError if that fails, too."""
     packed, padded = two_layouts(examples, device)
     if wanted:
         max_error, reason = deviation(model, ours=packed, theirs=padded)

@@ -14,11 +14,11 @@ from configurator import UserError
 def add_method(model, function):
     """Make function(model, ...) a method of the model. As forward does, it finds weights gathered, or the bfloat16 copies in."""
 
-    def with_copies(model, *args, **options):
-        model.half_copies.swap_in()
+    def method(model, *args, **options):
+        if model.half_copies:
+            model.half_copies.swap_in()
         return function(model, *args, **options)
 
-    method = with_copies if model.half_copies else function
     setattr(model, function.__name__, types.MethodType(method, model))
     if fsdp_modules(model):
         dist.fsdp.register_fsdp_forward_method(model, function.__name__)
@@ -41,15 +41,14 @@ def abandon_backward(model):
 
 
 def check_trained(model, optimizer):
-    """Raise UserError if an optimizer trains a parameter that the model lacks, or bfloat16 weights beside float32 ones.
-
-    Nothing would average or save the former. The latter were frozen when the model was loaded, and are too coarse to train."""
+    """Raise UserError if an optimizer trains a parameter that the model lacks, or bfloat16 weights beside float32 ones."""
     model.reshard()
-    own = set(model.parameters())
     trained = {p for group in optimizer.param_groups for p in group['params']}
-    if trained - own:
+    # nothing would average or save it
+    if trained - set(model.parameters()):
         advice = 'let the function that load_policy() takes add it to the model'
         raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
+    # weights that were frozen when the model was loaded are bfloat16, too coarse to train
     dtypes = {p.dtype for p in trained}
     if torch.bfloat16 in dtypes and torch.float32 in dtypes:
         advice = 'freeze for a while after load_policy(), not in the function that it takes'

@@ -105,8 +105,7 @@ def erm(mu):
 def released(mu, parts=2):
     """Return the Divergence that Ra-DPO's released code computes, which is no risk measure.
 
-    D sums p Z, p = exp(log_ref), over some tokens: the code cuts the vocabulary into parts of equal size, and takes those tokens
-    whose Z = log_ref - log_pi exceeds the 1 - mu quantile of their part."""
+    The vocabulary is cut into parts of equal size. D sums p Z, p = exp(log_ref), over tokens with Z beyond 1 - mu of their part's."""
 
     def mass(logits, ref_logits, tail=None):
         z = (ref_logits - logits).detach()

@@ -2,8 +2,7 @@
 
 Contract, as in losses.py: columns are positional, hyper-parameters are keywords; no models, batches or ranks. A column has one
 number per pair (bradley_terry) or per answer token. pi, old and ref are log-probs of a token under the policy being trained, the
-policy that sampled the answer, and the reference.
-"""
+policy that sampled the answer, and the reference."""
 
 import torch
 from torch.nn.functional import logsigmoid

@@ -1,6 +1,6 @@
 """Log-probs and values of answer tokens, and reward-model scores of answers.
 
-fsdp.shard makes token_logps and response_scores methods of a sharded model, which gather its weights, as it does with those of model.py."""
+fsdp.shard makes token_logps and response_scores methods of a sharded model, which gather its weights."""
 
 import torch
 import torch.nn.functional as F

@@ -159,9 +159,8 @@ def load_function(file, name):
     try:
         inspect.signature(function).bind('prompts', 'responses', 'rows')
     except TypeError:
-        found = f'{name}{inspect.signature(function)} of {file}'
-        wanted = f'is called as {name}(prompts, responses, rows): give it these three'
-        raise UserError(f'--reward: {found} {wanted}') from None
+        own = f'{name}{inspect.signature(function)} of {file}'
+        raise UserError(f'--reward: {own} is called as {name}(prompts, responses, rows): give it these three') from None
     except ValueError:
         pass  # some functions of C have no signature
     return function
