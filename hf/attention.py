@@ -187,7 +187,8 @@ class Varlen:
     gather (K,): indices in the row of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared. copies: _copies(gather)."""
 
     def __init__(self, groups):
-        n_queries, n_keys = [], []  # of each answer
+        n_queries = []  # of each answer, which has those of its prompt if it is the first
+        n_keys = []
         tokens = []  # arrays of indices in the row: the token of each key
         start = 0  # index in the row where the next prompt or answer starts
         for prompt, answers in groups:

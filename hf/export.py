@@ -22,8 +22,7 @@ from runtime.log import check_same, recorded
 from runtime.ranks import on_one_rank
 from text.examples import bos_of
 
-# maximum size of a weights file; larger models are sharded
-SHARD = '5GB'
+SHARD = '5GB'  # maximum size of a weights file; larger models are sharded
 # Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/tokenise.py).
 # {first} is replaced by the ids at the start of every prompt: [BOS], or [] if the tokenizer adds no BOS.
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
@@ -52,9 +51,8 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
 
-    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card.
-    With adapters, folder gets the merged model, and the folder `adapter` beside it the adapter alone, in float32.
-    dtype: of the weights. Returns the one written, float32 if a weight overflows in dtype. UserError if the disk is full."""
+    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card. With adapters,
+    folder has the merged model, and `adapter` beside it the adapter alone. Returns the dtype written: float32 if `dtype` overflows."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # let a checkpoint that is being written in the background finish, and raise its error if it failed
@@ -118,16 +116,15 @@ def _check_same_model(out_dir):
 def _save_weights(model, weights, dtype, folder):
     """Save weights (name -> tensor), rounded to dtype, with model's class and config. Uses both up. Returns the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
-    limit = torch.finfo(dtype).max
+    end = torch.finfo(dtype).max
     for name, weight in weights.items():
-        largest = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
-        if limit < largest < torch.inf:
-            cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
-            say(f'note: {cause}: the model is kept in float32')
+        most = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
+        if end < most < torch.inf:
+            say(f'note: {name} has a weight of {most:.6g}, and {dtype} ends at {end:.6g}: the model is kept in float32')
             dtype = torch.float32
             break
     # a tied tensor has several names: write it once, under the first, the only one that named_parameters() lists
-    first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    first_names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     # fixed seed: the same weights always give the same file
     generator = torch.Generator().manual_seed(0)
     # as transformers does, keep some in float32, such as the bias by which DeepSeek V3 chooses experts
@@ -205,7 +202,6 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # with --quantize the base model was in 4 bits, not in float32
     if options.get('save_dtype') and not options.get('quantize'):
         text += f'\nThe weights were trained in float32, and are kept in {saved_config["dtype"]}.\n'
-    # usage example of a reward model
     architecture = saved_config.get('architectures', [''])[0]
     if architecture.endswith('SequenceClassification'):
         first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))

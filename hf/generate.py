@@ -97,7 +97,8 @@ def generate(
     waiting = list(range(len(prompts)))
     active = []
     # KV cache, and the row in it of each active answer that has started
-    cache, cache_rows = None, []
+    cache = None
+    cache_rows = []
     with _generation_mode(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
             # start new answers in the free rows, behind those in the cache

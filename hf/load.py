@@ -96,8 +96,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
 def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     """Load a sequence classifier with one output on the CPU, in float32 and eval mode. Raises UserError.
 
-    tokenizer: must have been through separate_pad(); adapters, options: same as for load_model
-    new_head: also accept a causal LM, and replace its LM head by a new scalar head"""
+    tokenizer: as from separate_pad(). new_head: accept a causal LM, too, and replace its head. adapters, options: as for load_model"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
     text_config = config.get_text_config()
@@ -182,8 +181,7 @@ def _read_generation_config(name):
 def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    is_lm: make a reward model of a language model: leave out its LM head, and draw a score head from seed.
-    empty: no weights, on the meta device. device_map: passed to from_pretrained."""
+    is_lm: make a reward model of a language model, whose LM head goes, with a score head drawn from seed. empty: on the meta device."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()

@@ -75,7 +75,9 @@ def adapter_and_base(name):
 def _read_adapter(name, file):
     """Return the SavedAdapter whose adapter_config.json is file. Raises UserError if it is incomplete or unsupported."""
     options = hub.read_dict(name, CONFIG_FILE)
-    rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
+    rank = options.get('r')
+    alpha = options.get('lora_alpha')
+    base = options.get('base_model_name_or_path')
     has_rank = type(rank) is int and rank > 0
     has_base = type(base) is str and base != ''
     if not (has_rank and has_base and type(alpha) in (int, float)):

@@ -194,9 +194,7 @@ def max_sequence_length(model):
 
 
 def _length_limits(model):
-    """Return (maximum positions by the config, longest sequence without RoPE scaling), in tokens; infinity for no limit.
-
-    Some kinds of scaling, dynamic and longrope, encode the positions of a whole batch by its longest sequence, if that is longer."""
+    """Return (positions by the config, longest sequence whose results do not depend on its batch), in tokens; infinity for no limit."""
     config = core(model).config.get_text_config()
     # max_seq_len: MPT's name
     max_positions = getattr(config, 'max_position_embeddings', None) or getattr(config, 'max_seq_len', None) or math.inf
@@ -205,6 +203,7 @@ def _length_limits(model):
     options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
     for rope in [each for each in (options, *options.values()) if isinstance(each, dict)]:
         rope_type = str(rope.get('rope_type') or rope.get('type'))
+        # beyond some length, both of these kinds scale all positions of a batch by its longest sequence
         if 'dynamic' in rope_type:
             unscaled.append(max_positions)
         elif rope_type in ('longrope', 'su') or 'long_mscale' in rope:

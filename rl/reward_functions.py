@@ -6,8 +6,7 @@
 The lists have one element per answer. prompts: text or chat messages, as in the data; responses: text; rows: dicts with all
 columns of the prompt's data row. The function returns one number per response. It runs in this process, once per round with all
 answers, or in worker processes, once per answer and with an optional time limit.
-ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch.
-"""
+ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch."""
 
 import asyncio
 import contextlib
@@ -217,9 +216,7 @@ def _explained(error, file):
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
-
-    workers: the part's Workers, for a call per answer; None: one call here, without time limit. UserError names the failing row."""
+    """Score n answers with a Part's function, by its Workers or here. Return two lists: scores, and which of them timed out (score 0)."""
     # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
     if workers:
@@ -227,6 +224,7 @@ def score(part, prompts, responses, rows, workers=None):
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
+    # here one call for all answers, without time limit
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:

@@ -34,7 +34,9 @@ class Reward:
         self.config = config
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
-        self.rows, self.reward_models, self.workers = {}, {}, {}
+        self.rows = {}
+        self.reward_models = {}
+        self.workers = {}
         # a time limit needs worker processes, because late calls are killed
         n_workers = config.reward_workers
         if config.reward_timeout and not n_workers:
@@ -50,8 +52,8 @@ class Reward:
         options = {option: self.config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
         reward_model, its_tokenizer = score.load_scorer(name, device, **options)
         check_same_tokens(self.tokenizer, its_tokenizer, f'the reward model {name}', self.config.model)
-        # a reward model reads one token more, the end
-        needed, limit = longest + 1, max_sequence_length(reward_model)
+        limit = max_sequence_length(reward_model)
+        needed = longest + 1  # with an end, which a reward model reads
         if needed > limit:
             found = f'prompts with their answers and an end have up to {needed} tokens'
             way_out = 'lower --max_new_tokens or --max_prompt_length'
@@ -83,13 +85,12 @@ class Reward:
         late_by_part = []  # for each function, whether each call took too long
         for part in self.parts:
             if part.is_function:
-                # rank 0 calls it, and all ranks get what it returns
+                # it runs on rank 0, and all ranks get what it returns; a reward model, below, runs on all of them together
                 values, late = ranks.shared(partial(self._call_function, part, examples, split, uids, ends))
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]
             else:
-                # a reward model runs on all ranks together
                 items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 reward_model, tokenizer = self.reward_models[part]
                 values = score.scores(reward_model, tokenizer, items, self.max_tokens)

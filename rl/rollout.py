@@ -154,7 +154,6 @@ def describe(run, examples, tokens, answers, split):
         f'ended/{split}': answers['ended'].double().mean(),
     }
     for name, column in answers.items():
-        # as from Reward.score_columns
         if name.startswith(('score', 'late')):
             found[f'{name}/{split}'] = column.mean()
     if run.config.data == 'toy':
