@@ -24,9 +24,9 @@ def register_attention():
 
 
 def set_attention(model, packed, for_padded=None):
-    """Switch a model to packed_attention, or with packed=False to one of transformers', for padded batches. UserError if it has none.
+    """Switch a model to packed_attention, or with packed=False to attention of transformers, for padded batches. UserError if it fails.
 
-    for_padded: 'sdpa', 'eager' ... The model remembers it for later calls, which pass None. Without: sdpa where it works, else eager."""
+    for_padded: 'sdpa', 'eager' ..., remembered for later calls. None: what is remembered or, by default, sdpa if supported, else eager."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -210,7 +210,7 @@ class Varlen:
 
 
 def _copies(gather):
-    """Return [(tokens, their places in gather)]: first of the first copy of each token, then of all second copies, and so on.
+    """Return [(tokens, their places in gather)]: first the first copy of every token, then all second copies, and so on.
 
     [0, 1, 2, 0, 1] -> [([0, 1, 2], [0, 1, 2]), ([0, 1], [3, 4])]. So no item has a token twice."""
     copies = []

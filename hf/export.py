@@ -144,7 +144,7 @@ def _save_weights(model, weights, dtype, folder):
 def rounded(weights, dtype, generator):
     """Round float32 weights to dtype at random: 30% of the way to the next number of dtype, a weight moves there with chance 0.3.
 
-    So small updates from training survive on average. float16 weights below 6.1e-5 move less often, to the nearest number."""
+    So small updates from training survive on average. Below 6.1e-5, where float16 is coarser, weights go to its nearest number."""
     # integers stay as they are
     if not weights.is_floating_point():
         return weights

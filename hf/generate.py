@@ -262,7 +262,7 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
 
 
 def _processors(seeds, n_sampled, temperature, top_p):
-    """Return the LogitsProcessorList by which greedy decoding samples. seeds, n_sampled: of each row, its tokens so far."""
+    """Return the LogitsProcessorList by which greedy decoding samples. n_sampled: the number of each row's tokens so far."""
     if temperature == 0:
         return transformers.LogitsProcessorList([_checked])
     # temperature before top_p, as in transformers

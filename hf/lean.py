@@ -62,7 +62,7 @@ class Recompute(torch.autograd.Function):
 class LeanBlock:
     """Selective checkpointing of one block: replaces the forward of the block, its norms, activations and MLP, in place.
 
-    recipes: data_ptr of an output -> (output, Recipe), of the outputs so far of a forward that is running."""
+    recipes: data_ptr of an output -> (output, Recipe), for the outputs that the running forward has made so far."""
 
     def __init__(self, block):
         self.recipes = {}
@@ -121,7 +121,7 @@ class LeanBlock:
             is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
             both_contiguous = tensor.is_contiguous() and output.is_contiguous()
             return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
-        # a view, such as the values in a fused query_key_value, keeps its whole base, unless that is a weight (a leaf): copy a small one
+        # a small view, such as the values in a fused query_key_value, would keep its whole base: save a copy. Weights (leaves) stay anyway
         is_view = tensor._base is not None and not tensor._base.is_leaf
         if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes:
             return tensor.data.clone()

@@ -181,7 +181,7 @@ def _read_generation_config(name):
 def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    is_lm: make a reward model of a language model, whose LM head goes, with a score head drawn from seed. empty: on the meta device."""
+    is_lm: make a reward model of a language model: no LM head, but a score head, drawn from seed. empty: on the meta device."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()

@@ -205,7 +205,7 @@ def options(config):
 
 
 def reference_options(config, adapters):
-    """Return the options of adapters to load the reference with: None, or those of the policy, which are given.
+    """Return the adapter options to load the reference with: adapters, which are those of the policy, or None.
 
     A policy with adapters is its own reference, under adapters_off(): only --cache_ref loads it once more, to hash it."""
     # a new adapter starts as zero: without it the model is the same. A saved one changes the model, and so do 4-bit weights

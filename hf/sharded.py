@@ -12,7 +12,7 @@ from configurator import UserError
 
 
 def add_method(model, function):
-    """Make function(model, ...) a method of the model. As forward does, it finds weights gathered, or the bfloat16 copies in."""
+    """Make function(model, ...) a method of the model. It runs with the weights gathered, or the bfloat16 copies in, as forward does."""
 
     def method(model, *args, **options):
         if model.half_copies:

@@ -105,7 +105,7 @@ def erm(mu):
 def released(mu, parts=2):
     """Return the Divergence that Ra-DPO's released code computes, which is no risk measure.
 
-    The vocabulary is cut into parts of equal size. D sums p Z, p = exp(log_ref), over tokens with Z beyond 1 - mu of their part's."""
+    The vocabulary is cut into equal parts. D sums p Z, p = exp(log_ref), over tokens whose Z exceeds the 1 - mu quantile of its part."""
 
     def mass(logits, ref_logits, tail=None):
         z = (ref_logits - logits).detach()

@@ -303,7 +303,7 @@ class Workers:
 
 
 def _work(fd, folder, file, name):
-    """Be a worker process: serve calls of function `name` in file, from the pipe with file descriptor fd. folder: the run's current."""
+    """Be a worker process: serve calls of function `name` in file from the pipe with this file descriptor, in the folder of the run."""
     pipe = Connection(int(fd))
     part = Part(name, weight=1.0, function_or_model=name, file=file)
     parent = os.getppid()

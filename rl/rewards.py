@@ -80,7 +80,7 @@ class Reward:
 
         split ('train' or 'test'), uids (examples,): where self.rows has the data row of each prompt. ends: token ids that end an
         answer; functions do not see them. Columns: score, the weighted sum; with several parts score_NAME of each, unweighted;
-        with functions and --reward_timeout late, 1.0 for an answer for which any function took too long."""
+        late, with functions and --reward_timeout: 1.0 where any function took too long, else 0."""
         columns = {'score': 0.0}
         late_by_part = []  # for each function, whether each call took too long
         for part in self.parts:
