@@ -26,7 +26,7 @@ def register_attention():
 def set_attention(model, packed, for_padded=None):
     """Switch a model to packed_attention, or with packed=False to attention of transformers, for padded batches. UserError if it fails.
 
-    for_padded: 'sdpa', 'eager' ..., remembered for later calls. None: what is remembered or, by default, sdpa if supported, else eager."""
+    for_padded: 'sdpa', 'eager' ..., remembered for later calls. None: that or, by default, sdpa if supported, else eager."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded

@@ -121,7 +121,7 @@ class LeanBlock:
             is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
             both_contiguous = tensor.is_contiguous() and output.is_contiguous()
             return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
-        # a small view, such as the values in a fused query_key_value, would keep its whole base: save a copy. Weights (leaves) stay anyway
+        # a small view, say of a fused query_key_value, would keep its whole base: save a copy. Weights (leaves) stay anyway
         is_view = tensor._base is not None and not tensor._base.is_leaf
         if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes:
             return tensor.data.clone()
