@@ -234,6 +234,7 @@ def _check_code(name):
 
     def check(options, file):
         for key, value in options.items():
+            # auto_map: {'AutoModelForCausalLM': 'FILE.CLASS' in the model's folder}
             code = 'code of its own' if key == 'auto_map' and value else None
             # transformers takes an attn_implementation with a slash for the hub id of a kernel
             if key.endswith('_implementation') and '/' in json.dumps(value):

@@ -263,7 +263,7 @@ def _merged(model, saved, empty):
 
 
 def _new_config(model, adapters):
-    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: dict from options(). UserError for other targets."""
+    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: dict from options(). Raises UserError."""
     import peft
 
     modules = {module for block in blocks(model) for module in block.modules()}
