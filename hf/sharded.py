@@ -1,6 +1,7 @@
 """A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
 
-model.half_copies: None, or of a replica that trains in bfloat16 its HalfCopies (half.py), swapped in where FSDP gathers weights."""
+model.half_copies: of a replica that trains in bfloat16 its HalfCopies (half.py), swapped in where FSDP gathers weights. Others have
+None or, if fsdp.shard has not made them, no such attribute."""
 
 import contextlib
 import types
@@ -29,8 +30,8 @@ def reshard(model):
     for module in fsdp_modules(model):
         # FSDP's own method, by the class: on the root, module.reshard is this function (see fsdp.shard)
         type(module).reshard(module)
-    if model.half_copies:
-        model.half_copies.swap_out()
+    if copies := getattr(model, 'half_copies', None):
+        copies.swap_out()
 
 
 def abandon_backward(model):
@@ -70,7 +71,7 @@ def unsharded(model):
     modules = fsdp_modules(model)
     try:
         # FSDP takes the first module that runs as its root. Generation may start inside of PEFT's wrapper: run the wrapper first
-        if modules or model.half_copies:
+        if modules or getattr(model, 'half_copies', None):
             model.be_root(None)
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
