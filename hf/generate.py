@@ -242,11 +242,10 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
-
-    All rows end at a signal, or once `enough` have ended and REFILL_AFTER steps are done. n_sampled: tokens of each answer so far."""
+    """Return the StoppingCriteriaList that ends a row at a stop token or at max_new_tokens, and all at a signal or once `enough` end."""
     stop = torch.tensor(sorted(stop), device=inner.device)
-    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
+    # (rows,); n_sampled: tokens of each row's answer so far
+    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
     sampled = []  # for each step, the tokens of all rows: (rows,)
 
     # called after every step; returns (rows,) bool
@@ -255,7 +254,7 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
         met_stop = torch.isin(torch.stack(sampled), stop).any(0)
         ended = met_stop | (n_left <= len(sampled))
         if len(sampled) >= REFILL_AFTER:
-            ended |= ended.sum() >= enough
+            ended |= ended.sum() >= enough  # all rows, if so many have ended
         return ended | _stop_asked()
 
     return transformers.StoppingCriteriaList([has_ended])

@@ -156,7 +156,9 @@ def _outputs(model, device):
 
 
 def compare(model, expected, device, in_bfloat16):
-    """Raise UserError if a sharded model gives other outputs than expected, from measure_loaded(); in bfloat16 only warn."""
+    """Raise UserError if a sharded model gives other scores or log-probs than expected; in bfloat16 only warn.
+
+    expected: those of the same model before it was sharded, from measure_loaded(), for the same made-up example."""
     max_error = _difference(_outputs(model, device), expected)
     # free the parameters gathered by the forward
     model.reshard()

@@ -1,7 +1,6 @@
 """A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
 
-model.half_copies: of a replica that trains in bfloat16 its HalfCopies (half.py), swapped in where FSDP gathers weights. Others have
-None or, if fsdp.shard has not made them, no such attribute."""
+model.half_copies: a replica that trains in bfloat16 has HalfCopies (half.py), swapped in where FSDP gathers weights; others None."""
 
 import contextlib
 import types
