@@ -209,7 +209,7 @@ def can_refill(inner):
 def _cache_for(inner, sequences, old_cache, old_rows):
     """Return a KV cache with a row for each sequence (a list of token ids): of all its tokens but the last, padded on the left.
 
-    old_rows: the rows of the first sequences in old_cache, which lacks none of their tokens. Other sequences are computed here."""
+    old_rows: rows of old_cache that hold this already for the first sequences. For all others it is computed here."""
     caches = [(old_cache, old_rows)] if old_rows else []  # (a cache, its rows that go into the result, in order)
     new = sequences[len(old_rows) :]
     if new:

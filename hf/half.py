@@ -80,7 +80,7 @@ class HalfCopies:
 
 def round_to_half(model):
     """Round a model's weights, in place, and all that goes into its blocks to bfloat16. Weights that train stay float32 tensors."""
-    # one halfway between two bfloat16 numbers, common in fp16 files, would else jump to the other with its first update, however small
+    # a weight halfway between two bfloat16 numbers, common in fp16 files, would else jump with its first update, however small
     for p in model.parameters():
         rounded = p.data.bfloat16()
         p.data = rounded.to(p.dtype) if p.requires_grad else rounded
