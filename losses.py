@@ -144,14 +144,10 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta of the step: max(0.001, beta (1 + a (mean d of its kept pairs - state's mean))); others weigh 0. arXiv:2407.08639.
     state: running mean and std of d. keep_near draws the kept pairs, all but a fraction rho."""
     d = (ratio_w - ratio_l).detach()
-    now = {'mean': d.mean().item(), 'std': 0.0}
-    if d.min() < d.max():  # else one pair, or equal ones
-        now['std'] = d.std().item()
-    if state:
-        state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now}
-    else:
-        state = now
-    std = state['std'] if now['std'] else 0.0  # 0: keep all
+    spread = d.std().item() if d.min() < d.max() else 0.0  # 0: one pair, or equal ones
+    now = {'mean': d.mean().item(), 'std': spread}
+    state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
+    std = state['std'] if spread else 0.0  # 0: keep all
     keep = keep_near(d, state['mean'], std, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
