@@ -129,7 +129,7 @@ def measure(batch, as_pairs=paired):
     ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
     with torch.no_grad(), lora.adapters_off(ref):  # ref may be the policy itself, without its adapters
         if divergence:
-            ref_hidden = ref.hidden_and_head(batch)
+            ref_hidden = ref.hidden_and_head(batch)  # response_logps makes log-probs of it, position by position
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
@@ -149,12 +149,12 @@ def measure(batch, as_pairs=paired):
 
 
 def step_statistic(step, parts=None):
-    """Compute what a loss needs to know of the whole step: for beta_dpo, say, a beta from the mean margin of its pairs.
+    """Call the loss's statistic on the whole step. Returns (more columns for the loss, (examples,) each; the statistic's new state).
 
-    parts: the columns of this rank's microbatches, if measured already. Returns (columns of the step, which the loss takes as
-    further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
+    Those of beta_dpo are beta and weight, and its state is the running mean and spread of margins, {'mean': 0.2, 'std': 1.1}.
+    parts: the columns of this rank's microbatches, if measured already."""
     batches, suffix = step.batches, ''
-    # kto estimates its KL on the step's prompts, each with an answer to another one (if need be of more): pi_kl, ref_kl
+    # kto's statistic asks for other columns, pi_kl and ref_kl: those of the step's prompts, each with an answer to another prompt
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
         batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
@@ -175,8 +175,8 @@ def step_statistic(step, parts=None):
 def loss_and_weight(measured, step_columns, slots):
     """Return loss and weight of each example in a microbatch, (examples,) each.
 
-    measured: the microbatch's columns; step_columns: columns of the whole step (statistic, labels); slots: index in the step of
-    each example in the microbatch, or -1 for a filler, which gets any number here: run_step masks its loss."""
+    measured: columns of measure(batch). step_columns: columns of the whole step (statistic, labels). slots: index in the step of
+    each example in the microbatch; -1 for a filler, which takes those of the step's last example: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
     # the formula of losses.py, called with what its signature names: columns, options, log-ratios (ratio_w = pi_w - ref_w)
     loss = objective.call(objective.fn, columns)
@@ -196,7 +196,8 @@ def run_step(step, backward=False, shift=None):
     # 1. columns of the whole step: the statistic, and the labels of single answers
     step_columns, new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
-        # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
+        # the statistic measures every microbatch before the gradient does. Of a single one, both can share the columns (not kto,
+        # whose statistic has microbatches of its own)
         if backward and len(step.batches) == 1 and not is_mixed:
             measured_before = [measure(step.batches[0])]
         step_columns, new_state = step_statistic(step, measured_before)
@@ -211,7 +212,8 @@ def run_step(step, backward=False, shift=None):
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'). The shift avoids overflow, and cancels in the weighted mean
+            # Dr. DPO: weights exp((shift - loss) / beta'). One shift for all ranks and microbatches avoids overflow, and cancels in
+            # the weighted mean
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss, shift, beta_prime=beta_prime)
@@ -222,8 +224,8 @@ def run_step(step, backward=False, shift=None):
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
     columns = step_columns | fsdp.gather(parts, step.batches, len(step.rows))
 
-    # rare: a later loss is so far below the shift that its weight exceeds e^20. The squared gradient norm could overflow, so
-    # discard the gradients and rerun the step with its smallest loss as the shift
+    # rare: the loss of a later microbatch is so far below the shift that its weight exceeds e^20. The squared gradient norm could
+    # overflow: discard the gradients, and run the step again with its smallest loss as the shift
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
@@ -246,13 +248,13 @@ def log_ratios(examples):
 
 
 def sample(seen):
-    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples.
+    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples. Returns metrics.
 
-    With a reference, each answer there has its log-ratio; returns the policy's KL metrics, {} without a reference."""
+    With a reference, the file has the log-ratio of each answer, and the metrics are the KL estimated from the policy's answers."""
     if not ref:
-        return run.sample({'policy': run.policy}, seen)
+        return run.sample({'policy': run.policy}, seen)  # {}
+    # name of the model -> what log_ratios has returned; {} after a stop signal
     measured = run.sample({'policy': run.policy, 'reference': ref}, seen, measure=log_ratios)
-    # after a stop signal nothing was measured
     return metrics.of_samples(**measured['policy']) if measured else {}
 
 
@@ -265,13 +267,13 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.within_memory(run_step, next(run.steps()))  # the new state is dropped: training repeats it
+    columns, _state = run.within_memory(run_step, next(run.steps()))  # training will take this step again
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
     metrics.say_first_step(objective, columns, found)
-    run.policy.reshard()  # its parameters are weights again, of which somebody may take a mean
+    run.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
 
 
 run.start(loss)
