@@ -61,7 +61,9 @@ def _scale_and_cap(config):
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist at a time."""
+    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist at a time.
+
+    A chunk is as large as one matrix product may be. Its pieces are smaller, because log-probs and divergences need copies of them."""
 
     @staticmethod
     def chunks(n, vocab_size, max_logits):
@@ -76,13 +78,12 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice, the policy's logits (n, V), pieces.
+        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice of them, the policy's logits (n, V), its pieces.
 
-        policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. pieces: [(slice of the N positions, policy's
-        logits, reference's logits or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
+        policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. A piece is (slice of the N positions, policy's
+        logits, reference's logits or None), views of the chunk's. Logits may be overwritten: the next chunk reuses their memory."""
         hidden, weight, _bias = policy
         vocab_size = len(weight)
-        # a chunk is as large as one matrix product may be; the caller needs copies of a piece's logits, so pieces are smaller
         max_of_piece = 2**24 if hidden.is_cuda else 2**19
         chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]
@@ -106,7 +107,7 @@ class Head(torch.autograd.Function):
         hidden (N, d), weight (V, d), bias (V,) or None, target (N,). reference: its (hidden, weight, bias), or None."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        ctx.tails = []  # of each piece: what divergence.mass has searched for, so that backward need not
+        ctx.tails = []  # of each piece: what divergence.mass has found by a search, so that backward need not search again
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
         for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
@@ -115,7 +116,7 @@ class Head(torch.autograd.Function):
                 if divergence:
                     mass, tail = divergence.mass(logits, ref_logits)
                     ctx.tails.append(tail)
-                log_pi = torch.log_softmax(logits, 1, out=logits)
+                log_pi = torch.log_softmax(logits, 1, out=logits)  # in place
                 values[0, rows] = log_pi.gather(1, piece_target).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
@@ -125,21 +126,21 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of forward's arguments.
-
-        grad (1 or 3, N), of its result: log-probs and, with a divergence, divergences; the third row is of the reference, not used."""
+        """Return the gradients of forward's arguments. grad (1 or 3, N): of its result, whose third row, of the reference, has none."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
-        _hidden_trains, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # as forward's arguments
+        _, weight_trains, bias_trains, *_ = (
+            ctx.needs_input_grad
+        )  # a bool for each argument of forward: hidden, weight, bias, ...
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
-            # pieces are views of chunk_logits, which thereby become the gradient
+            # turn the chunk's logits into their gradient, piece by piece, in place
             for piece_rows, logits, ref_logits in pieces:
-                mass = None  # the divergence's part of the gradient, see _to_gradient
+                mass = None  # a divergence adds h (pi * mass.sum() - mass) to the gradient, with h that of its value
                 if divergence:
                     mass, _tail = divergence.mass(logits, ref_logits, next(tails))
                 _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, mass)
@@ -171,12 +172,12 @@ def _write_logits(out, hidden, weight, bias, config):
 
 
 def _to_gradient(logits, target, grad, config, mass):
-    """Replace logits (n, V), in place, by the loss gradient of the head's output (before scale and cap). Overwrites mass.
+    """Replace logits (n, V), in place, by the loss gradient of the head's output, that before scale and soft cap.
 
-    grad (1 or 3, n): loss gradients g of the targets' log-probs, and h of the divergences if any. The gradient of the logits is
-    g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass: Divergence.mass (n, V), or None."""
+    grad (1 or 3, n): its row 0 is the loss gradient g of the targets' log-probs, row 1 that of the divergences, h. The gradient of the
+    logits is g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass (n, V): of the divergence, overwritten here; or None."""
     scale, cap = _scale_and_cap(config)
-    # derivative of the soft cap, before logits are overwritten
+    # of logits = cap tanh(x / cap), the derivative by x; computed before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]
     pi = torch.softmax(logits, 1, out=logits)  # logits and pi are one tensor now, which becomes the gradient
