@@ -130,9 +130,7 @@ class Head(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
-        _, weight_trains, bias_trains, *_ = (
-            ctx.needs_input_grad
-        )  # a bool for each argument of forward: hidden, weight, bias, ...
+        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # a bool for each argument of forward, hidden first
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
