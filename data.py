@@ -71,9 +71,7 @@ def _fill_bins(lengths, n_bins, max_tokens):
 
 
 def plan_padded(lengths, world_size, max_tokens):
-    """Split a step into padded microbatches, the same number on every rank. Returns [rank][microbatch] -> list of slots.
-
-    lengths: tokens of each example, with the padding that it needs by itself; slot: its index in the step. Lists may be empty."""
+    """Split a step into padded microbatches. lengths: tokens of each example, padded. Returns [rank][microbatch] -> slots, as plan()."""
     # a microbatch pads all its examples to its longest: fill bin after bin, the longest first, so that those in a bin are alike
     bins = [[]]  # slots
     longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])

@@ -196,8 +196,7 @@ def run_step(step, backward=False, shift=None):
     # 1. columns of the whole step: the statistic, and the labels of single answers
     step_columns, new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
-        # the statistic measures every microbatch before the gradient does. Of a single one, both can share the columns (not kto,
-        # whose statistic has microbatches of its own)
+        # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
         if backward and len(step.batches) == 1 and not is_mixed:
             measured_before = [measure(step.batches[0])]
         step_columns, new_state = step_statistic(step, measured_before)
@@ -212,8 +211,7 @@ def run_step(step, backward=False, shift=None):
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'). One shift for all ranks and microbatches avoids overflow, and cancels in
-            # the weighted mean
+            # Dr. DPO: weights exp((shift - loss) / beta'). A shift common to the step avoids overflow, and cancels in its mean
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss, shift, beta_prime=beta_prime)

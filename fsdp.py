@@ -66,12 +66,11 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     """Load a model on rank 0 and replicate or shard it over all ranks. Raises UserError if it then computes other log-probs.
 
     build(empty): make the transformers model on the CPU, without weights if empty. dtype: compute dtype; weights that train stay
-    float32. train=False: freeze it. mode: none (replicas), grads, full or auto (training.py's option shard). cpu_offload: weights
-    and optimizer stay on the CPU. device_map: build(device_map=...) spreads the model over the GPUs of this only process.
-    options: activation_checkpointing."""
+    float32. train=False: freeze it. mode: none (replicas), grads, full or auto (training.py's option shard). cpu_offload: weights and
+    optimizer stay on the CPU. device_map: spread it over the GPUs of this only process. options: activation_checkpointing."""
     half = dtype == 'bfloat16'
-    loaded_outputs = None  # of rank 0's model for a made-up example, to compare with; None: that model is used itself
-    # 1. load it
+    # 1. load it. loaded_outputs: of rank 0's model for a made-up example, to compare with; None: that model is used itself
+    loaded_outputs = None
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
     else:
@@ -107,9 +106,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 
 
 def _replicate(model, device, tied, half):
-    """Move a model to the device, in place, and broadcast rank 0's tensors to the other ranks, whose model is empty.
-
-    tied: name of a parameter -> name of the one whose tensor it shares. half: compute in bfloat16, a trained model on copies."""
+    """Move a model to the device and broadcast rank 0's tensors. half: compute in bfloat16. tied: name -> name of the shared tensor."""
     if half:
         round_to_half(model)
     if dist.get_rank() == 0:
@@ -130,17 +127,14 @@ def _replicate(model, device, tied, half):
 
 
 def _distribute(model, loaded, device, half, cpu_offload):
-    """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks.
-
-    half: compute in bfloat16. cpu_offload: keep the shards on the CPU."""
+    """Shard an empty model by FSDP, in place, and copy the weights of loaded, a model on rank 0, None on the other ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     mesh = _mesh(device.type, ranks.tp_size(), group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
     if half:
-        # inputs are not cast: what is float32 between blocks, such as OLMo's rotary angles, stays so, as in a replica
-        dtypes = {'param_dtype': torch.bfloat16, 'reduce_dtype': torch.float32}
-        settings['mp_policy'] = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+        # of weights, of summed gradients. Inputs are not cast: between blocks, OLMo's rotary angles, say, stay float32, as in a replica
+        settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         round_to_half(model)
         if loaded is not None:
             round_to_half(loaded)
@@ -170,9 +164,7 @@ def _mesh(device_type, tp, group):
 
 
 def _fill(model, loaded, device, shard_device):
-    """Copy the weights and buffers of loaded, a model on rank 0, None on the other ranks, into an empty sharded model.
-
-    shard_device: where the shards of the weights are kept. device: where buffers go, which are not sharded."""
+    """Copy loaded, a model on rank 0, None elsewhere, into an empty sharded model: weights to shard_device, buffers to device."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.to_empty(device=shard_device)

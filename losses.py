@@ -8,8 +8,8 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
   ratio, pi, n, good      the same for single answers, with a label: good, or bad (good = False)
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
 minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
-A statistic sees the whole step: its columns, a random generator, and the state, a dict of numbers that it returned for the
-last step, {} at first. It returns more columns for its loss, without gradient, and the new state. Add yours to STATISTICS.
+A statistic takes columns of the whole step, a random generator, and the state, a dict of numbers that it returned in the last
+step, {} at first. It returns more columns for its loss, without gradient, and the new state. Add yours to STATISTICS.
 """
 import torch
 from torch.nn.functional import logsigmoid

@@ -61,9 +61,7 @@ def _scale_and_cap(config):
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist at a time.
-
-    A chunk is as large as one matrix product may be. Its pieces are smaller, because log-probs and divergences need copies of them."""
+    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist at a time."""
 
     @staticmethod
     def chunks(n, vocab_size, max_logits):
@@ -84,6 +82,7 @@ class Head(torch.autograd.Function):
         logits, reference's logits or None), views of the chunk's. Logits may be overwritten: the next chunk reuses their memory."""
         hidden, weight, _bias = policy
         vocab_size = len(weight)
+        # a chunk is as large as one matrix product may be; its pieces are smaller, because the caller computes with copies of them
         max_of_piece = 2**24 if hidden.is_cuda else 2**19
         chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]

@@ -113,7 +113,6 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 # ---- set-up ----
 
 run = training.Run(config)  # initialises torch.distributed and claims out_dir
-tokenizer = run.tokenizer
 
 # examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
@@ -129,16 +128,14 @@ if not total:
 
 # reference and critic must use the policy's token ids
 if ref_model:
-    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
+    check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 if loss == 'ppo' and critic not in ('head', 'own'):
-    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
+    check_same_tokens(run.tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
 def build(**options):
-    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both.
-
-    options: empty=True for no weights, or device_map, which fsdp.shard gives."""
+    """Load the policy, for ppo with its critic inside: one optimizer and checkpoint for both. options: from fsdp.shard, such as empty."""
     language_model = build_policy(**options)
     if loss == 'grpo':
         return language_model
@@ -152,7 +149,7 @@ def build(**options):
 
 run.load_policy(build)
 policy = run.policy
-stop_ids = generate.stop_tokens(policy, tokenizer)  # token ids that end an answer
+stop_ids = generate.stop_tokens(policy, run.tokenizer)  # token ids that end an answer
 
 # longest prompt plus answer, sampled or (offline) from the data
 longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
@@ -167,7 +164,7 @@ if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
 
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
-scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device, longest)
+scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
 run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
 
@@ -239,8 +236,7 @@ def run_minibatch(step, this_round):
     """Run forward and backward of a minibatch. Return sums over its answer tokens on all ranks: name -> float.
 
     step: a data.Step whose rows are examples of this_round, a rollout.Round. Sums: loss and value_loss (weighted), clipped (number
-    of clipped ratios), approx_kl (estimate of KL(sampling policy || current one)). Gradients of the weighted loss accumulate; averaged
-    over ranks, they are the sum over all tokens, divided by the number of ranks."""
+    of clipped ratios), approx_kl (estimate of KL(sampling policy || current one)). Gradients of the weighted loss accumulate."""
     sums = {}  # of this rank
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)

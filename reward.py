@@ -66,8 +66,7 @@ run.check_room()
 def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
-    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
-    of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
+    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs / number of ranks."""
     # target gap between the two scores, (pairs,)
     step_margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
@@ -79,7 +78,7 @@ def run_step(step, backward=False):
             margin = move(step_margin[batch.slot], run.device)
             loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
-            (loss * batch.real).sum().backward()
+            (loss * batch.real).sum().backward()  # real: False for the filler of a rank without examples
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
     return fsdp.gather(parts, step.batches, len(step.rows))
 

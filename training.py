@@ -106,9 +106,7 @@ class Run:
     # ---- set-up, in this order ----
 
     def load_data(self, *, train=None, held_out=None, **options):
-        """Load run.train and run.held_out, the training and evaluation examples.
-
-        options: of text/tokenise.py's load_examples, for both. train, held_out: dicts of options that override them for one of them."""
+        """Load the examples run.train and run.held_out. options: of load_examples, for both; train, held_out: those for one of the two."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
         common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer} | options
@@ -267,9 +265,7 @@ class Run:
             yield step
 
     def within_memory(self, run_step, step, **options):
-        """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
-
-        If memory runs out, one process with max_tokens='auto' halves it and tries again; others raise UserError."""
+        """Return run_step(step, **options). If memory runs out, halve max_tokens='auto' in a single process, else raise UserError."""
         while True:
             # divide a step anew that was made for a larger max_tokens, and overwrite it, since the caller's loop uses it, too
             if step.max_tokens > self.max_tokens:
@@ -297,8 +293,7 @@ class Run:
         """Apply the gradients of a Step. Returns False if it is bad and was skipped. UserError after more than skip_bad_steps of them.
 
         columns: name -> (n,), of the examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
-        gradient norm is not finite, or if weight is 0. number: of the optimizer step in the run; rows: (n,), of the examples in
-        run.train. Only ppo.py gives these: it takes several steps a round, on sampled answers."""
+        gradient norm is not finite, or if weight is 0. From ppo.py: number of the optimizer step; rows, (n,): of prompts in run.train."""
         config = self.config
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
@@ -394,8 +389,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
 
-        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}, of each model; {} without
-        measure, or after a stop signal."""
+        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
