@@ -106,10 +106,8 @@ def orpo(pi_w, pi_l, n_w, n_l, *, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
-    # one formula near 0, another far from it. -1 replaces what each cannot take, whose gradient would be NaN
     is_near = x > -0.6931471805599453  # log(1/2)
-    near = x.where(is_near, -1.0)
-    far = x.where(~is_near, -1.0)
+    near, far = x.where(is_near, -1.0), x.where(~is_near, -1.0)  # -1: the gradient of what a formula cannot take would be NaN
     return torch.where(is_near, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):

@@ -7,6 +7,7 @@ import torch
 
 from hf.attention import packed_layout
 from hf.parts import core, trunk
+from runtime.prefetch import move
 
 
 def response_logps(model, batch, divergence=None, reference=None):
@@ -14,25 +15,21 @@ def response_logps(model, batch, divergence=None, reference=None):
 
     divergence: a function of rl/divergences.py; reference: the reference model's hidden_and_head(batch). With both, the result is
     (3, A): log-probs under this model, summed divergences from the reference, log-probs under the reference."""
-    hidden, (weight, bias) = hidden_and_head(model, batch)
+    hidden, weight, bias = hidden_and_head(model, batch)
     # a model spread over several GPUs (--device_map) may have its head on another one than the batch and the reference
-    device = hidden.device
-    if reference is not None:
-        ref_hidden, (ref_weight, ref_bias) = reference
-        reference = [x if x is None else x.to(device) for x in (ref_hidden, ref_weight, ref_bias)]
-    target = batch.target.to(device)
+    target, reference = move((batch.target, reference), hidden.device)
     # (1 or 3, N): the same numbers for each token
     token_values = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in token_values.to(batch.ids.device)])
 
 
 def hidden_and_head(model, batch):
-    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None)."""
+    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head's weight (V, d) and bias or None."""
     # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (sharded.add_method)
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch
-    return hidden[predict_at], (head.weight, head.bias)
+    return hidden[predict_at], head.weight, head.bias
 
 
 def body(model, batch):

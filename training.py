@@ -132,9 +132,7 @@ class Run:
         return {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
 
     def count_data(self, answers_each=1):
-        """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
-
-        answers_each: answers to a prompt, in ppo.py, which counts these as examples; run.total is a multiple of it."""
+        """Set run.total, the examples of all epochs, and print a summary of the data. ppo.py's are answers: answers_each to a prompt."""
         in_epochs = self.config.n_epochs * len(self.train) * answers_each
         n_examples = min(in_epochs, self.config.n_examples or in_epochs)
         self.total = n_examples // answers_each * answers_each  # rounded down to whole prompts

@@ -17,7 +17,7 @@ def token_logps(model, batch, values=True):
     value head nor a critic model. Backward recomputes the logits instead of storing them."""
     inner = core(model)
     device = batch.ids.device
-    hidden, (weight, bias) = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
+    hidden, weight, bias = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
     target = batch.target.to(hidden.device)
     # the two None: no divergence from a reference, and none of its log-probs
     logps = Head.apply(hidden, weight, bias, target, inner.config, None, None).to(device)  # (1, N)
