@@ -115,8 +115,7 @@ def _replicate(model, device, tied, half):
         model.to_empty(device=device)  # this unties parameters
         tie_as(model, tied)
     tensors = [*model.parameters(), *model.buffers()]
-    counts = ranks.gather_objects(len(tensors))
-    assert len(set(counts)) == 1, 'the broadcasts would hang: ranks have different tensors'
+    assert len(set(ranks.gather_objects(len(tensors)))) == 1, 'the broadcasts would hang: ranks have different tensors'
     for tensor in tensors:
         dist.broadcast(tensor.data, 0)
     if half and any(p.requires_grad for p in model.parameters()):

@@ -145,8 +145,7 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     spread = d.std().item() if d.min() < d.max() else 0.0  # 0: one pair, or equal ones
     now = {'mean': d.mean().item(), 'std': spread}
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    std = state['std'] if spread else 0.0  # 0: keep all
-    keep = keep_near(d, state['mean'], std, generator, rho=rho)
+    keep = keep_near(d, state['mean'], state['std'] if spread else 0.0, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 

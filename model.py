@@ -34,10 +34,8 @@ def hidden_and_head(model, batch):
 
 def body(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
-    layout = {'attention_mask': batch.mask}
     # only a packed batch has groups; transformers hands it on to packed_attention (hf/attention.py): each answer sees its prompt and itself
-    if batch.groups:
-        layout = packed_layout(model, batch)
+    layout = packed_layout(model, batch) if batch.groups else {'attention_mask': batch.mask}
     return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 

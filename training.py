@@ -200,8 +200,7 @@ class Run:
         policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may make an optimizer
 
     def check_room(self, *frozen):
-        """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: the models in memory besides the policy; None counts as none."""
+        """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None."""
         # checkpoints do not fit, and save_every='auto' does without
         if not room.check_room(self, frozen):
             self.save_every = 0
@@ -314,8 +313,8 @@ class Run:
         elapsed = time.perf_counter() - self.clock
         speeds = log.speeds(len(step.rows), step.tokens, elapsed, data_wait_per_second=self.waited)
         self.clock = time.perf_counter()
-        padding = {'padding_share': 1 - step.tokens / step.allocated}
-        row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | padding | speeds
+        padding_share = 1 - step.tokens / step.allocated
+        row = metrics | {'grad_norm': self.norm, 'lr': self.rate, 'padding_share': padding_share} | speeds
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
             row['counters/bad_steps'] = self.state['bad_steps']
