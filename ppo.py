@@ -236,7 +236,8 @@ def run_minibatch(step, this_round):
     """Run forward and backward of a minibatch. Return sums over its answer tokens on all ranks: name -> float.
 
     step: a data.Step whose rows are examples of this_round, a rollout.Round. Sums: loss and value_loss (weighted), clipped (number
-    of clipped ratios), approx_kl (estimate of KL(sampling policy || current one)). Gradients of the weighted loss accumulate."""
+    of clipped ratios), approx_kl (estimate of KL(sampling policy || current one)). Gradients of the weighted loss accumulate
+    as the sum over all tokens, divided by the number of ranks."""
     sums = {}  # of this rank
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)

@@ -186,11 +186,8 @@ class Run:
         self.packed = can_pack(policy, self.train, self.device, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
-        self.layout = {
-            'share_prefix': share_prefix,
-            'pad': not self.packed,
-            'device': self.device,
-        }  # of data.make_batches
+        # options of data.make_batches
+        self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
         forward = forward or policy.response_logps
         # () -> bytes of activations that a token takes. They are measured at the first call: not at all if nobody asks
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
@@ -208,8 +205,8 @@ class Run:
     def start(self, method='', units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: the words dpo and 'examples, 64 a step' (the default) of the line 'training dpo on 1 rank: 160 examples, 64 a
-        step'. n_steps: optimizer steps of the run; None: a step for batch_size examples. UserError for a checkpoint of another run."""
+        method, units: words of the line that is printed last, see below. n_steps: optimizer steps of the run; None: one for batch_size
+        examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         sharded.check_trained(self.policy, self.optimizer)
         # what tells this run from others: options, hashes of the data, and fingerprints, hashes of the models
@@ -230,9 +227,11 @@ class Run:
             advice = '--max_tokens=NUMBER if it does not fit here'
             log.say(f'memory: going on with max_tokens={self.max_tokens}, as before: {advice}')
 
+        # write config.json, and delete rows of logs that this run will write again
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
+        # 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'
         what = f'resuming {method}' if self.seen else f'training {method}'
         n_epochs = self.total / len(self.train)
         epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
@@ -297,8 +296,7 @@ class Run:
         self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
         # fsdp.update gets gradients that are (sum of weighted gradients) / world: times scale, they are the weighted mean
         # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
-        weight = float(weight)
-        scale = self.world / weight if weight != 0 and guard.finite(columns) else math.nan
+        scale = self.world / float(weight) if weight != 0 and guard.finite(columns) else math.nan
         with errors.memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
