@@ -99,8 +99,8 @@ is_loaded = needs_ref and not cache_ref and not is_policy
 run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
-ref_options = {'adapters': lora.reference_options(config, run.adapters), **run.model_options()}
-build_ref = partial(load_model, ref_model or model, **ref_options)
+ref_adapters = lora.reference_options(config, run.adapters)
+build_ref = partial(load_model, ref_model or model, adapters=ref_adapters, **run.model_options())
 make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:

@@ -189,7 +189,8 @@ def make_round(first, rows):
 
     # 2. scores, (answers,): offline the labels
     if offline:
-        scores = answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
+        labels = np.where(examples.good, 1.0, -1.0)
+        scores = answers['score'] = torch.from_numpy(labels)
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
         answers |= scorer.score_columns(
