@@ -146,6 +146,7 @@ class Step:
     labels: dict  # name -> column of the step: good (KTO) or margin (reward.py)
     examples: Examples  # the training or held-out examples
     max_tokens: int  # limit of its microbatches
+    new_state: dict | None = None  # of the loss's statistic after this step, see dpo.py
 
     @property
     def seen(self):

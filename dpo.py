@@ -143,9 +143,11 @@ def measure(batch, as_pairs=paired):
     if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
-    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
-    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
-    return chosen | rejected
+    of_pairs = {}
+    for name, values in columns.items():
+        of_pairs[f'{name}_w'] = values[0::2]
+        of_pairs[f'{name}_l'] = values[1::2]
+    return of_pairs
 
 
 def step_statistic(step, parts=None):
@@ -180,7 +182,6 @@ def loss_and_weight(measured, step_columns, slots):
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
     # the formula of losses.py, called with what its signature names: columns, options, log-ratios (ratio_w = pi_w - ref_w)
     loss = objective.call(objective.fn, columns)
-    # optional terms on top of it
     if objective.options['importance']:
         loss = loss * objective.call(losses.importance, columns)
     if objective.options['sft_coef']:
@@ -189,17 +190,17 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
+    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order. Sets step.new_state.
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
     of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
-    step_columns, new_state, measured_before = {}, run.state['statistic'], None
+    step_columns, step.new_state, measured_before = {}, run.state['statistic'], None
     if objective.statistic:
         # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
         if backward and len(step.batches) == 1 and not is_mixed:
             measured_before = [measure(step.batches[0])]
-        step_columns, new_state = step_statistic(step, measured_before)
+        step_columns, step.new_state = step_statistic(step, measured_before)
     if not paired:
         step_columns['good'] = step.labels['good']
 
@@ -228,7 +229,7 @@ def run_step(step, backward=False, shift=None):
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
         return run_step(step, backward, shift=smallest.to(shift))
-    return columns, new_state
+    return columns
 
 
 # ---- evaluation ----
@@ -256,8 +257,7 @@ def sample(seen):
     return metrics.of_samples(**measured['policy']) if measured else {}
 
 
-# an evaluation drops the second result of run_step, the statistic's state
-evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summary=summary, sample=sample)
+evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=sample)
 
 # ---- training ----
 
@@ -265,7 +265,7 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _state = run.within_memory(run_step, next(run.steps()))  # training will take this step again
+    columns = run.within_memory(run_step, next(run.steps()))  # training will take this step again
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
@@ -280,9 +280,9 @@ if not run.seen:
 if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():  # data.py: steps, then make_batches
-    columns, new_state = run.within_memory(run_step, step, backward=True)
+    columns = run.within_memory(run_step, step, backward=True)
     if run.update(step, columns, weight=columns['step_weight'].sum()):  # fsdp.py: update, by gradient / weight
-        run.state['statistic'] = new_state
+        run.state['statistic'] = step.new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         evaluate(step.seen)

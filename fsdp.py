@@ -94,11 +94,10 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         _distribute(model, loaded, device, half, cpu_offload)
     elif device_map is None:
         _replicate(model, device, tied, half)
-    # 4. make these functions its methods, in which FSDP gathers weights
+    # 4. make these functions its methods, in which FSDP gathers weights, and compare it with the model that rank 0 loaded
     model.reshard = types.MethodType(reshard, model)
     for function in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, function)
-    # 5. compare it with the model that rank 0 loaded
     if loaded_outputs is not None:
         probe.compare(model, loaded_outputs, device, half)
     set_attention(model, packed=True)  # until Run.set_batching has tried whether the model can do it

@@ -193,9 +193,8 @@ def make_round(first, rows):
         scores = answers['score'] = torch.from_numpy(labels)
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
-        answers |= scorer.score_columns(
-            examples, 'train', train.uid[rows], ends=stop_ids
-        )  # score, and one for each reward
+        # adds score, and score_NAME of each reward if there are several
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
         # in the columns, which are logged, scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
@@ -210,9 +209,9 @@ def make_round(first, rows):
     else:
         tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, answers['n'])
         # of value as a prediction of target: 1 is perfect, 0 as good as a constant
-        variance = tokens['target'].var(correction=0).item()
-        residual = (tokens['target'] - tokens['value']).var(correction=0).item()
-        metrics['explained_variance/train'] = 1 - residual / variance if variance else 0.0
+        variance = tokens['target'].var(correction=0)
+        residual = (tokens['target'] - tokens['value']).var(correction=0)
+        metrics['explained_variance/train'] = (1 - residual / variance).item() if variance else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, metrics)
 
 
