@@ -86,8 +86,7 @@ divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
 
 # ---- set-up ----
 
-# process group and out_dir; then data and policy
-run = training.Run(config)
+run = training.Run(config)  # process group, out_dir, tokenizer
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_examples
@@ -101,7 +100,7 @@ run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
 ref_adapters = lora.reference_options(config, run.adapters)
 build_ref = partial(load_model, ref_model or model, adapters=ref_adapters, **run.model_options())
-make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
+make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref)
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
@@ -190,12 +189,12 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order. Sets step.new_state.
+    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
     of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
-    step_columns, step.new_state, measured_before = {}, run.state['statistic'], None
+    step_columns, measured_before = {}, None
     if objective.statistic:
         # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
         if backward and len(step.batches) == 1 and not is_mixed:
@@ -281,7 +280,8 @@ if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():  # data.py: steps, then make_batches
     columns = run.within_memory(run_step, step, backward=True)
-    if run.update(step, columns, weight=columns['step_weight'].sum()):  # fsdp.py: update, by gradient / weight
+    is_good = run.update(step, columns, weight=columns['step_weight'].sum())  # fsdp.py: update, by gradient / weight
+    if is_good and objective.statistic:
         run.state['statistic'] = step.new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):

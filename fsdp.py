@@ -203,8 +203,7 @@ def average_gradients(model):
         # one flat bucket, for a single all-reduce
         bucket = torch.cat([grad.flatten() for grad in grads]).div_(dist.get_world_size())
         dist.all_reduce(bucket)
-        means = bucket.split([grad.numel() for grad in grads])
-        for grad, mean in zip(grads, means, strict=True):
+        for grad, mean in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(mean.view_as(grad))
     return grads
 

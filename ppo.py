@@ -155,13 +155,12 @@ stop_ids = generate.stop_tokens(policy, run.tokenizer)  # token ids that end an 
 longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
 if offline:
     longest = max(longest, train.longest())
-what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-run.set_batching(longest, what, share_prefix, forward=policy.token_logps, n_frozen=int(has_own_ref))
+run.set_batching(longest, 'prompts with their answers', share_prefix, forward=policy.token_logps, n_frozen=has_own_ref)
 ref = policy
 if has_own_ref:
-    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
+    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()))
 
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
 scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)

@@ -162,11 +162,11 @@ class Run:
             self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(read_dtype)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
-    def load_frozen(self, build, longest, what='the examples'):
-        """Build and return a frozen model, such as the reference. UserError if it cannot read `longest` tokens (what: their name)."""
+    def load_frozen(self, build):
+        """Build and return a frozen model, such as the reference, for the batches that set_batching has chosen. Raises UserError."""
         model = self._load(build, train=False)
-        check_positions(model, longest, what)
-        set_attention(model, self.packed, attn)  # the same as the policy's
+        check_positions(model, *self.longest)
+        set_attention(model, self.packed, attn)
         return model
 
     def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
@@ -175,6 +175,7 @@ class Run:
         longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix: pairs
         compute their prompt once. forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
         policy = self.policy
+        self.longest = longest, what  # for load_frozen
         # with ppo.py's --critic, the policy holds a critic, which is a whole model
         critic = getattr(core(policy), 'critic', None)
         with_attention = [policy] if critic is None else [policy, critic]
@@ -198,7 +199,7 @@ class Run:
 
     def check_room(self, *frozen):
         """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None."""
-        # checkpoints do not fit, and save_every='auto' does without
+        # False: checkpoints do not fit, and save_every is 'auto', which then does without them
         if not room.check_room(self, frozen):
             self.save_every = 0
 
