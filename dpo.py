@@ -142,11 +142,9 @@ def measure(batch, as_pairs=paired):
     if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
-    of_pairs = {}
-    for name, values in columns.items():
-        of_pairs[f'{name}_w'] = values[0::2]
-        of_pairs[f'{name}_l'] = values[1::2]
-    return of_pairs
+    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
+    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
+    return chosen | rejected
 
 
 def step_statistic(step, parts=None):
@@ -154,18 +152,17 @@ def step_statistic(step, parts=None):
 
     Those of beta_dpo are beta and weight, and its state is the running mean and spread of margins, {'mean': 0.2, 'std': 1.1}.
     parts: the columns of this rank's microbatches, if measured already."""
-    batches, suffix = step.batches, ''
+    measured_step, suffix = step, ''
     # kto's statistic asks for other columns, pi_kl and ref_kl: those of the step's prompts, each with an answer to another prompt
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
-        batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
-        suffix = '_kl'
+        measured_step, suffix = run.make_step(mismatched, np.arange(len(mismatched))), '_kl'
     if parts is None:
         with torch.no_grad():
-            parts = [measure(batch) for batch in batches]
+            parts = [measure(batch) for batch in measured_step.batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
-    gathered = fsdp.gather(parts, batches, len(step.rows))
+    gathered = fsdp.gather(parts, measured_step)
     inputs = {f'{name}{suffix}': values for name, values in gathered.items()}
     inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     inputs['state'] = run.state['statistic']
@@ -220,7 +217,7 @@ def run_step(step, backward=False, shift=None):
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = step_columns | fsdp.gather(parts, step.batches, len(step.rows))
+    columns = step_columns | fsdp.gather(parts, step)
 
     # rare: the loss of a later microbatch is so far below the shift that its weight exceeds e^20. The squared gradient norm could
     # overflow: discard the gradients, and run the step again with its smallest loss as the shift
@@ -238,10 +235,10 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 
 def log_ratios(examples):
     """Return the 'logratio' (log-probs of policy minus reference) and 'tokens' (lengths) of Examples of n answers, (n,) each."""
-    batches = run.make_step(examples, np.arange(len(examples))).batches
-    with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
-        parts = [measure(batch, as_pairs=False) for batch in batches]
-    columns = fsdp.gather(parts, batches, len(examples))
+    step = run.make_step(examples, np.arange(len(examples)))
+    with torch.no_grad(), errors.memory_of(step.batches, run.max_tokens):
+        parts = [measure(batch, as_pairs=False) for batch in step.batches]
+    columns = fsdp.gather(parts, step)
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 

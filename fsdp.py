@@ -25,13 +25,12 @@ from runtime.rmsprop import RMSprop
 # ---- numbers of a step: every rank has to call these ----
 
 
-def gather(parts, batches, total):
-    """Gather the columns of a step over all ranks: name -> (total,), in step order, the same on every rank.
-
-    parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]  # index in the step of each example, -1 for a filler
+def gather(parts, step):
+    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. parts: name -> (k,), of each of step.batches."""
+    # index in the step of each example, -1 for a filler
+    slots = [slot for batch in step.batches for slot in batch.slot]
     of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
-    return gather_columns(of_this_rank, slots, total)
+    return gather_columns(of_this_rank, slots, len(step.rows))
 
 
 def gather_columns(columns, slots, total):

@@ -80,7 +80,7 @@ def run_step(step, backward=False):
         if backward:
             (loss * batch.real).sum().backward()  # real: False for the filler of a rank without examples
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return fsdp.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step)
 
 
 def summary(columns, split):

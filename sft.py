@@ -92,7 +92,7 @@ def run_step(step, backward=False):
         if backward:
             (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return fsdp.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step)
 
 
 def summary(columns, split):
