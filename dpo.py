@@ -25,7 +25,7 @@ from hf import lora, reference
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads
 from rl.divergences import divergence_of
-from runtime import errors, metrics, ranks
+from runtime import errors, metrics
 from runtime.objective import objective_of
 from runtime.prefetch import move
 
@@ -285,6 +285,4 @@ for step in run.steps():  # data.py: steps, then make_batches
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

@@ -35,7 +35,7 @@ from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import errors, log, ranks
+from runtime import errors, log
 from runtime.prefetch import move
 
 # model and data
@@ -363,6 +363,4 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
 evaluate(total)
 
 # export the language model without its critic
-run.finish(build_policy)
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(build_policy, leave=__name__ == '__main__')

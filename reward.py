@@ -21,7 +21,7 @@ import training
 from configurator import UserError, configure
 from hf.load import load_reward, separate_pad
 from rl import formulas
-from runtime import metrics, ranks
+from runtime import metrics
 from runtime.prefetch import move
 
 # model and data
@@ -106,6 +106,4 @@ for step in run.steps():  # data.py: steps, then make_batches
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

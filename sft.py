@@ -19,7 +19,7 @@ import losses
 import training
 from configurator import UserError, configure
 from hf.load import load_model
-from runtime import metrics, ranks
+from runtime import metrics
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -119,6 +119,4 @@ for step in run.steps():  # data.py: steps, then make_batches
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

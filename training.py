@@ -403,8 +403,8 @@ class Run:
 
     # ---- the end ----
 
-    def finish(self, build=None):
-        """Export the model with its card to out_dir/model. build(empty): make a model to export, if not as for load_policy (ppo.py)."""
+    def finish(self, build=None, leave=False):
+        """Export the model with its card to out_dir/model, made by build(empty) if not as for load_policy (ppo.py). leave: then exit."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
@@ -418,3 +418,5 @@ class Run:
         guard.end()
         note = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
         log.say(f'done: {folder}{note if written != "float32" else ""}')
+        if leave:
+            ranks.leave()
