@@ -142,9 +142,11 @@ def measure(batch, as_pairs=paired):
     if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
-    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
-    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
-    return chosen | rejected
+    of_pairs = {}
+    for name, values in columns.items():
+        of_pairs[f'{name}_w'] = values[0::2]
+        of_pairs[f'{name}_l'] = values[1::2]
+    return of_pairs
 
 
 def step_statistic(step, parts=None):
