@@ -2,7 +2,8 @@
 
 An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. Each microbatch has at most max_tokens
 tokens, and is a single row without padding, in which the answers of a pair share one copy of their prompt:
-    [prompt | chosen | rejected] [prompt | chosen | rejected] ..."""
+    [prompt | chosen | rejected] [prompt | chosen | rejected] ...
+The slot of an example is its index in the step; its row, that in the Examples that the step takes it from."""
 
 from runtime import guard
 
@@ -42,7 +43,7 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
 def plan(lengths, world_size, max_tokens):
     """Split a step into microbatches, the same number on every rank. Returns [rank][microbatch] -> list of slots.
 
-    lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
+    lengths: tokens of each example. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
     # each rank needs at least so many microbatches for all tokens (a longer example counts as max_tokens)
     n_tokens = sum(min(int(n), max_tokens) for n in lengths)
@@ -105,9 +106,7 @@ def tokens_taken(widths, share_prefix=True, pad=False):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens of all ranks' Batches, the same with padding).
-
-    A slot is the index of an example in the step: the example at rows[slot]. share_prefix, pad: as for pack."""
+    """Pack a step, these rows of examples. Returns (this rank's Batches, number of tokens on all ranks, that number with padding)."""
     widths = examples.widths[rows]  # (n, 1 + answers): tokens of the prompt and of each answer
     n_answers = widths.shape[1] - 1
     lengths = tokens_taken(widths, share_prefix and not pad)  # (n,): tokens of each example, without padding
@@ -184,7 +183,7 @@ class Batch:
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
-    """Make a Batch of examples, a list of (prompt, [answer, ...]) in token ids. slots: index of each example in the step.
+    """Make a Batch of examples, a list of (prompt, [answer, ...]) in token ids, with these slots.
 
     share_prefix=False: each answer has its own copy of the prompt. pad: and a row of its own, padded to the longest. filler: number
     of answers of a dummy example, which replaces an empty list: a rank without data must run its passes, as others wait for it."""

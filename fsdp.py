@@ -26,7 +26,7 @@ from runtime.rmsprop import RMSprop
 
 
 def gather(parts, step):
-    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. parts: name -> (k,), of each of step.batches."""
+    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. parts: columns of each of step.batches."""
     # index in the step of each example, -1 for a filler
     slots = [slot for batch in step.batches for slot in batch.slot]
     of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
@@ -153,7 +153,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
 @cache
 def _mesh(device_type, tp, group):
-    """Return a DeviceMesh of all ranks, (dp 8) or with tp=2 (dp 4, tp 2): FSDP shards over dp. A new process group gets a new mesh."""
+    """Return a DeviceMesh of all ranks, (dp 8) or with tp=2 (dp 4, tp 2): FSDP shards over dp. group is but a key of the cache."""
     sizes = {'dp': dist.get_world_size() // tp}
     if tp > 1:
         sizes['tp'] = tp
