@@ -186,7 +186,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     """Make a Batch of examples, a list of (prompt, [answer, ...]) in token ids, with these slots.
 
     share_prefix=False: each answer has its own copy of the prompt. pad: and a row of its own, padded to the longest. filler: number
-    of answers of a dummy example, which replaces an empty list: a rank without data must run its passes, as others wait for it."""
+    of answers of a dummy example, slot -1, that replaces an empty list: others wait for a rank without data, so it runs, too."""
     if not examples:
         one_token = np.array([0])
         examples, slots = [(one_token, [one_token] * filler)], [-1]

@@ -130,7 +130,7 @@ def _distribute(model, loaded, device, half, cpu_offload):
     mesh = _mesh(device.type, ranks.tp_size(), group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
     if half:
-        # of weights, of summed gradients. Inputs are not cast: between blocks, OLMo's rotary angles, say, stay float32, as in a replica
+        # compute in bfloat16, sum gradients in float32. Inputs are not cast: OLMo's rotary angles, say, stay float32, as in a replica
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         round_to_half(model)
         if loaded is not None:
