@@ -35,7 +35,7 @@ from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import errors, log
+from runtime import errors
 from runtime.prefetch import move
 
 # model and data
@@ -165,7 +165,8 @@ if has_own_ref:
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
 scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
-run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
+reward_models = [reward_model for reward_model, _tokenizer in scorer.reward_models.values()]
+run.check_room(ref, *reward_models)
 
 
 def make_round(first, rows):
@@ -347,16 +348,10 @@ prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)
     run.obey_signals(this_round.first, saved=this_round.first == 0)  # the scores may have taken minutes
-    sampled = time.perf_counter()
+    sampling_seconds = time.perf_counter() - run.clock
     metrics = this_round.metrics | train_round(this_round)
-    # log the round; speeds include everything since the previous row
-    now = time.perf_counter()
-    n = this_round.answers['n']
-    metrics |= log.speeds(len(n), int(n.sum()), now - run.clock, sampling_share=sampled - run.clock)
-    run.clock = now
-    if training.skip_bad_steps:
-        metrics['counters/bad_steps'] = run.state['bad_steps']
-    run.logger.row('train', this_round.seen, metrics)
+    n = this_round.answers['n']  # tokens of each answer
+    run.log_row(metrics, this_round.seen, len(n), int(n.sum()), sampling_share=sampling_seconds)
     if run.eval_due(this_round):
         evaluate(this_round.seen)
     run.finish_step(this_round)

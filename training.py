@@ -83,7 +83,7 @@ class Run:
 
     total: examples of the run; seen: those before its start, above 0 after a resume. state: what a checkpoint holds besides weights
     and optimizer, a dict. Its 'evaluated' is the number of examples seen at the last evaluation. norm, rate: gradient norm and
-    learning rate of the last update. clock: when the last step was logged; waited: seconds that the loop then waited for data."""
+    learning rate of the last update. clock: when the last row was logged; waited: seconds that the loop then waited for data."""
 
     def __init__(self, config):
         """Check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
@@ -255,7 +255,7 @@ class Run:
 
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
-        self.clock = time.perf_counter()  # log_step, evaluations and checkpoints reset it
+        self.clock = time.perf_counter()  # log_row, evaluations and checkpoints reset it
         starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, start=self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
             self.waited = time.perf_counter() - self.clock
@@ -307,17 +307,21 @@ class Run:
         return False
 
     def log_step(self, step, metrics):
-        """Log a training row: metrics plus gradient norm, learning rate and speeds."""
-        # time since the last step, without evaluations and checkpoints, which reset the clock
-        elapsed = time.perf_counter() - self.clock
-        speeds = log.speeds(len(step.rows), step.tokens, elapsed, data_wait_per_second=self.waited)
-        self.clock = time.perf_counter()
+        """Log a training row: metrics plus gradient norm, learning rate, share of padding, and what log_row adds."""
         padding_share = 1 - step.tokens / step.allocated
-        row = metrics | {'grad_norm': self.norm, 'lr': self.rate, 'padding_share': padding_share} | speeds
+        row = metrics | {'grad_norm': self.norm, 'lr': self.rate, 'padding_share': padding_share}
+        self.log_row(row, step.seen, len(step.rows), step.tokens, data_wait_per_second=self.waited)
+
+    def log_row(self, row, seen, n, tokens, **parts):
+        """Log a training row after `seen` examples, plus the speed at which its n examples and these tokens went; parts: see log.speeds."""
+        # time since the last row, without evaluations and checkpoints, which reset the clock
+        elapsed = time.perf_counter() - self.clock
+        row |= log.speeds(n, tokens, elapsed, **parts)
+        self.clock = time.perf_counter()
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
             row['counters/bad_steps'] = self.state['bad_steps']
-        self.logger.row('train', step.seen, row)
+        self.logger.row('train', seen, row)
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
@@ -332,8 +336,7 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`. False at the end, which is due anyway."""
-        # 'auto', of save_every, is replaced by a number after a few steps
+        """Return whether a step, `first` to `seen` examples, crosses a multiple of `every`. False if 'auto', or at the end, which is due."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
@@ -399,7 +402,7 @@ class Run:
             self.logger.row('eval', seen, metrics)
             self.state['evaluated'] = seen
         self.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
-        self.clock = time.perf_counter()  # log_step counts no time of evaluations
+        self.clock = time.perf_counter()  # log_row counts no time of evaluations
 
     # ---- the end ----
 
