@@ -336,7 +336,7 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether a step, `first` to `seen` examples, crosses a multiple of `every`. False if 'auto', or at the end, which is due."""
+        """Return whether a step, `first` to `seen` examples, crosses a multiple of `every`. False if 'auto', or at the end, always due."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
