@@ -23,9 +23,7 @@ from text.examples import Examples
 
 
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
-    """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
-
-    They are examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new order."""
+    """Yield (first, rows) for each step: the number of examples taken before it, and its rows (of n). shuffle: anew in each epoch."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -33,7 +31,7 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
             return np.arange(n)
         return np.random.default_rng((seed, epoch)).permutation(n)
 
-    # a row depends on the example's number alone, so a resumed run takes the same rows
+    # examples start to total - 1, counted through all epochs: a row depends on this number alone, so a resumed run takes the same rows
     for first in range(start, total, batch_size):
         numbers = range(first, min(first + batch_size, total))
         rows = [order_of(number // n)[number % n] for number in numbers]

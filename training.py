@@ -233,12 +233,12 @@ class Run:
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         # 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'
-        what = f'resuming {method}' if self.seen else f'training {method}'
+        what = f'{"resuming" if self.seen else "training"} {method}'.strip()
         n_epochs = self.total / len(self.train)
         epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
-        log.say(f'{what.strip()} on {processes}: {self.total} {units}')
+        log.say(f'{what} on {processes}: {self.total} {units}')
 
     # ---- steps ----
 
