@@ -8,6 +8,8 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
   ratio, pi, n, good      the same for single answers, with a label: good, or bad (good = False)
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
 minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
+A statistic takes columns of the whole step, a random generator, and the state, a dict of numbers that it returned in the last
+step, {} at first. It returns more columns for its loss, without gradient, and the new state. Add yours to STATISTICS.
 """
 import torch
 from torch.nn.functional import logsigmoid
@@ -104,8 +106,9 @@ def orpo(pi_w, pi_l, n_w, n_l, *, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
-    is_near = x > -0.6931471805599453  # log(1/2). -1 replaces what a formula cannot take: its gradient would be NaN
-    return torch.where(is_near, (-torch.expm1(x.where(is_near, -1.0))).log(), torch.log1p(-x.where(~is_near, -1.0).exp()))
+    is_near = x > -0.6931471805599453  # log(1/2)
+    near, far = x.where(is_near, -1.0), x.where(~is_near, -1.0)  # -1: the gradient of what a formula cannot take would be NaN
+    return torch.where(is_near, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
@@ -134,35 +137,38 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
     """The implicit reward of an answer, from whatever of these its loss itself uses: what it compares is reported."""
     return beta * (ratio + alpha * div) / n
 
-# ---- statistics of a whole step: (columns in its order, state, generator) -> (columns, new state), no gradient ----
+# ---- statistics of a whole step ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
-    """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
-    The state, mean and std of d, is 0.9 times the last step's plus 0.1 times this step's; at first, its own."""
+    """beta of the step: max(0.001, beta (1 + a (mean d of its kept pairs - state's mean))); others weigh 0. arXiv:2407.08639.
+    state: running mean and std of d. keep_near draws the kept pairs, all but a fraction rho."""
     d = (ratio_w - ratio_l).detach()
-    now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
+    spread = d.std().item() if d.min() < d.max() else 0.0  # 0: one pair, or equal ones
+    now = {'mean': d.mean().item(), 'std': spread}
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)  # with std 0: all
+    keep = keep_near(d, state['mean'], state['std'] if spread else 0.0, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask of round(B (1 - rho)) >= 1 of B pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
+    """Draw a fraction 1 - rho of the pairs, at least one, those with d near mean more often. Returns a mask (B,); std 0: all.
+    The draw is without replacement, with weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
-    # the pairs with the largest log weight + Gumbel noise are such a draw, and cannot underflow
-    uniform = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
-    score = -(((d.double() - mean) / std) ** 2) / 2 - (-uniform.log()).log()
-    kept = score.topk(max(1, round(len(d) * (1 - rho)))).indices
-    return torch.zeros_like(d, dtype=torch.bool).index_fill(0, kept, True)
+    # Gumbel-top-k: the k largest log weights, each plus Gumbel noise -log(-log u), are such a draw. No weight underflows
+    u = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)  # log(0) is infinite
+    score = -(((d.double() - mean) / std) ** 2) / 2 - (-u.log()).log()
+    k = max(1, round(len(d) * (1 - rho)))
+    return torch.zeros_like(d, dtype=torch.bool).index_fill(0, score.topk(k).indices, True)
 
 def kto_statistic(ratio_kl, state, generator):
     """z = max(0, mean log-ratio of mismatched answers, y_{i+1} given x_i): an estimate of KL(policy || reference)."""
     return {'z': ratio_kl.detach().mean().clamp(min=0).expand_as(ratio_kl)}, state
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
-    """shift: from a pair's own reference margin to the one that has the same rank as its policy margin."""
+    """shift: a pair's reference margin minus the one that has the rank of its policy margin. A margin is pi_w - pi_l.
+    Policy margins (3, 1), reference margins (10, 30): the larger 30 goes to the first pair, so shift = (10 - 30, 30 - 10)."""
     ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()  # pi - ratio: the reference's log-prob
-    rank = (pi_w - pi_l).argsort().argsort()  # of each pair: 0 for the smallest policy margin
+    rank = (pi_w - pi_l).argsort().argsort()  # (B,): 0 for the pair with the smallest policy margin
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 
 LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero,

@@ -885,7 +885,7 @@ def test_the_head_of_the_file_is_the_head(name, how, adapters, with_own_head, de
 def test_the_head_of_the_file_grows_beside_the_embedding(how, with_own_head, device):
     build, expected = with_own_head('llama')
     net = fsdp.shard(partial(build, tokenizer=range(VOCAB + 2), grow=True), device, **SHARDED[how])
-    hidden, (weight, _) = net.hidden_and_head(pack(PAIRS))
+    hidden, weight, _ = net.hidden_and_head(pack(PAIRS))
     weight = weight.detach()
     assert len(weight) == VOCAB + 2
     assert_close(weight[VOCAB:], weight[:VOCAB].mean(0).expand(2, -1))
