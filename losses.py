@@ -1,5 +1,6 @@
 # fmt: off
 """Every loss of nanopref: this file is the specification. It knows no model, no mask and no rank.
+
 A loss maps columns, one number per example (B,), to (B,) losses; keyword arguments are hyper-parameters. Columns:
   ratio_w, ratio_l        log-ratio of the chosen (w) and the rejected (l) answer: its log-prob, summed over its tokens,
                           under the policy minus under the reference. A loss without ratios runs no reference
@@ -140,6 +141,7 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
 # ---- statistics of a whole step ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     """beta of the step: max(0.001, beta (1 + a (mean d of its kept pairs - state's mean))); others weigh 0. arXiv:2407.08639.
+
     state: running mean and std of d. keep_near draws the kept pairs, all but a fraction rho."""
     d = (ratio_w - ratio_l).detach()
     spread = d.std().item() if d.min() < d.max() else 0.0  # 0: one pair, or equal ones
@@ -151,6 +153,7 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
 
 def keep_near(d, mean, std, generator, *, rho):
     """Draw a fraction 1 - rho of the pairs, at least one, those with d near mean more often. Returns a mask (B,); std 0: all.
+
     The draw is without replacement, with weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
@@ -166,6 +169,7 @@ def kto_statistic(ratio_kl, state, generator):
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     """shift: a pair's reference margin minus the one that has the rank of its policy margin. A margin is pi_w - pi_l.
+
     Policy margins (3, 1), reference margins (10, 30): the larger 30 goes to the first pair, so shift = (10 - 30, 30 - 10)."""
     ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()  # pi - ratio: the reference's log-prob
     rank = (pi_w - pi_l).argsort().argsort()  # (B,): 0 for the pair with the smallest policy margin
