@@ -1,6 +1,5 @@
 # fmt: off
 """Every loss of nanopref: this file is the specification. It knows no model, no mask and no rank.
-
 A loss maps columns, one number per example (B,), to (B,) losses; keyword arguments are hyper-parameters. Columns:
   ratio_w, ratio_l        log-ratio of the chosen (w) and the rejected (l) answer: its log-prob, summed over its tokens,
                           under the policy minus under the reference. A loss without ratios runs no reference
@@ -8,10 +7,7 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
   div_w, div_l            divergence of the policy from the reference, summed over the answer's positions (rl/divergences.py)
   ratio, pi, n, good      the same for single answers, with a label: good, or bad (good = False)
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
-minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
-A statistic takes columns of the whole step, a random generator, and the state, a dict of numbers that it returned in the last
-step, {} at first. It returns more columns for its loss, without gradient, and the new state. Add yours to STATISTICS.
-"""
+minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES."""
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -107,9 +103,8 @@ def orpo(pi_w, pi_l, n_w, n_l, *, lam):
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, accurate near 0 and far from it, finite in value and gradient."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps ** 2)  # below 0, where the logarithm is infinite
-    is_near = x > -0.6931471805599453  # log(1/2)
-    near, far = x.where(is_near, -1.0), x.where(~is_near, -1.0)  # -1: the gradient of what a formula cannot take would be NaN
-    return torch.where(is_near, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
+    is_near = x > -0.6931471805599453  # log(1/2). -1 replaces what a formula cannot take: its gradient would be NaN
+    return torch.where(is_near, (-torch.expm1(x.where(is_near, -1.0))).log(), torch.log1p(-x.where(~is_near, -1.0).exp()))
 
 def cpo(pi_w, pi_l, n_w, *, beta):
     """L(beta (pi_w - pi_l)) + NLL per token of the chosen answer. CPO, arXiv:2401.08417."""
@@ -138,30 +133,26 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
     """The implicit reward of an answer, from whatever of these its loss itself uses: what it compares is reported."""
     return beta * (ratio + alpha * div) / n
 
-# ---- statistics of a whole step ----
+# ---- statistics of a whole step: (its columns, the last step's state or {}, generator) -> (more columns, new state), no gradient ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
-    """beta of the step: max(0.001, beta (1 + a (mean d of its kept pairs - state's mean))); others weigh 0. arXiv:2407.08639.
-
-    state: running mean and std of d. keep_near draws the kept pairs, all but a fraction rho."""
+    """beta of the step: max(0.001, beta (1 + a (mean of the kept d - mean))), for the pairs that keep_near keeps. arXiv:2407.08639.
+    state: running mean and std of d, 0.9 times the last step's plus 0.1 times this one's; at first, its own."""
     d = (ratio_w - ratio_l).detach()
-    spread = d.std().item() if d.min() < d.max() else 0.0  # 0: one pair, or equal ones
-    now = {'mean': d.mean().item(), 'std': spread}
+    now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    keep = keep_near(d, state['mean'], state['std'] if spread else 0.0, generator, rho=rho)
+    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Draw a fraction 1 - rho of the pairs, at least one, those with d near mean more often. Returns a mask (B,); std 0: all.
-
-    The draw is without replacement, with weights exp(-((d - mean) / std)^2 / 2)."""
+    """Mask (B,) of round(B (1 - rho)) >= 1 pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
-    # Gumbel-top-k: the k largest log weights, each plus Gumbel noise -log(-log u), are such a draw. No weight underflows
+    # the k largest log weights, each plus Gumbel noise -log(-log u), are such a draw, in which no weight underflows
     u = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)  # log(0) is infinite
     score = -(((d.double() - mean) / std) ** 2) / 2 - (-u.log()).log()
-    k = max(1, round(len(d) * (1 - rho)))
-    return torch.zeros_like(d, dtype=torch.bool).index_fill(0, score.topk(k).indices, True)
+    kept = score.topk(max(1, round(len(d) * (1 - rho)))).indices
+    return torch.zeros_like(d, dtype=torch.bool).index_fill(0, kept, True)
 
 def kto_statistic(ratio_kl, state, generator):
     """z = max(0, mean log-ratio of mismatched answers, y_{i+1} given x_i): an estimate of KL(policy || reference)."""
@@ -169,7 +160,6 @@ def kto_statistic(ratio_kl, state, generator):
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
     """shift: a pair's reference margin minus the one that has the rank of its policy margin. A margin is pi_w - pi_l.
-
     Policy margins (3, 1), reference margins (10, 30): the larger 30 goes to the first pair, so shift = (10 - 30, 30 - 10)."""
     ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()  # pi - ratio: the reference's log-prob
     rank = (pi_w - pi_l).argsort().argsort()  # (B,): 0 for the pair with the smallest policy margin
