@@ -769,7 +769,7 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
 
     # the estimate is of the microbatch and the frozen models that are asked about
     layer = torch.nn.Linear(2, 2)
-    layer.get_output_embeddings = lambda: None
+    layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
     needs = room._estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
     assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
@@ -795,8 +795,8 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, environ, free, mod
 
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
-    assert 0.001 < room.bfloat16_costs() < 10_000  # a ratio, not seconds
-    monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
+    assert 0.001 < room.bfloat16_slowdown() < 10_000  # a ratio, not seconds
+    monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
     config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
     parallel.choose_arithmetic(config, torch.device('cpu'))
     assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted
