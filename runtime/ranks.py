@@ -26,15 +26,7 @@ def setup(tp=1, options=()):
     global _tp_size
     device = _own_device()
     if not dist.is_initialized():
-        store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
-        if 'RANK' in os.environ:
-            store, rank, world_size = next(rendezvous('env://'))
-            # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones,
-            # and hang: each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0,
-            # and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
-            is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
-            restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
-            store = dist.PrefixStore(f'start{restarts}', store)
+        store, rank, world_size = _meeting_place()
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
@@ -49,6 +41,21 @@ def setup(tp=1, options=()):
         raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')
     _tp_size = tp
     return *data_rank(), device
+
+
+def _meeting_place():
+    """Return (store by which the processes of a group find one another, rank, number of processes)."""
+    # without torchrun
+    if 'RANK' not in os.environ:
+        return dist.HashStore(), 0, 1
+    # a generator, whose first item is what the environment says now
+    store, rank, world_size = next(rendezvous('env://'))
+    # when torchrun (torch 2.13) restarts the processes, it keeps its store, where they would find the addresses of dead ones, and
+    # hang. So each restart has a key prefix of its own. With several hosts the counts of restarts can differ, so there the prefix
+    # is the same, and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
+    is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
+    return dist.PrefixStore(f'start{restarts}', store), rank, world_size
 
 
 def _own_device():
@@ -66,7 +73,7 @@ def _own_device():
     if local_world_size > gpus:
         problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
         error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
-        # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
+        # errors.report() prints an error of_this_rank. Those of rank 0 are printed anyway, but it may be on another host
         error.of_this_rank = local_rank == 0
         raise error
     device = torch.device('cuda', local_rank)
