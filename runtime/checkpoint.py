@@ -36,31 +36,30 @@ def identify(config, hash_models, train, held_out):
     hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
     'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
-    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):  # a list of all ranks' values
+    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
             ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks}: all hosts must see the same files')
-    # NEUTRAL options do not affect the result
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
-    options.origin = config.origin  # tells check_same() which options are defaults
+    # check_same() wants to know which options are defaults
+    options.origin = config.origin
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor of trainable weights and optimizer state: no copies, so that load() can write into them.
+    """Return name -> tensor of the optimizer's weights and of their state: no copies, so that load() can write into them.
 
     Tied weights appear once, under their first name."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
     tensors = {}
-    # also what was trained and then frozen
     trained = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
         if p not in trained:
             continue
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
-            # an optimizer of the user's may count steps in a Python number, into which load() could not write
+            # an optimizer of the user's may count steps in a Python number: make it a tensor, into which load() can write
             if isinstance(value, int | float):
                 value = optimizer.state[p][key] = torch.tensor(float(value), dtype=torch.float64)
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
@@ -90,7 +89,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     on_one_rank(remove_unfinished)
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
+    # replicas hold the same tensors: each rank saves some of them, dealt out by size to balance the load
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
@@ -125,9 +124,10 @@ def wait():
 
 
 def _write(folder, copies, shapes, state_text, keep_last, group):
-    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
+    """Write a checkpoint to folder: all ranks save their tensors, then rank 0 completes it. Runs in a background thread of each rank.
 
-    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: of the writer threads."""
+    copies: name -> CPU tensor of this rank, emptied once written; shapes: name -> shape of all ranks' tensors; state_text: content
+    of state.json; group: process group of these threads. Raises UserError."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -137,13 +137,14 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
+        # each host may have a disk of its own
         if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
             raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-        # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
+        # flush the logs first, since a resumed run does not write the rows from before its checkpoint again
         out_dir = folder.parent.parent
-        append_kept()
+        append_kept()  # UserError on a full disk
         for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
             sync(out_dir / name)
         move_folder(temporary, folder)
@@ -157,11 +158,10 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        # CheckpointException.failures: rank -> (error, traceback); report one of these errors
-        causes = [failure for failure, _traceback in getattr(error, 'failures', {}).values()]
-        cause = causes[-1] if causes else error
-        first_line, _, _ = str(cause).partition('\n')
-        reason = getattr(cause, 'strerror', None) or first_line
+        # a CheckpointException has failures, rank -> (error, traceback): give the reason of one of them
+        causes = [error, *(failure for failure, _traceback in getattr(error, 'failures', {}).values())]
+        first_line, _, _ = str(causes[-1]).partition('\n')
+        reason = getattr(causes[-1], 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'
         raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
 
@@ -212,25 +212,23 @@ def latest(out_dir, run=None):
         if run and recorded_run:
             check_same(f'{out_dir} holds', recorded_run, run)
 
-        newest = None
-        problems = []
+        problems = []  # of the checkpoints that are newer than the one to return
         for folder in _folders(out_dir):
             damage = _damage(folder)
-            if damage is None:
-                newest = folder
-                break
-            problems.append(f'{folder} is damaged ({damage})')
+            if damage:
+                problems.append(f'{folder} is damaged ({damage})')
+                continue
+            if run:
+                # checkpoints of older versions do not describe their run: fall back to config.json
+                state = json.loads((folder / 'state.json').read_text())
+                check_same(f'the checkpoint {folder} is of', state.get('run', recorded_run), run)
+            for problem in problems:
+                say(f'warning: the checkpoint {problem}: going back to {folder.name}')
+            return folder
         # do not silently start over
-        if newest is None and problems:
+        if problems:
             raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
-
-        if newest and run:
-            # checkpoints of older versions do not describe their run: fall back to config.json
-            state = json.loads((newest / 'state.json').read_text())
-            check_same(f'the checkpoint {newest} is of', state.get('run', recorded_run), run)
-        for problem in problems:
-            say(f'warning: the checkpoint {problem}: going back to {newest.name}')
-        return newest
+        return None
 
     return shared(look_on_disk)
 
@@ -240,8 +238,8 @@ def load(folder, model, optimizer):
 
     Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
     of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
-    # have the optimizer allocate its state tensors, which it does in its first step; what that does to the weights is overwritten
     model.reshard()
+    # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:
         for p in group['params']:
             p.grad = torch.zeros_like(p)
@@ -250,7 +248,7 @@ def load(folder, model, optimizer):
 
     reader = HuggingFaceStorageReader(str(folder))
     saved_shapes = _saved_shapes(reader)
-    # the optimizer has state for all parameters now: drop it for those that had none in the checkpoint, as layers that never run
+    # now all parameters have state, but layers that never run had none when they were saved: drop theirs
     with_state = {name.rpartition('.')[0] for name in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:

@@ -27,8 +27,6 @@ WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl 
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward', 'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped',
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
-
-
 IS_LINK = '{} is a symbolic link, and a run would write through it: remove the link'
 
 
