@@ -329,13 +329,15 @@ def warmup_steps(config, n_steps):
     """Return the number of warm-up steps: the option warmup_steps, or at most a tenth of n_steps if nobody has set it."""
     wanted = config.warmup_steps
     tenth = n_steps // 10
-    if config.origin['warmup_steps'] == 'default':
-        if wanted > tenth:
-            say(f'note: warm-up takes {tenth} of {n_steps} steps, a tenth of this short run, in place of warmup_steps={wanted}')
-        return min(wanted, tenth)
-    if wanted >= max(1, n_steps):
-        say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: the learning rate never reaches {config.lr}')
-    return wanted
+    if config.origin['warmup_steps'] != 'default':
+        if wanted >= max(1, n_steps):
+            never = f'the learning rate never reaches {config.lr}'
+            say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: {never}')
+        return wanted
+    if wanted > tenth:
+        short = f'{tenth} of {n_steps} steps, a tenth of this short run'
+        say(f'note: warm-up takes {short}, in place of warmup_steps={wanted}')
+    return min(wanted, tenth)
 
 
 def schedule(step, steps, warmup, shape):

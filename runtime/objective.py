@@ -123,18 +123,15 @@ def objective_of(config, losses, statistics):
     options = _settled(config, uses)
     # raises UserError if the loss fails; check_loss.py prints what it returns
     try_out(name, fn, statistic, options)
-    objective = Objective(
-        name=name,
-        fn=fn,
-        statistic=statistic,
-        options=options,
-        uses=uses,
-        paired=paired,
-        needs_ref=has_ratio and not (config.reference_free and uses['reference_free']),
-        has_divergence=has_divergence,
-        is_per_token=_is_per_token(fn, statistic, options),
-        is_mixed='ratio_kl' in asks_for,
-    )
+    needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
+    kind = {
+        'paired': paired,
+        'needs_ref': needs_ref,
+        'has_divergence': has_divergence,
+        'is_mixed': 'ratio_kl' in asks_for,
+    }
+    kind['is_per_token'] = _is_per_token(fn, statistic, options)
+    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
     _reject_unused(config, objective)
     _reject_conflicts(objective)
     return objective

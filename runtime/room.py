@@ -108,7 +108,7 @@ def _check_memory(run, frozen):
 
     frozen: number of parameters of the models that are not trained."""
     tokens, is_step = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
-    needs_of_rank = _estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
+    needs_of_rank = estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
     # name, such as 'activations' -> bytes
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
     total = sum(needs.values())
@@ -125,6 +125,12 @@ def _check_memory(run, frozen):
     tokens_that_fit = max(int(run.train.lengths.max()), int(tokens * share_that_fits))
     advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
     say(f'warning: {text}: the system may kill this process; {advice}')
+
+
+def estimate_for(config, policy, per_token, frozen, tokens, is_step):
+    """Return estimate() with the optimizer, dtype and ranks of this run. The other arguments are those of estimate()."""
+    options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen, 'is_step': is_step}
+    return estimate(policy, per_token, tokens, world_size=dist.get_world_size(), shard=policy.shard_mode, **options)
 
 
 def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, is_step=False):
@@ -155,9 +161,7 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
 
 
 def _head_bytes(policy, tokens, bytes_each):
-    """Return the bytes of logits, and of their head's gradient, that model.Head holds at once for so many tokens; 0 without head.
-
-    bytes_each: of a number in the compute dtype."""
+    """Return the bytes of logits, and of their head's gradient, that model.Head holds at once for so many tokens; 0 without head."""
     head = core(policy).get_output_embeddings()
     if head is None:
         return 0
@@ -173,20 +177,19 @@ def _copied_bytes(policy, bytes_each, shard, num_shards):
     """Return the bytes of weights copied to bfloat16 (by replicas), or gathered from other ranks (by FSDP).
 
     bytes_each: of a number in the compute dtype; shard: none, grads or full; num_shards: parts of each weight."""
-    if shard == 'none':
-        return bytes_each * _count(policy.parameters(), only_trained=True) if bytes_each == 2 else 0
     if num_shards == 1 and bytes_each == 4:
         return 0
+    if shard == 'none':
+        return bytes_each * _count(policy.parameters(), only_trained=True)
     # tools/bench.py asks before the policy is sharded: then take the blocks that FSDP will shard
     fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
     block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
-    # parameters outside of the blocks, such as the embedding, stay gathered
-    gathered = _count(policy.parameters()) - sum(block_sizes)
-    # so do the current block, its gradients, and the next block, which is gathered early
-    gathered += 3 * max(block_sizes)
-    if shard == 'grads':
-        gathered += sum(block_sizes)
-    return bytes_each * gathered
+    # mode 'grads' keeps all parameters gathered; 'full' those outside of the blocks, such as the embedding
+    gathered = _count(policy.parameters())
+    if shard == 'full':
+        gathered -= sum(block_sizes)
+    # the current block, its gradients, and the next block, which is gathered early
+    return bytes_each * (gathered + 3 * max(block_sizes))
 
 
 def save_every_of(step_ends, step, total):
@@ -240,7 +243,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
 
     def bytes_to_come(max_tokens):
         tokens, is_step = _largest_batch(config, train, packed, max_tokens)
-        needs = _estimate_for(config, policy, per_token, frozen, tokens, is_step)
+        needs = estimate_for(config, policy, per_token, frozen, tokens, is_step)
         # the policy's weights are in memory already
         return sum(needs.values()) - needs['weights']
 
@@ -253,14 +256,6 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
         sizes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'
         say(f'memory: max_tokens={max_tokens} (auto): {sizes}')
     return max_tokens
-
-
-def _estimate_for(config, policy, per_token, frozen, tokens, is_step):
-    """Return estimate() with the optimizer, dtype and ranks of this run. The other arguments are those of estimate()."""
-    options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen, 'is_step': is_step}
-    # fsdp.shard() has set shard_mode
-    ranks_and_mode = {'world_size': dist.get_world_size(), 'shard': policy.shard_mode}
-    return estimate(policy, per_token, tokens, **options, **ranks_and_mode)
 
 
 def _largest_batch(config, train, packed, max_tokens):

@@ -137,12 +137,14 @@ def build(empty=False):
 
 
 def full_head(net, batch):
-    """Return the log-probs (A,) of A answers the way the original DPO code does: from logits at every position."""
+    """Return the log-probs (A,) of the A answers of a data.Batch as the original DPO code does: from logits at every position."""
     head = models.core(net).get_output_embeddings()
     hidden = models.body(net, batch).flatten(0, 1)  # (positions, hidden_size)
     logps = head(hidden).float().log_softmax(-1)  # (positions, vocab_size)
+    # of the answer tokens: the position before each, and its id
     token_logps = logps[batch.predict_at].gather(1, batch.target[:, None])
-    return batch.sum(token_logps.squeeze(1))  # sum over the tokens of each answer
+    # batch.sum adds them up for each answer
+    return batch.sum(token_logps.squeeze(1))
 
 
 class Variant:
@@ -159,19 +161,18 @@ class Variant:
         # measured in all rounds so far
         self.times = []  # seconds of each timed step
         self.passes = []  # if cached: seconds of the reference's forward pass for each of these steps
-        self.tokens, self.allocated = 0, 0  # of all batches, without and with padding
+        self.tokens, self.allocated = 0, 0  # tokens of all batches, without and with padding
         self.peak, self.estimate = 0.0, 0.0  # measured and estimated memory of the largest step, in GB
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
         """Build policy, reference and optimizer, with the same weights in each round.
 
-        steps (num_steps, batch_size): indices into examples. If cached, times and stores the reference log-probs, too."""
+        steps (num_steps, batch_size): indices into examples. If cached, the log-probs of the reference are computed and timed here."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
         forward = partial(self.logps, self.policy)
-        # bytes of activations, for the estimate of memory in the table
         self.per_token = room.bytes_per_token(self.policy, forward, examples, packed=not self.pad)
         self.ref_logps = {}  # indices of a step -> [log-probs (A,) of each microbatch]
         if not self.cached:
@@ -187,9 +188,9 @@ class Variant:
         release()
 
     def build_model(self, train):
-        """Build and shard the policy (train=True) or the reference."""
+        """Build and shard the policy (train=True) or the reference, in the dtype and mode of the options."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
-        # the log-probs of variants without `head`, from logits at every position
+        # as built.full_head(batch), also of a sharded model
         sharded.add_method(built, full_head)
         attention.set_attention(built, packed=not self.pad)
         return built
@@ -200,13 +201,10 @@ class Variant:
 
     def logps(self, net, batch):
         """Return the log-probs (A,) of the A answers of a microbatch."""
-        if not self.head:
-            return net.full_head(batch)
-        (logps,) = net.response_logps(batch)
-        return logps
+        return net.response_logps(batch)[0] if self.head else net.full_head(batch)
 
     def batches(self, examples, rows):
-        """Return this rank's microbatches of the step on examples[rows]; adds to self.tokens and self.allocated."""
+        """Return this rank's microbatches of the step on examples[rows], and count their tokens."""
         # padded: a fixed number of pairs at a time, of any length; packed: as many tokens as allowed
         num_pairs = PADDED_PAIRS if self.pad else len(rows)
         token_limit = 10**9 if self.pad else max_tokens
@@ -223,7 +221,7 @@ class Variant:
     def columns(self, batch, ref_logps):
         """Return the arguments of the loss for a microbatch: {name: (pairs,)}, *_w for chosen and *_l for rejected answers.
 
-        ref_logps (A,): cached log-probs of the reference, or None to run it here if the loss needs it."""
+        ref_logps (A,): cached log-probs of the reference; None: run it here if the loss needs it."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():
@@ -238,11 +236,9 @@ class Variant:
         if ref_logps is not None:
             values['ratio'] = values['pi'] - ref_logps
         # answers alternate: chosen, rejected, chosen, rejected, ...
-        columns = {}
-        for name, value in values.items():
-            columns[f'{name}_w'] = value[0::2]
-            columns[f'{name}_l'] = value[1::2]
-        return columns
+        chosen = {f'{name}_w': value[0::2] for name, value in values.items()}
+        rejected = {f'{name}_l': value[1::2] for name, value in values.items()}
+        return chosen | rejected
 
     @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
@@ -250,7 +246,6 @@ class Variant:
 
         Appends the seconds to self.times; self.peak and self.estimate (GB) keep the maximum over all steps."""
         batches = self.batches(examples, rows)
-        # None: columns() runs the reference if the loss needs it
         ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
         start = clock()
@@ -266,13 +261,7 @@ class Variant:
         # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        options = {
-            'world_size': world_size,
-            'shard': self.policy.shard_mode,
-            'frozen': frozen,
-            'is_step': len(batches) == 1,
-        }
-        needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
+        needs = room.estimate_for(config, self.policy, self.per_token, frozen, largest, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
@@ -408,8 +397,8 @@ for run in runs:
 
 # upper bound: a step that takes only the time of its matrix products, with logits at answer tokens
 prompts, chosen, rejected = lengths.sum(0) / n_steps / world_size  # tokens per step and rank
-tokens = int(prompts + chosen + rejected)
-seconds = limits.products_alone(meta_model, tokens, int(chosen + rejected), getattr(torch, dtype), device, clock)
+tokens, predicted = int(prompts + chosen + rejected), int(chosen + rejected)
+seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dtype), device, clock)
 limit = per_second(batch_size, seconds)
 
 if main_rank():
@@ -421,12 +410,11 @@ if main_rank():
     formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
                'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
     for row in table:
-        print(f'{row["variant"]:11s}', end='')
+        cells = [f'{row["variant"]:11s}']
         for name, form in formats.items():
             width = int(form.partition('.')[0])  # 9 for 9.2f
-            cell = f'{row[name]:{form}}' if name in row else '-'
-            print(f' {cell:>{width}s}', end='')
-        print()
+            cells.append(f'{row[name]:{form}}' if name in row else '-'.rjust(width))
+        print(' '.join(cells))
         with_pass = row.get('pairs_per_second_with_cache_pass')
         if with_pass:
             print(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')

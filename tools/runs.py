@@ -100,16 +100,15 @@ def read_rows(file, types):
 
 
 def value_of(row, split, metric):
-    """Return a metric (group/name) of a row of metrics.jsonl: None if it is missing, NaN if it is not a drawable number."""
+    """Return a metric, such as rewards/margins, of a row of metrics.jsonl: None if it is missing, NaN if it cannot be drawn."""
     value = row.get(key_of(metric, split))
-    if value is None:
-        return None
-    is_drawable = isinstance(value, int | float) and abs(value) < 1e300
-    return value if is_drawable else math.nan
+    if value is None or (isinstance(value, int | float) and abs(value) < 1e300):
+        return value
+    return math.nan
 
 
 def gold(row):
-    """Return the gold reward of a row of samples.jsonl, or None if its prompt is not of the toy world."""
+    """Return the gold reward of a row of samples.jsonl, or None if its prompt is not of the toy world, a review of a place."""
     prompt = row['prompt']
     return toy.gold(prompt, row['response']) if toy.place_of(prompt) in toy.PLACES else None
 
@@ -151,7 +150,7 @@ def panels_of(runs):
     panels = []
     for title, subtitle, metrics in PANELS:
         curves = curves_of(metrics, runs)
-        # the KL on samples comes before the KL on chosen answers, which is less accurate
+        # the KL on chosen answers is less accurate: leave it out if there is the panel of the KL on samples, which comes before
         has_better = metrics == ['kl/chosen'] and any(earlier == 'KL' for earlier, *_ in panels)
         if not curves or has_better:
             continue
@@ -173,12 +172,11 @@ def curves_of(metrics, runs):
     # added line widths, from at most 3 for the first run down to 0 for the last, which is drawn on top of the others
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
-        by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
+        train, evaluations = ([curve(run, split, metric) for run in runs] for split in ('train', 'eval'))
         # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
-        has_evaluations = any(len(one.examples) > 1 for one in by_split['eval'])
-        if metric.startswith('logps') and has_evaluations:
-            by_split['train'] = []
-        for curves in by_split.values():
+        if metric.startswith('logps') and any(len(one.examples) > 1 for one in evaluations):
+            train = []
+        for curves in (train, evaluations):
             for i, one in enumerate(curves):
                 if one.examples or one.gaps:
                     found.append(one._replace(metric=number, run=i, extra=extras[i]))
@@ -186,29 +184,17 @@ def curves_of(metrics, runs):
 
 
 def curve(run, split, metric):
-    """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    gaps = 0  # how many values are NaN or infinite
-    points = []  # (training examples so far, value)
+    """Return the Curve of a metric of one run. The caller sets its fields metric, run and extra."""
     rows = [row for row in run.rows if row['split'] == split]
-    for row in rows:
-        value = value_of(row, split, metric)
-        # rows without this metric
-        if value is None:
-            continue
-        if math.isfinite(value):
-            points.append((row['counters/examples'], value))
-        else:
-            gaps += 1
+    # (training examples so far, value)
+    points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
+    finite = [(x, value) for x, value in points if value is not None and math.isfinite(value)]
+    num_gaps = sum(value is not None for _, value in points) - len(finite)
     # leave out outliers, which would flatten the rest of the curve
-    low, high = bounds([value for _, value in points])
-    drawn = Curve(split, examples=[], values=[], far=[], gaps=gaps)
-    for examples, value in points:
-        if low <= value <= high:
-            drawn.examples.append(examples)
-            drawn.values.append(value)
-        else:
-            drawn.far.append(value)
-    return drawn
+    low, high = bounds([value for _, value in finite])
+    drawn = [(x, value) for x, value in finite if low <= value <= high]
+    far = [value for _, value in finite if not low <= value <= high]
+    return Curve(split, [x for x, _ in drawn], [value for _, value in drawn], far, num_gaps)
 
 
 def bounds(values):
