@@ -32,9 +32,6 @@ _code = 0  # exit code requested by the signals so far; 0: no signal
 _progress = None  # for scripts without steps: function that returns a sentence about what is kept
 
 
-# ---- startup and signals ----
-
-
 def watch(name):
     """Set up a script before its heavy imports: streams, signals, and a check of its command line. No-op unless name is '__main__'."""
     if name != '__main__':
@@ -150,13 +147,8 @@ def check_early(script):
         return
     # make the same call here. configure() parses the source at __file__, so neither the script nor the shared module has to run
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
-    shared = None
-    if call[1]:
-        shared = types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py'))
+    shared = types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py')) if call[1] else None
     configure(script_globals, shared=shared, early=True)
-
-
-# ---- a run and its folder ----
 
 
 def begin(out_dir, config, resume):
@@ -165,8 +157,7 @@ def begin(out_dir, config, resume):
 
     # one process may do several runs in a row
     global _code, _stage
-    _code = 0
-    _stage = 'loading'
+    _code, _stage = 0, 'loading'
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -249,9 +240,6 @@ def end():
     global _stage
     _stage = 'over'
     files.unlock()
-
-
-# ---- errors and bad numbers ----
 
 
 def finite(columns):

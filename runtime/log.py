@@ -134,9 +134,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 
 def claim_out_dir(out_dir, config, contents=None):
-    """Write out_dir/config.json: options, command, git commit, versions, and contents, the hashes of models and data if given.
-
-    Raises UserError if it cannot be written."""
+    """Write out_dir/config.json: options, command, git commit, versions, contents (hashes of models and data). Raises UserError."""
     # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {name: version(name) for name in ('torch', 'transformers')}
@@ -203,10 +201,10 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers. wandb: project or None.
-
-        total: examples of the run; start: those before a resume; every: examples between lines on the screen."""
-        self.total, self.start, self.every = total, start, every
+        """Open the logs and the trackers. wandb: project or None. total, start, every: examples, see below."""
+        self.total = total  # of the run
+        self.start = start  # before a resume
+        self.every = every  # between lines on the screen
         self.began = time.perf_counter()
         if not main_rank():
             return

@@ -124,13 +124,8 @@ def objective_of(config, losses, statistics):
     # raises UserError if the loss fails; check_loss.py prints what it returns
     try_out(name, fn, statistic, options)
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    kind = {
-        'paired': paired,
-        'needs_ref': needs_ref,
-        'has_divergence': has_divergence,
-        'is_mixed': 'ratio_kl' in asks_for,
-    }
-    kind['is_per_token'] = _is_per_token(fn, statistic, options)
+    kind = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
+    kind |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
     objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
     _reject_unused(config, objective)
     _reject_conflicts(objective)
@@ -138,9 +133,7 @@ def objective_of(config, losses, statistics):
 
 
 def _settled(config, uses):
-    """Return the options as a dict, with what the user has left open (None), or what the loss cannot have, set for config.loss.
-
-    uses: option -> whether this loss uses it."""
+    """Return the options as a dict. Those left open (None) get the loss's default, terms that it cannot have (see uses) are off."""
     options = dict(config)
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0

@@ -137,8 +137,9 @@ def shared(fn):
 def first_of_host(fn):
     """Return fn() on every rank. One rank of each host runs first, so that the others find what fn has cached."""
     is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
-    results = [on_ranks(is_first, fn), on_ranks(not is_first, fn)]  # None on ranks where fn does not run
-    return results[0] if is_first else results[1]
+    of_first = on_ranks(is_first, fn)
+    of_others = on_ranks(not is_first, fn)
+    return of_first if is_first else of_others
 
 
 def largest(numbers):

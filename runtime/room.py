@@ -213,8 +213,8 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    'none' if a whole model fills at most a quarter of a rank's memory. train: its weights train, in float32; half: frozen ones
-    are bfloat16. Only the device's type counts. With tensor parallelism or cpu_offload it is 'full'."""
+    train: weights train that require gradients; half: frozen ones are bfloat16; device: that of this rank; cpu_offload: 'auto' is
+    'full', as with tensor parallelism."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
@@ -229,6 +229,7 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         available = machine_memory() / _ranks_here()
+    # leave three quarters to activations and other models
     return 'none' if needed <= available / 4 else 'full'
 
 
@@ -287,44 +288,40 @@ def bytes_per_token(policy, forward, train, packed):
     median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
     device = next(policy.parameters()).device
     batch = pack([train[median]], [0], pad=not packed, device=device)
-    # with activation checkpointing, hf/lean.py has made the forward of each block partial(checkpointed, its own forward)
-    checkpointed = [m for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed]
+    # block -> forward: with activation checkpointing, hf/lean.py has made that partial(checkpointed, the block's own forward)
+    checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
     # dropout must not advance the training RNG, on a GPU its own
     devices = [batch.ids.device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # then backward recomputes one block at a time: add what an average block keeps in a forward without checkpointing
-        partials = [block.forward for block in checkpointed]
-        for block in checkpointed:
-            block.forward = block.forward.args[0]
+        for block, recomputing in checkpointed.items():
+            block.forward = recomputing.args[0]
         if checkpointed:
             kept += _kept_bytes(lambda: forward(batch)) / len(checkpointed)
-        for block, partial in zip(checkpointed, partials, strict=True):
-            block.forward = partial
+        for block, recomputing in checkpointed.items():
+            block.forward = recomputing
     return kept / batch.ids.numel()
 
 
 def _kept_bytes(function):
     """Call function and return the bytes of the tensors it creates that are still alive at its end, result included."""
-    created = {}  # address of a storage (the memory behind tensors) -> (weak reference to it, bytes)
+    created = {}  # address of a storage -> (weak reference to it, bytes)
 
+    # the storages (the memory) behind all tensors in nested values, by address; of a DTensor the local part
     def storages(values):
-        """Return the storages of the tensors in nested values, in the form of `created`."""
-        by_address = {}
-        for value in tree_leaves(values):
-            if isinstance(value, torch.Tensor):
-                # local shard of a DTensor
-                storage = sharded.local(value).untyped_storage()
-                by_address[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return by_address
+        tensors = [sharded.local(value) for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+        return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
 
-    # torch calls it in place of every tensor operation, also of those whose results autograd keeps
+    # torch calls this in place of every tensor operation
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             out = operation(*args, **(kwargs or {}))
             # views and in-place results share the storage of an argument
             old = storages((args, kwargs))
-            created.update({address: storage for address, storage in storages(out).items() if address not in old})
+            for address, storage in storages(out).items():
+                if address not in old:
+                    created[address] = StorageWeakRef(storage), storage.nbytes()
             return out
 
     with Watch():

@@ -180,9 +180,7 @@ def settle(config):
 
 
 def without_effect(config):
-    """Return [(names of options, why they have no effect)] for a training script's options on data and evaluation.
-
-    A caller reports those of them that the user has set."""
+    """Return [(names of options, why they have no effect, if anybody has set them)] for a training script's data and evaluation."""
     found = []
     # only the reader of sharegpt takes num_turns
     if 'sharegpt' not in f'{config.data} {config.eval_data}':

@@ -117,9 +117,7 @@ if threads:
 
 
 def build(empty=False):
-    """Return the model in eval mode: a published shape with random weights, or a model folder.
-
-    empty: create it on the meta device, without weights."""
+    """Return the model in eval mode: a published shape with random weights, or a model folder. empty: on the meta device."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     attention.register_attention()
@@ -350,8 +348,7 @@ bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
     steps_of_round = np.concatenate([steps[:1], timed_steps])
     # every other round runs backwards
-    runs_in_order = runs[::-1] if number % 2 == 1 else runs
-    for run in runs_in_order:
+    for run in runs[::-1] if number % 2 == 1 else runs:
         bar.set_description_str(run.name, refresh=False)
         run.load(examples, steps_of_round)
         for rows in steps_of_round:

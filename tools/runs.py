@@ -136,8 +136,7 @@ def labels(runs):
     for run in runs:
         # the full path if the folder name is ambiguous
         label = str(run.folder) if folders.count(run.folder.name) > 1 else run.folder.name
-        values = {name: run.options.get(name) for name in names}
-        options = [f'{name}={value}' for name, value in values.items() if value is not None]
+        options = [f'{name}={run.options[name]}' for name in names if run.options.get(name) is not None]
         # more would not fit into the legend
         if len(options) > 5:
             options[5:] = ['...']
