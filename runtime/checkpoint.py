@@ -68,16 +68,15 @@ def _live_tensors(model, optimizer):
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):
-    """Start writing a checkpoint; returns once all data is copied. Collective: call it on all ranks.
+    """Start writing a checkpoint to out_dir/checkpoints; return once all data is copied. Collective.
 
-    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states.
-    Once complete, out_dir/latest names the checkpoint, and all but the newest keep_last are deleted. Raises UserError
-    if the previous checkpoint failed; if this one fails, wait() or the next save() raises."""
+    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
+    newest keep_last checkpoints are deleted. UserError if the previous one failed; if this one fails, wait() or the next save() raises."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
 
-    # delete the N.tmp folders of checkpoints that were interrupted, and leave *.tmp of other names alone
+    # delete the N.tmp folders of checkpoints that were interrupted
     def remove_unfinished():
         with writing(folder):
             for unfinished in list(folder.parent.glob('*.tmp')):
@@ -234,8 +233,8 @@ def latest(out_dir, run=None):
 def load(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
 
-    Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
-    of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
+    Returns the state passed to save(), plus 'examples' and minus 'run', which only latest() needs. The RNG state stays as it is
+    if the number of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
     model.reshard()
     # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:

@@ -152,7 +152,7 @@ def check_early(script):
 
 
 def begin(out_dir, config, resume):
-    """Reset the signal state and lock out_dir. resume: it may hold an unfinished run. Collective."""
+    """Prepare for a run: forget signals, check and lock out_dir. resume: it may hold this run, unfinished. Collective."""
     from runtime import ranks
 
     # one process may do several runs in a row
@@ -170,13 +170,14 @@ def begin(out_dir, config, resume):
 
 
 def boundary(save, close, already_started=False):
-    """If a signal has asked for it, save, close the trackers and exit. Collective; call it after every step.
+    """Call this after every step: if a signal has asked for it, save, close the trackers and exit. Collective.
 
-    save(): starts a checkpoint of this step; already_started: save() has been called; close(): flushes the trackers."""
+    save(): starts a checkpoint of this step; already_started: it was due, so save() has been called; close(): closes the trackers."""
     from runtime import ranks
 
     global _stage
-    _stage = 'training'  # from now on a signal waits for the end of the step
+    # from now on a signal waits for the end of a step
+    _stage = 'training'
     code = stop_asked()
     if code:
         keep(save, already_started)
@@ -201,7 +202,7 @@ def keep(save, already_started=False):
             if not already_started:
                 save()
             already_started = False
-            # raises if the checkpoint has failed
+            # raises UserError if the checkpoint fails
             checkpoint.wait()
             return
         except UserError as error:

@@ -38,10 +38,22 @@ def _find(name, losses, statistics, options):
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]
     statistic = statistics.get(name)
-    parameters = list(inspect.signature(fn).parameters.values())
+    _check_parameters(name, fn, options, may_add=statistic is not None)
     if statistic:
-        parameters += inspect.signature(statistic).parameters.values()
-    for p in parameters:
+        _check_parameters(name, statistic, options, may_add=True)
+    takes_pairs = not PAIRS.isdisjoint(inputs(fn))
+    takes_singles = not SINGLES.isdisjoint(inputs(fn))
+    if takes_pairs == takes_singles:
+        wanted = 'columns of pairs or of single answers, not for neither, nor both'
+        raise UserError(f'the loss {name} must ask for {wanted}')
+    if takes_pairs and statistic and 'ratio_kl' in inputs(statistic):
+        raise UserError(f'the loss {name} compares pairs, and its statistic asks for ratio_kl, of single answers')
+    return fn, statistic, takes_pairs
+
+
+def _check_parameters(name, fn, options, may_add):
+    """Raise UserError if fn, of the loss `name`, takes options or columns that do not exist. may_add: a statistic adds columns."""
+    for p in inspect.signature(fn).parameters.values():
         has_default = p.default is not p.empty
         # in a signature, options stand after a *, columns before it
         is_option = p.kind is p.KEYWORD_ONLY
@@ -51,19 +63,9 @@ def _find(name, losses, statistics, options):
         if is_option and not has_default and p.name not in options:
             advice = f'declare it in dpo.py, as in {p.name} = 1.0'
             raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
-        # a statistic adds columns, whose names are not known here
-        if not (is_option or has_default or statistic or p.name in PAIRS | SINGLES):
+        if not (is_option or has_default or may_add or p.name in PAIRS | SINGLES):
             known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
-
-    takes_pairs = not PAIRS.isdisjoint(inputs(fn))
-    takes_singles = not SINGLES.isdisjoint(inputs(fn))
-    if takes_pairs == takes_singles:
-        wanted = 'columns of pairs or of single answers, not for neither, nor both'
-        raise UserError(f'the loss {name} must ask for {wanted}')
-    if takes_pairs and statistic and 'ratio_kl' in inputs(statistic):
-        raise UserError(f'the loss {name} compares pairs, and its statistic asks for ratio_kl, of single answers')
-    return fn, statistic, takes_pairs
 
 
 class Objective(NamedTuple):
@@ -81,9 +83,9 @@ class Objective(NamedTuple):
     is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
-        """Call fn, a function of losses.py, with the options, columns and log-ratios that its signature asks for.
+        """Call fn, a function of losses.py, with those options, columns and log-ratios that its signature asks for.
 
-        Log-ratios come from the columns: ratio_w = pi_w - ref_w. A column overrides the option of its name: beta of beta_dpo."""
+        Log-ratios are made here: ratio_w = pi_w - ref_w. A column overrides the option of its name, such as beta of beta_dpo."""
         known = {**self.options, **columns}
         for name, log_probs in columns.items():
             if name.startswith('pi'):

@@ -213,8 +213,8 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    train: weights train that require gradients; half: frozen ones are bfloat16; device: that of this rank; cpu_offload: 'auto' is
-    'full', as with tensor parallelism."""
+    It is 'none' if a whole model fills at most a quarter of a rank's memory; with cpu_offload or tensor parallelism it is 'full'.
+    train: weights train that require gradients; half: frozen ones are bfloat16; device: that of this rank."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
@@ -229,7 +229,6 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         available = machine_memory() / _ranks_here()
-    # leave three quarters to activations and other models
     return 'none' if needed <= available / 4 else 'full'
 
 
