@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from configurator import UserError
 from data import pack, tokens_taken
 from hf import lean, sharded
-from hf.parts import blocks, core
+from hf.parts import core
 from hf.quantize import count_packed_weights
 from model import Head
 from runtime import ranks
@@ -108,7 +108,7 @@ def _check_memory(run, frozen):
 
     frozen: number of parameters of the models that are not trained."""
     tokens, is_step = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
-    needs_of_rank = estimate_for(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
+    needs_of_rank = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
     # name, such as 'activations' -> bytes
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
     total = sum(needs.values())
@@ -127,25 +127,18 @@ def _check_memory(run, frozen):
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
-def estimate_for(config, policy, per_token, frozen, tokens, is_step):
-    """Return estimate() with the optimizer, dtype and ranks of this run. The other arguments are those of estimate()."""
-    options = {'optimizer': config['optimizer'], 'dtype': config['dtype'], 'frozen': frozen, 'is_step': is_step}
-    return estimate(policy, per_token, tokens, world_size=dist.get_world_size(), shard=policy.shard_mode, **options)
-
-
-def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard='none', frozen=0, is_step=False):
+def estimate(config, policy, per_token, frozen, tokens, is_step):
     """Return the memory that one rank needs, as name -> bytes: activations, weights, gradients, optimizer, reference, buffers.
 
-    policy: may be on the meta device; per_token: bytes of activations per token; tokens: of a microbatch; dtype: compute dtype;
-    shard: none, grads or full, as in training.py; frozen: number of parameters of other models, which are held in the compute
-    dtype; is_step: the microbatch is a whole step."""
-    bytes_each = 2 if dtype == 'bfloat16' else 4  # of a number in the compute dtype
+    config: for dtype and optimizer; per_token: bytes of activations per token; frozen: number of parameters of other models, held
+    in the compute dtype; tokens: of a microbatch; is_step: the microbatch is a whole step."""
+    bytes_each = 2 if config['dtype'] == 'bfloat16' else 4  # of a number in the compute dtype
     num_trained = _count(policy.parameters(), only_trained=True)
     # buffers: 4-bit weights, say
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
-    fixed_bytes = sum(x.numel() * x.element_size() for x in not_trained)
+    fixed_bytes = sum(x.nbytes for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
-    num_shards = 1 if shard == 'none' else world_size
+    num_shards = 1 if policy.shard_mode == 'none' else dist.get_world_size()
     gradients = 4 * num_trained / num_shards
     activations = per_token * tokens
     # the backward of a step's only microbatch frees activations while it makes gradients, which take their place
@@ -154,9 +147,9 @@ def estimate(policy, per_token, tokens, *, optimizer, dtype, world_size=1, shard
         'activations': activations,
         'weights': (4 * num_trained + fixed_bytes) / num_shards,
         'gradients': gradients_beside,
-        'optimizer': MOMENTS.get(optimizer, 2) * gradients,
+        'optimizer': MOMENTS.get(config['optimizer'], 2) * gradients,
         'reference': bytes_each * frozen / num_shards,
-        'buffers': _head_bytes(policy, tokens, bytes_each) + _copied_bytes(policy, bytes_each, shard, num_shards),
+        'buffers': _head_bytes(policy, tokens, bytes_each) + _copied_bytes(policy, bytes_each, num_shards),
     }
 
 
@@ -173,20 +166,18 @@ def _head_bytes(policy, tokens, bytes_each):
     return bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
 
 
-def _copied_bytes(policy, bytes_each, shard, num_shards):
+def _copied_bytes(policy, bytes_each, num_shards):
     """Return the bytes of weights copied to bfloat16 (by replicas), or gathered from other ranks (by FSDP).
 
-    bytes_each: of a number in the compute dtype; shard: none, grads or full; num_shards: parts of each weight."""
+    bytes_each: of a number in the compute dtype; num_shards: parts of each weight."""
     if num_shards == 1 and bytes_each == 4:
         return 0
-    if shard == 'none':
+    if policy.shard_mode == 'none':
         return bytes_each * _count(policy.parameters(), only_trained=True)
-    # tools/bench.py asks before the policy is sharded: then take the blocks that FSDP will shard
-    fsdp_blocks = [m for m in sharded.fsdp_modules(policy) if m is not policy]
-    block_sizes = [_count(block.parameters()) for block in fsdp_blocks or blocks(policy)]
+    block_sizes = [_count(m.parameters()) for m in sharded.fsdp_modules(policy) if m is not policy]
     # mode 'grads' keeps all parameters gathered; 'full' those outside of the blocks, such as the embedding
     gathered = _count(policy.parameters())
-    if shard == 'full':
+    if policy.shard_mode == 'full':
         gathered -= sum(block_sizes)
     # the current block, its gradients, and the next block, which is gathered early
     return bytes_each * (gathered + 3 * max(block_sizes))
@@ -243,7 +234,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
 
     def bytes_to_come(max_tokens):
         tokens, is_step = _largest_batch(config, train, packed, max_tokens)
-        needs = estimate_for(config, policy, per_token, frozen, tokens, is_step)
+        needs = estimate(config, policy, per_token, frozen, tokens, is_step)
         # the policy's weights are in memory already
         return sum(needs.values()) - needs['weights']
 

@@ -259,7 +259,7 @@ class Variant:
         # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        needs = room.estimate_for(config, self.policy, self.per_token, frozen, largest, is_step=len(batches) == 1)
+        needs = room.estimate(config, self.policy, self.per_token, frozen, largest, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 

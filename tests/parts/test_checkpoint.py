@@ -770,7 +770,7 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     # the estimate is of the microbatch and the frozen models that are asked about
     layer = torch.nn.Linear(2, 2)
     layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
-    needs = room.estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
+    needs = room.estimate({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
     assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
     def estimated(config, policy, per_token, frozen, tokens, is_step):
@@ -778,7 +778,7 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
 
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: (max_tokens, False))
-    monkeypatch.setattr(room, 'estimate_for', estimated)
+    monkeypatch.setattr(room, 'estimate', estimated)
     assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, n_frozen=2) == chosen
 
 
