@@ -277,6 +277,7 @@ def bad_step(run, first, rows, columns):
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{len(places)} of its examples are in {file}'
     if count > allowed:
-        hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        raise UserError(f'{sentence}; {written}: look at them, {hint}')
+        raise UserError(
+            f'{sentence}; {written}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'
+        )
     say(f'warning: {sentence}; {written}: skipped, {count} of {allowed} allowed')

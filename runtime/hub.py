@@ -65,8 +65,9 @@ def check_there(name):
         raise UserError(f'there is no model folder {name!r} {where}: {way_out}')
     elif folder_of(name) is None:
         if not reachable():
-            reason = 'the hub cannot be reached, and its cache does not have it'
-            raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
+            raise UserError(
+                f'there is no folder {name!r} {where}, the hub cannot be reached, and its cache does not have it: name a model folder'
+            )
         # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
         is_there(name, 'config.json')
 

@@ -68,8 +68,9 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
     examples': hash}, say. Options in neutral may differ. place: start of the message, such as 'FOLDER holds'."""
     found = _differences(recorded_run, run, neutral)
     if found:
-        advice = 'put back what it began with, or choose another --out_dir'
-        raise UserError(f'{place} a different run ({", ".join(found[:3])}): {advice}')
+        raise UserError(
+            f'{place} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
+        )
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
@@ -329,12 +330,14 @@ def warmup_steps(config, n_steps):
     tenth = n_steps // 10
     if config.origin['warmup_steps'] != 'default':
         if wanted >= max(1, n_steps):
-            never = f'the learning rate never reaches {config.lr}'
-            say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: {never}')
+            say(
+                f'note: warmup_steps={wanted}, and the run has {n_steps} steps: the learning rate never reaches {config.lr}'
+            )
         return wanted
     if wanted > tenth:
-        short = f'{tenth} of {n_steps} steps, a tenth of this short run'
-        say(f'note: warm-up takes {short}, in place of warmup_steps={wanted}')
+        say(
+            f'note: warm-up takes {tenth} of {n_steps} steps, a tenth of this short run, in place of warmup_steps={wanted}'
+        )
     return min(wanted, tenth)
 
 

@@ -400,8 +400,9 @@ limit = per_second(batch_size, seconds)
 
 if main_rank():
     machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
-    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
-    print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
+    print(
+        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {machine}, {dtype}, torch {torch.__version__}'
+    )
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
     formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
