@@ -50,7 +50,7 @@ def write(file, arrays, extra=None):
         return None
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         return getattr(error, 'strerror', None) or str(error)
 
 

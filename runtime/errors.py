@@ -14,9 +14,7 @@ from runtime.values import printable
 
 
 def report(kind, error, trace):
-    """Print a UserError or full memory as one sentence (exit code 2), other errors as a traceback. Used as sys.excepthook.
-
-    kind, error, trace: type, exception and traceback."""
+    """Print a UserError or full memory as one sentence (exit code 2), other errors as a traceback. The arguments of sys.excepthook."""
     # these two return a UserError for errors that they know, and others as they are
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     error = _of_circumstances(error)

@@ -61,8 +61,9 @@ def check_there(name):
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        way_out = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
-        raise UserError(f'there is no model folder {name!r} {where}: {way_out}')
+        raise UserError(
+            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        )
     elif folder_of(name) is None:
         if not reachable():
             raise UserError(

@@ -37,9 +37,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
 
 
 def of_dpo(objective, columns, split):
-    """Return dpo.py's metrics (name -> float) from the columns of a step or evaluation. split: 'train' or 'eval'.
-
-    columns: name -> tensor (examples,), those of losses.py and the examples' loss and weight."""
+    """Return dpo.py's metrics, name -> float. columns: name -> tensor (examples,), of a step or evaluation; split: 'train' or 'eval'."""
     if objective.paired:
         chosen = answers_of(objective, columns, '_w')
         rejected = answers_of(objective, columns, '_l')
@@ -113,11 +111,12 @@ def say_first_step(objective, columns, metrics):
     # say what acc and margin on the screen mean, if they are not of pairs or not relative to a reference
     notes = []
     if not objective.paired:
-        acc = 'acc is the share of answers on the right side'
-        notes.append(f'{acc}, margin the mean reward of good less that of bad ones')
+        notes.append(
+            'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
+        )
     if not objective.needs_ref:
-        policy_alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        notes.append(f'{objective.name} has no reference: {policy_alone}')
+        alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
+        notes.append(f'{objective.name} has no reference: {alone}')
     if notes:
         say(f'note: {"; ".join(notes)}')
     options = objective.options

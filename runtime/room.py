@@ -167,9 +167,7 @@ def _head_bytes(policy, tokens, bytes_each):
 
 
 def _copied_bytes(policy, bytes_each, num_shards):
-    """Return the bytes of weights copied to bfloat16 (by replicas), or gathered from other ranks (by FSDP).
-
-    bytes_each: of a number in the compute dtype; num_shards: parts of each weight."""
+    """Return the bytes of weights that replicas copy to bfloat16, or FSDP gathers. num_shards: over so many ranks it divides them."""
     if num_shards == 1 and bytes_each == 4:
         return 0
     if policy.shard_mode == 'none':
