@@ -59,9 +59,7 @@ def _meeting_place():
 
 
 def _own_device():
-    """Return this process's device: a GPU, made current, or the CPU, whose cores a machine's processes divide.
-
-    Raises UserError if this machine has fewer GPUs than processes."""
+    """Return this process's device: a GPU, made current (UserError if there are too few), or the CPU, whose cores processes divide."""
     # of this process on its own machine, as torchrun says
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))

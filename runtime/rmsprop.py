@@ -19,7 +19,7 @@ class RMSprop(torch.optim.RMSprop):
             if not params or not params[0].is_cuda:
                 super().step()
                 return
-            # count the steps, as torch does; nothing here needs the count
+            # only checkpoints need this count of steps
             torch._foreach_add_(steps, 1)
             # this rank's shards of FSDP tensors
             params = [local(x) for x in params]

@@ -104,9 +104,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 
 
 def _check_memory(run, frozen):
-    """Print the memory that all ranks on this machine need for a training.Run; warn, with advice, if it has less.
-
-    frozen: number of parameters of the models that are not trained."""
+    """Print the memory that all ranks here need for a training.Run; warn if there is less. frozen: parameters of untrained models."""
     tokens, is_step = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
     needs_of_rank = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
     # name, such as 'activations' -> bytes

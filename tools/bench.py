@@ -164,9 +164,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer, with the same weights in each round.
-
-        steps (num_steps, batch_size): indices into examples. If cached, the log-probs of the reference are computed and timed here."""
+        """Build policy, reference and optimizer. If cached, time and keep the reference's log-probs of steps, rows of examples each."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
