@@ -164,7 +164,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer. If cached, time and keep the reference's log-probs of steps, rows of examples each."""
+        """Build policy, reference and optimizer; if cached, run the reference. steps (num_steps, batch_size): indices into examples."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
