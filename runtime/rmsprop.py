@@ -22,11 +22,9 @@ class RMSprop(torch.optim.RMSprop):
             # only checkpoints need this count of steps
             torch._foreach_add_(steps, 1)
             # this rank's shards of FSDP tensors
-            params = [local(x) for x in params]
-            grads = [local(x) for x in grads]
-            squares = [local(x) for x in squares]
+            shards = [[local(x) for x in tensors] for tensors in (params, grads, squares)]
             options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}
-            rmsprop_(params, grads, squares, **options)
+            rmsprop_(*shards, **options)
 
 
 def rmsprop_(params, grads, squares, *, lr, alpha, eps, weight_decay):

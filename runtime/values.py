@@ -82,13 +82,9 @@ def hint(name, options):
         return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
         return f'here it is {ours_of.get(plain, plain)}'
-
-    def similarity(match):
-        return difflib.SequenceMatcher(None, match, plain).ratio()
-
     # several may be equally near: bata is beta or data
-    nearest = [match for match in matches if similarity(match) == similarity(matches[0])]
-    ours = {ours_of.get(match, match) for match in nearest}
+    ratio_of = {match: difflib.SequenceMatcher(None, match, plain).ratio() for match in matches}
+    ours = {ours_of.get(match, match) for match in matches if ratio_of[match] == ratio_of[matches[0]]}
     return f'did you mean {" or ".join(sorted(ours))}?'
 
 

@@ -184,15 +184,16 @@ def curves_of(metrics, runs):
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run. The caller sets its fields metric, run and extra."""
-    rows = [row for row in run.rows if row['split'] == split]
+    # rows without this metric have no point
+    rows = [row for row in run.rows if row['split'] == split and value_of(row, split, metric) is not None]
     # (training examples so far, value)
     points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
-    finite = [(x, value) for x, value in points if value is not None and math.isfinite(value)]
-    num_gaps = sum(value is not None for _, value in points) - len(finite)
+    finite = [(x, value) for x, value in points if math.isfinite(value)]
     # leave out outliers, which would flatten the rest of the curve
     low, high = bounds([value for _, value in finite])
     drawn = [(x, value) for x, value in finite if low <= value <= high]
     far = [value for _, value in finite if not low <= value <= high]
+    num_gaps = len(points) - len(finite)
     return Curve(split, [x for x, _ in drawn], [value for _, value in drawn], far, num_gaps)
 
 
