@@ -115,8 +115,9 @@ def say_first_step(objective, columns, metrics):
             'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
         )
     if not objective.needs_ref:
-        alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        notes.append(f'{objective.name} has no reference: {alone}')
+        notes.append(
+            f'{objective.name} has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0'
+        )
     if notes:
         say(f'note: {"; ".join(notes)}')
     options = objective.options
