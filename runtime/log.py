@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
     for name in here:
         # an option that is newer than the recorded run
         is_new_default = name not in there and origin.get(name) == 'default'
-        if name not in neutral and not is_new_default and here[name] != there.get(name):
+        if name not in neutral and not is_new_default and _in_full(here[name]) != _in_full(there.get(name)):
             differences.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
@@ -100,6 +101,13 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
         say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
+
+
+def _in_full(value):
+    """Return an option's value in which existing paths, also those in hh:PATH and A+B, are absolute: for comparison only."""
+    if not isinstance(value, str):
+        return value
+    return re.sub('[^+:]+', lambda part: os.path.realpath(part[0]) if os.path.exists(part[0]) else part[0], value)
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):

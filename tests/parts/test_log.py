@@ -59,6 +59,18 @@ def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
     assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
 
 
+def test_a_path_may_be_spelt_otherwise(tmp_path, monkeypatch):
+    """For the same folder; no other folder, and none that is gone, is taken for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'x').mkdir()
+    run = {'script': '', 'options': {'model': 'x', 'data': 'hh:x+toy', 'ref_model': None}, 'contents': {}}
+    same = {'model': './x/', 'data': f'hh:{tmp_path}/x+toy', 'ref_model': None}
+    log.check_same('here is', run, run | {'options': same})
+    for other in (same | {'model': 'y'}, same | {'data': 'hh:x+shp'}, same | {'ref_model': 'x'}):
+        with pytest.raises(configurator.UserError, match='a different run'):
+            log.check_same('here is', run, run | {'options': other})
+
+
 def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
     commits = []
     for path in (os.environ['PATH'], str(tmp_path)):
