@@ -171,14 +171,16 @@ def test_another_run_in_the_folder(here):
     assert words in sentence(run, 'sft', 'sft')
 
 
-def test_the_same_continues_whatever_does_not_matter(here, world):
-    """A README beside the weights, rows that are not trained on, a copy of the model folder in its place."""
+def test_the_same_continues_whatever_does_not_matter(here, world, capsys):
+    """A README beside the weights, rows that are not trained on, a copy of the model folder in its place, another spelling of it."""
     (here / 'model/README.md').write_text('other')
     shutil.copytree('model', 'copy')
     shutil.rmtree('model')
     shutil.move('copy', 'model')
-    run('dpo', 'dpo')
+    run('dpo', 'dpo', '--model=./model/')
     assert metrics('dpo') == metrics(world / 'dpo')
+    going_on = 'resuming dpo on 1 rank: 24 examples, 12 a step; going on after 12 of them, from dpo/checkpoints/0000000012\n'
+    assert going_on in capsys.readouterr().out
 
 
 def test_older_versions_resume_with_a_note(here, world, capsys):
