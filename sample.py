@@ -232,7 +232,7 @@ def generate_all():
         prompt_ids = [ids[i] for i, _ in batch]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
+        advice = f'answers side by side ({min(n_rows, len(batch))}) do not fit; run the same command with a smaller --batch_size'
         with errors.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 

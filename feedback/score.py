@@ -273,7 +273,7 @@ def report(rows):
         _, accuracy_text = accuracy(pairs)
         ties = margins.count(0)
         if ties:
-            accuracy_text += f'; {ties:,} with equal scores count as wrong'
+            accuracy_text += f'; equal scores, which count as wrong: {ties:,}'
         lines.append(f'  accuracy   {accuracy_text}')
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')

@@ -281,7 +281,7 @@ class Log:
         try:
             append_kept()
         except UserError as error:
-            # such as: cannot write FILE: 3 rows wait for room
+            # such as: cannot write FILE: rows that wait for room: 3
             say(f'warning: {error}, and are lost')
         while self.trackers:
             name, functions = self.trackers.popitem()
@@ -332,10 +332,10 @@ def warmup_steps(config, n_steps):
     is_default = config.origin['warmup_steps'] == 'default'
     if not is_default and wanted >= max(1, n_steps):
         never = f'the learning rate never reaches {config.lr}'
-        say(f'note: warmup_steps={wanted}, and the run has {n_steps} steps: {never}')
+        say(f'note: warmup_steps={wanted}, and the run has {n_steps} step{"s" * (n_steps != 1)}: {never}')
     if not is_default or wanted <= tenth:
         return wanted
-    say(f'note: warm-up takes {tenth} of {n_steps} steps, a tenth of this short run, in place of warmup_steps={wanted}')
+    say(f'note: warm-up takes a tenth of this short run ({tenth} / {n_steps} steps), in place of warmup_steps={wanted}')
     return tenth
 
 

@@ -46,7 +46,7 @@ def setup(tp=1, options=()):
                 raise UserError(f'{problem}: start the same command, with the same config file, on all hosts')
     world_size = dist.get_world_size()
     if world_size % tp:
-        raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')
+        raise UserError(f'tp={tp} needs a multiple of {tp} ranks, not {world_size}: see --nproc_per_node')
     _tp_size = tp
     return *data_rank(), device
 
@@ -64,7 +64,7 @@ def _own_device():
         return torch.device('cpu')
     gpus = torch.cuda.device_count()
     if local_world_size > gpus:
-        problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        problem = f'each of {local_world_size} processes needs its own GPU, and the GPUs of this machine are {gpus}'
         error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
         # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
         error.of_this_rank = local_rank == 0

@@ -195,9 +195,7 @@ def _files_below(folder):
         found += visible
     broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
     if broken:
-        say_once(
-            f'note: left out, since they are links to nothing: {len(broken)} files of {folder}, such as {broken[0]}'
-        )
+        say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
     return found
 
 

@@ -204,7 +204,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out, capsys):
     # shards that git-annex has not fetched
     (tmp_path / 'data/train-00002-of-00003.parquet').symlink_to('not fetched')
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2]
-    assert 'links to nothing: 1 files of' in capsys.readouterr().out
+    assert 'links to nothing (1) in' in capsys.readouterr().out
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 

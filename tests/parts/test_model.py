@@ -734,7 +734,7 @@ def test_memory_by_hand(saved, device, monkeypatch):
     run = types.SimpleNamespace(config=config, policy=net, train=train, total=50, packed=True, max_tokens=7)
     sizes = room.check_room(run)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
-    words = '1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
+    words = 'longer than max_tokens=7 (the longest: 16): 1 example, each in a microbatch of its own'
     assert said == [f'note: {words}']
 
 
