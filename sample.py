@@ -63,6 +63,7 @@ temperature: float | str = 1.0  # 0: greedy; several: '0.7 1.0'
 top_p = 1.0  # sample from the fewest tokens that hold this probability
 max_new_tokens = 512  # length of an answer
 seed = 0  # of the answers
+# output
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
 batch_size = 64  # answers that a rank samples side by side

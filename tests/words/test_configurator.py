@@ -257,6 +257,7 @@ def test_every_option_has_a_heading():
     for file in files:
         options = configurator._declared({'__file__': file})
         assert not [name for name, option in options.items() if not option.heading], file
+        assert 'out_dir' not in options or 'output' in options['out_dir'].heading, file
 
 
 # options, rank -> what is printed, or what is raised
