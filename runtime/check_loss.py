@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.objective import objective_of, table
+from runtime.objective import inputs, objective_of, table
 
 
 def main(losses, statistics):
@@ -26,6 +26,8 @@ def main(losses, statistics):
     config['loss'] = name
     # the loss with its own defaults; options that exclude one another are refused
     objective = objective_of(config, losses, statistics)
+    unused = [option for option in config if option not in inputs(objective.fn, objective.statistic)]
+    config.report_unused(unused, 'the table is of the loss alone')
     rows = table(name, objective.fn, objective.statistic, objective.options)
     # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
