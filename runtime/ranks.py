@@ -28,6 +28,11 @@ def setup(tp=1, options=()):
     if not dist.is_initialized():
         store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
         if 'RANK' in os.environ:
+            missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+            if missing:
+                error = UserError(f'RANK is set, and {missing[0]} is not: start with torchrun, or unset RANK')
+                error.of_this_rank = True  # nobody else may be there to print it
+                raise error
             store, rank, world_size = next(rendezvous('env://'))
             # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones,
             # and hang: each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
+from helpers import end_process_group, metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
 import configurator
 from hf import export, load
@@ -239,3 +239,6 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
 def test_ranks_that_have_other_options_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, 'gather_objects', lambda options: [options, options | {'lr': 0.5}])
     assert 'lr is 0.5 on rank 1, and 0.1 on this one' in sentence(ranks.setup, 1, {'beta': 0.1, 'lr': 0.1})
+    end_process_group()
+    monkeypatch.setenv('RANK', '1')
+    assert 'RANK is set, and WORLD_SIZE is not: start with torchrun' in sentence(ranks.setup)
