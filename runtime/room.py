@@ -109,6 +109,8 @@ def _check_memory(run, frozen):
     total = sum(needs.values())
     available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
+    if is_step:
+        parts = parts.replace('activations', 'activations, then gradients in their place', 1)
     text = f'a microbatch of up to {tokens:,} tokens takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
     text = f'memory: {choice}{text}'
