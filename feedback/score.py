@@ -10,6 +10,8 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -200,10 +202,17 @@ def main():
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
 
-    task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
+    task: 'pairs', or a task with single answers. UserError for data without answers, and if --out is one of its files
+    or another one than of scores."""
     examples = []
     left_out = Counter()
     keep_data(data, out)
+    # old scores are replaced, but no other file
+    if os.path.isfile(out):
+        with open(out, 'rb') as file:
+            first_line = file.readline()
+        if first_line and not re.match(rb'\{"id": .*score": ', first_line):
+            raise UserError(f'--out={out} is there, and holds no scores: name another file')
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}

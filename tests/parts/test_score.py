@@ -144,6 +144,7 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     ('--reward_model={folder}/run --data={empty}', 'no test examples are left'),
     ('--reward_model={folder}/run --data=toy --by=kind', 'no row of toy has such a column'),
     ('--reward_model={folder}/run --data=toy --by=margin', 'has the new scores under that name'),
+    ('--reward_model={folder}/run --data=toy --out={prompts}', 'prompts.jsonl is there, and holds no scores: name another'),
     ('--reward_model={folder}/run --data=toy+{here} --out={here}/empty.jsonl', 'empty.jsonl is a file of the data'),
 ])  # fmt: skip
 def test_mistakes(reward_model, flags, words, tmp_path, monkeypatch):
