@@ -47,12 +47,19 @@ def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
+        file = Path(name, 'config.json')
         try:
-            json.loads(Path(name, 'config.json').read_text('utf-8'))
+            if file.exists() and not file.is_file():  # a pipe would never end
+                raise ValueError('it is no file')
+            json.loads(file.read_text('utf-8'))
         except (OSError, ValueError, RecursionError) as error:
-            if os.path.exists(f'{name}/config.json'):
+            if file.exists():
                 reason = first_line(error)
                 raise UserError(f'the config.json of {name!r} is not valid JSON ({reason}): mend it') from None
+        # transformers would make them all
+        for key, value in read_dict(name, 'config.json').items():
+            if 'layer' in key and isinstance(value, int) and value > 10_000:
+                raise UserError(f'the config.json of {name!r} has a {key} of {value:,}: mend it')
         return
     # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
     where = looked_in(name).strip() or 'on this machine'
