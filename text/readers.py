@@ -245,7 +245,7 @@ def _cells(file, delimiter):
                 if row:
                     error = _utf8_error(''.join(row))
                     if len(row) != len(names):
-                        error = f'{len(row)} cells, and the table has {len(names)} columns'
+                        error = f'not as many cells as columns ({len(row)}, {len(names)})'
                     cells = {name: cell or None for name, cell in zip(names, row, strict=False)}
                     cells.pop('', None)
                     yield line, cells, error

@@ -97,8 +97,8 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
 
 IMAGE = [user([{'type': 'image_url', 'image_url': {'url': 'x'}}]), assistant('a')]
 OF_ROWS = [  # what is wrong with a row, or all of them
-    ('a.csv', b'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns; .*; the only row cannot be read; mend the file'),
-    ('a.csv', b'text,b\nx,y\nz\n', "line 3: 1 cells, and the table has 2 columns; found: 'text' .text.; mend it, or leave"),
+    ('a.csv', b'text,b\nx,y,z\n', 'line 2: not as many cells as columns .3, 2.; .*; the only row cannot be read; mend the file'),
+    ('a.csv', b'text,b\nx,y\nz\n', "line 3: not as many cells as columns .1, 2.; found: 'text' .text.; mend it, or leave"),
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
     ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
