@@ -14,7 +14,7 @@ import pytest
 from configurator import UserError
 from runtime import cache
 from tests.helpers import assistant, user, write_data, write_jsonl
-from text import files, sources
+from text import files, readers, sources
 from text.files import hub_commit
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
@@ -113,6 +113,8 @@ OF_ROWS = [  # what is wrong with a row, or all of them
     ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
 ]  # fmt: skip
 OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
+    *((f'a.{end}', b'text\n' + b'x' * 1000, 'line 2 is longer than 999 characters') for end in ('txt', 'csv')),
+    ('a.jsonl.gz', gzip.compress(b' ' * 1000, mtime=0), 'line 1 is longer than 999 characters'),
     ('a.json', b'[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
     ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'), ('a.json', b'[' * 100_000, 'cannot read'),
     ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'), ('a.jsonl.gz', b'not gzip', 'cannot read'),
@@ -127,9 +129,10 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
 
 
 @pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)
-def test_files_that_are_no_data(tmp_path, name, content, says):
+def test_files_that_are_no_data(tmp_path, name, content, says, monkeypatch):
     """One sentence, which names the file once, and does not blame the columns."""
     (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(readers, 'LONGEST', 999)
     for skip in (False, True) if (name, content, says) in OF_FILES else (False,):
         message = refused(tmp_path / name, says, skip_bad_rows=skip)
         assert message.count(str(tmp_path)) == 1 and '--columns' not in message and 'layout' not in message
