@@ -84,24 +84,28 @@ def check_there(name):
 def is_there(name, file):
     """Return whether a hub repo has a file; downloads it, but for weights. Raises UserError if the hub refuses it or does not answer."""
     import huggingface_hub
-    from huggingface_hub import constants, errors
 
-    sign_in = 'set HF_TOKEN to a token of yours'
     try:
         # weights come later, to those ranks that read them
         huggingface_hub.hf_hub_download(name, file, dry_run=file.endswith('.safetensors'))
         return True
-    except errors.RemoteEntryNotFoundError:
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
         return False
-    except errors.GatedRepoError:
-        address = f'{constants.ENDPOINT}/{name}'
-        reason = f'its owner gives it to those who ask: ask at {address}, and {sign_in}'
-    except errors.RepositoryNotFoundError:
-        reason = f'there is none, or it is private: correct the name, or {sign_in}'
-    # an invalid name, an overloaded server, a full disk, ...
     except Exception as error:
-        reason = first_line(error.__cause__ or error)
-    raise UserError(f'cannot read {name!r} from the hub: {reason}')
+        raise UserError(f'cannot read {name!r} from the hub: {refusal(error, name)}') from None
+
+
+def refusal(error, address):
+    """Return why a download from the hub has failed, as a phrase. address: of the repo there, OWNER/NAME or datasets/OWNER/NAME."""
+    from huggingface_hub import constants, errors
+
+    sign_in = 'set HF_TOKEN to a token of yours'
+    if isinstance(error, errors.GatedRepoError):
+        return f'its owner gives it to those who ask: ask at {constants.ENDPOINT}/{address}, and {sign_in}'
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f'there is none, or it is private: correct the name, or {sign_in}'
+    # an invalid name, an overloaded server, a full disk, ...
+    return first_line(error.__cause__ or error)
 
 
 def folder_of(name):

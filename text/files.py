@@ -125,8 +125,8 @@ def hub_download(hub_id, commit, name):
     hub.reachable()  # turns offline mode on if the hub does not answer
     try:
         return huggingface_hub.hf_hub_download(hub_id, name, repo_type='dataset', revision=commit)
-    except Exception as error:  # offline and not in the cache, a full disk, ...
-        reason = hub.first_line(error.__cause__ or error)
+    except Exception as error:
+        reason = hub.refusal(error, f'datasets/{hub_id}')
         raise UserError(f'cannot read {name} of {hub_id!r} from the hub: {reason}') from None
 
 
