@@ -118,7 +118,7 @@ def read_prompts():
     # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in sources.joined(data):
         if source.lower().endswith('.txt'):  # one prompt per line
             # not splitlines, which divides a prompt at U+2028 or a form feed
             lines = read_text(source).split('\n')

@@ -35,7 +35,7 @@ from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
 from text.files import content_hash
 from text.show import task_of
-from text.sources import keep_data, nothing_left, read_examples
+from text.sources import joined, keep_data, nothing_left, read_examples
 from text.tokenise import tokenise
 
 # model and data
@@ -216,7 +216,7 @@ def read():
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in joined(data):
         # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)

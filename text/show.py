@@ -18,7 +18,7 @@ from runtime.values import printable
 from text.chat import decode_answer
 from text.examples import counted, in_words
 from text.messages import BESIDE, as_chats, is_trained
-from text.sources import LOOK_AHEAD, describe, read_examples
+from text.sources import LOOK_AHEAD, describe, joined, read_examples
 from text.tokenise import as_parts, tokenise
 
 # which rows, and how they are read
@@ -80,7 +80,7 @@ def main():
 def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in joined(data):
         # by default the task of most of the first examples (None if there are none), which are read again below
         head = [] if task else islice(read_examples(source, 'train', Counter(), **options), LOOK_AHEAD)
         tasks = Counter(map(task_of, head)).most_common(1)  # [(task, count)] or []
@@ -169,7 +169,7 @@ def _print_summary(counts, lengths, left_out):
     """Print counts (task -> number of items), columns, left_out and lengths. Raises UserError if there are no items."""
     words = ', '.join(counted(count, task) for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
-    print('read as:', printable(columns or '; '.join(map(describe, data.split('+')))))
+    print('read as:', printable(columns or '; '.join(map(describe, joined(data)))))
     changed, notes = in_words(left_out)
     print(printable('\n'.join([f'left out or changed: {changed}', *notes])))
     if not counts:

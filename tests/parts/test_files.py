@@ -194,6 +194,8 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')
     assert divided(write(tmp_path, {'a:b': ROWS}) + '/a:b.jsonl')
+    write(tmp_path, {'a+b': ROWS})
+    assert [sources.joined(data) for data in ('~/a+b.jsonl', 'hh+shp')] == [['~/a+b.jsonl'], ['hh', 'shp']]
 
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
