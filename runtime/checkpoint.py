@@ -47,12 +47,12 @@ def identify(config, hash_models, train, held_out):
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor of trainable weights and optimizer state: no copies, so that load() can write into them.
+    """Return name -> tensor of trainable weights, optimizer state and model.kept: no copies, so that load() can write into them.
 
-    Tied weights appear once, under their first name."""
+    Tied weights appear once, under their first name. kept: a dict of tensors that somebody has added, such as an EMA."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    tensors = {}
+    tensors = {f'kept.{name}': tensor for name, tensor in getattr(model, 'kept', {}).items()}
     # also what was trained and then frozen
     trained = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():

@@ -277,11 +277,12 @@ def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
 
 
 def test_weights_that_were_trained_and_then_frozen_are_in_a_checkpoint(tmp_path):
+    """So is a tensor that somebody has put into model.kept."""
     ranks.setup()
     weights = []
     for is_first in (True, False):
         net = torch.nn.ModuleDict({'a': torch.nn.Linear(2, 2), 'b': torch.nn.Linear(2, 2)})
-        net.shard_mode, net.reshard = 'none', lambda: None
+        net.shard_mode, net.reshard, net.kept = 'none', lambda: None, {'mean': torch.ones(2) * is_first}
         optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
         if is_first:
             net['b'](net['a'](torch.ones(2))).sum().backward()
@@ -291,7 +292,7 @@ def test_weights_that_were_trained_and_then_frozen_are_in_a_checkpoint(tmp_path)
             checkpoint.wait()
         else:
             checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
-        weights.append([p.tolist() for p in net.parameters()])
+        weights.append([p.tolist() for p in (*net.parameters(), net.kept['mean'])])
     assert weights[0] == weights[1]
 
 
