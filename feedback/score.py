@@ -207,12 +207,9 @@ def read():
     examples = []
     left_out = Counter()
     keep_data(data, out)
-    # old scores are replaced, but no other file
-    if os.path.isfile(out):
-        with open(out, 'rb') as file:
-            first_line = file.readline()
-        if first_line and not re.match(rb'\{"id": .*score": ', first_line):
-            raise UserError(f'--out={out} is there, and holds no scores: name another file')
+    # old scores are replaced, but no other file that is not empty
+    if os.path.isfile(out) and not re.match(rb'$|\{"id": .*score": ', Path(out).read_bytes()):
+        raise UserError(f'--out={out} is there, and holds no scores: name another file')
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
