@@ -267,7 +267,7 @@ def summary(run, n_eval_examples):
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
     # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches
     if 'minibatch_size' not in run.config and run.config.batch_size > run.total:
-        notes.append(f'note: batch_size={run.config.batch_size} takes the whole run at once, {run.total:,}')
+        notes.append(f'note: batch_size takes the whole run at once: {counted(run.total, "examples")}')
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')

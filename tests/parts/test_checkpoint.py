@@ -494,7 +494,6 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
     assert names(tmp_path / 'auto') == ['0000000060', '0000000072', '0000000084'] and len(calls) == 1
     assert limits == {1.0 if script == 'ppo.py' else 10.0}
     said = r'(?:max_tokens=\d+ \(auto\): )?a microbatch of up to (\d+) tokens takes about \d+\.\d MB \(activationsPLACE \S+ MB, weights .*, optimizer .*\), of the'
-    # a step of one microbatch
     said = said.replace('PLACE', '' if script.endswith('po.py') else ', then gradients in their place')
     text = capsys.readouterr().out
     assert re.search(f'^memory: {said} 10.0 GB of this machine$', text, re.M)
