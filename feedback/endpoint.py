@@ -99,7 +99,7 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
                 yield reply
     never_answered = failures > 0 and not endpoint.proven
     if failures >= max_failures or never_answered:
-        advice = 'see that the server runs, and the address, the model and the other options, and HTTP_PROXY, or try later'
+        advice = 'see that the server runs, and the address, the model and the other options, and HTTP_PROXY, or retry'
         raise UserError(f'requests failed, {failures} in a row; the last one: {last_error}: {advice}')
 
 
