@@ -57,6 +57,7 @@ max_prompt_length: int | None = None  # a prompt is cut to this if the whole is 
 truncation = 'start'  # which end a too long prompt loses: start or end
 max_tokens = 16384  # tokens of one microbatch
 trust_remote_code = False  # run code that comes with a model
+# output
 out_dir = 'out/label'  # everything the run leaves behind
 config = configure(globals())
 

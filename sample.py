@@ -63,6 +63,7 @@ temperature: float | str = 1.0  # 0: greedy; several: '0.7 1.0'
 top_p = 1.0  # sample from the fewest tokens that hold this probability
 max_new_tokens = 512  # length of an answer
 seed = 0  # of the answers
+# output
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
 batch_size = 64  # answers that a rank samples side by side
@@ -117,7 +118,7 @@ def read_prompts():
     # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in sources.joined(data):
         if source.lower().endswith('.txt'):  # one prompt per line
             # not splitlines, which divides a prompt at U+2028 or a form feed
             lines = read_text(source).split('\n')
@@ -232,7 +233,7 @@ def generate_all():
         prompt_ids = [ids[i] for i, _ in batch]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
+        advice = f'answers side by side ({min(n_rows, len(batch))}) do not fit; run the same command with a smaller --batch_size'
         with errors.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 

@@ -10,6 +10,8 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
 from text.files import content_hash
 from text.show import task_of
-from text.sources import keep_data, nothing_left, read_examples
+from text.sources import joined, keep_data, nothing_left, read_examples
 from text.tokenise import tokenise
 
 # model and data
@@ -200,14 +202,18 @@ def main():
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
 
-    task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
+    task: 'pairs', or a task with single answers. UserError for data without answers, and if --out is one of its files
+    or another one than of scores."""
     examples = []
     left_out = Counter()
     keep_data(data, out)
+    # old scores are replaced, but no other file that is not empty
+    if os.path.isfile(out) and not re.match(rb'$|\{"id": .*score": ', Path(out).read_bytes()):
+        raise UserError(f'--out={out} is there, and holds no scores: name another file')
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in joined(data):
         # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
@@ -273,7 +279,7 @@ def report(rows):
         _, accuracy_text = accuracy(pairs)
         ties = margins.count(0)
         if ties:
-            accuracy_text += f'; {ties:,} with equal scores count as wrong'
+            accuracy_text += f'; equal scores, which count as wrong: {ties:,}'
         lines.append(f'  accuracy   {accuracy_text}')
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')

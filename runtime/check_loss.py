@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.objective import objective_of, try_out
+from runtime.objective import inputs, objective_of, try_out
 
 
 def main(losses, statistics):
@@ -25,6 +25,8 @@ def main(losses, statistics):
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
     objective = objective_of(config, losses, statistics)
+    unused = [option for option in config if option not in inputs(objective.fn, objective.statistic)]
+    config.report_unused(unused, 'the table is of the loss alone')
     rows = try_out(name, objective.fn, objective.statistic, objective.options)
     # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if objective.paired else 'slope'

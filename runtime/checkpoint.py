@@ -48,10 +48,12 @@ def identify(config, hash_models, train, held_out):
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor (no copy, load() writes into it) of the optimizer's weights and state. Tied weights have their first name."""
+    """Return name -> tensor (no copy, load() writes into it) of the optimizer's weights and state, and of model.kept.
+
+    Tied weights have their first name. kept: a dict of tensors that somebody has added, such as an EMA."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
-    tensors = {}
+    tensors = {f'kept.{name}': tensor for name, tensor in getattr(model, 'kept', {}).items()}
     trained = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
         if p not in trained:

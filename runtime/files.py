@@ -102,7 +102,7 @@ def append_kept():
         append(path, '')
         if path in _kept:
             rows = _kept[path].count(b'\n')
-            raise UserError(f'cannot write {path}: {rows} rows wait for room')
+            raise UserError(f'cannot write {path}: rows that wait for room: {rows}')
 
 
 def cut_rows(path, keep):

@@ -275,7 +275,7 @@ def bad_step(run, first, rows, columns):
     count = run.state['bad_steps']
     allowed = run.config.skip_bad_steps
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
-    written = f'{len(places)} of its examples are in {file}'
+    written = f'{file} has {len(places)} of its examples'
     if count > allowed:
         raise UserError(
             f'{sentence}; {written}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'

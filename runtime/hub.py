@@ -49,12 +49,19 @@ def check_there(name):
     where = looked_in(name).strip() or 'on this machine'
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
+        file = Path(name, 'config.json')
         try:
-            json.loads(Path(name, 'config.json').read_text('utf-8'))
+            if file.exists() and not file.is_file():  # a pipe would never end
+                raise ValueError('it is no file')
+            json.loads(file.read_text('utf-8'))
         except (OSError, ValueError, RecursionError) as error:
-            if os.path.exists(f'{name}/config.json'):
+            if file.exists():
                 reason = first_line(error)
                 raise UserError(f'the config.json of {name!r} is not valid JSON ({reason}): mend it') from None
+        # transformers would make them all
+        for key, value in read_dict(name, 'config.json').items():
+            if 'layer' in key and isinstance(value, int) and value > 10_000:
+                raise UserError(f'the config.json of {name!r} has a {key} of {value:,}: mend it')
     elif not _may_be_hub_id(name):
         # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command
         run = Path(name).parent.name
@@ -76,23 +83,28 @@ def check_there(name):
 def is_there(name, file):
     """Return whether a hub repo has a file, which is downloaded unless it has weights. UserError if the hub does not give the repo."""
     import huggingface_hub
-    from huggingface_hub import constants, errors
 
-    sign_in = 'set HF_TOKEN to a token of yours'
     try:
         # weights come later, to those ranks that read them
         huggingface_hub.hf_hub_download(name, file, dry_run=file.endswith('.safetensors'))
         return True
-    except errors.RemoteEntryNotFoundError:
+    except huggingface_hub.errors.RemoteEntryNotFoundError:
         return False
-    except errors.GatedRepoError:
-        problem = f'its owner gives it to those who ask: ask at {constants.ENDPOINT}/{name}, and {sign_in}'
-    except errors.RepositoryNotFoundError:
-        problem = f'there is none, or it is private: correct the name, or {sign_in}'
-    # an invalid name, an overloaded server, a full disk, ...
     except Exception as error:
-        problem = first_line(error.__cause__ or error)
-    raise UserError(f'cannot read {name!r} from the hub: {problem}')
+        raise UserError(f'cannot read {name!r} from the hub: {refusal(error, name)}') from None
+
+
+def refusal(error, address):
+    """Return why a download from the hub has failed, as a phrase. address: of the repo there, OWNER/NAME or datasets/OWNER/NAME."""
+    from huggingface_hub import constants, errors
+
+    sign_in = 'set HF_TOKEN to a token of yours'
+    if isinstance(error, errors.GatedRepoError):
+        return f'its owner gives it to those who ask: ask at {constants.ENDPOINT}/{address}, and {sign_in}'
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f'there is none, or it is private: correct the name, or {sign_in}'
+    # an invalid name, an overloaded server, a full disk, ...
+    return first_line(error.__cause__ or error)
 
 
 def folder_of(name):

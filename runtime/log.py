@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def _differences(recorded_run, run, neutral):
     for name in here:
         # an option that is newer than the recorded run
         is_new_default = name not in there and origin.get(name) == 'default'
-        if name not in neutral and not is_new_default and here[name] != there.get(name):
+        if name not in neutral and not is_new_default and _in_full(here[name]) != _in_full(there.get(name)):
             found.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
@@ -104,6 +105,13 @@ def _differences(recorded_run, run, neutral):
         else:
             found.append(f'the {name} have changed since: their tokens, labels or order')
     return found
+
+
+def _in_full(value):
+    """Return an option's value in which existing paths, also those in hh:PATH and A+B, are absolute: for comparison only."""
+    if not isinstance(value, str):
+        return value
+    return re.sub('[^+:]+', lambda part: os.path.realpath(part[0]) if os.path.exists(part[0]) else part[0], value)
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
@@ -282,7 +290,7 @@ class Log:
         try:
             append_kept()
         except UserError as error:
-            # the sentence ends in: 3 rows wait for room
+            # the sentence ends in: rows that wait for room: 3
             say(f'warning: {error}, and are lost')
         while self.trackers:
             name, (_write, close) = self.trackers.popitem()
@@ -330,14 +338,12 @@ def warmup_steps(config, n_steps):
     tenth = n_steps // 10
     if config.origin['warmup_steps'] != 'default':
         if wanted >= max(1, n_steps):
-            say(
-                f'note: warmup_steps={wanted}, and the run has {n_steps} steps: the learning rate never reaches {config.lr}'
-            )
+            never = f'the learning rate never reaches {config.lr}'
+            say(f'note: warmup_steps={wanted}, and the run has {n_steps} step{"s" * (n_steps != 1)}: {never}')
         return wanted
     if wanted > tenth:
-        say(
-            f'note: warm-up takes {tenth} of {n_steps} steps, a tenth of this short run, in place of warmup_steps={wanted}'
-        )
+        of_run = f'a tenth of this short run ({tenth} / {n_steps} steps)'
+        say(f'note: warm-up takes {of_run}, in place of warmup_steps={wanted}')
     return min(wanted, tenth)
 
 

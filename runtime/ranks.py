@@ -38,7 +38,7 @@ def setup(tp=1, options=()):
                 raise UserError(f'{problem}: start the same command, with the same config file, on all hosts')
     world_size = dist.get_world_size()
     if world_size % tp:
-        raise UserError(f'tp={tp} needs a multiple of {tp} ranks, and there are {world_size}: see --nproc_per_node')
+        raise UserError(f'tp={tp} needs a multiple of {tp} ranks, not {world_size}: see --nproc_per_node')
     _tp_size = tp
     return *data_rank(), device
 
@@ -48,6 +48,11 @@ def _meeting_place():
     # without torchrun
     if 'RANK' not in os.environ:
         return dist.HashStore(), 0, 1
+    missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        error = UserError(f'RANK is set, and {missing[0]} is not: start with torchrun, or unset RANK')
+        error.of_this_rank = True  # nobody else may be there to print it
+        raise error
     # a generator, whose first item is what the environment says now
     store, rank, world_size = next(rendezvous('env://'))
     # when torchrun (torch 2.13) restarts the processes, it keeps its store, where they would find the addresses of dead ones, and
@@ -69,7 +74,7 @@ def _own_device():
         return torch.device('cpu')
     gpus = torch.cuda.device_count()
     if local_world_size > gpus:
-        problem = f'{local_world_size} processes are started on a machine with {gpus} GPUs, and each needs its own'
+        problem = f'each of {local_world_size} processes needs its own GPU, and the GPUs of this machine are {gpus}'
         error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
         # errors.report() prints an error of_this_rank. Those of rank 0 are printed anyway, but it may be on another host
         error.of_this_rank = local_rank == 0

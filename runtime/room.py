@@ -26,6 +26,7 @@ from hf.quantize import count_packed_weights
 from model import Head
 from runtime import ranks
 from runtime.files import say
+from text.examples import counted
 
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optimizer keeps for each trained weight
 # choices for max_tokens='auto'; larger microbatches are not faster
@@ -48,7 +49,7 @@ def check_room(run, frozen_models=()):
     too_long = lengths[lengths > run.max_tokens]
     if len(too_long):
         limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
-        say(f'note: {len(too_long)} examples are longer than {limit}: each gets a microbatch of its own')
+        say(f'note: longer than {limit}: {counted(len(too_long), "examples")}, each in a microbatch of its own')
     return checkpoints_fit
 
 
@@ -96,7 +97,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
         return True
     text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model_bytes)}'
     if num_to_come:
-        text += f', and {num_to_come} checkpoints take {_size(checkpoint_bytes)} each'
+        text += f', and checkpoints take {_size(checkpoint_bytes)} each ({num_to_come} to come)'
     if every != 'auto' or model_bytes > free:
         raise UserError(f'{text}; make room, or choose another --out_dir')
     say(f'warning: {text}: however long this run is, it writes no checkpoint')
@@ -112,6 +113,8 @@ def _check_memory(run, frozen):
     total = sum(needs.values())
     available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
+    if is_step:
+        parts = parts.replace('activations', 'activations, then gradients in their place', 1)
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
     sizes = f'takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
     text = f'memory: {choice}a microbatch of up to {tokens:,} tokens {sizes}'

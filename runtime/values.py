@@ -121,7 +121,7 @@ def problem(name, value):
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
     # such as --out_dir=$UNSET, whose files would land in the working directory, or --against=$UNSET, as if it were left out
-    named = 'out_dir out eval_data ref_model against reward endpoint columns wandb'.split()
+    named = 'model data answers out_dir out eval_data ref_model against reward endpoint columns wandb'.split()
     if value == '' and name in named:
         return 'is empty: give it a name, or leave it out'
     if name in CHOICES and value not in CHOICES[name]:

@@ -11,7 +11,7 @@ import numpy as np
 from configurator import UserError
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
-NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|row|run|tie|time|tool|verdict'
+NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|row|run|single|tie|time|tool|verdict'
 NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
 
 
@@ -29,7 +29,7 @@ def in_words(left_out):
     # unary + drops zero counts
     for reason, count in (+left_out).items():
         if reason.startswith('note: '):
-            notes.append(f'{reason} ({counted(count, "times")})')
+            notes.append(f'{reason} ({count:,} times)' if count > 1 else reason)
         else:
             # formats.py counts 'tie'; 'same prompt again' needs a noun before it
             noun = 'ties' if reason == 'tie' else re.sub('^same', 'times the same', reason)

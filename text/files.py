@@ -125,8 +125,8 @@ def hub_download(hub_id, commit, name):
     hub.reachable()  # turns offline mode on if the hub does not answer
     try:
         return huggingface_hub.hf_hub_download(hub_id, name, repo_type='dataset', revision=commit)
-    except Exception as error:  # offline and not in the cache, a full disk, ...
-        reason = hub.first_line(error.__cause__ or error)
+    except Exception as error:
+        reason = hub.refusal(error, f'datasets/{hub_id}')
         raise UserError(f'cannot read {name} of {hub_id!r} from the hub: {reason}') from None
 
 
@@ -195,9 +195,7 @@ def _files_below(folder):
         found += visible
     broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
     if broken:
-        say_once(
-            f'note: left out, since they are links to nothing: {len(broken)} files of {folder}, such as {broken[0]}'
-        )
+        say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
     return found
 
 

@@ -59,6 +59,12 @@ def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
     assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
 
 
+def test_a_path_may_be_spelt_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    name = tmp_path.name
+    assert log._in_full(f'./{name}/+hh:{name}') == f'{tmp_path}+hh:{tmp_path}' and log._in_full('none/x') == 'none/x'
+
+
 def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
     commits = []
     for path in (os.environ['PATH'], str(tmp_path)):
@@ -273,8 +279,8 @@ def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
 
 
 def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
-    counts = {'answers cut': 1200, 'empty answers': 0, 'note: chats of no template': 3}
-    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: chats of no template (3 times)'])
+    counts = {'answers cut': 1200, 'empty answers': 0, 'note: texts': 3, 'note: no template': 1}
+    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: texts (3 times)', 'note: no template'])
     assert in_words(Counter()) == ('nothing', [])
     words = {  # of one, of two
         'tie': ('1 tie', '2 ties'), 'empty answers': ('1 empty answer', '2 empty answers'),

@@ -741,7 +741,7 @@ def test_memory_by_hand(saved, device, monkeypatch):
     run = types.SimpleNamespace(config=config, policy=net, train=train, total=50, packed=True, max_tokens=7)
     sizes = room.check_room(run)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
-    words = '1 examples are longer than max_tokens=7 (the longest: 16): each gets a microbatch of its own'
+    words = 'longer than max_tokens=7 (the longest: 16): 1 example, each in a microbatch of its own'
     assert said == [f'note: {words}']
 
 
@@ -907,6 +907,10 @@ def test_a_sharded_model_that_is_another_is_found_out(with_own_head, device, mon
     assert 'warning: the sharded LlamaForCausalLM gives other log-probs' in capsys.readouterr().out
     with pytest.raises(UserError, match='LlamaForCausalLM gives other log-probs than the loaded one: off by'):
         fsdp.shard(build, device, cpu_offload=True)
+    # as MiniMax's forward multiplies
+    monkeypatch.setattr(probe, '_outputs', lambda *_: torch.ones(2, 2) @ torch.ones(2, 2).bfloat16())
+    with pytest.raises(UserError, match='LlamaForCausalLM does not compute in bfloat16 .*: --dtype=float32'):
+        probe.compare(build(empty=False), None, device, in_bfloat16=True)
     # ties follow what was loaded
     both = (hf.LlamaConfig(**GROUPED, tie_word_embeddings=tied) for tied in (True, False))
     tied, apart = map(hf.AutoModelForCausalLM.from_config, both)
