@@ -124,8 +124,7 @@ def wait():
 def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write a checkpoint to folder: all ranks save their tensors, then rank 0 completes it. Runs in a background thread of each rank.
 
-    copies: name -> CPU tensor of this rank, emptied once written; shapes: name -> shape of all ranks' tensors; state_text: content
-    of state.json; group: process group of these threads. Raises UserError."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; state_text: state.json; group: of these threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -234,8 +233,8 @@ def latest(out_dir, run=None):
 def load(folder, model, optimizer):
     """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
 
-    Returns the state passed to save(), plus 'examples' and minus 'run', which only latest() needs. The RNG state stays as it is
-    if the number of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
+    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are.
+    Raises UserError if names or shapes of tensors do not match."""
     model.reshard()
     # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:

@@ -78,8 +78,7 @@ def out_of_memory(error):
 def explained(error, advice):
     """Return a UserError in place of an error of full memory or of --deterministic; return any other error as it is.
 
-    advice: what did not fit and what to lower; ends the message. An error of full memory gets of_this_rank = True: this rank
-    must print it, since other ranks may have enough memory."""
+    advice: what did not fit and what to lower. With full memory, of_this_rank = True: print it here, as others may have enough."""
     # torch says 'OPERATION does not have a deterministic implementation, but ...'
     operation, found, _ = str(error).partition(' does not have a deterministic implementation')
     if found:

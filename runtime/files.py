@@ -44,9 +44,7 @@ def writing(path):
 
 
 def lock(folder):
-    """Create folder if needed and lock it against other processes, until unlock() or the end of this process.
-
-    Raises UserError if another process holds the lock. Prints a note if the file system does not support locks."""
+    """Lock a folder, made if needed, until unlock() or the end of this process. UserError if another process holds the lock."""
     global _lock
     unlock()
     with writing(f'to {folder}'):

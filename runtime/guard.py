@@ -221,9 +221,7 @@ def keep(save, already_started=False):
 
 
 def export(model, write, save):
-    """Write log rows that wait for disk space, then return write(), which exports the model. Collective.
-
-    If one of them fails, write a checkpoint, and then raise UserError. save(): starts a checkpoint."""
+    """Write waiting log rows, then return write(), which exports the model. If that fails: save a checkpoint, UserError. Collective."""
     from hf.load import without_value_head
     from runtime import ranks
 

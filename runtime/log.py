@@ -45,9 +45,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run that out_dir/config.json describes: {'script', 'options', 'contents'}, see check_same().
-
-    Returns None if out_dir is free: it has no config.json, or nothing else. Raises UserError if config.json is damaged."""
+    """Return the run of out_dir/config.json, as for check_same(), or None if there is none, or nothing else. UserError if damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
@@ -244,8 +242,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics: {key: number}, where keys are like loss/train. Print it if it is of an evaluation or due.
 
-        split: 'train', 'eval', or 'check' (before the first step). examples: seen so far. A step is due for the screen if it
-        crosses a multiple of self.every examples."""
+        split: 'train', 'eval', or 'check' (before the first step). A step is due if it crosses a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}

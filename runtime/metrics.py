@@ -10,9 +10,8 @@ from runtime.log import key_of
 def of_preferences(split, loss, chosen, rejected, is_right):
     """Return the metrics of a training step or an evaluation as name -> float.
 
-    split: 'train' or 'eval', part of the names; loss: scalar tensor; is_right: mask of correctly ranked examples. chosen, rejected:
-    name -> tensor (examples,): reward, n (tokens of the answer), and if there are any: pi and ref (log-probs of policy and
-    reference), div (divergence)."""
+    split: 'train' or 'eval', part of the names; loss: scalar; is_right: mask of correctly ranked examples. chosen, rejected: name ->
+    tensor (examples,): reward, n (tokens), and if there are any, pi, ref (log-probs of policy and reference), div (divergence)."""
     metrics = {'loss': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
         # means over examples; *_per_token: means over all tokens
@@ -98,9 +97,7 @@ def numbers(metrics):
 
 
 def say_first_step(objective, columns, metrics):
-    """Print loss and rewards before the first step, and what this loss should be. columns, metrics: of the first step.
-
-    Warns if rewards are not 0 where policy and reference are the same model."""
+    """Print loss and rewards before the first step, and what this loss should be. Warns if rewards should be 0, and are not."""
     # a step of single answers may have no chosen or no rejected one, and then no such metric
     chosen = metrics.get('rewards_train/chosen', 0.0)
     rejected = metrics.get('rewards_train/rejected', 0.0)

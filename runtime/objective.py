@@ -110,9 +110,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(config, losses, statistics):
-    """Return the Objective of a run with these options. losses, statistics: name -> function.
-
-    Raises UserError for options without effect or that exclude one another, and for a loss that fails when it is tried out."""
+    """Return a run's Objective. losses, statistics: name -> function. UserError for options without effect or at odds, or a bad loss."""
     name = config.loss
     fn, statistic, paired = _find(name, losses, statistics, config)
     asks_for = inputs(fn, statistic)

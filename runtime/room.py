@@ -76,9 +76,7 @@ def _file_sizes(policy, save_dtype, optimizer):
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
-    """Return whether out_dir's disk has room for the model and the checkpoints of a run of total examples.
-
-    If it has not, save_every='auto' gets a warning, as long as the model fits. Otherwise raises UserError."""
+    """Return whether out_dir's disk has room for model and checkpoints; if not, UserError, or a warning if only 'auto' asks for them."""
     out_dir = config['out_dir']
     every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': chosen later
     num_saves = 0
@@ -182,8 +180,7 @@ def _copied_bytes(policy, bytes_each, num_shards):
 def save_every_of(step_ends, step, total):
     """Return save_every for 'auto': the examples of about SAVE_AFTER seconds, or 0 if the run ends before that. Collective.
 
-    Returns 'auto' before the fourth step. step_ends: times at which steps ended; step: the last one, with `first` and `seen`, the
-    examples before and after it; total: examples of the run."""
+    Returns 'auto' before the fourth step. step_ends: times; step: the last (from `first` to `seen` examples); total: of the run."""
     if len(step_ends) < 4:
         return 'auto'
     # measured on rank 0, so that all ranks agree

@@ -215,9 +215,7 @@ class Variant:
         return batches
 
     def columns(self, batch, ref_logps):
-        """Return the arguments of the loss for a microbatch: {name: (pairs,)}, *_w for chosen and *_l for rejected answers.
-
-        ref_logps (A,): cached log-probs of the reference; None: run it here if the loss needs it."""
+        """Return the loss's arguments, {name: (pairs,)}, *_w chosen, *_l rejected. ref_logps: the cached ones (A,), or None."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():
@@ -238,9 +236,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """Run and measure one optimizer step (forward, backward, update) on examples[rows].
-
-        Appends the seconds to self.times; self.peak and self.estimate (GB) keep the maximum over all steps."""
+        """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and its memory if the largest so far."""
         batches = self.batches(examples, rows)
         ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
