@@ -339,9 +339,7 @@ def warmup_steps(config, n_steps):
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the factor, 0 to 1, of the learning rate in a step (0 to steps - 1): linear warmup, then decay.
-
-    warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
+    """Return the learning rate's factor, 0 to 1, in a step (0 to steps - 1): linear warmup, then 'constant', or decay to 0 by shape."""
     # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
     remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     cosine = (1 - math.cos(math.pi * remaining)) / 2

@@ -27,9 +27,7 @@ def call(fn, known):
 
 
 def _find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None, whether it compares pairs) for a loss name.
-
-    losses, statistics: name -> function. Raises UserError if there is no such loss, or if it takes unknown options or columns."""
+    """Return (loss function, its per-step statistic or None, whether it compares pairs). UserError if it, or what it takes, is unknown."""
     if name not in losses:
         hint = did_you_mean(name, losses)
         in_file = next(iter(losses.values())).__globals__  # names of losses.py

@@ -233,8 +233,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
 
     choice = max((budget for budget in BUDGETS if bytes_to_come(budget) <= usable), default=BUDGETS[0])
     # the minimum over the ranks is minus the maximum of the negative choices
-    (negative,) = ranks.largest([-choice])
-    max_tokens = -negative
+    max_tokens = -ranks.largest([-choice])[0]
     # on a CPU, check_room() prints the details
     if torch.cuda.is_available():
         sizes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'
@@ -265,9 +264,7 @@ def _largest_batch(config, train, packed, max_tokens):
 
 
 def bytes_per_token(policy, forward, train, packed):
-    """Measure and return the bytes of activations per token that are kept for backward.
-
-    forward(batch): the policy's training forward, run here on the example of median length."""
+    """Measure the bytes of activations per token that forward(batch), the policy's training forward, keeps for backward."""
     median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
     device = next(policy.parameters()).device
     batch = pack([train[median]], [0], pad=not packed, device=device)

@@ -331,7 +331,7 @@ else:
     examples = pairs.select(np.resize(rng.permutation(len(pairs)), steps.size))
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
-card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
+card = torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'
 # card_tflops is None for an unknown card: then there is no MFU
 card_tflops, tflops_source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
 trl_options = {'step_pairs': min(PADDED_PAIRS, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
@@ -393,9 +393,8 @@ seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dt
 limit = per_second(batch_size, seconds)
 
 if main_rank():
-    machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     print(
-        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {machine}, {dtype}, torch {torch.__version__}'
+        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
     )
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
