@@ -75,7 +75,7 @@ def of_samples(logratio, tokens):
 
 
 def answers_of(objective, columns, side):
-    """Return the columns of a side ('_w': chosen answers, '_l': rejected, '': single), pi_w as 'pi', say, and their 'ratio' and 'reward'."""
+    """Return the columns of a side ('_w': chosen answers, '_l': rejected, '': single), pi_w as 'pi', say, plus 'ratio' and 'reward'."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
     # the arguments of reward() besides the log-ratio: those that the loss's own formula has

@@ -128,8 +128,7 @@ def objective_of(config, losses, statistics):
     kind = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
     kind |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
     objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
-    _reject_unused(config, objective)
-    _reject_conflicts(objective)
+    _check_options(config, objective)
     return objective
 
 
@@ -145,23 +144,20 @@ def _settled(config, uses):
     return options
 
 
-def _reject_unused(config, objective):
-    """Raise UserError for options without effect on the command line; print a note on those that a config file sets."""
+def _check_options(config, objective):
+    """Raise UserError for options without effect (of a config file: print a note), and for those that make no sense together."""
+    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
+    importance, cache = options['importance'], options['cache_ref']
     unused = [option for option in config if not objective.uses.get(option, True)]
-    config.report_unused(unused, f'the loss {objective.name} does not use it')
-    if not objective.options['importance']:
+    config.report_unused(unused, f'the loss {name} does not use it')
+    if not importance:
         config.report_unused(['importance_max'], 'importance is off')
     if not objective.paired:
         config.report_unused(['share_prefix'], 'there is one answer to a prompt')
-    if not objective.needs_ref:
+    if not needs_ref:
         config.report_unused(['ref_model'], 'there is no reference')
 
-
-def _reject_conflicts(objective):
-    """Raise UserError for options that make no sense together."""
-    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
     smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
-    importance, cache = options['importance'], options['cache_ref']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
     # is_mixed: kto gives the prompts of a step one another's answers
