@@ -31,10 +31,9 @@ _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gl
 
 
 def identify(config, hash_models, train, held_out):
-    """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
+    """Return a JSON-serializable dict by which a run recognizes its checkpoints, see check_same(). UserError if ranks' data differ.
 
-    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
-    'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
+    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Collective; the same on all ranks."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
@@ -231,10 +230,9 @@ def latest(out_dir, run=None):
 
 
 def load(folder, model, optimizer):
-    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
+    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. UserError if its tensors differ. Collective.
 
-    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are.
-    Raises UserError if names or shapes of tensors do not match."""
+    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
     model.reshard()
     # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:

@@ -180,9 +180,7 @@ def key_of(metric, split):
 
 
 def cut_back(out_dir, start, evaluated):
-    """Delete the rows of files in out_dir that a run will write again. Raises UserError for damaged files or a full disk.
-
-    start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
+    """Delete rows that a run will write again. start: examples before a resume, or 0; evaluated: at the last evaluation, or -1."""
     folder = Path(out_dir)
     # evaluations write samples, training steps write bad_step.jsonl, and both write metrics
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
@@ -287,9 +285,7 @@ class Log:
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar for the main rank. If stderr is not a terminal, it prints a line every 30 seconds.
-
-    total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
+    """Return a tqdm progress bar, in a file a line every 30 seconds. total: or None; unit: such as ' rows'; options: for tqdm."""
     from tqdm import tqdm
 
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
@@ -308,9 +304,7 @@ def progress(total, unit, description, **options):
 
 
 def speeds(n, tokens, elapsed, **parts):
-    """Return metrics of the size and speed of a step (or of a round of ppo.py) with n examples that took `elapsed` seconds.
-
-    parts: metric -> seconds of these that went into something: sampling_share=2.0 of 8 seconds is logged as 0.25."""
+    """Return a step's metrics of size and speed. parts: metric -> seconds of the elapsed ones that it took: 2.0 of 8 is logged as 0.25."""
     amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates

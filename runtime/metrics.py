@@ -67,11 +67,9 @@ def of_dpo(objective, columns, split):
 
 
 def of_samples(logratio, tokens):
-    """Return the KL of policy and reference (name -> float): the mean log-ratio of the policy's own samples.
-
-    logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
-    per_token = logratio.sum() / tokens.sum()
-    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    """Return the KL of policy and reference, from n samples of the policy. logratio (n,): policy to reference; tokens (n,): lengths."""
+    per_token = (logratio.sum() / tokens.sum()).item()
+    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token}
 
 
 def answers_of(objective, columns, side):

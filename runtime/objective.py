@@ -84,9 +84,8 @@ class Objective(NamedTuple):
     is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
-        """Call fn, a function of losses.py, with those options, columns and log-ratios that its signature asks for.
-
-        Log-ratios are made here: ratio_w = pi_w - ref_w. A column overrides the option of its name, such as beta of beta_dpo."""
+        """Call fn, a function of losses.py, with the options, columns and log-ratios (ratio_w = pi_w - ref_w) that it asks for."""
+        # a column overrides the option of its name, such as beta of beta_dpo
         known = {**self.options, **columns}
         for name, log_probs in columns.items():
             if name.startswith('pi'):
@@ -221,9 +220,8 @@ def _is_per_token(fn, statistic, options):
 def try_out(name, fn, statistic, options):
     """Compute a loss and its gradient in float32 at each of MARGINS, before any model is loaded; return a row of floats for each.
 
-    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
-    ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
-    loss fails, or does not return one number per example, with a gradient, whatever the other examples are."""
+    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d ratio_l], of
+    single answers [margin, loss, d loss / d ratio]. UserError if the loss fails, lacks a gradient, or mixes examples."""
     try:
         columns, ratios = _made_up(fn, statistic, options)
         # columns override options of the same name

@@ -34,10 +34,9 @@ SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
 
 
 def check_room(run, frozen_models=()):
-    """Check that the disk and the memory suffice for a training.Run; print a note on examples above max_tokens. Collective.
+    """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
-    frozen_models: the loaded models that do not train; those that are None or the policy itself are skipped. Returns whether the
-    disk has room for checkpoints. If it has not, save_every='auto' saves none, and any other --save_every raises UserError."""
+    frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
     model_bytes, checkpoint_bytes = _file_sizes(run.policy, run.config['save_dtype'], run.config['optimizer'])
     checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
@@ -197,8 +196,7 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    It is 'none' if a whole model fills at most a quarter of a rank's memory; with cpu_offload or tensor parallelism it is 'full'.
-    train: weights train that require gradients; half: frozen ones are bfloat16; device: that of this rank."""
+    It is 'none' if that fills at most a quarter of the memory. train: weights train that require gradients; half: others are bfloat16."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
@@ -271,7 +269,7 @@ def bytes_per_token(policy, forward, train, packed):
     # block -> forward: with activation checkpointing, hf/lean.py has made that partial(checkpointed, the block's own forward)
     checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
     # dropout must not advance the training RNG, on a GPU its own
-    devices = [batch.ids.device] if batch.ids.is_cuda else []
+    devices = [device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # then backward recomputes one block at a time: add what an average block keeps in a forward without checkpointing

@@ -83,8 +83,7 @@ LOSS_OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0
 # lengths of synthetic prompts, chosen and rejected answers, log-normal as in HH: (median, sigma, maximum) in tokens
 LENGTHS = [(85, 0.8, 256), (27, 0.9, 200), (33, 0.9, 200)]
 
-# ---- check the options ----
-
+# check the options
 names = variants.split()
 has_trl = any(name.startswith('trl') for name in names)
 loss_fn = losses.LOSSES.get(loss)
@@ -356,8 +355,7 @@ for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
         release()
 bar.close()
 
-# ---- the table ----
-
+# the table
 lengths = examples.widths[batch_size:].astype(float)  # (timed pairs, 3): tokens of prompt, chosen and rejected answer
 table = []  # {column: value} of each variant: medians over its timed steps; TRL's have fewer columns
 for run in runs:
