@@ -47,7 +47,7 @@ def identify(config, hash_models, train, held_out):
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor (no copy, load() writes into it) of the optimizer's weights and state. Tied weights have their first name."""
+    """Return name -> tensor of the optimizer's weights (tied ones by their first name) and state: no copies, load() writes into them."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
     tensors = {}

@@ -187,7 +187,7 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: it is called. A signal (after others: Ctrl-C) leaves one last try, then UserError."""
+    save(): starts a checkpoint; already_started: it was called. A signal (after others: Ctrl-C) leaves one last try; then UserError."""
     from runtime import checkpoint, ranks
 
     # exit code of earlier signals, as from stop_asked(). That function would raise the error of a failed checkpoint here, and not
@@ -218,7 +218,7 @@ def keep(save, already_started=False):
 
 
 def export(model, write, save):
-    """Write waiting log rows, then return write(), which exports the model. If that fails: save a checkpoint, UserError. Collective."""
+    """Write waiting log rows, then return write(), which exports the model. If one fails, save() a checkpoint, then UserError."""
     from hf.load import without_value_head
     from runtime import ranks
 
@@ -246,7 +246,7 @@ def finite(columns):
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    first: examples before it; rows (n,): its indices in run.train; columns: name -> tensor (n,). UserError after --skip_bad_steps."""
+    first: examples before it; rows (n,): indices in run.train; columns: name -> (n,). UserError if more than --skip_bad_steps."""
     import torch
 
     # step_weight is NaN for all examples of a step if the loss of one is: it does not say which

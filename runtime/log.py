@@ -45,7 +45,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run of out_dir/config.json, as for check_same(), or None if there is none, or nothing else. UserError if damaged."""
+    """Return the run in config.json, as for check_same(), or None if out_dir has no config.json, or only that. UserError if damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
@@ -285,7 +285,7 @@ class Log:
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar, in a file a line every 30 seconds. total: or None; unit: such as ' rows'; options: for tqdm."""
+    """Return a tqdm progress bar; in a file it is a line every 30 seconds. total: may be None; unit: such as ' rows'."""
     from tqdm import tqdm
 
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
@@ -304,7 +304,7 @@ def progress(total, unit, description, **options):
 
 
 def speeds(n, tokens, elapsed, **parts):
-    """Return a step's metrics of size and speed. parts: metric -> seconds of the elapsed ones that it took: 2.0 of 8 is logged as 0.25."""
+    """Return a step's metrics of size and speed. parts: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
     amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates
@@ -333,7 +333,7 @@ def warmup_steps(config, n_steps):
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the learning rate's factor, 0 to 1, in a step (0 to steps - 1): linear warmup, then 'constant', or decay to 0 by shape."""
+    """Return the learning rate's factor in a step, 0 to steps - 1. shape after the warmup: constant, or linear or cosine decay to 0."""
     # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
     remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     cosine = (1 - math.cos(math.pi * remaining)) / 2

@@ -67,7 +67,7 @@ def of_dpo(objective, columns, split):
 
 
 def of_samples(logratio, tokens):
-    """Return the KL of policy and reference, from n samples of the policy. logratio (n,): policy to reference; tokens (n,): lengths."""
+    """Return the KL from n samples of the policy. logratio (n,): their log-prob less that of the reference; tokens (n,): lengths."""
     per_token = (logratio.sum() / tokens.sum()).item()
     return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token}
 

@@ -107,7 +107,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(config, losses, statistics):
-    """Return a run's Objective. losses, statistics: name -> function. UserError for options without effect or at odds, or a bad loss."""
+    """Return a run's Objective. losses, statistics: name -> function. UserError for options in vain or in conflict, or a failing loss."""
     name = config.loss
     fn, statistic, paired = _find(name, losses, statistics, config)
     asks_for = inputs(fn, statistic)

@@ -75,7 +75,7 @@ def _file_sizes(policy, save_dtype, optimizer):
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
-    """Return whether out_dir's disk has room for model and checkpoints; if not, UserError, or a warning if only 'auto' asks for them."""
+    """Return whether out_dir's disk has room for model and checkpoints. If not: UserError, or for the checkpoints of 'auto' a warning."""
     out_dir = config['out_dir']
     every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': chosen later
     num_saves = 0
@@ -196,7 +196,7 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    It is 'none' if that fills at most a quarter of the memory. train: weights train that require gradients; half: others are bfloat16."""
+    It is 'none' if that fills at most a quarter of the memory. train: it trains, if it requires gradients; half: frozen weights are bfloat16."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:

@@ -163,7 +163,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer; if cached, run the reference. steps (num_steps, batch_size): indices into examples."""
+        """Build policy, reference and optimizer; cached: its log-probs, too. steps (num_steps, batch_size): indices into examples."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
@@ -214,7 +214,7 @@ class Variant:
         return batches
 
     def columns(self, batch, ref_logps):
-        """Return the loss's arguments, {name: (pairs,)}, *_w chosen, *_l rejected. ref_logps: the cached ones (A,), or None."""
+        """Return the loss's arguments, {name: (pairs,)}: *_w of chosen, *_l of rejected answers. ref_logps: cached ones (A,), or None."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():

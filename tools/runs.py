@@ -41,7 +41,7 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
-    far: outliers, not drawn; gaps: number of values that are not finite; metric: index in the panel; run: index; extra: line width."""
+    far: outliers, not drawn; gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
 
     split: str
     examples: list
