@@ -196,7 +196,7 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    It is 'none' if that fills at most a quarter of the memory. train: it trains, if it requires gradients; half: frozen weights are bfloat16."""
+    It is 'none' if that fills at most a quarter of the memory. train: it is to be trained; half: its frozen weights are bfloat16."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:

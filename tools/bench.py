@@ -163,7 +163,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer; cached: its log-probs, too. steps (num_steps, batch_size): indices into examples."""
+        """Build policy, reference and optimizer. Time the reference if its log-probs are cached. steps: rows of examples of each step."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
