@@ -36,9 +36,7 @@ def read(file):
 
 
 def write(file, arrays, extra=None):
-    """Write a cache file atomically. Returns None, or if that failed the reason, a phrase: a run can go on without its cache.
-
-    arrays: {name: contiguous numpy array}. extra: a JSON-serializable value to keep beside them."""
+    """Write a cache file atomically; return None, or why that failed. arrays: {name: contiguous numpy array}; extra: a JSON value."""
     # a single entry, since safetensors writes several in any order: the same contents shall give the same file
     metadata = {'extra': json.dumps([extra, _checksum(file, arrays, extra)])}
     # a name of its own: other processes, also of other machines, may write the same file

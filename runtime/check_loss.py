@@ -10,9 +10,7 @@ from runtime.objective import inputs, objective_of, try_out
 
 
 def main(losses, statistics):
-    """Check the loss named on the command line, and print its values and slopes. losses, statistics: name -> function.
-
-    Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
+    """Print values and slopes of the loss named on the command line; UserError if one is not finite. Arguments: name -> function."""
     guard.watch('__main__')  # losses.py, which calls this, is the script
     words = sys.argv[1:]  # such as my_loss --beta=0.2
     name = next((word for word in words if not word.startswith('-')), None)

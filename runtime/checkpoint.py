@@ -31,10 +31,9 @@ _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gl
 
 
 def identify(config, hash_models, train, held_out):
-    """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
+    """Return a JSON-serializable dict by which a run recognizes its checkpoints, see check_same(). UserError if ranks' data differ.
 
-    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
-    'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
+    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Collective; the same on all ranks."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
@@ -48,9 +47,9 @@ def identify(config, hash_models, train, held_out):
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor (no copy, load() writes into it) of the optimizer's weights and state, and of model.kept.
+    """Return name -> tensor of the optimizer's weights (tied ones by their first name) and state: no copies, load() writes into them.
 
-    Tied weights have their first name. kept: a dict of tensors that somebody has added, such as an EMA."""
+    Also of model.kept, a dict of tensors that somebody has added, such as an EMA."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
     tensors = {f'kept.{name}': tensor for name, tensor in getattr(model, 'kept', {}).items()}
@@ -126,8 +125,7 @@ def wait():
 def _write(folder, copies, shapes, state_text, keep_last, group):
     """Write a checkpoint to folder: all ranks save their tensors, then rank 0 completes it. Runs in a background thread of each rank.
 
-    copies: name -> CPU tensor of this rank, emptied once written; shapes: name -> shape of all ranks' tensors; state_text: content
-    of state.json; group: process group of these threads. Raises UserError."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; state_text: state.json; group: of these threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -234,10 +232,9 @@ def latest(out_dir, run=None):
 
 
 def load(folder, model, optimizer):
-    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
+    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. UserError if its tensors differ. Collective.
 
-    Returns the state passed to save(), plus 'examples' and minus 'run', which only latest() needs. The RNG state stays as it is
-    if the number of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
+    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
     model.reshard()
     # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:

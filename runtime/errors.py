@@ -78,8 +78,7 @@ def out_of_memory(error):
 def explained(error, advice):
     """Return a UserError in place of an error of full memory or of --deterministic; return any other error as it is.
 
-    advice: what did not fit and what to lower; ends the message. An error of full memory gets of_this_rank = True: this rank
-    must print it, since other ranks may have enough memory."""
+    advice: what did not fit and what to lower. With full memory, of_this_rank = True: print it here, as others may have enough."""
     # torch says 'OPERATION does not have a deterministic implementation, but ...'
     operation, found, _ = str(error).partition(' does not have a deterministic implementation')
     if found:
@@ -113,9 +112,8 @@ def can_split(error, batches):
 def memory_of(batches, max_tokens):
     """Return a memory_for() context for work on these data.Batches, with advice on which option to lower."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
-    to_lower = 'max_tokens, which changes no result'
     # a microbatch of a single example cannot be split; slot has an entry for each example
-    if all(len(batch.slot) == 1 for batch in batches):
-        to_lower = 'max_length, since one example fills it'
+    are_single = all(len(batch.slot) == 1 for batch in batches)
+    to_lower = 'max_length, since one example fills it' if are_single else 'max_tokens, which changes no result'
     advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {to_lower}'
     return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

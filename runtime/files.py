@@ -44,9 +44,7 @@ def writing(path):
 
 
 def lock(folder):
-    """Create folder if needed and lock it against other processes, until unlock() or the end of this process.
-
-    Raises UserError if another process holds the lock. Prints a note if the file system does not support locks."""
+    """Lock a folder, made if needed, until unlock() or the end of this process. UserError if another process holds the lock."""
     global _lock
     unlock()
     with writing(f'to {folder}'):
@@ -106,9 +104,7 @@ def append_kept():
 
 
 def cut_rows(path, keep):
-    """Rewrite a .jsonl file with only the rows for which keep(row) is true. No-op if there is no file.
-
-    Drops an incomplete last line, left by a killed run. Raises UserError if any other line is invalid."""
+    """Rewrite a .jsonl file, if there is one, with only the rows for which keep(row) is true. UserError if a line is damaged."""
     if not path.exists():
         return
     lines = path.read_text(errors='replace').splitlines()
@@ -118,6 +114,7 @@ def cut_rows(path, keep):
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
+            # a killed run may leave an incomplete last line: drop it
             if number < len(lines):
                 raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
     replace_text(path, ''.join(line + '\n' for line in kept))

@@ -1,9 +1,8 @@
 """What can end a run early (signals, full disks, NaN), and how it ends without losing progress. errors.py has its messages.
 
 A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
-code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once.
-
-Scripts import this module first and call watch(), so torch etc. are imported inside the functions."""
+code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once. Scripts import this module first, and
+call watch(): torch etc. are imported inside the functions."""
 
 import ast
 import contextlib
@@ -54,9 +53,7 @@ def watch(name):
 
 
 def _listen():
-    """Start a thread that calls on_signal() at each of SIGNALS, and block them in all other threads.
-
-    The main thread cannot do it: it may be in C code for minutes (such as a rendezvous), where Python runs no handlers."""
+    """Have a thread call on_signal(): the main thread may be in C code for minutes (a rendezvous), where Python runs no handlers."""
     global SIGNALS
     # nohup ignores SIGHUP, the last of SIGNALS, so that a run outlives its terminal
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -107,10 +104,11 @@ def on_signal(number):
         message = 'stopped'
     # os.write: print could deadlock, if the main thread holds the lock of stderr. OSError: nobody reads any more
     with contextlib.suppress(OSError):
-        if main_rank() and (exits_now or is_first_signal):
-            os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
-        if main_rank() and exits_now and _progress:
-            os.write(1, f'{_progress()}\n'.encode())
+        if main_rank():
+            if exits_now or is_first_signal:
+                os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+            if exits_now and _progress:
+                os.write(1, f'{_progress()}\n'.encode())
     if exits_now:
         os._exit(_code)
 
@@ -189,8 +187,7 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: the caller has called it for the first try. A signal during the retries (after
-    earlier signals: a Ctrl-C) makes the next try the last one. Raises UserError if that fails."""
+    save(): starts a checkpoint; already_started: it was called. A signal (after others: Ctrl-C) leaves one last try; then UserError."""
     from runtime import checkpoint, ranks
 
     # exit code of earlier signals, as from stop_asked(). That function would raise the error of a failed checkpoint here, and not
@@ -221,9 +218,7 @@ def keep(save, already_started=False):
 
 
 def export(model, write, save):
-    """Write log rows that wait for disk space, then return write(), which exports the model. Collective.
-
-    If one of them fails, write a checkpoint, and then raise UserError. save(): starts a checkpoint."""
+    """Write waiting log rows, then return write(), which exports the model. If one fails, save() a checkpoint, then UserError."""
     from hf.load import without_value_head
     from runtime import ranks
 
@@ -251,8 +246,7 @@ def finite(columns):
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    first: examples before this step; rows: indices in run.train of the step's n examples; columns: name -> tensor (n,). Appends
-    the examples with a number that is not finite to out_dir/bad_step.jsonl. UserError after more than --skip_bad_steps."""
+    first: examples before it; rows (n,): indices in run.train; columns: name -> (n,). UserError if more than --skip_bad_steps."""
     import torch
 
     # step_weight is NaN for all examples of a step if the loss of one is: it does not say which

@@ -108,7 +108,7 @@ def refusal(error, address):
 
 
 def folder_of(name):
-    """Return the folder of a model as a Path, or None if there is none. A hub id has one in the cache, made if needed."""
+    """Return the folder of a model as a Path, or None if there is none. For a hub id it is in the cache, filled if needed."""
     if os.path.isdir(name):
         return Path(name)
     file = file_of(name, 'config.json') or file_of(name, 'adapter_config.json')

@@ -46,9 +46,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run that out_dir/config.json describes: {'script', 'options', 'contents'}, see check_same().
-
-    Returns None if out_dir is free: it has no config.json, or nothing else. Raises UserError if config.json is damaged."""
+    """Return the run in config.json, as for check_same(), or None if out_dir has no config.json, or only that. UserError if damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
@@ -190,9 +188,7 @@ def key_of(metric, split):
 
 
 def cut_back(out_dir, start, evaluated):
-    """Delete the rows of files in out_dir that a run will write again. Raises UserError for damaged files or a full disk.
-
-    start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
+    """Delete rows that a run will write again. start: examples before a resume, or 0; evaluated: at the last evaluation, or -1."""
     folder = Path(out_dir)
     # evaluations write samples, training steps write bad_step.jsonl, and both write metrics
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
@@ -252,8 +248,7 @@ class Log:
     def row(self, split, examples, metrics):
         """Write a row of metrics: {key: number}, where keys are like loss/train. Print it if it is of an evaluation or due.
 
-        split: 'train', 'eval', or 'check' (before the first step). examples: seen so far. A step is due for the screen if it
-        crosses a multiple of self.every examples."""
+        split: 'train', 'eval', or 'check' (before the first step). A step is due if it crosses a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
@@ -298,9 +293,7 @@ class Log:
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar for the main rank. If stderr is not a terminal, it prints a line every 30 seconds.
-
-    total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
+    """Return a tqdm progress bar; in a file it is a line every 30 seconds. total: may be None; unit: such as ' rows'."""
     from tqdm import tqdm
 
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
@@ -319,9 +312,7 @@ def progress(total, unit, description, **options):
 
 
 def speeds(n, tokens, elapsed, **parts):
-    """Return metrics of the size and speed of a step (or of a round of ppo.py) with n examples that took `elapsed` seconds.
-
-    parts: metric -> seconds of these that went into something: sampling_share=2.0 of 8 seconds is logged as 0.25."""
+    """Return a step's metrics of size and speed. parts: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
     amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates
@@ -348,9 +339,7 @@ def warmup_steps(config, n_steps):
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the factor, 0 to 1, of the learning rate in a step (0 to steps - 1): linear warmup, then decay.
-
-    warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
+    """Return the learning rate's factor in a step, 0 to steps - 1. shape after the warmup: constant, or linear or cosine decay to 0."""
     # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
     remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     cosine = (1 - math.cos(math.pi * remaining)) / 2

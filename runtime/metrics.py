@@ -10,9 +10,8 @@ from runtime.log import key_of
 def of_preferences(split, loss, chosen, rejected, is_right):
     """Return the metrics of a training step or an evaluation as name -> float.
 
-    split: 'train' or 'eval', part of the names; loss: scalar tensor; is_right: mask of correctly ranked examples. chosen, rejected:
-    name -> tensor (examples,): reward, n (tokens of the answer), and if there are any: pi and ref (log-probs of policy and
-    reference), div (divergence)."""
+    split: 'train' or 'eval', part of the names; loss: scalar; is_right: mask of correctly ranked examples. chosen, rejected: name ->
+    tensor (examples,): reward, n (tokens), and if there are any, pi, ref (log-probs of policy and reference), div (divergence)."""
     metrics = {'loss': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
         # means over examples; *_per_token: means over all tokens
@@ -68,17 +67,13 @@ def of_dpo(objective, columns, split):
 
 
 def of_samples(logratio, tokens):
-    """Return the KL of policy and reference (name -> float): the mean log-ratio of the policy's own samples.
-
-    logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
-    per_token = logratio.sum() / tokens.sum()
-    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    """Return the KL from n samples of the policy. logratio (n,): their log-prob less that of the reference; tokens (n,): lengths."""
+    per_token = (logratio.sum() / tokens.sum()).item()
+    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token}
 
 
 def answers_of(objective, columns, side):
-    """Return the columns of one side, pi_w as 'pi' and so on, plus log-ratios ('ratio') and implicit rewards ('reward').
-
-    side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
+    """Return the columns of a side ('_w': chosen answers, '_l': rejected, '': single), pi_w as 'pi', say, plus 'ratio' and 'reward'."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
     # the arguments of reward() besides the log-ratio: those that the loss's own formula has
@@ -98,9 +93,7 @@ def numbers(metrics):
 
 
 def say_first_step(objective, columns, metrics):
-    """Print loss and rewards before the first step, and what this loss should be. columns, metrics: of the first step.
-
-    Warns if rewards are not 0 where policy and reference are the same model."""
+    """Print loss and rewards before the first step, and what this loss should be. Warns if rewards should be 0, and are not."""
     # a step of single answers may have no chosen or no rejected one, and then no such metric
     chosen = metrics.get('rewards_train/chosen', 0.0)
     rejected = metrics.get('rewards_train/rejected', 0.0)

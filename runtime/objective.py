@@ -27,9 +27,7 @@ def call(fn, known):
 
 
 def _find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None, whether it compares pairs) for a loss name.
-
-    losses, statistics: name -> function. Raises UserError if there is no such loss, or if it takes unknown options or columns."""
+    """Return (loss function, its per-step statistic or None, whether it compares pairs). UserError if it, or what it takes, is unknown."""
     if name not in losses:
         hint = did_you_mean(name, losses)
         in_file = next(iter(losses.values())).__globals__  # names of losses.py
@@ -86,9 +84,8 @@ class Objective(NamedTuple):
     is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
 
     def call(self, fn, columns):
-        """Call fn, a function of losses.py, with those options, columns and log-ratios that its signature asks for.
-
-        Log-ratios are made here: ratio_w = pi_w - ref_w. A column overrides the option of its name, such as beta of beta_dpo."""
+        """Call fn, a function of losses.py, with the options, columns and log-ratios (ratio_w = pi_w - ref_w) that it asks for."""
+        # a column overrides the option of its name, such as beta of beta_dpo
         known = {**self.options, **columns}
         for name, log_probs in columns.items():
             if name.startswith('pi'):
@@ -110,9 +107,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(config, losses, statistics):
-    """Return the Objective of a run with these options. losses, statistics: name -> function.
-
-    Raises UserError for options without effect or that exclude one another, and for a loss that fails when it is tried out."""
+    """Return a run's Objective. losses, statistics: name -> function. UserError for options in vain or in conflict, or a failing loss."""
     name = config.loss
     fn, statistic, paired = _find(name, losses, statistics, config)
     asks_for = inputs(fn, statistic)
@@ -132,8 +127,7 @@ def objective_of(config, losses, statistics):
     kind = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
     kind |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
     objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
-    _reject_unused(config, objective)
-    _reject_conflicts(objective)
+    _check_options(config, objective)
     return objective
 
 
@@ -149,23 +143,20 @@ def _settled(config, uses):
     return options
 
 
-def _reject_unused(config, objective):
-    """Raise UserError for options without effect on the command line; print a note on those that a config file sets."""
+def _check_options(config, objective):
+    """Raise UserError for options without effect (of a config file: print a note), and for those that make no sense together."""
+    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
+    importance, cache = options['importance'], options['cache_ref']
     unused = [option for option in config if not objective.uses.get(option, True)]
-    config.report_unused(unused, f'the loss {objective.name} does not use it')
-    if not objective.options['importance']:
+    config.report_unused(unused, f'the loss {name} does not use it')
+    if not importance:
         config.report_unused(['importance_max'], 'importance is off')
     if not objective.paired:
         config.report_unused(['share_prefix'], 'there is one answer to a prompt')
-    if not objective.needs_ref:
+    if not needs_ref:
         config.report_unused(['ref_model'], 'there is no reference')
 
-
-def _reject_conflicts(objective):
-    """Raise UserError for options that make no sense together."""
-    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
     smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
-    importance, cache = options['importance'], options['cache_ref']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
     # is_mixed: kto gives the prompts of a step one another's answers
@@ -229,9 +220,8 @@ def _is_per_token(fn, statistic, options):
 def try_out(name, fn, statistic, options):
     """Compute a loss and its gradient in float32 at each of MARGINS, before any model is loaded; return a row of floats for each.
 
-    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d
-    ratio_l] for losses of pairs, [margin, loss, d loss / d ratio] for losses of single answers. Raises UserError if the
-    loss fails, or does not return one number per example, with a gradient, whatever the other examples are."""
+    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d ratio_l], of
+    single answers [margin, loss, d loss / d ratio]. UserError if the loss fails, lacks a gradient, or mixes examples."""
     try:
         columns, ratios = _made_up(fn, statistic, options)
         # columns override options of the same name

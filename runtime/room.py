@@ -35,10 +35,9 @@ SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
 
 
 def check_room(run, frozen_models=()):
-    """Check that the disk and the memory suffice for a training.Run; print a note on examples above max_tokens. Collective.
+    """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
-    frozen_models: the loaded models that do not train; those that are None or the policy itself are skipped. Returns whether the
-    disk has room for checkpoints. If it has not, save_every='auto' saves none, and any other --save_every raises UserError."""
+    frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
     model_bytes, checkpoint_bytes = _file_sizes(run.policy, run.config['save_dtype'], run.config['optimizer'])
     checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
@@ -77,9 +76,7 @@ def _file_sizes(policy, save_dtype, optimizer):
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
-    """Return whether out_dir's disk has room for the model and the checkpoints of a run of total examples.
-
-    If it has not, save_every='auto' gets a warning, as long as the model fits. Otherwise raises UserError."""
+    """Return whether out_dir's disk has room for model and checkpoints. If not: UserError, or for the checkpoints of 'auto' a warning."""
     out_dir = config['out_dir']
     every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': chosen later
     num_saves = 0
@@ -185,8 +182,7 @@ def _copied_bytes(policy, bytes_each, num_shards):
 def save_every_of(step_ends, step, total):
     """Return save_every for 'auto': the examples of about SAVE_AFTER seconds, or 0 if the run ends before that. Collective.
 
-    Returns 'auto' before the fourth step. step_ends: times at which steps ended; step: the last one, with `first` and `seen`, the
-    examples before and after it; total: examples of the run."""
+    Returns 'auto' before the fourth step. step_ends: times; step: the last (from `first` to `seen` examples); total: of the run."""
     if len(step_ends) < 4:
         return 'auto'
     # measured on rank 0, so that all ranks agree
@@ -203,8 +199,7 @@ def save_every_of(step_ends, step, total):
 def choose_mode(model, mode, train, half, device, cpu_offload):
     """Return how ranks share a model: mode, or for 'auto' either 'none' (a whole one on each) or 'full' (each holds a part).
 
-    It is 'none' if a whole model fills at most a quarter of a rank's memory; with cpu_offload or tensor parallelism it is 'full'.
-    train: weights train that require gradients; half: frozen ones are bfloat16; device: that of this rank."""
+    It is 'none' if that fills at most a quarter of the memory. train: it is to be trained; half: its frozen weights are bfloat16."""
     if mode != 'auto':
         return mode
     if ranks.tp_size() > 1 or cpu_offload:
@@ -239,8 +234,7 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
 
     choice = max((budget for budget in BUDGETS if bytes_to_come(budget) <= usable), default=BUDGETS[0])
     # the minimum over the ranks is minus the maximum of the negative choices
-    (negative,) = ranks.largest([-choice])
-    max_tokens = -negative
+    max_tokens = -ranks.largest([-choice])[0]
     # on a CPU, check_room() prints the details
     if torch.cuda.is_available():
         sizes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'
@@ -271,16 +265,14 @@ def _largest_batch(config, train, packed, max_tokens):
 
 
 def bytes_per_token(policy, forward, train, packed):
-    """Measure and return the bytes of activations per token that are kept for backward.
-
-    forward(batch): the policy's training forward, run here on the example of median length."""
+    """Measure the bytes of activations per token that forward(batch), the policy's training forward, keeps for backward."""
     median = int(np.argsort(train.lengths, kind='stable')[len(train) // 2])
     device = next(policy.parameters()).device
     batch = pack([train[median]], [0], pad=not packed, device=device)
     # block -> forward: with activation checkpointing, hf/lean.py has made that partial(checkpointed, the block's own forward)
     checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
     # dropout must not advance the training RNG, on a GPU its own
-    devices = [batch.ids.device] if batch.ids.is_cuda else []
+    devices = [device] if batch.ids.is_cuda else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # then backward recomputes one block at a time: add what an average block keeps in a forward without checkpointing

@@ -176,7 +176,7 @@ def settle(config):
 
 
 def without_effect(config):
-    """Return [(names of options, why they have no effect, if anybody has set them)] for a training script's data and evaluation."""
+    """Return [(names of options, why setting them has no effect)] for a training script's options on data and evaluation."""
     found = []
     # only the reader of sharegpt takes num_turns
     if 'sharegpt' not in f'{config.data} {config.eval_data}':

@@ -83,8 +83,7 @@ LOSS_OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0
 # lengths of synthetic prompts, chosen and rejected answers, log-normal as in HH: (median, sigma, maximum) in tokens
 LENGTHS = [(85, 0.8, 256), (27, 0.9, 200), (33, 0.9, 200)]
 
-# ---- check the options ----
-
+# check the options
 names = variants.split()
 has_trl = any(name.startswith('trl') for name in names)
 loss_fn = losses.LOSSES.get(loss)
@@ -164,7 +163,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer; if cached, run the reference. steps (num_steps, batch_size): indices into examples."""
+        """Build policy, reference and optimizer. Time the reference if its log-probs are cached. steps: rows of examples of each step."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
@@ -215,9 +214,7 @@ class Variant:
         return batches
 
     def columns(self, batch, ref_logps):
-        """Return the arguments of the loss for a microbatch: {name: (pairs,)}, *_w for chosen and *_l for rejected answers.
-
-        ref_logps (A,): cached log-probs of the reference; None: run it here if the loss needs it."""
+        """Return the loss's arguments, {name: (pairs,)}: *_w of chosen, *_l of rejected answers. ref_logps: cached ones (A,), or None."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():
@@ -238,9 +235,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """Run and measure one optimizer step (forward, backward, update) on examples[rows].
-
-        Appends the seconds to self.times; self.peak and self.estimate (GB) keep the maximum over all steps."""
+        """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and its memory if the largest so far."""
         batches = self.batches(examples, rows)
         ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
@@ -335,7 +330,7 @@ else:
     examples = pairs.select(np.resize(rng.permutation(len(pairs)), steps.size))
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
-card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
+card = torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'
 # card_tflops is None for an unknown card: then there is no MFU
 card_tflops, tflops_source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
 trl_options = {'step_pairs': min(PADDED_PAIRS, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
@@ -360,8 +355,7 @@ for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
         release()
 bar.close()
 
-# ---- the table ----
-
+# the table
 lengths = examples.widths[batch_size:].astype(float)  # (timed pairs, 3): tokens of prompt, chosen and rejected answer
 table = []  # {column: value} of each variant: medians over its timed steps; TRL's have fewer columns
 for run in runs:
@@ -397,9 +391,8 @@ seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dt
 limit = per_second(batch_size, seconds)
 
 if main_rank():
-    machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
     print(
-        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {machine}, {dtype}, torch {torch.__version__}'
+        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
     )
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')

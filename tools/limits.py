@@ -50,8 +50,7 @@ def flops(model, lengths, *, share, head, passes):
 def products_alone(model, tokens, predicted, dtype, device, clock):
     """Measure and return the seconds that the matrix products of linear layers take in a step with a live reference.
 
-    model: may be on the meta device, as only its shapes count. tokens: of the step, which run through every layer but the head;
-    predicted: those that run through the head. clock(): returns the time in seconds, after all pending work is done."""
+    model: only its shapes count. tokens: of the step; predicted: those that run through the head; clock(): time in seconds."""
     total = 0.0
     # measure each shape once
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]

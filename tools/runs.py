@@ -41,8 +41,7 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
-    far: outliers that are not drawn; gaps: number of values that are not finite. metric: index among the metrics of the panel;
-    run: index of the run. extra: how much wider than the last run's it is drawn, so that it is seen under an equal one."""
+    far: outliers, not drawn; gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
 
     split: str
     examples: list
@@ -78,9 +77,7 @@ def read_options(folder):
 
 
 def read_rows(file, types):
-    """Return the rows of a .jsonl file, or [] if it does not exist. types: {field: type} that every row must have.
-
-    Skips an incomplete last line, with a note. Raises UserError with the line number for any other damaged line."""
+    """Return the rows of a .jsonl file, [] if there is none. types: {field: type} of every row. UserError if a line is damaged."""
     if not file.exists():
         return []
     rows = []
