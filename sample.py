@@ -183,7 +183,7 @@ record = dict(config)
 if not endpoint:
     record['weights'] = ranks.shared(partial(content_of, model))
 # these options may change when a run is resumed
-neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = set('out_dir reward endpoint batch_size max_tokens concurrency timeout skip_bad_rows'.split())
 ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
@@ -321,7 +321,6 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') a
         with sharded.unsharded(net):
             ranks.on_ranks(True, generate_all)
 
-# merge the answers of all ranks; {key: row} on rank 0
 rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)

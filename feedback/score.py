@@ -110,7 +110,6 @@ def scores(model, tokenizer, items, max_tokens):
         batch = pack(examples, indices, pad=is_padded, filler=1, device=net.device)
         batch_scores.append(model.response_scores(batch))
         slots += [slot for group in its_groups for slot in group.slots] or [-1]
-    # the scores of all ranks, in the order of items
     columns = fsdp.gather_columns({'score': torch.cat(batch_scores)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -246,7 +245,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             rows.append(row)
             items += [(prompt, answer) for answer in answers]
             targets += [(row, name) for name in names]
-    # score the answers of all examples together
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value

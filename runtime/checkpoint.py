@@ -40,7 +40,6 @@ def identify(config, hash_models, train, held_out):
         if other_hashes != data_hashes:
             ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks}: all hosts must see the same files')
-    # NEUTRAL options do not affect the result
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     options.origin = config.origin  # tells check_same() which options are defaults
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}

@@ -204,7 +204,6 @@ def keep(save, already_started=False):
             if not already_started:
                 save()
             already_started = False
-            # raises if the checkpoint has failed
             checkpoint.wait()
             return
         except UserError as error:

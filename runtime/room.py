@@ -248,7 +248,6 @@ def _estimate_for(config, policy, per_token, frozen, tokens, is_step):
 
 def _largest_batch(config, train, packed, max_tokens):
     """Return (tokens of the largest microbatch, whether it is a whole step): max_tokens, the longest example, or less in small steps."""
-    # of each training example, (n,)
     lengths = tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
@@ -305,7 +304,6 @@ def _kept_bytes(function):
         by_address = {}
         for value in tree_leaves(values):
             if isinstance(value, torch.Tensor):
-                # local shard of a DTensor
                 storage = sharded.local(value).untyped_storage()
                 by_address[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return by_address

@@ -18,7 +18,7 @@ from runtime.cache import path_of
 from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
-FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
+FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 # suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
 # a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}

@@ -18,9 +18,8 @@ NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # table columns that stay text even if every cell is a number, such as the answers to sums
-TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
-              'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
-              'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
+TEXT_NAMES = set('prompt question instruction query input context system response completion output answer chosen rejected text '
+                 'history human_ref chosen_response rejected_response problem solution inputs targets'.split())  # fmt: skip
 
 
 class Row(dict):

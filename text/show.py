@@ -206,7 +206,6 @@ def _as_written(example, item):
     # 'turns': a conversation, of which SFT (only its items have 'trained') trains on every answer
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
-    # the prompt, and every answer under its name
     texts = [_format_lines(item['prompt'], lambda turn: False)]
     label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
     for name in ANSWERS:
@@ -276,7 +275,6 @@ def summary(run, n_eval_examples):
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
-    # a long example is shortened in the middle
     text = _decode_example(train, 0, run.tokenizer, run.task)
     if len(text) > 1200:
         text = f'{text[:600]} ... {text[-600:]}'

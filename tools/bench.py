@@ -107,7 +107,6 @@ if out and data != 'synthetic':
     keep_data(data, out)
 rank, world_size, device = ranks.setup()
 on_gpu = device.type == 'cuda'
-# TRL is optional, so import it only on request
 if has_trl:
     if world_size > 1:
         raise UserError('TRL is measured in one process')
@@ -182,7 +181,6 @@ class Variant:
             with torch.no_grad():
                 self.ref_logps[tuple(rows)] = [self.logps(self.ref, batch) for batch in batches]
             self.passes.append(clock() - start)
-        # the cache replaces the reference
         self.ref = None
         release()
 
@@ -329,7 +327,6 @@ if data == 'synthetic':
     num_ids = min(meta_model.config.vocab_size, 4096)  # ids that every shape in SHAPES has
     pairs = []
     for _ in range(steps.size):
-        # fixed lengths override the drawn ones
         lengths = []
         for fixed, (median, sigma, most) in zip(fixed_lengths, LENGTHS, strict=True):
             drawn = rng.lognormal(math.log(median), sigma)
@@ -360,7 +357,6 @@ rounds = min(rounds, n_steps) if len(runs) > 1 else 1
 bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
     steps_of_round = np.concatenate([steps[:1], timed_steps])
-    # every other round runs backwards
     runs_in_order = runs[::-1] if number % 2 == 1 else runs
     for run in runs_in_order:
         bar.set_description_str(run.name, refresh=False)

@@ -117,7 +117,6 @@ def gold(row):
 def differing(runs):
     """Return the names of options that differ between runs, those in FIRST first. A run that lacks an option does not count."""
     found = []
-    # all option names, in order and without duplicates
     names = dict.fromkeys(name for run in runs for name in run.options)
     for name in names:
         # compare as JSON, since lists are not hashable
@@ -192,7 +191,6 @@ def curve(run, split, metric):
     rows = [row for row in run.rows if row['split'] == split]
     for row in rows:
         value = value_of(row, split, metric)
-        # rows without this metric
         if value is None:
             continue
         if math.isfinite(value):
