@@ -78,11 +78,7 @@ if reward_model is None:
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = set()
-for i, pair in enumerate(pairs):
-    first, second = pair['outputs']
-    if first.strip() == second.strip():
-        equal.add(i)
+equal = {i for i, pair in enumerate(pairs) if len(set(map(str.strip, pair['outputs']))) == 1}
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
 keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
@@ -105,8 +101,7 @@ if endpoint is not None:
     fields |= {'model': judge_model, 'stream': False}
     record['content of judge_prompt'] = f'{content_hash(template):016x}'
     turns = [turn for pair in pairs for turn in as_chat(pair['prompt'])]
-    system = [turn for turn in turns if turn['role'] == 'system']
-    left_out['system messages, which the judge is not shown'] = len(system)
+    left_out['system messages, which the judge is not shown'] = sum(turn['role'] == 'system' for turn in turns)
     left_out['tools, which the judge is not shown'] = sum('tools' in pair for pair in pairs)
 
 if gold is not None:  # heavy modules are imported only if needed
@@ -144,11 +139,12 @@ if reward_model is not None:
 
 
 def ask_judge(todo):
-    """Ask the endpoint for the verdicts with these keys. Yield rows of verdicts.jsonl as replies arrive.
+    """Ask the endpoint for verdicts; yield a row of verdicts.jsonl as a reply arrives. todo: keys (pair index, order).
 
-    Failed requests yield nothing and are counted in `failed`. Raises UserError if continuing is pointless."""
-    # lazy: a request is built when it is sent. fields: those of every request
+    A failed request yields nothing, and is counted in `failed`. Raises UserError if all others would fail, too."""
+    # requests, each built when it is sent; `fields` are what all have in common
     jobs = (((i, order), fields | judge.question(template, pairs[i], order)) for i, order in todo)
+    # proven: the endpoint has answered, in the run that left verdicts here
     settings = {'concurrency': concurrency, 'timeout': timeout, 'retries': retries, 'proven': bool(verdicts)}
     for (i, order), text, raw, error in ask(endpoint, jobs, **settings):
         if error:
@@ -161,40 +157,40 @@ def ask_judge(todo):
 def items_of(pair):
     """Return (prompt, answer, tools) of the two answers of a pair, as dpo.py will read them from annotations.json."""
     outputs = pair['outputs']
-    # behind a prompt that is a single question, '\n\nHuman: ...\n\nAssistant:', an answer is the text ' ...'
+    # is_plain: the prompt is a single question, '\n\nHuman: ...\n\nAssistant:', behind which an answer is the text ' ...'
     if is_plain(pair):
         outputs = map(answer, outputs)
     return [(pair['prompt'], output, pair.get('tools')) for output in outputs]
 
 
+def reward_items(items):
+    """Return (reward, {what was cut of the item: times}) for each item (prompt, answer, tools), by --gold or --reward_model."""
+    if gold is not None:
+        return [(toy.gold(prompt, text), {}) for prompt, text, _ in items]
+    lengths = (max_length, max_prompt_length, truncation)
+    cuts = [Counter() for _ in items]
+    ids = [encode(*item, tokenizer, lengths, left_out=cut) for item, cut in zip(items, cuts, strict=True)]
+    rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
+    return [(reward, +cut) for reward, cut in zip(rewards, cuts, strict=True)]  # + of a Counter drops zeros
+
+
 def compare_rewards(todo):
-    """Yield a row of verdicts.jsonl per key (pair index, order); the higher reward is preferred. order is 1: rewards ignore it."""
+    """Yield a row of verdicts.jsonl for each key (pair index, order), of which order is 1; the higher reward is preferred."""
     # in blocks, so that verdicts reach the disk early
     for start in range(0, len(todo), BLOCK):
         indices = [i for i, _ in todo[start : start + BLOCK]]
         # score each answer once, even if it is in several pairs; str, because a chat prompt is an unhashable list
         items = {str(item): item for i in indices for item in items_of(pairs[i])}
-        cut_of = {key: Counter() for key in items}  # what was cut of each answer and its prompt: {what: times}
-        if gold is not None:
-            rewards = [toy.gold(prompt, text) for prompt, text, _ in items.values()]
-        else:
-            limits = (max_length, max_prompt_length, truncation)
-            # encode() returns (prompt ids, answer ids), cut to the limits, and counts in left_out what it cuts
-            ids = []
-            for key, item in items.items():
-                ids.append(encode(*item, tokenizer, *limits, left_out=cut_of[key]))
-            rewards = score.scores(model, tokenizer, ids, max_tokens).tolist()
-        reward_of = dict(zip(items, rewards, strict=True))
-
+        result_of = dict(zip(items, reward_items(list(items.values())), strict=True))
         for i in indices:
-            keys = list(map(str, items_of(pairs[i])))
-            first, second = [reward_of[key] for key in keys]
+            (first, first_cut), (second, second_cut) = [result_of[str(item)] for item in items_of(pairs[i])]
             preference = 1 if first > second else 2
             if first == second:
                 preference = 1.5  # tie
             row = {'pair': i, 'order': 1, 'preference': preference, 'rewards': [first, second]}
-            cut = [+cut_of[key] for key in keys]  # + of a Counter drops zeros
-            yield row | {'cut': cut} if any(cut) else row
+            if first_cut or second_cut:
+                row['cut'] = [first_cut, second_cut]
+            yield row
 
 
 # ---- the verdicts ----
@@ -232,8 +228,7 @@ for i, pair in enumerate(pairs):
     by_order = [1.5]  # identical answers
     if i not in equal:
         by_order = [verdicts.get((i, order), {}).get('preference') for order in orders]
-    is_clear = None not in by_order
-    preference = sum(by_order) / len(by_order) if is_clear else None
+    preference = None if None in by_order else sum(by_order) / len(by_order)
     preferences_by_order.append(by_order)
     preferences.append(preference)
     row = {'instruction': pair['instruction']}
@@ -250,13 +245,10 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
-lengths = np.array(lengths).reshape(-1, 2)  # (pairs, 2) even without pairs
-first_name = ' + '.join(sorted({pair['generators'][0] for pair in pairs}))
-second_name = ' + '.join(sorted({pair['generators'][1] for pair in pairs}))
+lengths = np.array([[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]).reshape(-1, 2)
+first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
 if first_name == second_name:
-    first_name = 'the first answer'
-    second_name = 'the second'
+    first_name, second_name = 'the first answer', 'the second'
 # prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
 cut_texts = {}
 for (i, _), row in verdicts.items():

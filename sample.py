@@ -109,10 +109,8 @@ if endpoint and world_size > 1:
 # ---- the prompts ----
 
 
-def read_prompts():
-    """Read the prompts to answer. Return (rows, Counter of what was left out or changed). Raises UserError if there are none.
-
-    A row is a dict with 'prompt', a text or a list of messages, and perhaps 'tools'."""
+def read_sources():
+    """Return (rows, Counter of what was left out) of all of --data. A row is a dict with 'prompt', text or chat, perhaps 'tools'."""
     rows = []
     left_out = Counter()
     # without --split, take the split 'test', or (undivided) all rows of data without splits
@@ -125,16 +123,22 @@ def read_prompts():
             rows += [{'prompt': line} for line in lines if line.strip()]
             continue
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # an empty source is an error; if it is the only one, it is reported below
+        # an empty source is an error; read_prompts reports that of the only one
         if not new_rows and source != data:
             raise sources.nothing_left(source, wanted_split, new_left_out)
         rows += new_rows
         left_out.update(new_left_out)
+    return rows, left_out
+
+
+def read_prompts():
+    """Return (the rows of read_sources to answer, Counter of what was left out or changed). Raises UserError if there are none."""
+    all_rows, left_out = read_sources()
     row_of_hash = {}  # the first row with each prompt
-    for row in rows:
+    for row in all_rows:
         prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
         row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
-    left_out['same prompt again'] += len(rows) - len(row_of_hash)
+    left_out['same prompt again'] += len(all_rows) - len(row_of_hash)
     # choose the fraction by hash, independent of the order of the data
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction
@@ -157,7 +161,7 @@ def read_prompts():
 
 
 def expected_row(i, sample):
-    """Return the fields of a samples.jsonl row that are known before sampling, for answer number `sample` to prompt i.
+    """Return the fields of a row of samples.jsonl that are known before sampling, for answer number `sample` to prompt i.
 
     None if this run has no such answer. collect() compares the rows found in out_dir with these."""
     if not (0 <= i < len(prompts) and 0 <= sample < n_samples):
@@ -179,7 +183,7 @@ record = dict(config)
 if not endpoint:
     record['weights'] = ranks.shared(partial(content_of, model))
 # these options may change when a run is resumed
-neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = set('out_dir reward endpoint batch_size max_tokens concurrency timeout skip_bad_rows'.split())
 ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
@@ -206,15 +210,14 @@ if not endpoint:
         raise UserError(f'the chat template refuses every prompt of data {data!r}; left out: {in_words(left_out)[0]}')
 
 
-def generate_all():
-    """Generate this rank's answers that are not in out_dir yet, and append them. Raises UserError."""
-    # plan batches of all answers: the same on every rank and after a resume, of one temperature each, longest prompts first
-    batches = []  # (n_rows, keys): answers to generate, n_rows at a time; a key is (index of a prompt, number of its sample)
+def plan_batches():
+    """Return batches of all answers, as (n_rows, keys of answers to generate, n_rows at a time), the same on every rank."""
+    batches = []
     for temperature_number in range(len(temperatures)):
-        # n samples of a prompt have one temperature
+        # a batch has one temperature, as have n samples of each prompt
         waiting = [(i, sample) for i, sample in keys if sample // n == temperature_number]
-        # keys are in order, and a sort keeps that of prompts of equal length
-        waiting.sort(key=lambda key: -len(ids[key[0]]))  # key[0]: index of the prompt; ids: the tokens of each prompt
+        # longest prompts first; key[0]: index of the prompt; ids: the tokens of each prompt
+        waiting.sort(key=lambda key: -len(ids[key[0]]))
         while waiting:
             n_rows = batch_size
             if max_tokens:
@@ -225,9 +228,13 @@ def generate_all():
             size = 4 * n_rows
             batches.append((n_rows, waiting[:size]))
             waiting = waiting[size:]
+    return batches
 
-    # done: keys of the answers in out_dir. Generate an unfinished batch as a whole, because another batch would round differently
-    unfinished = [(n_rows, batch) for n_rows, batch in batches if not done.issuperset(batch)]
+
+def generate_all():
+    """Generate this rank's answers that are not in out_dir yet (`done` has the keys of those), and append them. Raises UserError."""
+    # generate an unfinished batch as a whole, because another batch would round differently
+    unfinished = [(n_rows, batch) for n_rows, batch in plan_batches() if not done.issuperset(batch)]
     for n_rows, batch in unfinished[rank::world_size]:
         rows = [expected_row(*key) for key in batch]
         prompt_ids = [ids[i] for i, _ in batch]
@@ -253,12 +260,10 @@ def ask_all():
 
     def jobs():
         """Yield (row, request) when a request is to be sent. The row lacks response, finish and tokens."""
-        for key in keys:
-            if key not in done:
-                row = expected_row(*key)
-                sampling = {'temperature': row['temperature'], 'seed': row['seed']}
-                sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
-                yield row, {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
+        for row in (expected_row(*key) for key in keys if key not in done):
+            sampling = {'temperature': row['temperature'], 'seed': row['seed']}
+            sampling |= {'max_tokens': max_new_tokens, 'top_p': top_p}
+            yield row, {'model': endpoint_model, **sampling, 'messages': as_chat(row['prompt'])}
 
     settings = {'concurrency': concurrency, 'timeout': timeout, 'proven': bool(done)}  # proven: it has answered before
     for row, text, raw, error in ask(endpoint, jobs(), **settings):
@@ -267,7 +272,7 @@ def ask_all():
             continue
         is_text = isinstance(row['prompt'], str)
         row['response'] = answer(text) if is_text else text  # answer: ' ' + text, as it follows a prompt that is text
-        # raw: the reply as parsed JSON. Finish reason and number of tokens are None if it has none or malformed ones
+        # of the parsed reply; None if it has none, or malformed ones
         finish = raw['choices'][0].get('finish_reason')
         if finish == 'stop':
             finish = 'eos'
@@ -280,11 +285,10 @@ def ask_all():
 
 
 def append_rows(rows):
-    """Append new rows to this rank's samples file, which collect() merges at the end, and update the progress bar."""
+    """Append new rows to this rank's samples file, which collect() merges at the end, and update `counts` and the progress bar."""
     name = 'samples.jsonl' if rank == 0 else f'samples-{rank}.jsonl'
     append(f'{out_dir}/{name}', rows)
-    # of this rank; tokens is None where an endpoint does not say
-    counts['tokens'] += sum(row['tokens'] or 0 for row in rows)
+    counts['tokens'] += sum(row['tokens'] or 0 for row in rows)  # None where an endpoint does not say
     speed = log.per_second(counts['tokens'], time.perf_counter() - started)
     bar.set_postfix_str(f'{speed:.0f} tokens/s', refresh=False)
     bar.update(len(rows))
@@ -317,7 +321,6 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') a
         with sharded.unsharded(net):
             ranks.on_ranks(True, generate_all)
 
-# merge the answers of all ranks; {key: row} on rank 0
 rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
@@ -331,23 +334,24 @@ if rank == 0:
 
 
 def score_answers():
-    """Score all answers, write rewards.jsonl, and print the means. Raises UserError if a function fails."""
+    """Score all answers by the functions of --reward, write rewards.jsonl, and print the means. Raises UserError if one fails."""
     asked = [row['prompt'] for row in rows_by_key.values()]
     responses = [row['response'] for row in rows_by_key.values()]
     # .raw: the data row with all its columns; prompts of .txt files have none
     data_rows = [getattr(prompts[i], 'raw', prompts[i]) for i, _ in rows_by_key]
     # a line has the value of each function, and in 'score' their weighted sum
     lines = [{'index': i, 'sample': sample, 'score': 0.0} for i, sample in rows_by_key]
-    # part.name: that of its function, which may be one of these names
-    taken = ('index', 'sample', 'score')
-    columns = [f'score_{part.name}' if part.name in taken else part.name for part in reward_parts]
-    for part, column in zip(reward_parts, columns, strict=True):
+    columns = ['score']
+    for part in reward_parts:
+        # a function may be called as another column of the line
+        column = f'score_{part.name}' if part.name in ('index', 'sample', 'score') else part.name
+        columns.append(column)
         values, _timed_out = reward_functions.score(part, asked, responses, data_rows)
         for line, value in zip(lines, values, strict=True):
             line['score'] += part.weight * value
             line[column] = value
     replace_text(f'{out_dir}/rewards.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
-    for name in ('score', *columns):
+    for name in columns:
         mean = sum(line[name] for line in lines) / max(1, len(lines))
         log.say(f'{out_dir}/rewards.jsonl: mean {name} {mean:.4f}')
 

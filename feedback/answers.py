@@ -32,11 +32,9 @@ def append(path, rows, sync=True):
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
 
-    key_of: may raise KeyError, TypeError or ValueError for a damaged row, or UserError with a message of its own; both become
-    a UserError with the line number, as does a line that is not JSON. An incomplete last line is cut off, with a note."""
+    Raises UserError with the number of a line that is not JSON, or that key_of refuses by KeyError, TypeError, ValueError or UserError."""
     rows = {}
     content = path.read_bytes() if path.exists() else b''
-    size = len(content)
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
     *lines, incomplete = content.split(b'\n')
     del content  # the lines are a second copy of the file
@@ -49,9 +47,10 @@ def read_back(path, key_of):
         except (ValueError, KeyError, TypeError, RecursionError):
             problem = f'{path}, line {number}, is damaged'
             raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
+    # cut it off, or the next row would be appended to it
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
-        os.truncate(path, size - len(incomplete))
+        os.truncate(path, path.stat().st_size - len(incomplete))
     return rows
 
 
@@ -77,17 +76,15 @@ def raise_if_missing(failed, what):
 def collect(out_dir, wanted):
     """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
 
-    wanted(index, sample): returns the fields and values that this row must have, or None if the run has no such answer.
-    Raises UserError for a damaged row or one of another run; then no file is merged or deleted."""
+    wanted(index, sample): the fields that this row must have, or None if the run has no such answer. Raises UserError for other rows."""
 
     def key_of(row):
-        """Return (index, sample) of a row after checking its fields. Raises ValueError or UserError."""
         key = field(row, 'index', int), field(row, 'sample', int)
         # these raise if the row has no such text
         field(row, 'response')
         field(row, 'finish', str | None)
         expected = wanted(*key)
-        # of this run: each field that it must have has its value
+        # | overwrites fields of the row: it differs then if one of them had another value, or was missing
         if expected is None or row | expected != row:
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
@@ -96,7 +93,7 @@ def collect(out_dir, wanted):
     rank_files = sorted(Path(out_dir).glob('samples-*.jsonl'))
     rows = {}
     for path in (merged, *rank_files):
-        # read_back gives {} for a missing file. If two files have the same answer, keep the first: the right operand of | wins
+        # if two files have the same answer, the first file's stays: the right operand of | wins
         rows = read_back(path, key_of) | rows
     rows = dict(sorted(rows.items()))
     files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
@@ -128,18 +125,10 @@ def read_answers(path):
             if row.error:
                 raise ValueError(row.error)
             if 'instruction' in row:
-                prompt, response = field(row, 'instruction'), field(row, 'output')
-                # as in text/formats.py, what an instruction is about may stand beside it
-                if row.get('input'):
-                    prompt += '\n\n' + field(row, 'input')
-                # model_outputs.json has a dialogue with its role markers, but a single question without them
-                is_dialogue = prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT)
-                # answer() adds the space after the last marker; behind a single question label.py adds it
-                response = answer(response) if is_dialogue else response
-                prompt = prompt if is_dialogue else ask(prompt)
+                prompt, response = _from_model_outputs(row)
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
-            # the defaults of rows without these fields: a fixed name, and the next free number
+            # rows without these two fields get a fixed name and the next number
             generator = field({'generator': 'unnamed', **row}, 'generator')
             key = instruction(prompt), generator
             sample = field({'sample': num_answers[key], **row}, 'sample', int)
@@ -153,29 +142,40 @@ def read_answers(path):
     return answers
 
 
-def make_pairs(answers_file, against_file=None):
-    """Return (pairs, Counter of what is left out by reason) from one or two files of answers.
+def _from_model_outputs(row):
+    """Return (prompt, answer) of a row of model_outputs.json, as texts in Anthropic's format. Raises ValueError."""
+    prompt, response = field(row, 'instruction'), field(row, 'output')
+    # as in text/formats.py, what an instruction is about may stand beside it
+    if row.get('input'):
+        prompt += '\n\n' + field(row, 'input')
+    # a dialogue is written with its role markers, a single question without
+    if prompt.startswith('\n\nHuman:') and prompt.endswith(ASSISTANT):
+        # answer() adds the space after the last marker; behind a single question label.py adds it
+        return prompt, answer(response)
+    return ask(prompt), response
 
-    One file: all pairs of answers to the same prompt, lower sample number first. Two files: the k-th answers to a prompt in
-    each form a pair. A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the
-    prompt), outputs (two texts), generators (two model names) and perhaps tools. Raises UserError if there are no pairs."""
+
+def make_pairs(answers_file, against_file=None):
+    """Return (pairs, Counter of what is left out) of one file of answers (any two to a prompt, lower sample number first), or of two
+    (the k-th answers to a prompt in each). A pair is a dict: prompt (text or chat), instruction (the prompt as plain text),
+    question (number of the prompt), outputs (two texts), generators (two names), perhaps tools. Raises UserError without pairs."""
     ours = read_answers(answers_file)
     theirs = read_answers(against_file) if against_file else []
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
     pairs = []
-    # instruction -> its number: one that is asked again has pairs of its own, but is one prompt to an interval
+    # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
     numbers = {}
-    for question, group in our_groups.items():
-        number = numbers.setdefault(group[0]['instruction'], len(numbers))
+    for (text, time), group in our_groups.items():
+        number = numbers.setdefault(text, len(numbers))
         matches = combinations(group, 2)
         # zip skips answers that have no counterpart
         if against_file:
-            matches = zip(group, their_groups.get(question, []), strict=False)
+            matches = zip(group, their_groups.get((text, time), []), strict=False)
         for first, second in matches:
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             asked = second if is_plain(first) else first
-            pair = {'prompt': asked['prompt'], 'instruction': first['instruction'], 'question': number}
+            pair = {'prompt': asked['prompt'], 'instruction': text, 'question': number}
             if asked['tools']:
                 pair['tools'] = asked['tools']
             pair['outputs'] = [first['response'], second['response']]
@@ -196,16 +196,15 @@ def make_pairs(answers_file, against_file=None):
 
 
 def _by_question(answers):
-    """Group answers (dicts of read_answers) as {question: answers sorted by sample number}.
+    """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by sample number}.
 
-    A file may ask an instruction more than once, so a question is (instruction, number of times it was asked before)."""
+    A file may ask an instruction more than once; time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
-    times_seen = Counter()  # of each (instruction, generator, sample)
+    times_seen = Counter()  # (instruction, generator, sample) -> how often
     for row in answers:
-        # samples 0, 1, 0, 1 of one generator: the instruction was asked twice, and the second 0 and 1 answer the second time
+        # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
         key = row['instruction'], row['generator'], row['sample']
-        question = row['instruction'], times_seen[key]
-        groups.setdefault(question, []).append(row)
+        groups.setdefault((row['instruction'], times_seen[key]), []).append(row)
         times_seen[key] += 1
     for group in groups.values():
         group.sort(key=lambda row: row['sample'])
@@ -221,7 +220,6 @@ def read_verdicts(path):
     """Return the verdicts in a verdicts.jsonl as {(pair number, order): row}. Raises UserError for a damaged row."""
 
     def key_of(row):
-        """Return (pair, order) of a row after checking its fields. Raises KeyError or ValueError."""
         # preference: 1, 2, 1.5 for a tie or None for an unclear reply; verdicts of a reward model have no text
         if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
             raise ValueError

@@ -36,15 +36,14 @@ class Reply(NamedTuple):
 
 
 class _AttemptFailed(Exception):
-    """A failed attempt. can_retry: whether a retry may succeed. connected: False if the endpoint was not reached. wait: seconds
-    requested by Retry-After."""
+    """A failed attempt. can_retry: a retry may succeed. connected: the endpoint was reached. wait: seconds of Retry-After."""
 
     def __init__(self, message, *, can_retry=True, connected=True, wait=0.0):
         super().__init__(message)
         self.can_retry, self.connected, self.wait = can_retry, connected, wait
 
 
-def completions_url(url: str) -> str:
+def completions_url(url):
     """Return the chat completions URL of a base URL with or without /v1. Raises UserError for a malformed URL."""
     try:
         is_plain = re.fullmatch(r'https?://[\w.:/%~+\[\]-]+', url, re.ASCII)
@@ -65,29 +64,27 @@ def completions_url(url: str) -> str:
 def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False):
     """Send requests concurrently and yield a Reply for each, in order of completion. jobs: iterable of (key, request body).
 
-    New jobs start only after the caller has consumed all finished replies. Time-outs (`timeout` seconds for a whole reply),
-    lost connections, invalid replies and HTTP 408, 409, 425, 429 and 5xx are retried up to `retries` times, with exponential
-    backoff from about `backoff` seconds. proven: the endpoint has answered in an earlier run. Raises UserError if the
-    endpoint rejects the key or asks for too long a wait, or if too many jobs fail in a row."""
+    concurrency: most requests at a time. timeout: seconds for a whole reply. proven: the endpoint has answered in an earlier run.
+    Time-outs, lost connections, broken replies and HTTP 408, 409, 425, 429 and 5xx are retried up to `retries` times, first after
+    about `backoff` seconds. Raises UserError if the endpoint rejects the key, asks for too long a wait, or fails too often in a row."""
     endpoint = _Endpoint(url, concurrency, timeout, retries, backoff, proven)
     jobs = iter(jobs)
     tasks = set()  # running jobs
-    failures = 0  # consecutive failed jobs
+    failures = 0  # failed jobs in a row
     # closing the runner cancels running tasks if the caller stops early
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         while True:
             # be less patient until the endpoint has answered once
             max_failures = max(concurrency, FAILED_IN_A_ROW if endpoint.proven else 2)
-            # never run more jobs than may still fail: after max_failures no job starts, and the loop runs dry
+            # run at most as many jobs as may still fail: none after max_failures, so that the loop ends
             num_new = min(concurrency, max_failures - failures) - len(tasks)
             for key, body in itertools.islice(jobs, max(0, num_new)):
                 tasks.add(loop.create_task(endpoint.run(key, body)))
-            # all jobs are done, or there were too many failures
             if not tasks:
                 break
             finished, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when='FIRST_COMPLETED'))
-            # yield good replies first, since result() raises the exception of a failed task
+            # a task has an exception if no other job can succeed: yield the good replies before result() raises it
             for task in sorted(finished, key=lambda task: task.exception() is not None):
                 reply = task.result()
                 if reply.error is None:
@@ -104,16 +101,14 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
 
 
 class _Endpoint:
-    """The HTTP client and the state shared by all jobs of one ask() call.
-
-    proven: whether the endpoint has ever answered. not_before: time.monotonic() before which no request may be sent."""
+    """The HTTP client and the state shared by all jobs of one call of ask(), which explains the arguments."""
 
     def __init__(self, url, concurrency, timeout, retries, backoff, proven):
         """Open the client. Raises UserError for an unusable URL, API key or proxy."""
         self.url = completions_url(url)
-        self.proven = proven
+        self.proven = proven  # the endpoint has answered at least once
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
-        self.not_before = 0.0
+        self.not_before = 0.0  # the time.monotonic() from which on requests may be sent
         self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
         # HTTP headers take printable ASCII only
         if not re.fullmatch('[!-~]*', self.key):
@@ -132,7 +127,7 @@ class _Endpoint:
     async def run(self, key, body):
         """Run a job, with retries, and return its Reply. Raises UserError if every other job would fail, too."""
         for attempt in itertools.count():
-            await asyncio.sleep(self.not_before - time.monotonic())
+            await asyncio.sleep(self.not_before - time.monotonic())  # a negative time is no wait
             try:
                 response, content = await self.post(body)
                 return Reply(key, *self.read(response, content))
@@ -145,7 +140,7 @@ class _Endpoint:
             retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
                 return Reply(key, error=f'{failure}, attempts: {attempt + 1}')
-            # Retry-After delays all jobs; the exponential backoff, with jitter, only this one
+            # the wait that the endpoint asked for holds for all jobs, the backoff for this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
@@ -173,15 +168,7 @@ class _Endpoint:
 
     def read(self, response, content):
         """Return (answer text, parsed reply) of a response. Raises _AttemptFailed, or UserError if only the user can help."""
-        # parse it as JSON, with the key redacted; fall back to the text itself
-        try:
-            # re-encode first, since the reply may spell the key with escapes
-            encoded = json.dumps(json.loads(content))
-            encoded_key = json.dumps(self.key)[1:-1]  # without the quotes
-            # NaN and Infinity become strings
-            raw = json.loads(self.redact(encoded, encoded_key), parse_constant=str)
-        except (ValueError, RecursionError):
-            raw = self.redact(content, self.key)
+        raw = self.parse(content)
         status = response.status_code
         if 200 <= status < 300:
             try:
@@ -189,8 +176,7 @@ class _Endpoint:
                 text = raw['choices'][0]['message']['content'] or ''
                 # or a list of parts, of which some are thoughts
                 if isinstance(text, list):
-                    said = [part for part in text if part['type'] == 'text']
-                    text = ''.join(part['text'] for part in said)
+                    text = ''.join(part['text'] for part in text if part['type'] == 'text')
                 # replace lone surrogates, which neither files nor tokenizers accept
                 return text.encode('utf-8', 'replace').decode(), raw
             except (LookupError, TypeError, AttributeError):
@@ -207,12 +193,23 @@ class _Endpoint:
             raise UserError(f'{problem} and asks to wait {wait:.0f} s: run the same command again then')
         raise _AttemptFailed(problem, wait=wait)
 
+    def parse(self, content):
+        """Return the content of a reply as JSON values, or as the text that it is if it is no JSON, with the key redacted."""
+        try:
+            # re-encode first, since the reply may spell the key with escapes
+            encoded = json.dumps(json.loads(content))
+            encoded_key = json.dumps(self.key)[1:-1]  # without the quotes
+            # NaN and Infinity become strings
+            return json.loads(self.redact(encoded, encoded_key), parse_constant=str)
+        except (ValueError, RecursionError):
+            return self.redact(content, self.key)
+
     def redact(self, text, key):
         """Replace the key in a text by [key], unless it is too short to be a secret."""
         return text.replace(key, '[key]') if len(key) >= MIN_KEY_LENGTH else text
 
     def one_line(self, reply):
-        """Return a parsed reply or an exception as one printable line of at most 300 characters, with the key redacted."""
+        """Return a parsed reply or an exception as one printable line of 1 to 300 characters, with the key redacted."""
         # unwrap nested messages such as {'error': {'message': ...}}
         for name in ('error', 'detail', 'message'):
             if isinstance(reply, dict):

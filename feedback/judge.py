@@ -21,27 +21,25 @@ SLOT = re.compile(r'\{(instruction|answer_1|answer_2|mark)\}')  # placeholders o
 
 
 def read_prompt(name):
-    """Return the text of a judge prompt file, looked up in the working directory, then in the repository.
-
-    It must have {instruction}, {answer_1} and {answer_2} exactly once each, and ask for a 'Verdict:' line; else, or if it cannot be
-    read, UserError is raised. {mark}, a random string that delimits the answers, is recommended: a note is printed without it."""
+    """Return the text of a judge prompt file. Raises UserError if it cannot be read, or lacks what it must have."""
+    # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
-    text = read_text(folder / name, f'--judge_prompt={name}')
+    text = read_text(folder / name, f'--judge_prompt={name}')  # named by its option in messages
     slots = SLOT.findall(text)
     found = sorted(slot for slot in slots if slot != 'mark')
     if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:
         has = f'{name} must have {{instruction}}, {{answer_1}} and {{answer_2}}, each once'
         raise UserError(f'{has}, and ask for a last line that is Verdict: A, Verdict: B or Verdict: tie')
+    # a mark that no answer can know shows where answers begin and end
     if 'mark' not in slots:
         say(f'note: {name} has no {{mark}}, so an answer can write the signs that are to show where it ends')
     return text
 
 
 def question(template, pair, order):
-    """Return the request field that asks for a verdict on a pair: {'messages': [one user message]}.
+    """Return the request field that asks for a verdict on a pair (a dict of answers.make_pairs): {'messages': [one user message]}.
 
-    template: a judge prompt with placeholders. pair: {'instruction': text, 'outputs': [first answer, second answer], ...}.
-    order: 1 shows the first answer as A and the second as B, 2 swaps them."""
+    template: a judge prompt with placeholders. order: 1 shows the first answer as A and the second as B, 2 swaps them."""
     answers = [output.strip() for output in pair['outputs']]
     if order == 2:
         answers.reverse()
@@ -54,24 +52,24 @@ def question(template, pair, order):
 
 
 def preference(text, raw, order):
-    """Return the answer that a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
+    """Return which answer a judge's reply prefers: 1 or 2, 1.5 for a tie, or None if the reply is unclear.
 
-    text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B.
-    A reply is unclear if it was truncated, if its last line is not a verdict, or if the line before is a different one."""
+    text: the reply's text. raw: the whole reply, parsed. order: 1 if the first answer was shown as A, 2 if it was shown as B."""
+    # unclear, since its end may be missing
     if raw['choices'][0].get('finish_reason') in ('length', 'max_tokens', 'content_filter'):
         return None
     # the regexes are slow on long lines: match only the start of a line, and no verdict that is longer
     lines = [line for line in text.splitlines() if not EMPTY.fullmatch(line[:200])]
-    last_two = []  # 'a', 'b', 'tie', or None for a line that is not a verdict
+    verdicts = []  # of the last two lines: 'a', 'b', 'tie', or None for a line that is not a verdict
     for line in lines[-2:]:
         # judges sometimes write non-breaking spaces
         match = VERDICT.fullmatch(line.strip().replace('\xa0', ' ')) if len(line) < 200 else None
-        last_two.append(match[1].lower() if match else None)
-    last = last_two[-1] if last_two else None
+        verdicts.append(match[1].lower() if match else None)
+    verdict = verdicts[-1] if verdicts else None
     # two different verdicts in a row: the judge only repeats the options
-    if last is None or last_two[0] not in (None, last):
+    if verdict is None or verdicts[0] not in (None, verdict):
         return None
-    if last == 'tie':
+    if verdict == 'tie':
         return 1.5
     letter_of_first = 'a' if order == 1 else 'b'
-    return 1 if last == letter_of_first else 2
+    return 1 if verdict == letter_of_first else 2

@@ -73,31 +73,25 @@ SECTIONS = {
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
-    """Load and shard a reward model; return (model, tokenizer). name: folder or hub id. Call on all ranks, after ranks.setup.
-
-    Batches are packed if that gives the same scores as padding, otherwise padded. Raises UserError if there is no such model."""
+    """Load and shard a reward model, a folder or hub id; return (model, tokenizer). Call on all ranks, after ranks.setup."""
     tokenizer = separate_pad(load_tokenizer(name, trust_remote_code))
     build = partial(load_reward, name, tokenizer, trust_remote_code=trust_remote_code)
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
-    # can_pack compares packed and padded scores, of two pairs of different lengths made of three rows of random ids
+    # pack batches if that scores as padding does: tried on pairs (prompt, [chosen, rejected]) of random tokens
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    long_pair = a, [b, c[:5]]  # prompt, [chosen, rejected]
-    short_pair = b[:7], [c[:9], a]
-    is_packed = can_pack(model, Examples.of([long_pair, short_pair]), device)
-    set_attention(model, is_packed)
+    pairs = Examples.of([(a, [b, c[:5]]), (b[:7], [c[:9], a])])
+    set_attention(model, can_pack(model, pairs, device))
     return model, tokenizer
 
 
 @errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
-def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
-    """Return the scores (n,), float32, of n answers; equal on all ranks, and all ranks must call this.
+def scores(model, tokenizer, items, max_tokens):
+    """Return the scores of n answers, an (n,) float32 array, read at eos. All ranks must call this; each gets the scores of all items.
 
-    items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training, also behind
-    the end of a turn. max_tokens: tokens of a microbatch on one rank. The score is read at eos. Raises UserError for an item that
-    is too long for the model, and for scores that are not finite."""
+    items: n tuples (prompt ids, answer ids); eos is appended to an answer that does not end with it, as in training. max_tokens:
+    tokens of a microbatch on one rank. Raises UserError for an item that is too long, and for scores that are not finite."""
     net = core(model)
-    device = net.device
     is_padded = net.config._attn_implementation != 'packed'
     # padded batches cannot share prompts: with a limit of 0 each answer gets a group of its own
     group_limit = 0 if is_padded else max_tokens
@@ -110,15 +104,12 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
     batch_scores = []  # a tensor for each microbatch
     slots = []  # of each score in these: the number of its item, or -1
     for indices in microbatches:
-        examples = [(groups[index].prompt, groups[index].answers) for index in indices]
-        batch = pack(examples, indices, pad=is_padded, filler=1, device=device)
+        its_groups = [groups[index] for index in indices]
+        # a rank without a group scores a filler answer, to stay in step with the others; gather_columns drops slot -1
+        examples = [(group.prompt, group.answers) for group in its_groups]
+        batch = pack(examples, indices, pad=is_padded, filler=1, device=net.device)
         batch_scores.append(model.response_scores(batch))
-        # without a group this rank scores a filler answer, to stay in step with the others; gather_columns drops slot -1
-        for index in indices:
-            slots += groups[index].slots
-        if not indices:
-            slots.append(-1)
-    # the scores of all ranks, in the order of items
+        slots += [slot for group in its_groups for slot in group.slots] or [-1]
     columns = fsdp.gather_columns({'score': torch.cat(batch_scores)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -127,7 +118,7 @@ def scores(model, tokenizer, items, max_tokens) -> np.ndarray:
 
 
 class _Group(NamedTuple):
-    """Answers that share a prompt, which is computed once. slots: the item number of each answer."""
+    """Answers that share a prompt, which is computed once. slots: the number of each answer among the items of scores()."""
 
     prompt: np.ndarray
     answers: list
@@ -135,15 +126,12 @@ class _Group(NamedTuple):
 
     @property
     def tokens(self):
-        """Number of tokens of the prompt and all answers."""
         return len(self.prompt) + sum(map(len, self.answers))
 
 
 def _groups(items, eos, max_length, max_tokens):
-    """Group items (prompt ids, answer ids) by prompt into _Groups of at most max_tokens, or of one answer if that is longer.
-
-    Appends eos to answers that do not end with it. Raises UserError without a prompt, and for more than max_length tokens."""
-    by_prompt = {}  # bytes of the prompt ids -> groups
+    """Return items (prompt ids, answer ids) in _Groups of at most max_tokens, or of one answer if that is longer. Raises UserError."""
+    by_prompt = {}  # prompt ids as bytes -> the groups with this prompt
     for slot, (prompt, answer) in enumerate(items):
         prompt = np.asarray(prompt, np.int64)
         answer = np.asarray(answer, np.int64)
@@ -177,7 +165,7 @@ def main():
         raise UserError(f'--by={by}: no row of {data} has such a column')
     options = {'dtype': dtype, 'device_map': device_map, 'trust_remote_code': trust_remote_code}
     model, tokenizer = load_scorer(reward_model, device, **options)
-    # max_sequence_length() is infinite for a model without a maximum length
+    # tokens of a prompt and its answer; max_sequence_length() is infinite for a model that takes any length
     limit = int(min(max_length or UNLIMITED, max_sequence_length(model)))
     # score and write a chunk at a time, so that a stopped run leaves what it has scored
     rows = []
@@ -217,7 +205,7 @@ def read():
         # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
-        # {}, of a source without examples, has the task 'prompts', too
+        # without any example (first is {}) what follows finds none, and says why
         if task == 'prompts' and first:
             raise UserError(f'{source} has prompts alone: a score needs chosen and rejected, or a response')
         for example in read_examples(source, part, left_out, task=task, **options):
@@ -239,26 +227,24 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 
     limit: tokens to truncate to. left_out: Counter to which truncated and skipped examples are added; the latter get no row."""
     # a prompt is cut to half of the limit if the whole is too long
-    options = {'max_length': limit, 'max_prompt_length': limit // 2, 'truncation': truncation, 'left_out': left_out}
+    lengths = (limit, limit // 2, truncation)
     # margins=True: the data's margins, which nothing reads here, are not counted as left out
-    options |= {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
+    options = {'chat': chat, 'system': system, 'skip_bad_rows': skip_bad_rows, 'last_turn_only': True, 'margins': True}
     rows = []
     items = []  # (prompt ids, answer ids) of all answers
-    targets = []  # (row, column): where the score of each item goes
+    targets = []  # of each item: (row, name of the column) that its score goes to
     for task, example in examples:
-        # fall back to the position in the data if there is no id
+        # without an id, the position in the data
         row = {'id': example.raw.get('id', example.where or None)}
         if by in example.raw:
             row[by] = example.raw[by]
         row |= {name: example[name] for name in ('prompt', 'good') if name in example}
         names = ['chosen_score', 'rejected_score'] if task == 'pairs' else ['score']
-        # one example, or none if it was skipped
-        for prompt, answers in tokenise([example], tokenizer, task, **options):
+        # an Examples of one, or of none if it was skipped
+        for prompt, answers in tokenise([example], tokenizer, task, lengths, left_out, **options):
             rows.append(row)
-            for name, answer in zip(names, answers, strict=True):
-                items.append((prompt, answer))
-                targets.append((row, name))
-    # score the answers of all examples together, and put each score into its row
+            items += [(prompt, answer) for answer in answers]
+            targets += [(row, name) for name in names]
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
@@ -269,7 +255,7 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 
 
 def report(rows):
-    """Return the report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, and a table."""
+    """Return a report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, accuracies by --by."""
     lines = []
     pairs = [row for row in rows if 'margin' in row]
     if pairs:
@@ -293,12 +279,11 @@ def report(rows):
 
 
 def accuracy(pairs):
-    """Return (accuracy, text with accuracy, 95% interval and counts) for scored pairs, which are rows of --out.
-
-    The accuracy is the share of pairs with margin > 0; the interval treats pairs with the same prompt as one cluster."""
+    """Return (share of pairs with margin > 0, text with this, its 95% interval and counts) of rows of --out."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
     share = float(np.mean(is_right))
+    # pairs with the same prompt are one cluster
     low, high = winrate.interval(is_right, clusters=prompts)
     n_prompts = len(set(prompts))
     counts = f'over {counted(n_prompts, "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
@@ -306,37 +291,37 @@ def accuracy(pairs):
 
 
 def table(pairs):
-    """Return the accuracy per value of the column --by as lines; [] if no pair has that column.
-
-    If all values are subsets of RewardBench, also the scores of its sections and their mean, by its rules."""
+    """Return lines with the accuracy of the pairs of each value of the column --by; [] if no pair has that column."""
     groups = {}  # value of the column -> pairs
     for row in pairs:
         if by in row:
             groups.setdefault(str(row[by]), []).append(row)
-    accuracies = {name: accuracy(group) for name, group in sorted(groups.items())}  # value -> (accuracy, text)
+    accuracies = {value: accuracy(group) for value, group in sorted(groups.items())}
     subsets = {name for sizes in SECTIONS.values() for name in sizes}
-    is_reward_bench = groups and groups.keys() <= subsets
-    if not is_reward_bench:
-        return [f'  {name:24s} {text}' for name, (_, text) in accuracies.items()]
-    # subsets are weighted by their published sizes, sections equally
+    if groups and groups.keys() <= subsets:
+        return reward_bench(accuracies)
+    return [f'  {value:24s} {text}' for value, (_, text) in accuracies.items()]
+
+
+def reward_bench(accuracies):
+    """Return RewardBench's table as lines. accuracies: {subset: (accuracy, text about it)}."""
     lines = []
+    missing = []
     section_scores = []
     for section, sizes in SECTIONS.items():
         present = [name for name in sizes if name in accuracies]
-        if not present:
-            continue
-        shares = [share for share, _text in map(accuracies.get, present)]
-        score = np.average(shares, weights=[sizes[name] for name in present])
-        section_scores.append(score)
-        lines.append(f'  {section:24s} {score:.3f}')
-        for name in present:
-            _, text = accuracies[name]
-            lines.append(f'    {name:22s} {text}')
+        missing += sizes.keys() - accuracies.keys()
+        if present:
+            # by RewardBench's rules, subsets are weighted by their published sizes, and all sections are equal
+            shares, texts = zip(*map(accuracies.get, present), strict=True)
+            score = np.average(shares, weights=[sizes[name] for name in present])
+            section_scores.append(score)
+            lines.append(f'  {section:24s} {score:.3f}')
+            lines += [f'    {name:22s} {text}' for name, text in zip(present, texts, strict=True)]
     total = np.mean(section_scores)
     lines.append(f'  {"RewardBench":24s} {total:.3f}, the mean of {len(section_scores)} of its 4 sections')
-    missing = sorted(subsets - accuracies.keys())
     if missing:
-        lines.append(f'  subsets that are not in the data: {", ".join(missing)}')
+        lines.append(f'  subsets that are not in the data: {", ".join(sorted(missing))}')
     return lines
 
 

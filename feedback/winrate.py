@@ -10,33 +10,28 @@ ENOUGH = 30  # fewest clusters for a standard error to be reliable
 
 
 def mean(wins, clusters):
-    """Return (mean, cluster-robust standard error) of wins (n,), each None if it is undefined.
-
-    clusters (n,): label of any type of each value's cluster, such as its prompt. For C clusters the error is
-    sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n, undefined for C = 1."""
+    """Return (mean, its cluster-robust standard error) of wins (n,), None if undefined. clusters (n,): labels, such as prompts."""
     wins = np.asarray(wins, float)
     n = len(wins)
     if n == 0:
         return None, None
     average = wins.mean()
-    # _variance_of_sum takes (n, k) scores and includes C / (C - 1); nan for C = 1, which _sqrt turns into None
+    # C clusters: error = sqrt(C / (C - 1) sum_c (sum_{i in c} (w_i - mean))^2) / n, NaN for C = 1, of which _sqrt makes None
     variance_of_sum = _variance_of_sum(wins[:, None] - average, clusters).item()
     return float(average), _sqrt(variance_of_sum / n**2)
 
 
 def interval(wins, clusters):
-    """Return [low, high], the Wilson 95% interval for the mean of wins (n,), which lie in [0, 1], or None if n is 0.
-
-    clusters (n,): as for mean(). Wilson's sample size is Kish's effective size (sum_c m_c)^2 / sum_c m_c^2 for clusters of m_c
-    values; with ENOUGH clusters it is larger if the cluster-robust error implies that."""
+    """Return [low, high], the Wilson 95% interval for the mean of wins (n,) in [0, 1]; None if n is 0. clusters: as for mean()."""
     p, error = mean(wins, clusters)
     if p is None:
         return None
     _, sizes = np.unique(clusters, return_counts=True)
+    # Wilson's sample size: Kish's effective size, for clusters of these sizes
     effective_n = sizes.sum() ** 2 / (sizes**2).sum()
     # variance of a coin flip, an upper bound for values in [0, 1]
     variance = p * (1 - p)
-    # an error of 0 only means that all values so far are equal
+    # larger if the cluster-robust error of many clusters says so; an error of 0 only means that all values so far are equal
     if len(sizes) >= ENOUGH and error:
         effective_n = max(effective_n, variance / error**2)
     shift = Z**2 / effective_n
@@ -50,23 +45,18 @@ def interval(wins, clusters):
 def length_controlled(wins, difference, clusters):
     """Return (win rate at equal length, its standard error, its interval, length effect b), or four None without a finite fit.
 
-    Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty. The
-    rate is sigmoid(a); b is 0 if all lengths are equal. There is no finite fit without pairs, if all are wins or all are
-    losses, if the length difference alone predicts every win, or if it is the same (not 0) in all pairs. The interval [low, high]
-    holds the rate with 95%, and is symmetric in log odds; it is None if the fit is exact, both if there is only one cluster.
-
-    wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus length of the second, with root mean
-    square s. clusters (n,): as for mean(), for the sandwich covariance."""
+    wins (n,): 1, 0, or 1/2 for a tie. difference (n,): length of the first answer minus that of the second. clusters (n,): as for
+    mean(). Fits P(win) = sigmoid(a + b tanh(difference / s)), like AlpacaEval 2 (2404.04475) without its instruction difficulty.
+    There is no finite fit without pairs, if all are wins or all losses, if the difference alone predicts every win, or if it is the
+    same (not 0) in all pairs. The interval is None if the fit is exact; with one cluster the error is None, too."""
     wins = np.asarray(wins, float)
     difference = np.asarray(difference, float)
-    if len(wins) == 0:
-        return None, None, None, None
     x = np.ones((len(wins), 1))  # intercept a
     lengths_differ = difference.any()
     if lengths_differ:
-        s = np.sqrt((difference**2).mean())
+        s = np.sqrt((difference**2).mean())  # root mean square
         x = np.column_stack([x, np.tanh(difference / s)])  # slope b
-    fit = _fit_logistic(x, wins)
+    fit = _fit_logistic(x, wins) if len(wins) else None
     if fit is None:
         return None, None, None, None
     beta, information, residuals = fit
@@ -76,12 +66,13 @@ def length_controlled(wins, difference, clusters):
     bread = np.linalg.inv(information)
     meat = _variance_of_sum(x * residuals[:, None], clusters)
     covariance = bread @ meat @ bread
-    # delta method: d rate / d a
+    # delta method: the slope is d rate / d a
     slope = rate * (1 - rate)
     error = _sqrt(slope**2 * covariance[0, 0])
     # an error of 0 only means that the fit is exact, as of ties alone
     if error is None or error < 1e-6:
         return rate, error, None, effect
+    # an interval that is symmetric in log odds
     log_odds = np.log(rate / (1 - rate))
     half_width = Z * error / slope
     interval = _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
@@ -123,7 +114,6 @@ def _variance_of_sum(scores, clusters):
     count = len(labels)
     sums = np.zeros((count, scores.shape[1]))  # of each cluster
     np.add.at(sums, ids, scores)
-    # small-sample correction
     factor = count / (count - 1) if count > 1 else np.nan
     return sums.T @ sums * factor
 

@@ -59,7 +59,6 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
     # let a checkpoint that is being written in the background finish, and raise its error if it failed
     checkpoint.wait()
-    # free the gathered copies that a forward leaves behind
     model.reshard()
     # a model with adapters is a PeftModel around the transformers model, which core() returns
     has_adapters = core(model) is not model
@@ -209,13 +208,11 @@ Commit {record['commit'] or 'unknown'}; {versions}.
     # with --quantize the base model was in 4 bits, not in float32
     if options.get('save_dtype') and not options.get('quantize'):
         text += f'\nThe weights were trained in float32, and are kept in {saved_config["dtype"]}.\n'
-    # usage example of a reward model
     architecture = saved_config.get('architectures', [''])[0]
     if architecture.endswith('SequenceClassification'):
         first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
-    # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
         numbers = {name: value for name, value in evaluations[-1].items() if isinstance(value, float)}

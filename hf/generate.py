@@ -119,7 +119,6 @@ def generate(
             processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
             continuations = _generate(inner, sequences, cache, n_left, criteria, processors)
-            # keep the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
                 goes_on = _extend(answers[active[row]], tokens, stop, max_new_tokens)
@@ -182,7 +181,6 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
         options['past_key_values'] = cache
     # synced_gpus=False: every rank generates independently
     out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
-    # out begins with the columns of ids
     return out[:, ids.shape[1] :].tolist()
 
 
@@ -228,7 +226,6 @@ def _cache_for(inner, sequences, old_cache, old_rows):
     # at least one column, of padding if all sequences have one token
     longest = max(map(len, sequences))
     width = max(1, longest - 1)
-    # merge the rows into the first cache, in place
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
         # sliding-window layers hold fewer columns than width

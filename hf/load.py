@@ -426,7 +426,7 @@ def _hashes(name):
     if folder is None:
         return {}
     # the files that define a model
-    suffixes = ('.safetensors', '.json', '.model', '.txt', '.jinja', '.py')
+    suffixes = '.safetensors .json .model .txt .jinja .py'.split()
     files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
     # other programs may fetch more of a hub id into its cache; its tokenizer is in the hash of the tokens
     if not os.path.isdir(name):

@@ -222,7 +222,6 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     model.eval()
     if not adapters:
         return _merged(model, saved, empty) if saved else model
-    # go on with an adapter, the saved one or a new one
     dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
     task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'

@@ -167,7 +167,6 @@ def compare(model, expected, device, in_bfloat16):
         if not (in_bfloat16 and re.search('dtype|scalar type', str(error))):
             raise
         raise UserError(f'{_name(model)} does not compute in bfloat16 ({first_line(error)}): --dtype=float32') from None
-    # free the parameters gathered by the forward
     model.reshard()
     limit = 0.1 if in_bfloat16 else 0.01  # of the expected value, or of 1 where that is smaller
     if max_error <= limit:

@@ -90,7 +90,6 @@ def _compute(run, model, examples):
     num_answers = examples.spans.shape[1] - 1
     result = np.zeros((len(examples), num_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    # 512 examples at a time
     for start in range(0, len(examples), 512):
         rows = np.arange(start, min(start + 512, len(examples)))
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger

@@ -235,7 +235,6 @@ def score(part, prompts, responses, rows, workers=None):
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
-    # here: one call for all answers
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:

@@ -191,7 +191,6 @@ def _made_up(fn, statistic, options):
         columns[f'ratio{suffix}'] = ratio.requires_grad_()
         # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
         columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
-        # ten tokens per answer
         columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
     if statistic:
         # take the examples for the first step of a run. ratio_kl: log-ratios of answers to other prompts, for which any numbers do

@@ -34,7 +34,7 @@ CHOICES = {
     'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
 # environment variables that hold API keys. Options must not, because they are printed and saved
-SECRETS = ('NANOPREF_API_KEY', 'OPENAI_API_KEY', 'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
+SECRETS = 'NANOPREF_API_KEY OPENAI_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN WANDB_API_KEY'.split()
 MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur in texts
 
 # option (with a value, or a remark on differences) -> its names in other projects

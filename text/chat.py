@@ -44,22 +44,26 @@ class Refused(Exception):
 def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     """Return [prompt, *answers] as marked texts, or None if the template writes nothing of an answer. Raises Refused.
 
-    If all are texts, the template is not used. Otherwise an answer is what the template writes after the prompt, without
-    line breaks at its end. If the prompt opens a thought (<think>), an answer without thoughts closes it.
     prompt, answers: each a text or a list of messages. left_out: Counter of reasons, updated. blank: allow empty answers."""
-    special = special_of(tokenizer)
     if all(isinstance(text, str) for text in (prompt, *answers)):
         left_out['tools beside texts, which only chats can have'] += bool(tools)
-        texts = _mark_texts(prompt, answers, special, left_out)
+        texts = _mark_texts(prompt, answers, special_of(tokenizer), left_out)
+    else:
+        texts = _render_chats(prompt, answers, tools, tokenizer, left_out, blank)
+    if texts is not None:
         left_out[KEPT] += sum(MARK in text for text in texts)
-        return texts
+    return texts
 
+
+def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
+    """Return what render() returns, of chats: the prompt as the template writes it, and of an answer what it writes behind that."""
     # if only some are chats, texts become messages
     prompt = [message('user', prompt)] if isinstance(prompt, str) else prompt
     answers = [[message('assistant', text)] if isinstance(text, str) else text for text in answers]
     if not prompt:
         raise Refused('there is no message before the answer')
     # what looks like a special token in the data is marked
+    special = special_of(tokenizer)
     prompt = marked(prompt, special, left_out)
     tools = special.mark(tools)
     answers = [marked(answer, special, left_out) for answer in answers]
@@ -72,7 +76,7 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
     prompt_text = write_prompt(prompt, tools)
     texts = [_write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out) for answer in answers]
 
-    # count_unwritten calls this with other messages, and with None for the tools, which it has counted with the prompt
+    # _tools: count_unwritten passes None, for they are counted with the prompt
     def write_other_answer(answer, _tools=None):
         # Counter(): the thoughts of the answers are counted already
         return _write_answer(prompt, answer, prompt_text, tools, tokenizer, Counter())
@@ -87,12 +91,7 @@ def render(prompt, answers, tools, tokenizer, left_out, blank=False):
         content_only = [message(turn['role'], turn['content']) for turn in answer]
         if write_other_answer(content_only) == text:
             return None
-    texts = [prompt_text, *texts]
-    left_out[KEPT] += sum(MARK in text for text in texts)
-    return texts
-
-
-# ---- special tokens in the data ----
+    return [prompt_text, *texts]
 
 
 class Special(NamedTuple):
@@ -125,8 +124,8 @@ def _any_of(words):
 
 
 def special_of(tokenizer):
-    """Return the Special of a tokenizer and its chat template."""
-    # lru_cache knows by the other arguments if somebody has edited the tokenizer
+    """Return the Special of a tokenizer and its chat template, from a cache."""
+    # the other arguments tell the cache if somebody has edited the tokenizer
     template = repr(tokenizer.chat_template)
     return _special_in(tokenizer, len(tokenizer), tokenizer.eos_token, tokenizer.bos_token, template)
 
@@ -137,7 +136,7 @@ def _special_in(tokenizer, *_keys_of_cache):
     added = tokenizer.added_tokens_decoder  # token id -> added token
     tokens = {token.content for token in added.values() if token.special} | {tokenizer.eos_token}
     stops = {tokenizer.eos_token}
-    # some tokenizers do not flag their turn markers as special, so write a chat and see; <think> is not written here.
+    # some tokenizers do not flag their turn markers as special, so write a chat (without thoughts) and see which it has.
     # zebra: a word that no template has, to find the end of the turn behind it
     chat = [message('user', 'one'), message('assistant', 'zebra'), message('user', 'two')]
     # a broken template is reported later, and only if there are chats
@@ -154,12 +153,11 @@ def _special_in(tokenizer, *_keys_of_cache):
 
 
 def _mark_texts(prompt, answers, special, left_out):
-    """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end.
-
-    Nothing is marked if the prompt (the first answer if it is empty) begins or ends with a special token: the text was
-    then written by a chat template, and its special tokens are meant as tokens."""
+    """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end."""
     bos = special.bos if prompt.startswith(special.bos) else ''
     prompt_body = prompt.removeprefix(bos)
+    # a template has written texts whose prompt (or first answer, if it is empty) begins or ends with a special token: theirs
+    # are meant as tokens
     begins_special = special.any.match(prompt_body or ''.join(answers[:1]))
     ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', prompt_body)
     is_formatted = bool(begins_special or ends_special)
@@ -191,9 +189,6 @@ def marked(chat, special, left_out):
     return turns
 
 
-# ---- the chat template ----
-
-
 def template_of(tokenizer, tools=None):
     """Return the source of the chat template for a chat with these tools, or PLAIN_CHAT. Raises UserError."""
     if not tokenizer.chat_template:
@@ -206,17 +201,16 @@ def template_of(tokenizer, tools=None):
     if isinstance(template, str) and len(template) <= TEMPLATE_LENGTH:
         return template
     expected = f'a text of at most {TEMPLATE_LENGTH:,} characters, or several with one of the name default'
-    text = str(template)
-    found = f'{type(template).__name__} of {len(text):,} characters, {text[:60]!r}'
+    found = f'{type(template).__name__} of {len(str(template)):,} characters, {str(template)[:60]!r}'
     raise UserError(f"the tokenizer's chat template is not {expected}, but {found}: mend it in the model folder")
 
 
 @contextlib.contextmanager
 def _limits():
-    """Raise OutOfTime or MemoryError in the body if it exceeds the CPU time or memory of a chat template. No limits
-    outside the main thread, where signals cannot be handled, and outside Linux."""
+    """Raise OutOfTime or MemoryError in the body if it exceeds the CPU time or memory of a chat template."""
     memory_use = Path('/proc/self/statm')
     in_main_thread = threading.current_thread() is threading.main_thread()
+    # no limits outside the main thread, where signals cannot be handled, and outside Linux
     if not in_main_thread or not memory_use.exists():
         yield
         return
@@ -225,12 +219,13 @@ def _limits():
         raise OutOfTime
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    # the first number is the size of the address space in pages
+    # the template may add TEMPLATE_BYTES to the address space, whose size in pages is the first number
     num_pages = int(memory_use.read_text().split()[0])
     allowed = num_pages * resource.getpagesize() + TEMPLATE_BYTES
     if soft != resource.RLIM_INFINITY:
         allowed = min(allowed, soft)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    # the virtual timer counts CPU time
     old_handler = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
@@ -242,11 +237,13 @@ def _limits():
 
 
 def write(chat, tools, tokenizer, **options):
-    """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the
-    template raises an error or does not know a role, and UserError if it is invalid or exceeds its time or memory."""
+    """Return a chat as text, written by the chat template. options: for apply_chat_template. Raises Refused if the template
+    cannot write this chat, and UserError if it can write none, or exceeds a limit."""
     template = template_of(tokenizer, tools)
     options |= {'tools': tools, 'chat_template': template, 'tokenize': False}
     text = _apply_template(chat, tokenizer, options)
+    if len(text) > 2 * LONGEST:
+        raise UserError(f'the chat template writes {len(text):,} characters for one chat, more than {2 * LONGEST:,}')
     # a template knows a role that is not one of ROLES if it compares with it: the role stands in quotes there
     roles = {turn['role'] for turn in chat}.difference(ROLES.values())
     unquoted = [role for role in sorted(roles) if not re.search(rf"""["']{re.escape(role)}["']""", template)]
@@ -254,8 +251,6 @@ def write(chat, tools, tokenizer, **options):
     if unquoted:
         without_contents = [turn | {'content': '-'} for turn in chat]
         text_without_contents = _apply_template(without_contents, tokenizer, options)
-    if len(text) > 2 * LONGEST:
-        raise UserError(f'the chat template writes {len(text):,} characters for one chat, more than {2 * LONGEST:,}')
     for role in unquoted:
         if role not in text_without_contents:
             raise Refused(f'a message has the unknown role {role[:24]!r}; known are {", ".join(ROLES)}')
@@ -264,7 +259,6 @@ def write(chat, tools, tokenizer, **options):
 
 def _apply_template(chat, tokenizer, options):
     """Return apply_chat_template(chat, **options), within _limits(); errors as in write()."""
-    # with the thoughts in the fields that templates read
     turns = [with_thoughts(turn) for turn in chat]
     try:
         with _limits():
@@ -278,13 +272,13 @@ def _apply_template(chat, tokenizer, options):
         reason = ' '.join(str(error).split())[:200] or type(error).__name__
         # no row can be written then
         if any(kind.__name__ == 'TemplateSyntaxError' for kind in type(error).__mro__):
-            wrong = f'the chat template of {tokenizer.name_or_path!r} has a mistake in line {error.lineno}'
-            raise UserError(f'{wrong}: {reason}') from None
+            name, line = tokenizer.name_or_path, error.lineno
+            raise UserError(f'the chat template of {name!r} has a mistake in line {line}: {reason}') from None
         raise Refused(f'the chat template refuses an example: {reason}') from None
 
 
 def with_thoughts(turn):
-    """Return a message with its thoughts, from whichever field of REASONING, in both fields that templates read."""
+    """Return a message with its thoughts in both fields that templates read, whichever of REASONING they stand in."""
     thoughts = next((turn[key] for key in REASONING if turn.get(key) is not None), None)
     if thoughts is None:
         return turn
@@ -294,8 +288,8 @@ def with_thoughts(turn):
 def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     """Return an answer as the template writes it behind prompt_text, its text of the prompt; no line breaks at the end.
 
-    Raises Refused if the text of the whole chat does not begin with prompt_text. Only an opened thought (<think>) at
-    its end may differ: the answer is then the thought (left_out counts empty ones), its end tag, and the rest."""
+    Raises Refused if the text of the whole chat does not begin with prompt_text, except for a thought (<think>) that the
+    prompt opens at its end: the answer is then the thought (left_out counts empty ones), its end tag, and the rest."""
     *earlier, last = prompt
     chat = prompt + answer
     # an answer that the prompt has begun becomes one message with its beginning
@@ -317,7 +311,7 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     # the template writes the thought, only with other white space after the tag
     if rest.startswith(open_tag):
         return rest.removeprefix(open_tag).lstrip().rstrip('\n')
-    # the template drops thoughts, but in sampling the model writes one first, so add it back: from a field or the content
+    # the template drops thoughts, but in sampling the model writes one first: add it back, from a field or the content
     first = answer[0]
     thought_in_content, _, _ = first['content'].rpartition(end_tag)
     thought = next((first[key] for key in REASONING if first.get(key)), thought_in_content)
@@ -327,17 +321,15 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
-    """Count in left_out what the template does not write to the text: contents, other fields of messages, and tools.
-
-    text: what it wrote of turns and tools; write_again(turns, tools) returns that of others. A field is unwritten if
-    the text is the same without it."""
+    """Count in left_out what the template does not write: contents, other fields of messages, and tools. text: what
+    write_again(turns, tools) returns."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += num_changed
     tools_unwritten = bool(tools) and write_again(turns, None) == text
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
-        """Return whether the text is the same without this field of the turns at these indices."""
+        """Return whether the text is the same without this field of the turns at these indices: it is not written."""
         reduced = [dict(turn) for turn in turns]
         for i in indices:
             del reduced[i][name]
@@ -358,10 +350,9 @@ def count_unwritten(turns, tools, text, write_again, left_out):
 
 
 def encode_texts(texts, tokenizer, before=None):
-    """Return the token ids of each text; adds no BOS or EOS. Special tokens that users wrote stand between marks.
+    """Return the token ids of each text, without BOS and EOS; what stands between marks is encoded as ordinary text.
 
-    before: the text that each one continues ('': none), so that it gets no space in front from a tokenizer that puts
-    one before every text; None: they continue none."""
+    before: the texts that they continue ('': none): a tokenizer that puts a space before every text must not put one there."""
     if before is None or not puts_space(tokenizer):
         return _encode_all(texts, tokenizer)
     # a text's ids are those of the whole (the text before it, and the text) without those of the text before it
@@ -370,8 +361,7 @@ def encode_texts(texts, tokenizer, before=None):
     ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
     all_ids = []
     for start, text, whole in zip(before, texts, wholes, strict=True):
-        whole_ids = ids_of[whole]
-        start_ids = ids_of[start]
+        whole_ids, start_ids = ids_of[whole], ids_of[start]
         if whole_ids[: len(start_ids)] == start_ids:
             all_ids.append(whole_ids[len(start_ids) :])
         # a token of the whole goes over the border, and a prompt must be the same without an answer
@@ -389,9 +379,7 @@ def puts_space(tokenizer):
 
 
 def decode_answer(ids, prompt_ids, tokenizer, **options):
-    """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning.
-
-    options: for tokenizer.decode."""
+    """Return an answer's text as it goes on behind its prompt: alone, it may lose a space at its beginning."""
     if not puts_space(tokenizer):
         return tokenizer.decode(ids, **options)
     prompt = tokenizer.decode(prompt_ids, **options)
@@ -416,7 +404,7 @@ def _encode_all(texts, tokenizer):
 
 
 def _encode_marked(text, tokenizer, at_start=True):
-    """Return the ids of a text with marks. at_start: see _encode_piece()."""
+    """Return the ids of a text; its special tokens between marks are encoded as text. at_start: see _encode_piece()."""
     # re.split puts the marked pieces at odd positions
     pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
     ids = []
@@ -433,16 +421,14 @@ def _encode_marked(text, tokenizer, at_start=True):
 
 
 def _encode_piece(text, tokenizer, as_text, at_start=False):
-    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text.
-
-    at_start: allow the space that some tokenizers add at the start of a text."""
+    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text. at_start:
+    allow the space that some tokenizers add at the start of a text."""
     if not at_start:
-        # encode the piece after a newline, then remove the newline's ids
+        # encode the piece after a newline, then remove the newline's ids, unless the tokenizer merged it with the text
         newline = _encode_piece('\n', tokenizer, as_text, at_start=True)
         ids = _encode_piece('\n' + text, tokenizer, as_text, at_start=True)
         if ids[: len(newline)] == newline:
             return ids[len(newline) :]
-        # fallback: the tokenizer merged the newline with the text
     if not text:
         return []
     if not as_text:

@@ -17,13 +17,15 @@ NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
 
 def counted(count, noun):
     """Return a count and its noun, given as a plural: '1 pair of answers', '2,000 pairs of answers'."""
-    # group 1 of NOUN is the singular
+    # \1: the first group of NOUN, which lacks the s
     words = NOUN.sub(r'\1', noun) if count == 1 else noun
     return f'{count:,} {words}'
 
 
 def in_words(left_out):
-    """Format the Counter left_out {reason: count} as ('COUNT REASON, ...' or 'nothing', list of 'note: ' reasons)."""
+    """Return a Counter of reasons as a text, and a list of those that are notes.
+
+    {'rows cut': 1, 'tie': 2, 'note: no chats': 3} -> ('1 row cut, 2 ties', ['note: no chats (3 times)']); {} -> ('nothing', [])."""
     counts = []
     notes = []
     # unary + drops zero counts
@@ -31,7 +33,7 @@ def in_words(left_out):
         if reason.startswith('note: '):
             notes.append(f'{reason} ({count:,} times)' if count > 1 else reason)
         else:
-            # formats.py counts 'tie'; 'same prompt again' needs a noun before it
+            # a number needs a plural behind it: '2 ties', '2 times the same prompt again'
             noun = 'ties' if reason == 'tie' else re.sub('^same', 'times the same', reason)
             counts.append(counted(count, noun))
     return ', '.join(counts) or 'nothing', notes
@@ -62,10 +64,10 @@ class Examples:
         """Make Examples from [(prompt ids, [answer ids, ...])]; all items need the same number of answers."""
         pieces = [piece for prompt, answers in items for piece in (prompt, *answers)]
         spans = spans_of([len(piece) for piece in pieces], parts=len(pieces) // len(items))
-        # placeholders: all labels good, uids 0 to n - 1
+        # placeholders: all labels good, the example's number for a hash
         good = np.ones(len(items), bool)
         uid = np.arange(len(items), dtype=np.uint64)
-        return cls(np.concatenate(pieces), spans, good, uid, Counter())
+        return cls(np.concatenate(pieces), spans, good, uid, left_out=Counter())
 
     @cached_property
     def widths(self):
@@ -91,19 +93,17 @@ class Examples:
 
     def select(self, rows):
         """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
-        arrays = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        columns = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
         # ref and margin may be None
-        selected = {name: array[rows] for name, array in arrays.items() if array is not None}
-        return replace(self, **selected)
+        return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
     def flip(self, rate, seed):
         """Swap chosen and rejected (for single answers: good and bad) in a random fraction of the examples."""
         # the draw depends on uid and seed alone, so a higher rate flips a superset; margins stay
         is_flipped = uniform_hash(self.uid, seed) < rate
         left_out = self.left_out + Counter({'labels flipped': int(is_flipped.sum())})
-        is_single = self.spans.shape[1] == 2
-        # two single answers made from one pair share its uid, so they flip together
-        if is_single:
+        # single answers; two that were made from one pair share its uid, so they flip together
+        if self.spans.shape[1] == 2:
             return replace(self, good=self.good ^ is_flipped, left_out=left_out)
         # columns: prompt, chosen, rejected
         swapped_spans = self.spans[:, [0, 2, 1]]
@@ -118,16 +118,16 @@ class Examples:
         return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
 
     def control(self, good, bad):
-        """Append the token id `good` or `bad` to each prompt, by the label of its answer (conditional SFT)."""
+        """Append the token id `good` or `bad` to each prompt, by the label of its only answer (conditional SFT)."""
         if not len(self):
-            return self
+            return self  # Examples.of needs an item
         items = []
         for i, token in enumerate(np.where(self.good, good, bad)):
             prompt, answers = self[i]
             items.append((np.append(prompt, token), answers))
-        # rebuild the flat arrays, since the new tokens shift all spans
+        # the new tokens shift all spans; labels and hashes stay
         longer = Examples.of(items)
-        return replace(self, ids=longer.ids, spans=longer.spans, ref=None, margin=None)
+        return replace(self, ids=longer.ids, spans=longer.spans)
 
     def keep(self, frac_good, frac_bad, seed):
         """Randomly keep these fractions of the good and the bad single answers. Raises UserError if none is left."""
@@ -151,27 +151,29 @@ class Examples:
         return np.array([hash(ids.tobytes()) for ids in prompts], np.int64)
 
     def mismatched(self, rows, max_length, more):
-        """Return the prompts at rows (one step), each with an answer to a different prompt, for KTO's KL estimate z.
+        """Return the prompts at rows (those of one step), each with an answer to a different prompt, for KTO's KL estimate z.
 
         Examples have one answer each. The answer comes from the next example of the step with a different prompt, else of
         self, else of the Examples `more`; if all prompts are equal, from any other example."""
 
-        def donors(place, row):
-            """Yield (examples, candidate rows) for the example row = rows[place], best first; some have none."""
+        def donors(place):
+            """Yield (Examples, rows of them that may give the answer for rows[place], perhaps none), the best first."""
+            row = rows[place]
             own_prompt = self.prompt_hashes[row]
-            # np.roll: the other examples, from the next one on, and then those before this one
-            in_step = np.roll(rows, -place)[1:]
-            yield self, in_step[self.prompt_hashes[in_step] != own_prompt]
-            in_self = np.roll(np.arange(len(self)), -row)[1:]
-            yield self, in_self[self.prompt_hashes[in_self] != own_prompt]
+            # of the step without this example: np.roll begins with it, and goes on with the next one
+            others = np.roll(rows, -place)[1:]
+            yield self, others[self.prompt_hashes[others] != own_prompt]
+            # the same of all examples
+            others = np.roll(np.arange(len(self)), -row)[1:]
+            yield self, others[self.prompt_hashes[others] != own_prompt]
             yield more, np.flatnonzero(more.prompt_hashes != own_prompt)
-            # fallback: any other example
-            yield self, in_self
+            # all prompts are equal
+            yield self, others
             yield more, np.arange(len(more))
 
         items = []
         for place, row in enumerate(rows):
-            donor, donor_row = next((donor, found[0]) for donor, found in donors(place, row) if len(found))
+            donor, donor_row = next((donor, found[0]) for donor, found in donors(place) if len(found))
             _, (answer,) = donor[donor_row]
             prompt, _ = self[row]
             # truncate to max_length, but keep at least one token
@@ -195,18 +197,17 @@ def spans_of(widths, parts):
     """Return the (n, parts, 2) start and end of n * parts consecutive pieces. widths: (n * parts,) their lengths."""
     widths = np.asarray(widths, np.int64)
     ends = np.cumsum(widths)
-    spans = np.stack((ends - widths, ends), 1)
-    return spans.reshape(-1, parts, 2)
+    return np.stack((ends - widths, ends), 1).reshape(-1, parts, 2)
 
 
 GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of splitmix64
 
 
 def uniform_hash(uid, seed):
-    """Return a pseudorandom float in [0, 1) for each uint64 uid, which depends on uid and seed alone (splitmix64)."""
+    """Return a pseudorandom float in [0, 1] for each uint64 uid, which depends on uid and seed alone."""
+    # number `seed` of the generator splitmix64 that starts at uid; it takes a step before its number 0
     offset = (seed + 1) * GOLDEN_STEP % 2**64
-    mixed = splitmix64(uid + np.uint64(offset))
-    return mixed.astype(np.float64) / 2**64
+    return splitmix64(uid + np.uint64(offset)).astype(np.float64) / 2**64
 
 
 def splitmix64(x):

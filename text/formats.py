@@ -98,12 +98,9 @@ class LeftOut(Exception):
 # columns: a frozenset of the columns that a row must have
 Layout = namedtuple('Layout', 'name columns read')
 
-# ---- any row ----
-
 
 def each(rows, read):
-    """Yield (row, read(row)) for every row, or (row, ValueError) if the row is invalid. A row that read() leaves out
-    gives [{'drop': reason}]."""
+    """Yield (row, read(row)) for every row; (row, ValueError) if it is invalid, (row, [{'drop': reason}]) if it is left out."""
     for row in rows:
         try:
             # the line of the file could not be parsed (readers.py)
@@ -120,44 +117,44 @@ def each(rows, read):
 
 
 def parse_any(row, task=None, columns=None):
-    """Return the examples of a row in any known layout, with the row's tools, and as chats with its system message if there
-    is one. An example with an answer of weight 0 is {'drop': UNTRAINED}. columns: {our name: column}, or None to detect them."""
+    """Return the examples of a row in any known layout. columns: {our name: column}, or None to detect them."""
     row = unified(row, columns)
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    examples = layout.read(row, task)
-    for i, example in enumerate(examples):
-        if 'drop' in example:
-            continue
-        answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
-        # read_message keeps a weight only if it is 0
-        if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
-            examples[i] = {'drop': UNTRAINED}
-            continue
-        # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
-        prompt = example['prompt']
-        if isinstance(prompt, list):
-            example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
-        if row.get('tools'):
-            example['tools'] = field(row, 'tools', list)
-        if not row.get('system'):
-            continue
-        # a prompt that a chat template has already formatted may contain the system message
-        system = field(row, 'system')
-        text = prompt if isinstance(prompt, str) else ''
-        if text.endswith(TURN_MARKERS) and system.strip() in text:
-            continue
-        if text.endswith(TEMPLATE_MARKERS):
-            raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
-        if not prompt:
-            raise ValueError("there is a 'system' message and no question behind it")
-        # as_chats adds none to a chat that has a system message, which must then say the same
-        examples[i] = messages.as_chats(example, system)
-        if examples[i]['prompt'][0]['content'].strip() != system.strip():
-            raise ValueError("the column 'system' and the system message of the chat are not the same")
+    examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
     is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
     return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
+
+
+def _completed(example, row):
+    """Return an example with its row's tools and system message, or {'drop': UNTRAINED} if an answer has the weight 0."""
+    answers = [example[key] for key in ('chosen', 'rejected', 'response') if key in example]
+    # read_message keeps a weight only if it is 0
+    if any(isinstance(chat, list) and 'weight' in chat[0] for chat in answers):
+        return {'drop': UNTRAINED}
+    # chat templates must not see the weights; the turns are copied, for example['turns'] may have the same dicts
+    prompt = example['prompt']
+    if isinstance(prompt, list):
+        example['prompt'] = [{key: value for key, value in turn.items() if key != 'weight'} for turn in prompt]
+    if row.get('tools'):
+        example['tools'] = field(row, 'tools', list)
+    if not row.get('system'):
+        return example
+    # a prompt that a chat template has already written may contain the system message
+    system = field(row, 'system')
+    text = prompt if isinstance(prompt, str) else ''
+    if text.endswith(TURN_MARKERS) and system.strip() in text:
+        return example
+    if text.endswith(TEMPLATE_MARKERS):
+        raise ValueError("the prompt is written by a chat template already, without the message in 'system'")
+    if not prompt:
+        raise ValueError("there is a 'system' message and no question behind it")
+    # as_chats turns texts into chats; it adds none to a chat that has a system message, which must then say the same
+    example = messages.as_chats(example, system)
+    if example['prompt'][0]['content'].strip() != system.strip():
+        raise ValueError("the column 'system' and the system message of the chat are not the same")
+    return example
 
 
 def layout_of(row):
@@ -165,12 +162,8 @@ def layout_of(row):
     for layout in LAYOUTS:
         if layout.columns <= row.keys():
             return layout
-
     # the layout of whose columns the row has the largest share
-    def share(layout):
-        return len(layout.columns & row.keys()) / len(layout.columns)
-
-    nearest = max(LAYOUTS, key=share)
+    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & row.keys()) / len(layout.columns))
     hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     has_a_column = not nearest.columns.isdisjoint(row)
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
@@ -179,8 +172,7 @@ def layout_of(row):
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
 
-    columns: {our name: column of the row}; if given, only these are read. Nulls stay in columns where they mean
-    "not labelled" or "no winner". Raises ValueError for media columns and for tools that are not JSON."""
+    columns: {our name: column of the row}; if given, only these are read. Raises ValueError."""
     if columns:
         row = {name: row.get(column) for name, column in columns.items()}
     # Prompt -> prompt, 'Response A' -> response_a (KNOWN: names with a meaning), unless two columns would get one name
@@ -193,11 +185,21 @@ def unified(row, columns=None):
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
+    # nulls stay where they mean "not labelled" or "no winner"
     row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
     for name in row:
         if messages.MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
+    # these change the row in place
+    _find_chat(row)
+    _unpack(row)
+    _parse_tools(row)
+    return row
+
+
+def _find_chat(row):
+    """Give a row's system message and chat the names 'system' (a text) and 'messages' (or 'prompt'), in place."""
     # Gemini: the system message is one, perhaps without a role
     system = row.get('system')
     parts = system if isinstance(system, list) else [system]
@@ -210,22 +212,24 @@ def unified(row, columns=None):
     for name, our_name in RENAMED_CHATS.items():
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
-    # if no column is known, the only one with messages, or one of these names, is the chat
-    if KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns', *ABOUT, *DOCUMENTS}):
-        chats = []
-        for name, value in row.items():
-            turns = value if isinstance(value, list) else []
-            if turns and all(isinstance(turn, dict) and turn.keys() & {'role', 'from'} for turn in turns):
-                chats.append(name)
-        name = chats[0] if len(chats) == 1 else first_of(('items', 'dialogue', 'data'), chats)
-        if name:
-            row['messages'] = row.pop(name)
-    # a text 'context' is the question if nothing else asks
-    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
-        row['question'] = row.pop('context')
-    _unpack(row)
-    # tools may be JSON, as a whole or one by one; parse_literal gives None for a text that is none
+    # if a column is known, no other one needs to be the chat
+    if not KNOWN.isdisjoint(row.keys() - {'system', 'tools', 'turns', *ABOUT, *DOCUMENTS}):
+        return
+    # otherwise it is the only column with messages, or the one with one of these names
+    chats = []
+    for name, value in row.items():
+        turns = value if isinstance(value, list) else []
+        if turns and all(isinstance(turn, dict) and turn.keys() & {'role', 'from'} for turn in turns):
+            chats.append(name)
+    name = chats[0] if len(chats) == 1 else first_of(('items', 'dialogue', 'data'), chats)
+    if name:
+        row['messages'] = row.pop(name)
+
+
+def _parse_tools(row):
+    """Replace the tools of a row, which may be JSON as a whole or one by one, by a list, in place. Raises ValueError."""
     tools = row.pop('tools', None) or []
+    # parse_literal gives None for a text that is no JSON, and for 'null', which means no tools
     if isinstance(tools, str):
         tools = messages.parse_literal(tools) if tools.strip() != 'null' else []
     if are_texts(tools):
@@ -234,14 +238,13 @@ def unified(row, columns=None):
         raise ValueError("'tools' has a text that is no JSON")
     if tools:
         row['tools'] = tools
-    return row
 
 
 @lru_cache(1000)
 def rename_columns(columns):
-    """Return a tuple of column names, renamed by all entries {their name: our name} of RENAMED that apply to them: their
-    names are all there, and none of ours, so that no two columns get one name."""
+    """Return a tuple of column names, renamed by every entry {their name: our name} of RENAMED that applies."""
     for names in RENAMED:
+        # all of their names must be there, and none of ours, so that no two columns get one name
         new_names = set(names.values()) - names.keys()
         if names.keys() <= set(columns) and new_names.isdisjoint(columns):
             columns = tuple(names.get(name, name) for name in columns)
@@ -250,7 +253,10 @@ def rename_columns(columns):
 
 def _unpack(row):
     """Move question, answers, scores and template settings out of the objects that data sets keep them in, in place."""
-    # NeMo RL: answers by rank, 0 the best: minus the rank is the score; Gemini: by score
+    # a text 'context' is the question if nothing else asks
+    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
+        row['question'] = row.pop('context')
+    # NeMo RL: [{'rank', 'completion'}], 0 the best, so minus the rank is the score; Gemini: [{'score', 'completion'}]
     completions = row.get('completions')
     for name, sign in (('rank', -1), ('score', 1)):
         if isinstance(completions, list) and completions and all(map({name, 'completion'}.issubset, completions)):
@@ -260,7 +266,7 @@ def _unpack(row):
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
             del row[name]
-    # WebGPT: the question is an object
+    # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
     # SQuAD: several answers that mean the same; the first is used
@@ -276,7 +282,7 @@ def _unpack(row):
     if isinstance(row.get('rejected_response'), str | list) and isinstance(row.get('messages'), list):
         chat = row['chosen'] = row.pop('messages')
         row['rejected'] = chat[:-1] + said(row.pop('rejected_response'))
-    # SmolTalk 2: arguments for the chat template
+    # SmolTalk 2: {'custom_instructions': system message, 'xml_tools' or 'python_tools': tools} for the chat template
     template_args = row.get('chat_template_kwargs')
     if isinstance(template_args, dict):
         for name, our_name in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
@@ -288,30 +294,28 @@ def _unpack(row):
 
 
 def first_of(names, row):
-    """Return the first of the names that is a column of the row, or None."""
+    """Return the first of the names that is in the row (a column of it), or None."""
     return next((name for name in names if name in row), None)
 
 
 def prompt_of(row, given_answer=None):
-    """Return the prompt of a row: text for the answer to continue, or a list of messages.
+    """Return the prompt of a row: a list of messages, or text for the answer to continue. Raises ValueError if it has none.
 
-    The column 'prompt', and any text that ends with a turn marker, stays text; other questions become a user message.
-    given_answer: an answer, text or chat, that may include its question: then a row without a column for it gives None
-    in place of a ValueError."""
+    given_answer: an answer, text or chat, that may include its question: a row without a column for it then gives None."""
     column, chat_column = first_of(QUESTIONS, row), first_of(CHATS, row)
     if chat_column and column != 'prompt':
         # under the key 'prompt', text_or_chat also accepts a chat that does not end with an answer
         turns = text_or_chat({'prompt': field(row, chat_column, list)}, 'prompt')
         # a conversation that ends with a question is the prompt
         if turns[-1]['role'] != 'assistant':
-            check_nothing_lost(row, chat_column, turns, _histories(row), texts_in=(*QUESTIONS, *DOCUMENTS))
+            check_nothing_lost(row, chat_column, turns, texts_in=(*QUESTIONS, *DOCUMENTS))
             return turns
         # one that ends with an answer is none: then the given answer must begin with its question
         column = None
-    if column is None and given_answer is None:
-        raise ValueError("'prompt' is missing")
-    if column is None:
+    if column is None and given_answer is not None:
         return None
+    if column is None:
+        raise ValueError("'prompt' is missing")
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     # a 'prompt' that ends with the given answer is a whole text: another column asks
     if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
@@ -321,7 +325,7 @@ def prompt_of(row, given_answer=None):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
         prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
-    # what other question columns ask may be in the earlier messages of a chat in the answer column
+    # what other columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
     options = [name for name in row if OPTION.fullmatch(name)]
     # a single column of that form, such as 'A', is no choice between options
@@ -329,18 +333,17 @@ def prompt_of(row, given_answer=None):
         options = []
     # LLaMA-Factory's history goes before a question that is a text
     continues = isinstance(prompt, str) and is_history(row.get('history'))
-    others = [name for name in (*QUESTIONS, *ABOUT, *options) if not (continues and name == 'history')]
-    check_nothing_lost(row, column, turns + earlier, others)
-    if isinstance(prompt, list):
-        return prompt
+    others = {name: value for name, value in row.items() if not (continues and name == 'history')}
+    check_nothing_lost(others, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
     if continues:
         return messages.alternating(chain.from_iterable(row['history'])) + turns
-    stays_text = column == 'prompt' or prompt.endswith(TURN_MARKERS)
-    return prompt if stays_text else turns
+    # only these are texts to continue; other questions become a user message
+    is_to_continue = column == 'prompt' or prompt.endswith(TURN_MARKERS)
+    return prompt if is_to_continue else turns
 
 
 def _ends_with(prompt, given_answer):
-    """Return whether a prompt is a whole text, question and answer: 'Q: 2 + 2? A: 4' with the given answer '4'."""
+    """Return whether a prompt, text or chat, is the text of a question and its answer: 'Q: 2 + 2? A: 4', given '4'."""
     if not isinstance(prompt, str) or not isinstance(given_answer, str):
         return False
     # rpartition needs a separator: a line break in place of an empty answer
@@ -349,12 +352,12 @@ def _ends_with(prompt, given_answer):
 
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
-    """Raise ValueError if another column than `column`, which the messages `turns` are from, has content that they do
-    not include: it would be lost. names: columns of which all content counts. texts_in: columns that may also hold
-    names or numbers, of which only texts of four words or more count."""
+    """Raise ValueError if another column than `column`, which the messages `turns` are from, asks what is not in them.
+
+    names: columns whose whole content must be in them. texts_in: columns that may also hold names or numbers."""
     text = '\n'.join(turn['content'] for turn in turns)
-    found = []  # (column, its texts); a column may be in names and in DOCUMENTS
-    for name in names:
+    found = []  # (column, its texts); a column may be in names and in texts_in
+    for name in (*names, 'history') if is_history(row.get('history')) else names:
         value = row.get(name)
         if value and name != column:
             parts = value if isinstance(value, list) else [value]
@@ -373,21 +376,14 @@ def _texts_in(value, min_words=0):
     return [text for part in parts for text in _texts_in(part, min_words)] if isinstance(parts, list) else []
 
 
-def _histories(row):
-    """Return ['history'] if the row has a history, which does not go before a chat, else []."""
-    return ['history'] if is_history(row.get('history')) else []
-
-
 def is_history(value):
     """Return whether a value is LLaMA-Factory's history: a non-empty list of [question, answer]."""
     return isinstance(value, list) and bool(value) and all(are_texts(turn, 2) for turn in value)
 
 
 def example_of(row, columns):
-    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in
-    the column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': its column}.
-    Text answers to a question also give 'repeats': whether all began with it, and it was removed. Raises ValueError,
-    and LeftOut for chats without an answer or with different prompts."""
+    """Return the example of a row: {'prompt', and every key of columns}, all texts or all chats; only behind a chat in the
+    column 'prompt' text answers stay texts. columns: {'chosen', 'rejected' or 'response': its column}."""
     answers = {key: text_or_chat(row, column) for key, column in columns.items()}
     first_answer = next(iter(answers.values()))
     # None if no column asks: then the answers must begin with the prompt
@@ -398,61 +394,50 @@ def example_of(row, columns):
         return _example_of_chats(prompt, answers)
     if prompt is None:
         return _split_off_prompt(row, answers)
-    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
-    # if the question is empty, all True, and not used
-    repeats = [text.lstrip().startswith(question) for text in answers.values()]
-    if len(set(repeats)) == 2:
-        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
-    if question and repeats[0]:
-        answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
-        # white space after the prompt is part of the answers now
-        if isinstance(prompt, str):
-            prompt = prompt.rstrip()
-    # CarperAI's summaries begin with 'TL;DR:', which elsewhere is the end of the prompt
-    is_summary_pair = len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values())
-    if isinstance(prompt, str) and is_summary_pair:
-        prompt = prompt.rstrip() + '\n\n'
-    # DeepSpeed's answers begin with 'Assistant:', to a prompt 'Human: ...': the marker goes to the prompt
-    marker = ASSISTANT.strip()
-    is_dialogue = isinstance(prompt, str) and prompt.lstrip().startswith('Human:') and not prompt.endswith(TURN_MARKERS)
-    if is_dialogue and all(text.lstrip().startswith(marker) for text in answers.values()):
-        prompt = prompt.rstrip() + ASSISTANT
-        answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
+    prompt, answers, repeats = _take_off_question(prompt, answers)
+    if isinstance(prompt, str):
+        # CarperAI's summaries begin with 'TL;DR:', which elsewhere is the end of the prompt
+        if len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values()):
+            prompt = prompt.rstrip() + '\n\n'
+        # DeepSpeed's answers begin with 'Assistant:', to a prompt 'Human: ...': the marker goes to the prompt
+        marker = ASSISTANT.strip()
+        is_dialogue = prompt.lstrip().startswith('Human:') and not prompt.endswith(TURN_MARKERS)
+        if is_dialogue and all(text.lstrip().startswith(marker) for text in answers.values()):
+            prompt = prompt.rstrip() + ASSISTANT
+            answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
     # Math-Step-DPO has the first steps of both answers in a column of their own
     first_steps = row.get('initial_reason_steps', '')
     answers = {key: first_steps + text for key, text in answers.items()}
     # if prompt_of made the question a message, the answers become messages, too
     if isinstance(prompt, list) and not isinstance(row.get('prompt'), list):
         answers = {key: said(text) for key, text in answers.items()}
-    example = {'prompt': prompt, **answers}
-    return example | {'repeats': repeats[0]} if question else example
+    return {'prompt': prompt, **answers, **repeats}
+
+
+def _take_off_question(prompt, answers):
+    """Return (prompt, answers, {'repeats': whether all answers began with the question, which was then taken off}). answers:
+    {key: text}. An empty question gives {}. Raises ValueError if only one answer begins with it."""
+    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
+    if not question:
+        return prompt, answers, {}
+    repeats = [text.lstrip().startswith(question) for text in answers.values()]
+    if len(set(repeats)) == 2:
+        raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
+    if repeats[0]:
+        answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
+        # white space after the prompt is part of the answers now
+        prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
+    return prompt, answers, {'repeats': repeats[0]}
 
 
 def _example_of_chats(prompt, answers):
-    """Return the example of answers that are chats, {'chosen', 'rejected' or 'response': chat}: each continues the prompt
-    (text, chat or None) or repeats it. See example_of()."""
+    """Return the example of answers {key: chat}: each continues the prompt (text, chat or None) or repeats it."""
     if not all(answers.values()):
         raise LeftOut('empty answers')
     if len({chat[0]['role'] == 'assistant' for chat in answers.values()}) > 1:
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
     turns = [] if prompt is None else as_chat(prompt)
-    # the system message is not compared
-    prompt_text = '\n'.join(turn['content'].strip() for turn in turns if turn['role'] != 'system')
-    chats = {}
-    for key, chat in answers.items():
-        # an answer that continues the prompt
-        if chat[0]['role'] == 'assistant':
-            chats[key] = turns + chat
-            continue
-        # a chat that begins with a question: the prompt must be in it, or all its questions, if several, in the prompt
-        chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
-        questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
-        prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
-        if prompt_text not in chat_text and not prompt_has_questions:
-            raise LeftOut('answers to something else than the prompt')
-        # the system message of the prompt, unless the chat has its own
-        system = [turn for turn in turns[:1] if turn['role'] == 'system']
-        chats[key] = chat if chat[0]['role'] == 'system' else system + chat
+    chats = {key: _joined(turns, chat) for key, chat in answers.items()}
     # all turns before the last answer are the prompt, which both answers must share (a single one: the same twice)
     prompts = [chat[:-1] for chat in chats.values()]
     prompt, other_prompt = prompts[0], prompts[-1]
@@ -463,25 +448,42 @@ def _example_of_chats(prompt, answers):
     return {'prompt': prompt, **{key: chat[-1:] for key, chat in chats.items()}}
 
 
+def _joined(prompt, chat):
+    """Return the whole conversation of a prompt and an answer, both lists of messages; the answer may repeat the prompt."""
+    if chat[0]['role'] == 'assistant':
+        return prompt + chat
+    # the prompt, without its system message, must be in the chat; or all questions of the chat, if several, in the prompt
+    prompt_text = '\n'.join(turn['content'].strip() for turn in prompt if turn['role'] != 'system')
+    chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
+    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
+    prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
+    if prompt_text not in chat_text and not prompt_has_questions:
+        raise LeftOut('answers to something else than the prompt')
+    # the chat's own system message goes before that of the prompt
+    if chat[0]['role'] == 'system':
+        return chat
+    return [turn for turn in prompt[:1] if turn['role'] == 'system'] + chat
+
+
 def _split_off_prompt(row, answers):
-    """Return the example of two texts, {'chosen', 'rejected'}, that begin with the prompt: each is split at its last turn
-    marker. Raises ValueError if there is none, or if a column such as 'prompts' may be the prompt."""
+    """Return the example of two texts that begin with the prompt: each is split at its last turn marker. Raises ValueError."""
     if len(answers) == 1:
         raise ValueError("'prompt' is missing")
     chosen, rejected = answers.values()
+    # a column such as 'prompts' may be the prompt
     for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
         text = str(row[name]).strip()
         if len(text.split()) > 2 and text not in chosen:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
+    # HH has ASSISTANT in both texts, even if the prompts before it differ
     common = os.path.commonprefix([chosen, rejected])
-    # the first marker that is in both; for HH it is ASSISTANT, the first of all, even if the prompts differ (see below)
-    marker = next((marker for marker in TURN_MARKERS if marker in common or ASSISTANT in chosen), None)
+    marker = ASSISTANT if ASSISTANT in chosen else first_of(TURN_MARKERS, common)
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
     prompt, _, chosen = chosen.rpartition(marker)
     rejected_prompt, _, rejected = rejected.rpartition(marker)
-    # about 1 in 900 pairs of HH
+    # so do about 1 in 900 pairs of HH
     if prompt != rejected_prompt:
         raise LeftOut(DIFFERENT)
     return {'prompt': prompt + marker, 'chosen': chosen, 'rejected': rejected}
@@ -495,7 +497,7 @@ def read_pair(row, task):
     # distilabel's verdict
     if row.get('status') == 'tie':
         raise LeftOut('tie')
-    # RewardBench 2 has lists of good and bad answers; ties among good ones are expected, so they are not counted
+    # RewardBench 2 has lists of good and bad answers: every good one with every bad one, without {'drop': 'tie'} of two good
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
@@ -509,31 +511,10 @@ def read_pair(row, task):
 def read_compared(row, task):
     """Read two answers or conversations, such as 'response_a' and 'response_b', and a column that tells the better one."""
     columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
-    sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
     # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
     if verdict_column in BY_NAME:
-        verdict = str(row[verdict_column]).strip(' []().').lower()
-        # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better', or the model's name; but -1 is no 1
-        kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-        much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
-        named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
-        side = named[3] if named else ''
-        models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
-        side = sides[models.index(verdict)] if not named and models.count(verdict) == 1 else side
-        # a and b are the first and the second answer, also of response_1 and response_2
-        side = {'a': sides[0], 'b': sides[1]}.get(side, side)
-        no_winner = r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*'
-        if side in sides:
-            lead = 1 if side == sides[1] else -1
-        elif named and task != 'prompts':
-            # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
-            doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
-            raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]}, {columns[1]} or tie there')
-        elif task == 'prompts' or re.fullmatch(no_winner, verdict):
-            lead = 0
-        else:
-            raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+        lead = _lead_by_name(row, verdict_column, columns, task)
     elif verdict_column:
         # null is a tie
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
@@ -557,15 +538,46 @@ def read_compared(row, task):
     return [example_of(row | chats, wanted)]
 
 
+def _lead_by_name(row, verdict_column, columns, task):
+    """Return 1 if the verdict names the second of two columns, -1 if the first, and 0 for a tie. Raises ValueError."""
+    sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
+    verdict = str(row[verdict_column]).strip(' []().').lower()
+    # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
+    kinds = 'model|response|answer|completion|conversation|assistant|output|option'
+    much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
+    named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
+    # or the name of one of the models, if they are different
+    models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
+    if named:
+        # a and b are the first and the second answer, also of response_1 and response_2
+        side = {'a': sides[0], 'b': sides[1]}.get(named[3], named[3])
+    else:
+        side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
+    if side in sides:
+        return 1 if side == sides[1] else -1
+    # prompts need no verdict
+    if task == 'prompts':
+        return 0
+    if named:
+        # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
+        doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
+        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]}, {columns[1]} or tie there')
+    if not re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
+        raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+    return 0
+
+
 def read_votes(row, task):
-    """Read LMSYS's votes: lists (JSON, or one text) of questions and of both models' answers, and a 1 for the winner."""
-    texts = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    lists = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in texts]
-    texts = [[value] if isinstance(value, str) else value for value in lists]
-    if not all(map(are_texts, texts)):
+    """Read LMSYS's votes: questions, answers of model A and of model B, each a list (or its JSON, or one text), and a 1 in
+    'winner_model_a' or 'winner_model_b'."""
+    values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
+    values = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in values]
+    lists = [[value] if isinstance(value, str) else value for value in values]
+    # an answer may be null
+    if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
-    questions, *answers_of_sides = texts
-    comparison = {'winner': ''}  # that stays for a tie
+    questions, *answers_of_sides = lists
+    comparison = {'winner': ''}  # '' stays for a tie
     for side, answers in zip('ab', answers_of_sides, strict=True):
         exchanges = zip(questions, answers, strict=False)
         comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
@@ -575,10 +587,11 @@ def read_votes(row, task):
 
 
 def read_sides(row, task):
-    """Read Arena's newer votes: each turn has a user's message, an answer of model A and one of model B."""
+    """Read Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message, and the winner."""
     comparison = {'winner': row['winner']}
     for side in 'ab':
         turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
+        # as_messages makes a list of each message
         comparison[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
     return read_compared(comparison, task)
 
@@ -602,7 +615,7 @@ def read_summaries(row, task):
 def read_annotation(row, task):
     """Read AlpacaEval's annotations: preference < 1.5 means output_1, > 1.5 output_2; 0 and 1.5 are ties."""
     first, second = field(row, 'output_1'), field(row, 'output_2')
-    # label.py adds 'prompt' if that is not ask(instruction), but a chat, say; the outputs are as they go on from it
+    # label.py adds 'prompt' where the instruction alone does not tell it, and its outputs go on from it as they are
     if 'prompt' in row:
         prompt = text_or_chat(row, 'prompt')
     else:
@@ -624,10 +637,10 @@ def read_annotation(row, task):
 
 
 def rank_answers(prompt, scored, task):
-    """Return the examples of a prompt and its scored answers, a list of (score, answer). For 'prompts', the prompt; for
-    'sft', the answer with the highest score; else every pair, with a 'drop' for each tie."""
+    """Return the examples of a prompt and its scored answers, [(score, answer)]."""
     if task == 'prompts':
         return [{'prompt': prompt}]
+    # the answer with the highest score
     if task == 'sft' and scored:
         _, best = max(scored, key=itemgetter(0))
         return [{'prompt': prompt, 'response': best}]
@@ -642,9 +655,9 @@ def rank_answers(prompt, scored, task):
 def read_stack_exchange(row, task):
     """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
     scored = []
-    for found in field(row, 'answers', list):
-        score = field(found, 'pm_score', NUMBER)
-        text = messages.strip_html(field(found, 'text'))
+    for item in field(row, 'answers', list):
+        score = field(item, 'pm_score', NUMBER)
+        text = messages.strip_html(field(item, 'text'))
         scored.append((score, answer(text)))
     question = messages.strip_html(field(row, 'question'))
     return rank_answers(ask(question), scored, task)
@@ -652,19 +665,17 @@ def read_stack_exchange(row, task):
 
 def read_nectar(row, task):
     """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    scored = []
-    for found in field(row, 'answers', list):
-        rank = field(found, 'rank', NUMBER)
-        scored.append((-rank, answer(field(found, 'answer'))))
+    answers = field(row, 'answers', list)
+    scored = [(-field(item, 'rank', NUMBER), answer(field(item, 'answer'))) for item in answers]
     return rank_answers(field(row, 'prompt').rstrip(), scored, task)
 
 
 def read_completions(row, task):
     """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
     scored = []
-    for found in field(row, 'completions', list):
-        score_name = 'overall_score' if found.get('fine-grained_score') is None else 'fine-grained_score'
-        scored.append((field(found, score_name, NUMBER), said(field(found, 'response'))))
+    for item in field(row, 'completions', list):
+        score_name = 'overall_score' if item.get('fine-grained_score') is None else 'fine-grained_score'
+        scored.append((field(item, score_name, NUMBER), said(field(item, 'response'))))
     return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
@@ -679,26 +690,23 @@ def read_scored(row, task):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = []
-    for score, found in zip(scores, answers, strict=True):
-        if score is not None:
-            scored.append((score, said(found)))
+    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(as_chat(prompt_of(row)), scored, task)
 
 
 def rank_groups(rows, task, read):
-    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together.
-
-    read(row) returns (prompt, [(score, answer)]). The examples of a group come last, with its first row."""
+    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together. read(row) returns
+    (prompt, [(score, answer)])."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
-        # what read() returns is a tuple; otherwise each() made [{'drop': reason}] or a ValueError of the row
+        # a ValueError or [{'drop': reason}] that each() gives in place of what read() returns, a tuple
         if not isinstance(found, tuple):
             yield row, found
             continue
         prompt, scored = found
         _, _, all_scored = groups.setdefault(json.dumps(prompt), (row, prompt, []))
         all_scored += [pair for pair in scored if pair not in all_scored]
+    # the examples of a group come with its first row
     for row, prompt, all_scored in groups.values():
         yield row, rank_answers(prompt, all_scored, task)
 
@@ -724,6 +732,7 @@ def read_rated(rows, task):
     """Read HelpSteer and HelpSteer 2: one rated answer per row; the answers to a prompt are compared by helpfulness."""
 
     def read(row):
+        # parse_any does this for readers of one row
         row = unified(row)
         prompt = as_chat(prompt_of(row))
         score = field(row, 'helpfulness', NUMBER)
@@ -733,13 +742,11 @@ def read_rated(rows, task):
 
 
 def read_trees(rows, task, language=None):
-    """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen.
-
-    The prompt is the conversation above. For 'sft' only the best answers, for 'prompts' every question. language: read
-    only messages in this language; None: all."""
+    """Read OpenAssistant's trees of messages: each ranked answer is rejected, and the next better one is chosen, to the
+    conversation above them. language: read only messages in this language; None: all."""
     rows = list(rows)
     by_id = {str(row.get('message_id')): row for row in rows}
-    # [parent, language, rank] -> row; as text, since a bad row may have lists there
+    # [parent, language, rank] as text -> row; as text, since a bad row may have lists there
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
 
     def read(row):
@@ -759,7 +766,7 @@ def read_trees(rows, task, language=None):
             if rank != 0:
                 raise LeftOut('answers that are not the best')
             return [{'prompt': _branch(parent, by_id), 'response': own_answer}]
-        # the best answer is the chosen one of the row with rank 1
+        # the best answer is chosen in the example of the second best
         if rank == 0:
             return []
         better = by_rank.get(str([parent, row.get('lang'), rank - 1]))
@@ -801,17 +808,17 @@ def read_answer(row, task):
     if better and not label and task != 'prompts':
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
-    # a column of THOUGHTS may also be a flag ('reasoning': 'on'), or the reason for a label
+    # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
     texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
     thoughts = [text for text in texts if len(text.split()) > 2]
-    has_own_thought = not isinstance(row[column], str) or '</think>' in row[column]
-    if thoughts and not label and not has_own_thought:
+    may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
+    if thoughts and not label and not may_have_own:
         # only messages have fields for thoughts
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
         example['response'] = said(example['response'])
         example['response'][-1]['reasoning_content'] = thoughts[0]
-    # train on the answers of the history, too, as LLaMA-Factory does
+    # prompt_of has put the history into the prompt: train on its answers, too, as LLaMA-Factory does
     if is_history(row.get('history')) and isinstance(example['prompt'], list):
         return read_chat({'messages': example['prompt'] + example['response'], **label}, task)
     return [example | label]
@@ -832,20 +839,12 @@ def label_of(row):
 
 
 def read_chat(row, task):
-    """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}.
-
-    A conversation that ends with a question is a prompt, or its answer has another column. If messages before the first
-    question or after the last answer are removed, {'drop': UNASKED} follows the example, so that they are counted."""
+    """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}."""
     column = first_of(CHATS, row)
     turns = [messages.read_message(turn) for turn in field(row, column, list)]
-    for before, turn in pairwise(turns):
-        if not before['role'] == turn['role'] == 'assistant':
-            continue
-        # two answers in a row: a flag may tell which one counts
-        for name, flag in before.items():
-            if isinstance(flag, bool) and turn.get(name) is (not flag):
-                raise messages.BadValue(f'a question has two answers, and {name!r} is true of one: leave the other out')
-    check_nothing_lost(row, column, turns, _histories(row))
+    _check_no_choice(turns)
+    check_nothing_lost(row, column, turns)
+    # a conversation that ends with a question is a prompt, or its answer has another column
     if turns and turns[-1]['role'] != 'assistant':
         if any(isinstance(row.get(name), str | list) for name in ANSWERS):
             return read_answer(row, task)
@@ -858,7 +857,7 @@ def read_chat(row, task):
     # SFT takes a conversation that is labelled as good like one without a label
     if task == 'sft' and label.get('good'):
         label = {}
-    # do not train on an empty answer, unless all are empty, which is counted later, or a label judges the whole conversation
+    # do not train on an empty answer; a label judges the whole conversation, and if all are empty, that is counted later
     answers = [turn for turn in turns if turn['role'] == 'assistant']
     empty = [turn for turn in answers if messages.is_empty([turn])]
     if task != 'prompts' and not label and len(empty) < len(answers):
@@ -875,7 +874,18 @@ def read_chat(row, task):
     num_trained = sum(map(messages.is_trained, kept))
     if num_trained > 1 and not label:
         example['turns'] = kept
+    # UNASKED counts those that lose messages
     return [example] if kept == turns else [example, {'drop': UNASKED}]
+
+
+def _check_no_choice(turns):
+    """Raise BadValue if a question has two answers in a row, and a flag (a field that is true of one) tells which counts."""
+    for before, turn in pairwise(turns):
+        if not before['role'] == turn['role'] == 'assistant':
+            continue
+        for name, flag in before.items():
+            if isinstance(flag, bool) and turn.get(name) is (not flag):
+                raise messages.BadValue(f'a question has two answers, and {name!r} is true of one: leave the other out')
 
 
 def read_text(row, task):
@@ -891,12 +901,13 @@ def read_text(row, task):
         turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
         if {turn['role'] for turn in turns} == {'user', 'assistant'}:
             return read_chat({'messages': turns}, task)
-    # a single answer behind the marker of a chat template: the first of these markers that is somewhere in the text
+    # a text that a chat template has written: a prompt and one answer if it has a single marker, and no turn behind it
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)
-    question, _, reply = text.partition(marker or '\n')  # not used without a marker
-    if is_chat and not re.search(TURN_START, reply) and marker not in reply:
-        return [{'prompt': question + marker, 'response': reply}]
+    if is_chat:
+        question, _, reply = text.partition(marker)
+        if not re.search(TURN_START, reply) and marker not in reply:
+            return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
     example = {'prompt': '', 'response': text}
@@ -906,27 +917,29 @@ def read_text(row, task):
 def read_prompt(row, task):
     """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
     _check_no_answer(row, task)
-    # CarperAI's answers are texts in the column 'label'
+    # CarperAI's answers are texts in the column 'label'; a label is a single word
     if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
         return read_answer(row, task)
-    # as the hub has MT-Bench
+    # MT-Bench as the hub has it: the questions of one user
     if are_texts(row.get('prompt')):
         return read_turns({'turns': row['prompt']}, task)
     return [{'prompt': prompt_of(row)}]
 
 
 def _check_no_answer(row, task):
-    """Raise ValueError if an unknown column may be the answer, and the task needs one."""
+    """Raise ValueError if the task needs an answer, and the name of a column has one of LIKE_ANSWERS in it."""
+    if task == 'prompts':
+        return
     # without a task, a solution may be for a reward function
     like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
     for name, value in row.items():
         has_content = value and isinstance(value, str | list | dict)
-        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
+        if has_content and any(word in name.lower() for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
 
 
 def read_turns(row, task):
-    """Read MT-Bench's questions of one user, texts or (Arena-Hard) {'content': text}. The later ones need answers to the first."""
+    """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
     _check_no_answer(row, task)
     turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
     texts = []
@@ -935,29 +948,28 @@ def read_turns(row, task):
         texts.append(turn['content'] if is_object else turn)
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
+    # only the first is a prompt: the later ones need answers to it
     first, *later = texts
     example = {'prompt': [message('user', first)]}
     return [example] + [{'drop': LATER}] * len(later)
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different.
-
-    A category or an id has fewer than four words, or the same ones in many rows. layout: its own columns are read."""
-    found = defaultdict(set)
+    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different. (A category or
+    an id has fewer than four words, or the same ones in many rows.) The columns of `layout` are read."""
+    found = defaultdict(set)  # column -> its different texts
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
+            # objects describe the row, unless they are messages
+            if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
+                continue
             texts = _texts_in(value, min_words=4)
-            # objects describe, unless they are messages; a text with a question or an answer in it is the whole row
-            describes = not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value)
-            is_shown = not shown.isdisjoint(texts)
-            # or a part of what is shown, or the other way round
-            for text in texts[:5]:
-                is_shown = is_shown or any(text in part or part in text for part in shown)
-            if not describes and not is_shown:
+            # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
+            is_part = any(text in part or part in text for text in texts[:5] for part in shown)
+            if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
     return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
 

@@ -45,18 +45,17 @@ class BadValue(ValueError):
     """Raised for a value that cannot be read, where the columns are known and it is no use to name others."""
 
 
-# ---- fields of a row ----
-
-
 def field(row, key, kind=str):
-    """Return row[key]. Raises ValueError if it is missing, and BadValue, which is one, if it is not of the type kind, is
-    longer than LONGEST, cannot be encoded as UTF-8, or is no finite number."""
-    value = row.get(key, ...) if isinstance(row, dict) else ...  # ...: missing
+    """Return row[key], of the type kind. Raises ValueError if it is missing, and BadValue (a ValueError) if it is of another
+    type, longer than LONGEST, no finite number, or cannot be encoded as UTF-8."""
+    wrong = f'{key!r} is missing or of the wrong type'
+    # for a missing column, the refusal asks which one is meant (sources._refusal)
+    if not isinstance(row, dict) or key not in row:
+        raise ValueError(wrong)
+    value = row[key]
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
-        # where a column is missing, the refusal asks which one is meant (sources._refusal)
-        error = ValueError if value is ... else BadValue
-        raise error(f'{key!r} is missing or of the wrong type')
+        raise BadValue(wrong)
     # NaN fails every comparison
     if isinstance(value, int | float) and not abs(value) < 1e30:
         raise BadValue(f'{key!r} is not a finite number')
@@ -74,8 +73,7 @@ def field(row, key, kind=str):
 
 
 def text_or_chat(row, key):
-    """Return row[key]: a string, or a list of messages (read_message). Raises ValueError. An empty list is allowed for an
-    answer, not for the key 'prompt'; a non-empty answer must end with the assistant."""
+    """Return row[key]: a string, or a list of messages as read_message returns them. Raises ValueError."""
     # the answer to a sum may be a number
     if key == 'answer' and isinstance(row.get(key), int | float):
         return str(field(row, key, int | float))
@@ -88,6 +86,7 @@ def text_or_chat(row, key):
     turns = [read_message(turn) for turn in value]
     if key == 'prompt' and not turns:
         raise BadValue("'prompt' has no messages")
+    # all other keys are answers, which may be empty
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
         raise no_answer_error(key, turns[-1]['role'])
     return turns
@@ -99,15 +98,14 @@ def no_answer_error(key, last_role):
 
 
 def read_message(turn):
-    """Return a copy of a message as {'role', 'content', other fields}, with its role as in ROLES. Raises ValueError.
-
-    'from' and 'value' (or 'text', or Gemini's 'parts') are renamed, nulls are removed, and a list of content parts is joined to
-    one text. A 'function_call' becomes a tool call. An answer not to train on, by 'weight' or a field of TRAINS, has 'weight': 0."""
+    """Return a copy of a message as {'role', 'content', other fields}; only an answer that is not to be trained on has a
+    'weight', 0. Raises ValueError."""
     if not isinstance(turn, dict):
         raise BadValue('a message is no object with a role and content')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
         raise BadValue("a message has 'replies': a tree of messages in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
+    # ShareGPT has 'from' and 'value', Gemini 'parts'
     our_names = {} if 'role' in turn else {'from': 'role'}
     if 'content' not in turn:
         written = next((name for name in ('value', 'parts', 'text') if name in turn), 'text')
@@ -123,7 +121,7 @@ def read_message(turn):
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
         raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
-    # fields like 'weight'; one that is not true, false, 1 or 0 means something else, and stays
+    # TRAINS: other names of 'weight'; a field that is not true, false, 1 or 0 means something else, and stays
     for name in TRAINS:
         if turn.get(name) in (0, 1):
             weight = min(weight, turn.pop(name))
@@ -137,22 +135,23 @@ def read_message(turn):
     for name in turn:
         if MEDIA.fullmatch(name) and turn[name]:
             raise BadValue(f'{name!r} of a message would be lost: only text is read')
-    # a message with a tool call or a thought needs no content
+    # a message with a tool call or a thought (a field of BESIDE) needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
-    # content in parts: strings, or {'type': 'text', 'text': string}
     if isinstance(turn.get('content'), list):
-        texts = []
-        for part in turn['content']:
-            # what is neither a dict nor a string is rejected by field()
-            part = part if isinstance(part, dict) else {'text': part}
-            # Gemini flags thoughts
-            kind = 'thought' if part.get('thought') else part.get('type')
-            if kind not in (None, 'text', 'input_text', 'output_text'):
-                raise BadValue(f'a message has a part of the type {str(kind)[:24]!r}, and only text is read')
-            texts.append(field(part, 'text'))
-        turn['content'] = ''.join(texts)
+        turn['content'] = ''.join(map(_text_of_part, turn['content']))
     return turn | message(role, field({'content': None, **turn}, 'content'))
+
+
+def _text_of_part(part):
+    """Return the text of a part of a message's content: a string, or {'type': 'text', 'text': string}. Raises ValueError."""
+    # what is neither a dict nor a string is rejected by field()
+    part = part if isinstance(part, dict) else {'text': part}
+    # Gemini flags thoughts
+    kind = 'thought' if part.get('thought') else part.get('type')
+    if kind not in (None, 'text', 'input_text', 'output_text'):
+        raise BadValue(f'a message has a part of the type {str(kind)[:24]!r}, and only text is read')
+    return field(part, 'text')
 
 
 def are_texts(value, count=None):
@@ -162,21 +161,15 @@ def are_texts(value, count=None):
     return all(isinstance(text, str) for text in value) and count in (None, len(value))
 
 
-# ---- forms of a chat ----
-
-
 def as_messages(value, must_be_chat=False):
-    """Return a chat in any form as a list of messages for read_message(); other values unchanged.
-
-    Forms: one message, an object of lists (a Sequence of `datasets`), {'messages': list}, and these or a list as JSON.
-    must_be_chat: a list of strings becomes turns of the user and the assistant, and so does one of objects with a question
-    and its answer, {'input', 'output'} or {'human', 'assistant'}, which may say if they are trained on."""
+    """Return a chat in any form as a list of messages for read_message(); other values unchanged. must_be_chat: the column is
+    known to hold chats, so that a list of texts is one, too, or of questions with answers."""
     if isinstance(value, str):
         value = _parse_chat(value, any_list=must_be_chat)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
     if isinstance(value, dict) and ('role' in value or 'from' in value):
-        # {'role': [...], 'content': [...]}
+        # {'role': [...], 'content': [...]}, a Sequence of `datasets`
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         return [value]
@@ -191,6 +184,7 @@ def as_messages(value, must_be_chat=False):
         system = value[0].get('system')
         turns = [message('system', system)] if system else []
         for exchange in value:
+            # the fields that say if the answer is trained on
             trains = {name: exchange[name] for name in TRAINS if name in exchange}
             turns += [message('user', exchange[asks]), message('assistant', exchange[replies]) | trains]
         return turns
@@ -198,7 +192,7 @@ def as_messages(value, must_be_chat=False):
 
 
 def _parse_chat(text, any_list):
-    """Return the messages or list of strings that a text holds as a literal; any other text unchanged.
+    """Return the messages that a text holds in JSON or as a Python literal, or its list of strings; other text unchanged.
 
     any_list: try each text that begins with a bracket, not only those that begin with a message."""
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
@@ -218,9 +212,6 @@ def parse_literal(text):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(source.strip())
     return None
-
-
-# ---- texts, messages and chats ----
 
 
 def ask(text):
@@ -248,11 +239,8 @@ def is_trained(turn):
 
 
 def is_empty(answer):
-    """Return whether an answer, text or chat, has no content, no thoughts and no tool calls."""
-    for turn in said(answer):
-        if turn['content'].strip() or any(turn.get(key) for key in BESIDE):
-            return False
-    return True
+    """Return whether an answer, text or chat, has no content, and no field of BESIDE in its place: a thought or tool call."""
+    return not any(turn['content'].strip() or any(turn.get(key) for key in BESIDE) for turn in said(answer))
 
 
 def alternating(texts):
@@ -261,9 +249,8 @@ def alternating(texts):
 
 
 def split_dialogue(text, turn_pattern):
-    """Return the messages of a dialogue in one text; what precedes the first marker is ignored. turn_pattern: regular
-    expression of the markers that begin a turn; its only group is the speaker."""
-    # [text before, speaker, text, speaker, text, ...]
+    """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
+    # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
     roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
@@ -280,14 +267,14 @@ def as_chat(prompt):
     if not re.match(rf'\s*?{turn_pattern}', prompt):
         return [message('user', prompt)]
     turns = split_dialogue(prompt, turn_pattern)
-    # a prompt ends with the marker of the answer to come
+    # the marker at the end, of the answer to come, is no message
     if turns[-1] == message('assistant', ''):
         turns.pop()
     return turns
 
 
 def as_chats(example, system=None):
-    """Return a copy of an example with all its texts as chats, and with a system message unless the chat has one."""
+    """Return a copy of an example with all its texts as chats. system: a system message for a chat that has none."""
     example = copy(example)
     for key in example.keys() & {'chosen', 'rejected', 'response'}:
         example[key] = said(example[key])
@@ -301,8 +288,7 @@ def as_chats(example, system=None):
 
 
 def instruction(prompt):
-    """Return a prompt, in Anthropic's format or messages, as AlpacaEval's instruction: a single question's text, or the whole
-    dialogue as text. A system message is left out."""
+    """Return a prompt, a text or messages, as AlpacaEval's instruction: its only question, or the whole dialogue as text."""
     if isinstance(prompt, str):
         text = prompt.removeprefix('\n\nHuman: ').removesuffix(ASSISTANT)
         # ask() gives the prompt back
@@ -321,8 +307,9 @@ def strip_html(markup):
     blocks = 'p pre ul ol blockquote div hr table tr h1 h2 h3 h4 h5 h6'.split()
     # a tag, with groups for its slash and name; quoted attributes may contain >
     tag_pattern = r"""<(/?)([a-zA-Z]\w*)(?:[^<>"']|"[^"]*"|'[^']*')*>"""
+    without_comments = re.sub('(?s)<!--.*?-->', '', markup)
     # [slash, name, text after this tag, slash, name, ...]; the text before the first tag gets '', '' for slash and name
-    pieces = ['', '', *re.split(tag_pattern, re.sub('(?s)<!--.*?-->', '', markup))]
+    pieces = ['', '', *re.split(tag_pattern, without_comments)]
     for slash, tag, after in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
         if tag == 'pre':
             in_pre = not slash

@@ -18,9 +18,8 @@ NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # table columns that stay text even if every cell is a number, such as the answers to sums
-TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
-              'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
-              'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
+TEXT_NAMES = set('prompt question instruction query input context system response completion output answer chosen rejected text '
+                 'history human_ref chosen_response rejected_response problem solution inputs targets'.split())  # fmt: skip
 
 
 class Row(dict):
@@ -34,7 +33,7 @@ class Row(dict):
 
     @classmethod
     def of(cls, raw, where, error=''):
-        """Make a Row from a parsed value; if that is not a dict, the Row is empty and has an error."""
+        """Make a Row from a parsed value, with these attributes; if it is not a dict, the Row is empty and has an error."""
         is_object = isinstance(raw, dict)
         row = cls(raw if is_object else {})
         row.where = where
@@ -43,11 +42,12 @@ class Row(dict):
 
 
 def read_rows(hub_id, split, path, **options):
-    """Yield the Rows of a split of local files, or of the hub dataset hub_id if path is None. Raises UserError.
+    """Yield the Rows of local files, or of a split of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a list of files to read, or a file or folder, of which the split is read. options: of files.hub_files, for the hub."""
+    path: a list of files; or a file or folder, of which those of the split are read. options: of files.hub_files, for the hub."""
     if path is not None:
-        for file in path if isinstance(path, list) else files.local_files(path, split):
+        chosen = path if isinstance(path, list) else files.local_files(path, split)
+        for file in chosen:
             yield from read_file(file)
         return
     splits, commit = files.hub_files(hub_id, **options)
@@ -56,7 +56,7 @@ def read_rows(hub_id, split, path, **options):
     for name in splits[split]:
         file = files.hub_download(hub_id, commit, name)
         for row in read_file(file):
-            # not its path in the cache
+            # messages name the file on the hub, not its path in the cache
             row.where = row.where.replace(file, f'{hub_id}/{name}', 1)
             yield row
 
@@ -65,10 +65,7 @@ def read_file(file):
     """Yield the Rows of a file. Bad rows of text formats have row.error; an unreadable file raises UserError."""
     if not file.lower().endswith(ENDINGS):
         raise UserError(f'{file}: data files end in {", ".join(FORMATS)}: convert it to one of them ({HELP})')
-    # the reader of data.jsonl.gz is that of .jsonl
-    path = Path(file.lower())
-    name = path.stem if path.suffix in PACKED else path.name
-    read = READERS['.' + name.rpartition('.')[2]]
+    read = READERS[files.format_of(file)]
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
@@ -93,12 +90,13 @@ def read_file(file):
 
 def _open(file):
     """Return a binary stream of a file's decompressed contents."""
-    open_file = PACKED.get(Path(file).suffix.lower(), open)
-    if isinstance(open_file, str):
+    # PACKED has a function to open it, or the name that pyarrow has for the compression
+    opener = PACKED.get(Path(file).suffix.lower(), open)
+    if isinstance(opener, str):
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(file, compression=open_file))
-    return open_file(file, 'rb')
+        return io.BufferedReader(pyarrow.input_stream(file, compression=opener))
+    return opener(file, 'rb')
 
 
 def _open_text(file):
@@ -142,28 +140,34 @@ def _read_columns(file):
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
-        # words: {column: words of its numbers}. `datasets` writes those of a label in the metadata: 0 may be 'good'
-        metadata = schema.metadata or {}
-        written = json.loads(metadata.get(b'huggingface', '{}'))
-        features = (written.get('info') or {}).get('features') or {}
-        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
-        words = {name: kind['names'] for name, kind in kinds.items() if kind.get('names')}
-        # but words that are digits themselves, such as grades, are left out: such columns stay numbers
-        words = {name: names for name, names in words.items() if not all(map(str.isdecimal, names))}
+        words_of = _label_words(schema)
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())
         for number, raw in enumerate(rows, 1):
-            for name in words:
+            for name, words in words_of.items():
                 label = raw.get(name)
-                if isinstance(label, int) and 0 <= label < len(words[name]):
-                    raw[name] = words[name][label]
+                if isinstance(label, int) and 0 <= label < len(words):
+                    raw[name] = words[label]
             yield Row.of(_without_inner_nulls(raw), f'{file}, row {number}')
+
+
+def _label_words(schema):
+    """Return {column: words} for columns of label numbers; `datasets` keeps their words in a schema's metadata: 0 may be 'good'."""
+    metadata = json.loads((schema.metadata or {}).get(b'huggingface', '{}'))
+    features = (metadata.get('info') or {}).get('features') or {}
+    words_of = {}
+    for name, feature in features.items():
+        words = feature.get('names') if isinstance(feature, dict) else None
+        # words that are digits themselves, such as grades, are left out: such columns stay numbers
+        if words and not all(map(str.isdecimal, words)):
+            words_of[name] = words
+    return words_of
 
 
 def _without_inner_nulls(raw):
     """Return a row of a columnar file without the None fields inside its columns; columns that are None stay."""
 
-    # columnar files give all messages the same fields: a message without tool calls has 'tool_calls': None
+    # such files give all messages the same fields: a message without tool calls has 'tool_calls': None
     def without_nulls(value):
         if isinstance(value, list):
             return [without_nulls(item) for item in value]
@@ -199,7 +203,7 @@ def _read_lines(file):
             except UnicodeDecodeError:
                 error = NOT_UTF8
             except (ValueError, RecursionError) as wrong:
-                # JSONDecodeError.msg: the message without the position
+                # .msg of a JSONDecodeError is the message without the position
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)})'
                 # only the last line of a file can lack its newline
                 if not line.endswith(b'\n'):
@@ -212,44 +216,37 @@ def _read_text(file):
     with _open_text(file) as stream:
         for number, line in _lines(stream):
             if line.strip():
-                text = line.rstrip('\r\n')
-                yield Row.of({'text': text}, where=f'{file}, line {number}', error=_utf8_error(line))
+                yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', _utf8_error(line))
 
 
 def _read_table(file, delimiter=','):
     """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
-    # read the file twice: one cell that is no number, or a name in TEXT_NAMES, makes the whole column text
+    # read the file twice, since one cell that is no number makes the whole column text
     names, text_columns = set(), set()
     for _line, cells, _error in _cells(file, delimiter):
         names.update(cells)
-        for name, cell in cells.items():
-            if cell is not None and not NUMBER.fullmatch(cell):
-                text_columns.add(name)
+        text_columns.update(name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell))
     for name in names:
-        # without the suffix of one of two answers: response_a, answer1, human_ref_B
+        # a column for texts may end in the mark of one of two answers: response_a, answer1, human_ref_B
         stem = re.sub(r'_?[\da-z]$', '', name.lower())
         if name.lower() in TEXT_NAMES or stem in TEXT_NAMES:
             text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
-        raw = {}
         for name, cell in cells.items():
-            # a number, true or false
-            is_json = cell is not None and name not in text_columns
-            raw[name] = json.loads(cell.lower()) if is_json else cell
-        yield Row.of(raw, f'{file}, line {line}', error)
+            if cell and name not in text_columns:
+                cells[name] = json.loads(cell.lower())  # a number, true or false
+        yield Row.of(cells, f'{file}, line {line}', error)
 
 
 def _cells(file, delimiter):
-    """Yield (first line number, cells, error or '') for each row of a table. Raises UserError for malformed files.
-
-    cells: {column: text, or None if empty}, without columns that have no name (row numbers written by pandas)."""
-    # the default limit of a cell is 128 KiB
-    csv.field_size_limit(2**30)
+    """Yield (number of its first line, {column: text, None if empty}, error or '') for each row of a table. Raises UserError."""
+    csv.field_size_limit(2**30)  # of one cell, in bytes; the default is 128 KiB
     with _open_text(file) as stream:
         table = csv.reader((line for _, line in _lines(stream)), delimiter=delimiter, strict=True)
         names = next(table, [])
         if len(set(names)) < len(names) or _utf8_error(''.join(names)):
             raise UserError(f'{file}, line 1: two columns have one name, or a name is not valid UTF-8: rename them')
+        # the first line of the next row; line_num counts the lines read so far, of which a quoted cell may take several
         line = table.line_num + 1
         try:
             for row in table:
@@ -258,9 +255,9 @@ def _cells(file, delimiter):
                     if len(row) != len(names):
                         error = f'not as many cells as columns ({len(row)}, {len(names)})'
                     cells = {name: cell or None for name, cell in zip(names, row, strict=False)}
+                    # a column without a name: row numbers, as pandas writes them
                     cells.pop('', None)
                     yield line, cells, error
-                # line_num: lines read so far; quoted cells may contain newlines
                 line = table.line_num + 1
         except csv.Error as error:
             raise UserError(f'{file}, line {line}: not a valid table ({error}), {CUT_SHORT}') from None

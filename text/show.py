@@ -48,33 +48,38 @@ ANSWERS = ('chosen', 'rejected', 'response')  # what an item may have beside its
 
 def main():
     """Print the examples that the options select. Raises UserError if they cannot be read."""
-    # set the options above, of which `json` is needed first; early: notes are left to the second call
+    # a first call that prints no notes, since `json` decides where they go
     configure(globals(), early=True)
     out = sys.stdout
-    # with --json, stdout has only JSON lines; notes, also those of configure, go to stderr
+    # with --json, stdout has only JSON lines, and everything else goes to stderr
     with redirect_stdout(sys.stderr if json else out):
         config = configure(globals())
         if json or not model:
             names = 'model max_length max_prompt_length truncation'
             config.report_unused(names.split(), 'texts are shown as they stand')
-        left_out = Counter()  # reason -> how many rows
         try:
             if json:
-                all_items = (item for _, _, items in _read_items(left_out) for item in items)
-                lines = 0
-                for item in islice(all_items, n):
-                    out.write(dumps(item, ensure_ascii=False).translate(LINE_ENDS) + '\n')
-                    lines += 1
-                changed, notes = in_words(left_out)
-                print(f'left out or changed: {changed}', *notes, sep='\n')
-                if not lines:
-                    raise UserError(NOTHING.format(data))
+                _print_json(out)
             else:
-                _print_text(left_out)
+                _print_text()
             out.flush()
         except BrokenPipeError:
             # `data.py | head` closed the pipe; closing stderr suppresses Python's warning about it at exit
             sys.stderr.close()
+
+
+def _print_json(out):
+    """Write the first n items to the stream `out` as JSON lines, and print what was left out. Raises UserError without items."""
+    left_out = Counter()
+    all_items = (item for _, _, items in _read_items(left_out) for item in items)
+    lines = 0
+    for item in islice(all_items, n):
+        out.write(dumps(item, ensure_ascii=False).translate(LINE_ENDS) + '\n')
+        lines += 1
+    changed, notes = in_words(left_out)
+    print(f'left out or changed: {changed}', *notes, sep='\n')
+    if not lines:
+        raise UserError(NOTHING.format(data))
 
 
 def _read_items(left_out):
@@ -83,8 +88,8 @@ def _read_items(left_out):
     for source in joined(data):
         # by default the task of most of the first examples (None if there are none), which are read again below
         head = [] if task else islice(read_examples(source, 'train', Counter(), **options), LOOK_AHEAD)
-        tasks = Counter(map(task_of, head)).most_common(1)  # [(task, count)] or []
-        source_task = tasks[0][0] if tasks else task
+        found = Counter(map(task_of, head))
+        source_task = task or max(found, key=found.get, default=None)
         for example in read_examples(source, 'train', left_out, task=source_task, **options):
             if chat or system:
                 example = as_chats(example, system)
@@ -101,7 +106,7 @@ def task_of(example):
 
 
 def _items_of(example, task, left_out):
-    """Return an example's training items as JSON-serializable dicts; [] if it is unusable (counted in left_out)."""
+    """Return what a task trains on of an example as dicts for --json; [] if it is unusable (counted in left_out)."""
     items = []
     for part in as_parts(example, task, left_out):
         item = {'prompt': part.prompt}
@@ -122,46 +127,49 @@ def _items_of(example, task, left_out):
     return items
 
 
-def _print_text(left_out):
+def _print_text():
     """Print the first n items as text, then a summary of all items. Raises UserError if there are none."""
     tokenizer = None
     if model:
         from hf.load import load_tokenizer
 
         tokenizer = load_tokenizer(model)
+    left_out = Counter()
     counts = Counter()  # task -> number of items
     lengths = []  # of the first MEASURED items
     for task, example, items in _read_items(left_out):
-        # skip unusable examples, which left_out has counted
+        # unusable, as left_out says
         if not items:
             continue
         shown = items if n is None else items[: max(0, n - counts.total())]
         texts = [_as_written(example, item) for item in shown]
-        # with a tokenizer as the model sees it: one text for all items, or why it sees nothing (+ drops zero counts)
         if tokenizer and shown:
-            reasons = Counter()
-            limits = max_length, max_prompt_length, truncation
-            tokenised = tokenise([example], tokenizer, task, *limits, reasons, skip_bad_rows=True)
-            decoded = [_decode_example(tokenised, i, tokenizer, task) for i in range(len(tokenised))]
-            texts = ['\n\n'.join(decoded) if decoded else 'left out: ' + ', '.join(+reasons)]
+            texts = [_as_seen(example, task, tokenizer)]  # one text for all items
         for number, text in enumerate(texts, counts.total() + 1):
             print(printable(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n'))
         counts[task] += len(items)
         if tokenizer and len(lengths) < MEASURED:
             # in tokens, with limits that truncate nothing
-            limits = 2**30, 2**29, truncation
-            tokenised = tokenise([example], tokenizer, task, *limits, left_out, skip_bad_rows=True)
+            tokenised = tokenise([example], tokenizer, task, (2**30, 2**29, truncation), left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
         elif len(lengths) < MEASURED:
             lengths += map(_num_characters, items)
     _print_summary(counts, lengths, left_out)
 
 
+def _as_seen(example, task, tokenizer):
+    """Return an example as the text that a model sees, with marks around what is trained on, or else why it sees nothing."""
+    reasons = Counter()
+    lengths = (max_length, max_prompt_length, truncation)
+    tokenised = tokenise([example], tokenizer, task, lengths, reasons, skip_bad_rows=True)
+    texts = [_decode_example(tokenised, i, tokenizer, task) for i in range(len(tokenised))]
+    return '\n\n'.join(texts) if texts else 'left out: ' + ', '.join(+reasons)  # + drops zero counts
+
+
 def _num_characters(item):
     """Return the number of characters of an item's prompt and longest answer; of chats only the contents count."""
     texts = [item[key] for key in ('prompt', *ANSWERS) if key in item]
-    contents = [[turn['content'] for turn in _messages(text)] for text in texts]
-    of_prompt, *of_answers = [sum(map(len, parts)) for parts in contents]
+    of_prompt, *of_answers = [sum(len(turn['content']) for turn in _messages(text)) for text in texts]
     return of_prompt + max(of_answers, default=0)
 
 
@@ -194,11 +202,10 @@ def mark(text):
 
 
 def _as_written(example, item):
-    """Return an item as text, in which what is trained on is marked."""
-    # SFT ('trained') trains on every assistant turn of a conversation
+    """Return an item as text, in which what is trained on is marked. example: what _items_of made it from."""
+    # 'turns': a conversation, of which SFT (only its items have 'trained') trains on every answer
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
-    # the prompt, and every answer under its name
     texts = [_format_lines(item['prompt'], lambda turn: False)]
     label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
     for name in ANSWERS:
@@ -211,11 +218,9 @@ def _format_lines(text_or_chat, is_marked):
     """Return a text unchanged, or a chat as `role: content` lines. If is_marked(message), all but its role is marked."""
     lines = []
     for turn in _messages(text_or_chat):
-        content = turn['content']
-        # calls of tools, and thoughts
-        others = {key: turn[key] for key in BESIDE if turn.get(key)}
-        if others:
-            content += ' ' * bool(content) + dumps(others, ensure_ascii=False)
+        beside = {key: turn[key] for key in BESIDE if turn.get(key)}  # calls of tools, and thoughts
+        texts = [turn['content'], dumps(beside, ensure_ascii=False) if beside else '']
+        content = ' '.join(filter(None, texts))
         content = mark(content) if is_marked(turn) else content
         lines.append(content if isinstance(text_or_chat, str) else f'{turn["role"]}: {content}')
     return '\n'.join(lines)
@@ -227,7 +232,7 @@ def _messages(text_or_chat):
 
 
 def _decode_example(examples, i, tokenizer, task):
-    """Return the tokenised example i as text with special tokens and marks; for 'prompts', the prompt alone."""
+    """Return example i of Examples as text with special tokens and marks; for the task 'prompts', the prompt alone."""
     prompt_ids, answers = examples[i]
     prompt = tokenizer.decode(prompt_ids)
     if task == 'prompts':
@@ -237,7 +242,7 @@ def _decode_example(examples, i, tokenizer, task):
         # untrained tokens (later user turns) are stored as ~id, which is negative: split where the sign changes
         changes = np.flatnonzero(np.diff(answer < 0)) + 1
         text = ''
-        before = prompt_ids
+        before = prompt_ids  # the tokens that `ids` go on from
         for ids in np.split(answer, changes):
             is_untrained = ids[0] < 0
             ids = ~ids if is_untrained else ids
@@ -254,15 +259,14 @@ def _decode_example(examples, i, tokenizer, task):
 
 
 def summary(run, n_eval_examples):
-    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example.
-
-    n_eval_examples: how many examples to evaluate on the user wants."""
+    """Return lines on the data of a training.Run: sizes, what was left out or changed, notes, and the first example."""
     train = run.train
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples
     n_tokens = int(train.lengths.sum())
     sizes = f'{counted(len(train), "training examples")} ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
+    # n_eval_examples: how many the user wants
     if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
     # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches
@@ -271,7 +275,6 @@ def summary(run, n_eval_examples):
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
-    # a long example is shortened in the middle
     text = _decode_example(train, 0, run.tokenizer, run.task)
     if len(text) > 1200:
         text = f'{text[:600]} ... {text[-600:]}'

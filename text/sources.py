@@ -22,7 +22,7 @@ from typing import NamedTuple
 from configurator import UserError
 from runtime.files import file_hash, say_once
 from runtime.values import did_you_mean, looked_in
-from text import files, formats
+from text import files, formats, toy
 from text.examples import in_words
 from text.files import ENDINGS, HELP, content_hash
 from text.formats import Layout, each
@@ -33,7 +33,7 @@ from text.readers import Row, read_rows
 LOOK_AHEAD = 100
 REPEATED = 'note: answers that repeated their prompt, which was taken off'
 TEXT = str | list  # a list of messages
-KINDS = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
+TYPES = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
@@ -59,12 +59,27 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
     columns: 'prompt=question, ...' reads only these columns. skip_bad_rows: count bad rows instead of raising."""
     rows, parse, has_no_test_part = _opened(source, split, num_turns, undivided)
     examples = _valid(_parsed(rows, parse, task, columns), source, left_out, skip_bad_rows)
-    # answers that begin with their prompt repeat it only if all of the first do so: 'Hi there' to 'Hi' is no repetition
+    for example in _unmixed(examples, left_out, skip_bad_rows):
+        if has_no_test_part and not undivided:
+            # hold out one in twenty prompts, by their hash; of messages, only role and content count
+            prompt = example['prompt']
+            if not isinstance(prompt, str):
+                prompt = [message(turn['role'], turn['content']) for turn in prompt]
+            example.held_out = content_hash(prompt) % 20 == 0
+            is_in_split = example.held_out == (split == 'test')
+            if not both and not is_in_split:
+                continue
+        yield example
+
+
+def _unmixed(examples, left_out, skip_bad_rows):
+    """Yield examples without 'repeats' (whether formats.py took the prompt off the answers), which must be the same in all.
+
+    Answers that begin with their prompt repeat it only if all of the first do so: 'Hi there' to 'Hi' is no repetition."""
     head = list(islice(examples, LOOK_AHEAD))
     must_repeat = {example['repeats'] for example in head if 'repeats' in example} == {True}
     for example in chain(head, examples):
-        # True: formats.py has taken the prompt off the answers; None: unknown
-        repeats = example.pop('repeats', None)
+        repeats = example.pop('repeats', None)  # None: unknown
         if repeats is not None and repeats != must_repeat:
             mixed = 'answers that begin with their prompt among others that do not: all or none must'
             if not skip_bad_rows:
@@ -73,15 +88,6 @@ def read_examples(source, split, left_out, *, undivided=False, num_turns=1, skip
             continue
         if repeats:
             left_out[REPEATED] += 1
-        if has_no_test_part and not undivided:
-            # hold out one in twenty prompts, by their hash; of messages, only role and content count
-            prompt = example['prompt']
-            if not isinstance(prompt, str):
-                prompt = [{key: turn[key] for key in ('role', 'content')} for turn in prompt]
-            example.held_out = content_hash(prompt) % 20 == 0
-            is_in_split = example.held_out == (split == 'test')
-            if not both and not is_in_split:
-                continue
         yield example
 
 
@@ -99,19 +105,7 @@ def _opened(source, split, num_turns=1, undivided=False):
         rows = (row if isinstance(row, Row) else Row(row) for row in rows)
         if parse is parse_sharegpt:
             parse = partial(parse, num_turns=num_turns)
-        train, test = 'train', 'test'
-        is_of_hub = isinstance(getter, HubDataset)
-        if is_of_hub:
-            path, train, test = getter.local_path(path), getter.train, getter.test
-        has_no_test_part = test is None
-        # local files may lack the test part that the hub has: local_files gives those of training then
-        if path and test:
-            try:
-                has_no_test_part = files.local_files(path, train) == files.local_files(path, test)
-            except UserError:
-                # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
-                has_no_test_part = not is_of_hub
-        return rows, parse, has_no_test_part
+        return rows, parse, _lacks_test_part(getter, path)
     # splits: {split: its files}
     if path:
         splits = files.folder_splits(path, config)
@@ -125,8 +119,23 @@ def _opened(source, split, num_turns=1, undivided=False):
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
     its_files = splits[chosen] if path else None  # None: read_rows downloads them
-    rows = read_rows(hub_id, chosen, its_files, name=config)
-    return rows, None, test is None
+    return read_rows(hub_id, chosen, its_files, name=config), None, test is None
+
+
+def _lacks_test_part(getter, path):
+    """Return whether a dataset of this file has no test split, or its files at `path` (None: the hub) have none."""
+    train, test = 'train', 'test'
+    is_of_hub = isinstance(getter, HubDataset)
+    if is_of_hub:
+        path, train, test = getter.local_path(path), getter.train, getter.test
+    if not path or not test:
+        return test is None
+    # local_files gives the files of training for a test part that is not there
+    try:
+        return files.local_files(path, train) == files.local_files(path, test)
+    except UserError:
+        # several splits: a HubDataset reads that of its name, or refuses; a function may read them all
+        return not is_of_hub
 
 
 def divides(source):
@@ -158,8 +167,8 @@ def locate(source):
     name, _, path = source.partition(':')
     # the functions get_foo of this module
     getter = globals().get(f'get_{name}')
-    path = os.path.expanduser(path)
     if getter and path:
+        path = os.path.expanduser(path)
         files.data_files(path)  # raises UserError if it has no files
         return getter, path, None
     if getter:
@@ -172,18 +181,16 @@ def locate(source):
     if os.path.exists(local_path) or glob(local_path, recursive=True):
         return None, local_path, None
     looks_like_path = source.lower().endswith(ENDINGS) or source.startswith(('~', '.', '/')) or '*' in source
-    if looks_like_path or source.count('/') != 1:
-        readers = sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_'))
-        known = ', '.join(readers) + did_you_mean(source, readers)
-        wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
-        raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
-    return None, None, source
+    if source.count('/') == 1 and not looks_like_path:
+        return None, None, source
+    readers = sorted(n.removeprefix('get_') for n in globals() if n.startswith('get_'))
+    known = ', '.join(readers) + did_you_mean(source, readers)
+    wrong = f'data {source!r} is no file or folder{looked_in(source) or " here"} and no hub id (owner/name)'
+    raise UserError(f'{wrong}: correct it ({HELP}), or name one of the known datasets: {known}')
 
 
 def fingerprint(source):
-    """Return a hash of a source's name and content, or None if the content is unknown: hub data without a commit.
-
-    Raises UserError if a file cannot be read."""
+    """Return a hash of a source's name and content, or None for hub data without a commit. Raises UserError."""
     _, path, hub_id = locate(source)
     # toy.py always generates the same rows
     content = 'generated' if source == 'toy' else None
@@ -208,23 +215,11 @@ def nothing_left(source, split, left_out):
     return UserError(f'no {split} examples are left in data {source!r}; left out: {reasons} ({HELP})')
 
 
-# ---- from rows to examples ----
-
-
 def _parsed(rows, parse, task, columns):
-    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError for a wrong option --columns.
-
-    parse: a function of one row, a Layout, or None to detect the layout. columns: the option, which replaces parse."""
-    # the option 'prompt=question, chosen=good' -> {our name: column}
-    column_of = {}
-    for assignment in columns.split(',') if columns else []:
-        name, _, column = assignment.partition('=')
-        name, column = name.strip(), column.strip()
-        if name not in formats.COLUMNS or not column or name in column_of:
-            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
-            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
-        column_of[name] = column
+    """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError. parse: a function of one row, a
+    Layout, or None to detect the layout. columns: the option --columns, which replaces parse."""
     if parse is None or columns:
+        column_of = _parse_option(columns)
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
@@ -242,9 +237,22 @@ def _parsed(rows, parse, task, columns):
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
+def _parse_option(columns):
+    """Return the option --columns as {our name: column}: 'prompt=question' -> {'prompt': 'question'}. Raises UserError."""
+    column_of = {}
+    for assignment in columns.split(',') if columns else []:
+        name, _, column = assignment.partition('=')
+        name, column = name.strip(), column.strip()
+        if name not in formats.COLUMNS or not column or name in column_of:
+            advice = f"write 'prompt=question, chosen=good'; names are {', '.join(formats.COLUMNS)}, each once"
+            raise UserError(f'--columns: cannot read {assignment.strip()!r}: {advice}')
+        column_of[name] = column
+    return column_of
+
+
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
-    # each() gives an error for a row without a layout
+    # each() gives an error in place of the layout for a row that fits none
     for _row, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
         if isinstance(layout, Layout):
             return layout
@@ -277,8 +285,8 @@ def _valid(parsed_rows, source, left_out, skip_bad_rows):
             left_out[f'bad rows: {examples}'] += 1
             continue
         any_valid = any_valid or bool(examples)
-        are_examples = isinstance(examples, list) and all(map(_is_example, examples))
-        if not are_examples:
+        # of a get_foo that somebody has added
+        if not isinstance(examples, list) or not all(map(_is_example, examples)):
             raise UserError(f'{row.where}: no examples as text/sources.py describes them: {examples!r:.200}')
         for example in examples:
             if 'drop' in example:
@@ -294,15 +302,14 @@ def _is_example(example):
     """Return whether a value that parse() gave is an example as this file's docstring describes them."""
     if not isinstance(example, dict) or example.keys().isdisjoint(('drop', 'prompt')):
         return False
-    names = KINDS.keys() & example.keys()  # KINDS: field -> type
+    known = TYPES.keys() & example.keys()
     is_label_valid = example.get('good', True) in (True, False)  # 1 and 0, too
-    return is_label_valid and all(isinstance(example[name], KINDS[name]) for name in names)
+    return is_label_valid and all(isinstance(example[name], TYPES[name]) for name in known)
 
 
 def _refusal(row, error, any_valid, following, source):
-    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout.
-
-    any_valid: whether an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
+    """Return the message about a bad row: what is wrong with it, or, if all rows are bad, with the layout. any_valid: whether
+    an earlier row was valid. following: iterator of the (row, examples or ValueError) after it."""
     text = f'{row.where}: {error}'
     if row:
         text += f'; found: {_columns(row)}'
@@ -322,25 +329,28 @@ def _refusal(row, error, any_valid, following, source):
             common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(columns_of_bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {num_bad} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
-    # if all are bad, say what is probably wrong with the file
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
-    only_column = next(iter(row)) if len(row) == 1 else ''
-    reader, _, _ = source.partition(':')
+    return f'{text}; {_advice(row, error, source)} ({help_text})'
+
+
+def _advice(row, error, source):
+    """Return what to do about a file of bad rows alone, of which this is the first: what is probably wrong with the file."""
     # a table that was not split at its separators has a single column, named by all its names
+    only_column = next(iter(row)) if len(row) == 1 else ''
     if separator := re.search(r'[;\t|,]', only_column):
-        advice = f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
-    elif re.search('JSON|object', row.error):
-        advice = 'a row is a JSON object with named fields, on a line of its own or in one list'
-    elif row.error:
-        advice = 'mend the file'
+        return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
+    # row.error: the line could not be parsed (readers.py)
+    if re.search('JSON|object', row.error):
+        return 'a row is a JSON object with named fields, on a line of its own or in one list'
+    if row.error:
+        return 'mend the file'
     # the reader of a HubDataset has a .parse if it expects one layout
-    elif getattr(globals().get(f'get_{reader}'), 'parse', None):
-        advice = f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    elif isinstance(error, BadValue):
-        advice = 'mend that value, the columns are known'
-    else:
-        advice = f'so it is the layout: {SAY_WHICH} (no other is read then)'
-    return f'{text}; {advice} ({help_text})'
+    reader, _, _ = source.partition(':')
+    if getattr(globals().get(f'get_{reader}'), 'parse', None):
+        return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
+    if isinstance(error, BadValue):
+        return 'mend that value, the columns are known'
+    return f'so it is the layout: {SAY_WHICH} (no other is read then)'
 
 
 def _columns(row):
@@ -355,9 +365,6 @@ def _columns(row):
     return ', '.join(named) + more or 'no columns'
 
 
-# ---- datasets ----
-
-
 class HubDataset(NamedTuple):
     """A get_foo(split, path) for a hub dataset or its local files. test: None if there is no test split."""
 
@@ -368,10 +375,10 @@ class HubDataset(NamedTuple):
     options: dict = {}  # of files.hub_files
 
     def __call__(self, split, path=None):
-        """Return (rows, parse) of split 'train' or 'test'."""
+        """Return (rows, parse) of split 'train' or 'test'; without a test split, both are all rows."""
         hub_split = self.train if split == 'train' else self.test or self.train
         path = self.local_path(path)
-        # without a test split, 'train' and 'test' are both read from all files: read_rows reads a list whole
+        # read_rows reads a list of files whole, without looking for a split in their names
         if path and self.test is None:
             path = files.data_files(path)
         return read_rows(self.hub_id, hub_split, path, **self.options), self.parse
@@ -436,17 +443,14 @@ def get_toy(split, path=None):
     """Return (rows, parse) of the pairs that toy.py generates."""
     if path:
         raise UserError(f'the toy world has no files: --data=toy, or --data={path}')
-    from text import toy
-
-    rows = toy.pairs(split, 6000 if split == 'train' else 600)
-    return rows, lambda row: [dict(row)]
+    return toy.pairs(split, 6000 if split == 'train' else 600), lambda row: [dict(row)]
 
 
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
     if path:
         found = files.data_files(path)
-        # only those of the split, unless it cannot be said which ones these are
+        # only those of the split; local_files raises an error if it cannot be said which ones these are
         with suppress(UserError):
             found = files.local_files(path, split)
     else:

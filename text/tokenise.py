@@ -9,7 +9,6 @@ import os
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,21 +80,16 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     render_args = {'skip_bad_rows': skip_bad_rows, 'chat': chat, 'system': system, 'last_turn_only': last_turn_only}
     names = sources.joined(data)
     enough = {name: count for name, count in (enough or {}).items() if count is not None}
-    # the cache key has all that the tokens depend on; sources without a fingerprint are hashed row by row
+    # sources without a fingerprint, which stands for all their rows, are hashed row by row
     hashes = [sources.fingerprint(source) for source in names]
     is_fingerprinted = None not in hashes
     if not is_fingerprinted:
         hashes = [content_hash(row) for row in _read_sources(names, split, task, read_args, Counter())]
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
-    # PLAIN_CHAT is set below where there was no template: same tokens, so same key
-    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
-    # this code, and the readers of rows, which somebody may have changed
-    sources_of_text = sorted(Path(__file__).parent.glob('*.py'))
-    code = [file_hash(path) for path in sources_of_text]
-    key = content_hash(code, hashes, names, task, read_args, limits, render_args, margins, (vocabulary, template))
+    # the cache key has all that the tokens depend on
+    key = content_hash(hashes, names, task, read_args, limits, render_args, margins, *_code_and_tokenizer(tokenizer))
     examples = _read_cache(key, split, enough) if cache else None
     if examples is None:
-        # if the test split is taken from the train rows, tokenise and cache both splits in one pass
+        # tokenise and cache both splits in one pass, if test is a part of the train rows and the key stands for all rows
         can_cache_both = cache and is_fingerprinted and split == 'train' and not undivided
         both = can_cache_both and all(map(sources.divides, names))
         splits = ['train', 'test'] if both else [split]
@@ -106,9 +100,9 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
         for name, its_examples in tokenised.items():
             its_examples.left_out.update(left_out)
             if cache:
-                # {}: the file with all examples
-                _write_cache(_cache_file(key, name, {} if is_complete else enough), its_examples)
+                _write_cache(key, name, {} if is_complete else enough, its_examples)
         examples = tokenised[split]
+    # a cache file may have more examples than are wanted now
     examples = examples.select(slice(enough.get(split)))
     # an evaluation takes the first examples: mix those of several sources, by a hash
     if split == 'test' and len(names) > 1:
@@ -124,30 +118,37 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     return examples
 
 
-def _read_sources(names, split, task, read_args, left_out, both=False):
-    """Yield the untokenised examples of all sources. Raises UserError if a source has none that is usable.
+def _code_and_tokenizer(tokenizer):
+    """Return hashes of all files in text/, which somebody may have changed, and the tokenizer's vocabulary and template."""
+    code = [file_hash(path) for path in sorted(Path(__file__).parent.glob('*.py'))]
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.get_vocab())
+    # load_examples sets PLAIN_CHAT where there was no template: same tokens, so the same key
+    template = tokenizer.chat_template if tokenizer.chat_template != PLAIN_CHAT else None
+    return code, vocabulary, template
 
-    read_args: arguments of read_examples, of which 'undivided' says that no part of a source is held out for testing.
-    both: yield training and held-out (test) rows. left_out: Counter of skipped rows."""
+
+def _read_sources(names, split, task, read_args, left_out, both=False):
+    """Yield the untokenised examples (Rows) of all sources. Raises UserError if a source has none that is usable.
+
+    read_args: of sources.read_examples. both: yield training rows and those held out for testing. left_out: Counter of skipped rows."""
     with progress(None, ' examples', 'reading') as bar:
         for source in names:
-            left_out_before, unusable = left_out.copy(), Counter()
+            left_out_before = left_out.copy()
+            unusable = Counter()  # why the rows before the first usable one are not
             is_usable = False
             for row in sources.read_examples(source, split, left_out, task=task, both=both, **read_args):
-                # look for one usable training row; unusable counts why those before it are none
                 if not is_usable and not row.held_out:
                     is_usable = bool(as_parts(row, task, unusable))
                 bar.update()
                 yield row
-            # the held-out part of a source may have no usable rows
+            # a part that is held out may have no usable row; undivided: nothing is held out
             if not is_usable and (split == 'train' or read_args['undivided']):
                 raise sources.nothing_left(source, split, left_out - left_out_before + unusable)
 
 
 def source_rows(examples, data, split, task, *, chat, system, **read_args):
-    """Read the data again for the rows behind Examples that load_examples made with these arguments: ppo.py's rewards want them.
-
-    Returns {uid: (prompt, raw row with all columns)}."""
+    """Return {uid: (prompt, raw row with all columns)} of Examples that load_examples made with these arguments."""
+    # read the data again: Examples have only tokens, and the reward functions of ppo.py may want other columns
     wanted = set(examples.uid.tolist())
     found = {}
     not_counted = Counter()  # what is left out was counted the first time
@@ -166,11 +167,10 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
 # ---- from a row to an item of Examples ----
 
 
-def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, left_out, margins=False, **render_args):
-    """Return the Examples of rows of text or chat. Reasons for skipped rows are added to the Counter left_out.
-
-    margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
-    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
+def tokenise(rows, tokenizer, task, lengths, left_out, margins=False, **render_args):
+    """Return the Examples of rows of text or chat. lengths: (max_length, max_prompt_length, truncation). left_out: Counter of reasons
+    for skipped rows. margins: keep the pairs' margins, 0 if missing. render_args: skip_bad_rows, chat, system, last_turn_only."""
+    limits = Limits.of(tokenizer, *lengths)
     tokenised, _ = tokenise_splits(rows, ['train'], tokenizer, task, limits, {}, margins, **render_args)
     examples = tokenised['train']
     left_out.update(examples.left_out)
@@ -180,8 +180,8 @@ def tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, l
 def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **render_args):
     """Tokenise rows; return ({split: Examples}, whether all rows were read).
 
-    splits: one, or ['train', 'test']: then the second gets the rows whose .held_out is true. limits: a Limits. enough:
-    {split: count}, to stop when every split has so many; without a count, all rows are read. margins: keep those of pairs."""
+    splits: one, or ['train', 'test']: then the second gets the rows whose .held_out is true. enough: {split: count}, to stop
+    when every split has so many examples; if one has no count, all rows are read. margins: keep those of pairs."""
     builders = {split: Builder(limits) for split in splits}
     rendered = _render_rows(rows, list(builders.values()), tokenizer, task, **render_args)
     is_complete = True
@@ -197,26 +197,22 @@ def tokenise_splits(rows, splits, tokenizer, task, limits, enough, margins, **re
 
 
 def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=False, system=None, last_turn_only=False):
-    """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example.
+    """Write chats by the chat template, leave texts as they are; yield (builder, texts, Part) for each example. Raises UserError.
 
-    builder: the Builder of the row's split, whose left_out counts skipped rows. texts: [prompt, *answers], or the
-    segments of a conversation (turns.py); special tokens written by users are marked. Raises UserError for rows
-    that the template rejects, unless skip_bad_rows."""
+    texts: [prompt, *answers], or a conversation's segments. skip_bad_rows: count rows that the template rejects, do not raise."""
     seen_uids = set()
-    has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
-        # of two builders, the second is for the test split; a plain dict has no .held_out
+        # the builder of the row's split: of two, the second is for the test split; a plain dict has no .held_out
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
         left_out = builder.left_out
         example = as_chats(row, system) if chat or system else row
-        # a row may give several Parts, such as the two answers of a pair for KTO, or none if it is left out
         parts = as_parts(example, task, left_out, last_turn_only)
         if not parts:
             continue
         if task in ('sft', 'prompts') and parts[0].uid in seen_uids:
             left_out['same prompt again' if task == 'prompts' else 'same demonstration again'] += 1
             continue
-        rendered = []  # (texts, part) for each; texts is None if the answer is empty
+        rendered = []  # of all parts: (texts, Part), where texts is None if the answer is empty
         try:
             for part in parts:
                 rendered += _render_part(part, row.get('tools'), tokenizer, left_out)
@@ -225,54 +221,38 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
             continue
         # only now, since a rejected row yields no example
         seen_uids.update(part.uid for part in parts)
-        # count plain texts without turn markers, for a note: the user may have forgotten --chat
-        prompt = parts[0].prompt
-        answer = parts[0].answers[0]
-        are_texts = prompt and isinstance(prompt, str) and isinstance(answer, str)
-        if has_template and are_texts and not prompt.endswith(TURN_MARKERS):
+        if _may_need_chat(parts[0], tokenizer):
             left_out[NO_CHAT] += 1
         left_out['empty answers'] += sum(texts is None for texts, _ in rendered)
         yield from ((builder, texts, part) for texts, part in rendered if texts is not None)
 
 
+def _may_need_chat(part, tokenizer):
+    """Return whether a Part is text without turn markers beside a chat template: the user may have forgotten --chat."""
+    has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
+    is_text = isinstance(part.prompt, str) and isinstance(part.answers[0], str)
+    return has_template and is_text and part.prompt != '' and not part.prompt.endswith(TURN_MARKERS)
+
+
 def as_parts(row, task, left_out, last_turn_only=False):
     """Return the Parts that a task makes from a row: one, two (a pair for KTO), or none (the reason is counted).
 
-    row: a dict with 'prompt' and perhaps 'chosen' and 'rejected', or 'response'; perhaps 'good', 'margin', 'tools', and 'turns',
-    all messages of a conversation (formats.py)."""
+    row: an example as in sources.py, such as {'prompt', 'chosen', 'rejected'}; row['turns']: all messages of a conversation."""
     prompt = row['prompt']
-    answer = row.get('chosen', row.get('response'))
-    # SFT takes any good answer (of a pair: the chosen one), KTO an answer with a label
-    takes_answer = task == 'sft' or (task == 'singles' and 'good' in row)
-    if task == 'prompts':
-        # a placeholder, since some chat templates cannot render a prompt without an answer
-        if answer is None or is_empty(answer):
-            answer = '.' if isinstance(prompt, str) else said('.')
-        answers = [answer]
-    elif 'chosen' in row and task != 'sft':
-        answers = [row['chosen'], row['rejected']]
-    elif task == 'sft' and not row.get('good', True):
-        left_out['bad answers, which are no demonstrations'] += 1
+    answers = _answers_for(row, task, left_out)
+    if not answers:
         return []
-    elif takes_answer and answer is not None:
-        answers = [answer]
-    else:
-        have = 'a prompt and a response' if 'response' in row else 'a prompt'
-        left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
-        return []
-
-    # hash tools only if present: rows without them keep the hash they had before tools were supported
-    tools = [row['tools']] if row.get('tools') else []
-    uid = content_hash(prompt, answers, *tools)
     if any(map(is_empty, answers)):
         left_out['empty answers'] += 1
         return []
+    # tools only if there are any: rows without them keep the hash that they had before tools were supported
+    tools = [row['tools']] if row.get('tools') else []
+    uid = content_hash(prompt, answers, *tools)
     if len(answers) == 1:
         conversation = row.get('turns') if task == 'sft' and not last_turn_only else None
-        # a chat and a single answer to it: as a conversation, too, for templates that mark which tokens are trained
-        is_chat = isinstance(prompt, list) and isinstance(answers[0], list)
-        is_asked = is_chat and prompt and prompt[-1]['role'] != 'assistant'
-        is_turn = is_asked and len(answers[0]) == 1
+        # one message after a chat is a conversation, too, for templates that mark which tokens are trained
+        are_chats = isinstance(prompt, list) and isinstance(answers[0], list)
+        is_turn = are_chats and len(answers[0]) == 1 and prompt and prompt[-1]['role'] != 'assistant'
         if task == 'sft' and not conversation and is_turn:
             conversation = [*(turn | {'weight': 0} for turn in prompt), *answers[0]]
         return [Part(prompt, answers, row.get('good', True), uid, conversation=conversation)]
@@ -285,35 +265,53 @@ def as_parts(row, task, left_out, last_turn_only=False):
     return [Part(prompt, [chosen], good=True, uid=uid), Part(prompt, [rejected], good=False, uid=uid)]
 
 
+def _answers_for(row, task, left_out):
+    """Return the answers that a task takes from a row: one, two (chosen and rejected), or none (the reason is counted)."""
+    answer = row.get('chosen', row.get('response'))
+    if task == 'prompts':
+        # a placeholder, since some chat templates cannot render a prompt without an answer
+        if answer is None or is_empty(answer):
+            answer = '.' if isinstance(row['prompt'], str) else said('.')
+        return [answer]
+    if 'chosen' in row and task != 'sft':
+        return [row['chosen'], row['rejected']]
+    if task == 'sft' and not row.get('good', True):
+        left_out['bad answers, which are no demonstrations'] += 1
+        return []
+    # SFT takes any good answer (of a pair: the chosen one), KTO an answer with a label
+    is_taken = task == 'sft' or (task == 'singles' and 'good' in row)
+    if is_taken and answer is not None:
+        return [answer]
+    have = 'a prompt and a response' if 'response' in row else 'a prompt'
+    left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
+    return []
+
+
 def _render_part(part, tools, tokenizer, left_out):
     """Return [(texts, Part)], one per example: chats by the template, texts only marked; None for an empty answer.
 
-    The texts of a Part with a conversation are its segments, of one without [prompt, *answers]. Raises Refused."""
+    texts: the segments if the Part has a conversation, else [prompt, *answers]. Raises Refused."""
     conversation = part.conversation or []
-    plain = part._replace(conversation=None)  # for texts that are not segments
     trained = [i for i, turn in enumerate(conversation) if is_trained(turn)]
-    # several answers: one text in segments; a single answer: as in sampling, unless the template marks trained tokens
-    needs_segments = len(trained) > 1 or (trained and turns.marks_answers(tokenizer, tools))
-    if not needs_segments:
-        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
-    # keep the counts of a single answer only if its segments are used: otherwise it goes to render, which counts again
-    counts = left_out if len(trained) > 1 else Counter()
-    segments = turns.segments(conversation, tools, tokenizer, counts)
-    if segments is not None:
-        if counts is not left_out:
+    plain = part._replace(conversation=None)  # for texts that are not segments
+    if len(trained) > 1:
+        segments = turns.segments(conversation, tools, tokenizer, left_out)
+        if segments is not None:
+            # []: all answers are empty (already counted)
+            return [(segments, part)] if segments else []
+        # the template cannot write the conversation as one text: an example per answer, behind all earlier messages
+        left_out[turns.APART] += 1
+        apart = [render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out) for i in trained]
+        return [(texts, plain) for texts in apart]
+    # a single answer is written as in sampling, unless the template marks which tokens are trained
+    if trained and turns.marks_answers(tokenizer, tools):
+        counts = Counter()
+        segments = turns.segments(conversation, tools, tokenizer, counts)
+        if segments is not None:
             left_out.update(counts)
-        # []: all answers are empty (already counted)
-        return [(segments, part)] if segments else []
-    # None: the template cannot render the conversation as one text
-    if len(trained) == 1:
-        return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
-    # one example per answer, with all earlier messages as its prompt
-    left_out[turns.APART] += 1
-    rendered = []
-    for i in trained:
-        texts = render(conversation[:i], [[conversation[i]]], tools, tokenizer, left_out)
-        rendered.append((texts, plain))
-    return rendered
+            return [(segments, part)] if segments else []
+    # the counts of segments that are None are dropped: render counts the same
+    return [(render(part.prompt, part.answers, tools, tokenizer, left_out), plain)]
 
 
 def _skip_or_raise(error, row, skip_bad_rows, left_out):
@@ -328,37 +326,37 @@ def _skip_or_raise(error, row, skip_bad_rows, left_out):
 
 
 def _encode_in_chunks(items, tokenizer):
-    """Encode (builder, texts, Part) items; yield lists of (builder, ids of each text, Part), in order.
-
-    A thread encodes a chunk while the next one is read and rendered here."""
+    """Encode items (builder, texts, Part); yield lists of (builder, ids of each text, Part), in order."""
 
     def encode_chunk(chunk):
         all_texts = []
-        before = []  # the text that each of them goes on from
+        before = []  # of each text: the one that it continues, '' for a beginning
         for _, texts, part in chunk:
             all_texts += texts
-            # answers go on from their prompt, a segment of a conversation from the last one that is not empty
-            starts = [texts[0]] * (len(texts) - 1)
-            if part.conversation:
-                starts = accumulate(texts[:-1], lambda last, text: text or last)
-            before += ['', *starts]
+            last = ''
+            for number, text in enumerate(texts):
+                before.append(last)
+                # answers continue their prompt (number 0), a segment of a conversation the last one that is not empty
+                if number == 0 or part.conversation:
+                    last = text or last
         ids = iter(encode_texts(all_texts, tokenizer, before))
         return [(builder, [next(ids) for _ in texts], part) for builder, texts, part in chunk]
 
+    # a thread encodes a chunk while the next one is read and rendered here
     with ThreadPoolExecutor(1) as pool:
-        pending = None  # the future of the chunk before
+        future = None  # of the chunk that the thread encodes
         chunk = []
         characters = 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
-                future = pool.submit(encode_chunk, chunk)
-                if pending:
-                    yield pending.result()
-                pending, chunk, characters = future, [], 0
-        if pending:
-            yield pending.result()
+                next_future = pool.submit(encode_chunk, chunk)
+                if future:
+                    yield future.result()
+                future, chunk, characters = next_future, [], 0
+        if future:
+            yield future.result()
         yield encode_chunk(chunk)  # the rest
 
 
@@ -366,8 +364,8 @@ class Builder:
     """Collects tokenised examples in typed arrays, which take 4 bytes per token instead of a list's 36."""
 
     def __init__(self, limits):
-        self.limits = limits
-        self.left_out = Counter()
+        self.limits = limits  # the Limits that examples are truncated to
+        self.left_out = Counter()  # reason -> examples left out or changed
         self.ids = array('i')
         self.widths = array('q')  # tokens of each prompt and each answer
         self.good = array('b')  # this and the next two: a value for each example
@@ -408,31 +406,30 @@ class Builder:
         else:
             self.left_out['margins, which only reward.py uses'] += int((~is_missing).sum())
             margin = None
-        # this note is about answers, which 'prompts' do not use; a Counter ignores del of a missing key
+        # it counts answers, and those of 'prompts' are placeholders; a Counter ignores del of a missing key
         if task == 'prompts':
             del self.left_out[THOUGHTLESS]
-        # widths: prompt, chosen, rejected, prompt, ... for pairs, else prompt, answer, prompt, ...
+        # an example has the widths of prompt, chosen and rejected, or of prompt and answer
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        ids = np.asarray(self.ids)
         good = np.array(self.good, bool)
-        uid = np.asarray(self.uid)
-        return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
+        left_out = +self.left_out  # unary + drops zero counts
+        return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
 
 
 # ---- BOS, EOS and lengths ----
 
 
 def fit(prompt, answers, limits, left_out):
-    """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the limits (counted in left_out)."""
+    """Return (prompt, answers), lists of ids, with BOS and EOS and truncated to the Limits (counted in left_out)."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
     # the chat template may have written EOS already
     answers = [answer if answer[-1:] == [eos] else [*answer, eos] for answer in answers]
-    longest_answer = max(len(answer) for answer in answers)
+    longest_answer = max(map(len, answers))
     if len(prompt) + longest_answer <= limits.max_length:
         return prompt, answers
     prompt = truncate_prompt(prompt, limits, left_out)
-    room = limits.max_length - len(prompt)
+    room = limits.max_length - len(prompt)  # positive: runtime/values.py refuses lengths that leave none
     for i, answer in enumerate(answers):
         if len(answer) > room:
             left_out['answers cut'] += 1
@@ -441,10 +438,9 @@ def fit(prompt, answers, limits, left_out):
 
 
 def fit_conversation(prompt, segments, limits, left_out):
-    """Return (prompt, [answer]), the ids of a conversation truncated to the limits; (prompt, []) if no trained token fits.
+    """Return (prompt, [answer]), the ids of a conversation truncated to the Limits; (prompt, []) if no trained token fits.
 
-    segments: lists of ids after the prompt, alternately trained (assistant) and untrained (user), the last one trained. answer: all
-    segments joined, with untrained tokens stored as ~id. left_out: Counter of what was cut."""
+    segments: lists of ids, in turn trained (assistant) and not (user). answer: all of them joined, with untrained tokens as ~id."""
     eos = limits.eos
     prompt = add_bos(prompt, limits)
     answer = []
@@ -456,7 +452,7 @@ def fit_conversation(prompt, segments, limits, left_out):
         answer.append(eos)
     if len(prompt) + len(answer) > limits.max_length:
         prompt = truncate_prompt(prompt, limits, left_out)
-    room = limits.max_length - len(prompt)
+    room = limits.max_length - len(prompt)  # positive: runtime/values.py refuses lengths that leave none
     if len(answer) <= room:
         return prompt, [answer]
     left_out['conversations cut'] += 1
@@ -473,9 +469,9 @@ def fit_conversation(prompt, segments, limits, left_out):
 
 
 def add_bos(prompt, limits):
-    """Return a prompt's ids with BOS in front, added unless it is there. For a tokenizer without BOS: unchanged, or [EOS] if empty."""
+    """Return a prompt's ids with BOS in front, unless it is there already or the tokenizer adds none; never an empty list."""
     if limits.bos is None:
-        # an empty prompt becomes EOS: the first answer token needs a token to be predicted from
+        # [EOS] for an empty prompt: the first token of the answer needs one to be predicted from
         return prompt or [limits.eos]
     # the chat template may have written BOS already
     return prompt if prompt[:1] == [limits.bos] else [limits.bos, *prompt]
@@ -493,52 +489,44 @@ def truncate_prompt(prompt, limits, left_out):
     return prompt[:num_bos] + prompt[num_bos + excess :]
 
 
-# ---- the same for sample.py and label.py ----
-
-
-def encode(prompt, answer, tools, tokenizer, max_length, max_prompt_length, truncation, left_out):
-    """Return (prompt ids, answer ids) of one prompt and answer, texts or chats, as in training. Raises UserError."""
+def encode(prompt, answer, tools, tokenizer, lengths, left_out):
+    """Return (prompt ids, answer ids) of one prompt and answer, as tokenise() makes them of rows. Raises UserError."""
     try:
         # blank: allow an empty answer, whose ids are EOS alone
         texts = render(prompt, [answer], tools, tokenizer, left_out, blank=True)
     except Refused as error:
         raise UserError(str(error)) from None
     prompt_ids, answer_ids = encode_texts(texts, tokenizer, before=['', texts[0]])
-    limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
-    prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], limits, left_out)
+    prompt_ids, (answer_ids,) = fit(prompt_ids, [answer_ids], Limits.of(tokenizer, *lengths), left_out)
     return prompt_ids, answer_ids
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
     """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
 
-    prompts: texts, chats or rows. skip_bad_rows: None for prompts that the chat template rejects, not UserError."""
+    prompts: texts, chats or rows. A prompt that the chat template rejects raises UserError, or (skip_bad_rows) has None for ids."""
     limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
-    texts = []  # None for a rejected prompt
+    texts = []  # of each prompt; None if it is rejected
     for prompt in prompts:
         row = prompt if isinstance(prompt, dict) else {'prompt': prompt}
         try:
-            texts += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)
+            texts += render(row['prompt'], [], row.get('tools'), tokenizer, left_out)  # a list of one text
         except Refused as error:
             _skip_or_raise(error, row, skip_bad_rows, left_out)
             texts.append(None)
-    ids = encode_texts([text for text in texts if text is not None], tokenizer)
-    truncated = (truncate_prompt(add_bos(prompt, limits), limits, left_out) for prompt in ids)
+    encoded = encode_texts([text for text in texts if text is not None], tokenizer)
+    truncated = (truncate_prompt(add_bos(ids, limits), limits, left_out) for ids in encoded)
     return [None if text is None else next(truncated) for text in texts]
 
 
-# ---- the cache on the disk ----
-
-
 def _cache_file(key, split, enough):
-    """Return the path of a split's cache file. key: hash of all else. enough: {} for the file with all examples."""
+    """Return the path of a split's cache file. key: hash of all else. enough: as in load_examples; {} for all examples."""
     return cache.path_of('tokens', f'{content_hash(key, split, enough):016x}')
 
 
 def _read_cache(key, split, enough):
-    """Return the Examples of the first intact cache file, or None. Prints a note about damaged files.
-
-    enough: {split: count} of load_examples. The file with all examples, that of {}, serves any counts."""
+    """Return the Examples of a split from its cache file, or None. Prints a note about a damaged file."""
+    # the file with all examples ({}) serves, too, if fewer are enough
     for counts in [{}, enough] if enough else [{}]:
         file = _cache_file(key, split, counts)
         if found := cache.read(file):
@@ -549,10 +537,10 @@ def _read_cache(key, split, enough):
     return None
 
 
-def _write_cache(file, examples):
-    """Write Examples to a cache file; print a note on failure."""
+def _write_cache(key, split, enough, examples):
+    """Write the Examples of a split to its cache file; print a note on failure."""
     columns = {name: getattr(examples, name) for name in ('ids', 'spans', 'good', 'uid', 'margin')}
     # safetensors needs contiguous arrays and no None
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
-    if failure := cache.write(file, arrays, examples.left_out):
+    if failure := cache.write(_cache_file(key, split, enough), arrays, examples.left_out):
         say(f'note: tokens are not cached: {failure}')

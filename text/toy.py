@@ -14,12 +14,12 @@ import tempfile
 
 # place -> aspects that it has
 PLACES = {
-    'hotel': ('room', 'bed', 'staff', 'breakfast'),
-    'cafe': ('coffee', 'cake', 'staff', 'music'),
-    'museum': ('guide', 'garden', 'exhibit', 'ticket'),
-    'train': ('seat', 'ticket', 'window', 'staff'),
-    'school': ('teacher', 'garden', 'music', 'library'),
-    'beach': ('water', 'sand', 'music', 'view'),
+    'hotel': 'room bed staff breakfast'.split(),
+    'cafe': 'coffee cake staff music'.split(),
+    'museum': 'guide garden exhibit ticket'.split(),
+    'train': 'seat ticket window staff'.split(),
+    'school': 'teacher garden music library'.split(),
+    'beach': 'water sand music view'.split(),
 }
 ASPECTS = sorted({aspect for aspects in PLACES.values() for aspect in aspects})
 # adjective -> value
@@ -28,15 +28,15 @@ VALUES = {
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
 # words that are single tokens
-WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
+WORDS = [*'Review of the was very and . :'.split(), *PLACES, *ASPECTS, *VALUES]
 
 
-def place_of(prompt: str) -> str:
+def place_of(prompt):
     """Return the place that a prompt names."""
     return prompt.removeprefix('Review of the ').removesuffix(':')
 
 
-def gold(prompt: str, answer: str) -> float:
+def gold(prompt, answer):
     """Return the gold reward of an answer, in [-2.5, 1.5]: the mean score of its clauses."""
     aspects_of_place = PLACES.get(place_of(prompt), ())
     scores = []
@@ -50,8 +50,8 @@ def gold(prompt: str, answer: str) -> float:
     return sum(scores) / len(scores)  # _clauses yields at least one
 
 
-def well_formed(answer: str) -> bool:
-    """Whether every clause is grammatical and the answer ends with a full stop."""
+def well_formed(answer):
+    """Return whether every clause is grammatical and the answer ends with a full stop."""
     return all(adjective is not None for _, _, adjective in _clauses(answer))
 
 
@@ -70,8 +70,8 @@ def _clauses(answer):
         yield None, False, None
 
 
-def demonstration(prompt: str, rng: random.Random) -> str:
-    """Return a random answer, more or less positive and sometimes off topic."""
+def demonstration(prompt, rng):
+    """Return a random answer, more or less positive and sometimes off topic. rng: a random.Random."""
     place = place_of(prompt)
     # probability of a positive adjective, drawn once per answer
     taste = rng.random()
@@ -80,26 +80,22 @@ def demonstration(prompt: str, rng: random.Random) -> str:
         is_off_topic = rng.random() < 0.3
         aspect = rng.choice(ASPECTS if is_off_topic else PLACES[place])
         # keep good adjectives with probability taste, bad ones with 1 - taste, and choose one of them
-        candidates = []
-        for word, value in VALUES.items():
-            if (value > 0) == (rng.random() < taste):
-                candidates.append(word)
+        candidates = [word for word, value in VALUES.items() if (value > 0) == (rng.random() < taste)]
         adjective = rng.choice(candidates or list(VALUES))
         very = ' very' if rng.random() < 0.25 else ''
         clauses.append(f'the {aspect} was{very} {adjective}')
     return ' ' + ' and '.join(clauses) + ' .'
 
 
-def pairs(split: str, n: int = 6000):
-    """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test').
-
-    Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))."""
+def pairs(split, n=6000):
+    """Yield n pairs {'prompt', 'chosen', 'rejected'}, always the same for a split ('train' or 'test')."""
     # a string seed is reproducible on all machines
     rng = random.Random(f'toy {split}')
     for _ in range(n):
         prompt = f'Review of the {rng.choice(sorted(PLACES))}:'
         first = demonstration(prompt, rng)
         second = demonstration(prompt, rng)
+        # Bradley-Terry: P(first is chosen) = sigmoid(3 * (gold reward of first - gold reward of second))
         odds = math.exp(3 * (gold(prompt, first) - gold(prompt, second)))
         first_is_chosen = rng.random() < odds / (1 + odds)
         chosen, rejected = (first, second) if first_is_chosen else (second, first)

@@ -20,11 +20,10 @@ def marks_answers(tokenizer, tools):
 def segments(turns, tools, tokenizer, left_out):
     """Return a conversation's text cut into [context, trained answer, context, trained answer, ...]; the rest is dropped.
 
-    Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Special
-    tokens are marked as in chat.py. turns: messages; answers of weight 0 are context. Raises chat.Refused."""
+    Returns [] if no answer is trained on, and None if the template cannot write the conversation as one text. Raises Refused.
+    turns: messages; answers of weight 0 are context. left_out: Counter of reasons, updated. See chat.py for marks."""
     special = chat.special_of(tokenizer)
-    template = chat.template_of(tokenizer, tools)
-    if template == chat.PLAIN_CHAT:
+    if chat.template_of(tokenizer, tools) == chat.PLAIN_CHAT:
         left_out[chat.NO_TEMPLATE] = 1  # a flag, not a count
     # indices of turns; those of trained answers become fewer below
     answers = [i for i, turn in enumerate(turns) if turn['role'] == 'assistant']
@@ -46,12 +45,7 @@ def segments(turns, tools, tokenizer, left_out):
 
     # spans: (start, end) of every answer in full_text
     if marks_answers(tokenizer, tools):
-        # apply_chat_template calls this, too, but returns only tokens, not the marked (start, end) of each chat
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options = {'tools': tools, 'chat_template': template, 'return_assistant_tokens_mask': True}
-        with_thoughts = [chat.with_thoughts(turn) for turn in turns]
-        _, (spans,) = render_jinja_template([with_thoughts], **options, **tokenizer.special_tokens_map)
+        spans = _spans_by_marks(turns, tools, tokenizer)
         # the prompt for an answer may be no beginning of full_text: it may open a thought that full_text lacks
         prompts = [write(turns[:i], tools, add_generation_prompt=True) for i in sorted(trained)]
         if not all(map(full_text.startswith, prompts)):
@@ -75,10 +69,20 @@ def segments(turns, tools, tokenizer, left_out):
     return texts
 
 
-def _span(turns, i, tools, full_text, write, stop):
-    """Return (start, end) of the answer turns[i] in the conversation's text, with its end of turn; None if unknown.
+def _spans_by_marks(turns, tools, tokenizer):
+    """Return the (start, end) of every answer in the conversation's text, as the chat template marks them."""
+    # apply_chat_template calls this, too, for a list of chats, but returns only tokens
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-    write(turns, tools) returns a conversation's text. stop: a pattern of the end of turn."""
+    turns = [chat.with_thoughts(turn) for turn in turns]
+    options = {'chat_template': chat.template_of(tokenizer, tools), 'return_assistant_tokens_mask': True}
+    _texts, (spans,) = render_jinja_template([turns], tools=tools, **options, **tokenizer.special_tokens_map)
+    return spans
+
+
+def _span(turns, i, tools, full_text, write, stop):
+    """Return (start, end) of the answer turns[i] in full_text = write(turns, tools), with its end of turn, a match of the
+    pattern `stop`; None if it is not found."""
     prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):

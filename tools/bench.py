@@ -106,7 +106,6 @@ if out and data != 'synthetic':
     keep_data(data, out)
 rank, world_size, device = ranks.setup()
 on_gpu = device.type == 'cuda'
-# TRL is optional, so import it only on request
 if has_trl:
     if world_size > 1:
         raise UserError('TRL is measured in one process')
@@ -178,7 +177,6 @@ class Variant:
             with torch.no_grad():
                 self.ref_logps[tuple(rows)] = [self.logps(self.ref, batch) for batch in batches]
             self.passes.append(clock() - start)
-        # the cache replaces the reference
         self.ref = None
         release()
 
@@ -309,7 +307,6 @@ if data == 'synthetic':
     num_ids = min(meta_model.config.vocab_size, 4096)  # ids that every shape in SHAPES has
     pairs = []
     for _ in range(steps.size):
-        # fixed lengths override the drawn ones
         lengths = []
         for fixed, (median, sigma, most) in zip(fixed_lengths, LENGTHS, strict=True):
             drawn = rng.lognormal(math.log(median), sigma)

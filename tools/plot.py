@@ -85,7 +85,6 @@ rows = math.ceil(num_panels / 3)
 # inches; the legend has a line for each run
 size = width, 3.3 * rows + 0.25 * len(runs)
 figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
-# a run has the same color in all panels
 palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
 colors = [palette[i % len(palette)] for i in range(len(runs))]
 

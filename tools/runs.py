@@ -113,7 +113,6 @@ def gold(row):
 def differing(runs):
     """Return the names of options that differ between runs, those in FIRST first. A run that lacks an option does not count."""
     found = []
-    # all option names, in order and without duplicates
     names = dict.fromkeys(name for run in runs for name in run.options)
     for name in names:
         # compare as JSON, since lists are not hashable

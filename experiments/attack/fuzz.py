@@ -223,7 +223,7 @@ def attack_file(name, content, path, index):
     for reason, n in left_out.items():
         counts['rows refused' if reason.startswith('bad rows') else f'dropped: {reason}'] += n
     task = ('pairs', 'singles', 'sft')[index % 3]
-    found = tokenise(examples, tokenizer, task, 48, 24, 'start', Counter(), True, skip_bad_rows=True)
+    found = tokenise(examples, tokenizer, task, (48, 24, 'start'), Counter(), True, skip_bad_rows=True)
     counts[f'tokenised for {task}'] += len(found)
 
 

@@ -79,7 +79,7 @@ def pair(prompt='hi', chosen='yes', rejected='no'):
 
 
 def ids_of(t, *rows, task='pairs', **options):
-    return tokenise(rows, t, task, 256, 128, 'start', Counter(), **options)
+    return tokenise(rows, t, task, (256, 128, 'start'), Counter(), **options)
 
 
 def written(t, *rows, **options):
@@ -288,7 +288,7 @@ def test_tokens_are_those_of_the_whole(name, template):
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
     for words, answer in (('hi no', ' yes'), ('hi ', 'no'), ('', 'no')):
-        prompt_ids, ids = encode(words, answer, None, t, 128, 64, 'start', Counter())
+        prompt_ids, ids = encode(words, answer, None, t, (128, 64, 'start'), Counter())
         assert not words or decode_answer(ids[:-1], prompt_ids, t) == answer
         prompt_ids = prompt_ids if words else []  # without the BOS that an empty one becomes
         assert words == 'hi ' or [*prompt_ids, *ids[:-1]] == t(words + answer, add_special_tokens=False)['input_ids']

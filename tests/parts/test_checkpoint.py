@@ -798,6 +798,9 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, environ, free, mod
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
     assert 0.001 < room.bfloat16_slowdown() < 10_000  # a ratio, not seconds
+    with monkeypatch.context() as patch:  # as if others had the processor meanwhile
+        patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
+        assert room.bfloat16_slowdown() < 100
     monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
     config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
     parallel.choose_arithmetic(config, torch.device('cpu'))

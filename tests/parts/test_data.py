@@ -54,7 +54,7 @@ def encode(tokenizer, text):
 
 
 def tokens(tokenizer, rows, task='pairs', max_length=64, max_prompt_length=32, truncation='start', **how):
-    return tokenise.tokenise(rows, tokenizer, task, max_length, max_prompt_length, truncation, Counter(), **how)
+    return tokenise.tokenise(rows, tokenizer, task, (max_length, max_prompt_length, truncation), Counter(), **how)
 
 
 def items(examples):
@@ -181,7 +181,7 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
         examples = tokens(tokenizer, [row, pair(prompt, full, full * 2)], 'singles')
         assert len(examples) in (2, 3) and examples.left_out['empty answers'] == 1
     if empty:  # label.py and reward.py measure it all the same
-        _, ids = tokenise.encode(prompt, empty, None, tokenizer, 64, 32, 'start', Counter())
+        _, ids = tokenise.encode(prompt, empty, None, tokenizer, (64, 32, 'start'), Counter())
         assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
 
 
@@ -230,7 +230,7 @@ def test_prompts_and_demonstrations_are_taken_once():
     (alone, _), (answered, _) = items(tokens(make_tokenizer(), [asked, answered], 'prompts'))
     assert alone == answered and len(alone) > 1
     rows = [pair('p', ' a', ' b'), pair('p', ' a', ' c'), pair('q', ' a', ' b'), pair('p', ' d', ' b')]
-    examples = tokenise.tokenise(rows, tok, 'sft', 64, 32, 'start', counts := Counter({'tie': 1}))
+    examples = tokenise.tokenise(rows, tok, 'sft', (64, 32, 'start'), counts := Counter({'tie': 1}))
     assert [tok.decode(a[:-1]) for a in answers_of(examples)] == [' a', ' a', ' d']
     assert examples.left_out == {'same demonstration again': 1} and counts == examples.left_out + Counter({'tie': 1})
 

@@ -244,6 +244,9 @@ def test_files_that_are_not_read(tmp_path, capsys):
     answers(write(folder, {'train': ROWS[:3]}, '.parquet'))
     said = f'note: train is read from .jsonl and .parquet files in {folder}: if they hold the same'
     assert said in capsys.readouterr().out
+    # the last ending is the format
+    answers(write(tmp_path / 'named', {'train-0.json': ROWS[:3], 'train-1': ROWS[3:6]}, '.parquet'))
+    assert capsys.readouterr().out == ''
     Path(write(tmp_path / 'more', {'rows': ROWS}), 'about.json').write_text('{"license": "mit"}')
     refused(tmp_path / 'more', f'about.json.*or name the file that is meant: --data={tmp_path}/more/FILE; see README')
 
@@ -424,7 +427,7 @@ def test_the_commit_of_a_hub_dataset(monkeypatch):
         hub_commit.cache_clear()
         seen.append(hub_commit('o/n'))
         if seen == ['a']:
-            files._write_note('a', 'o/n')
+            files._remember('a', 'o/n')
     assert seen == ['a', 'a', None]
 
 

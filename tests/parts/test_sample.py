@@ -198,7 +198,7 @@ def test_chat(folder, capsys):
     tokenizer = load.load_tokenizer(f'{folder}/chat')
     for prompt in (kind, question['prompt'], ''):
         row = {'prompt': prompt, 'response': 'fine'}
-        trained = tokenise.tokenise([row], tokenizer, 'sft', 64, 32, 'start', Counter())[0][0].tolist()
+        trained = tokenise.tokenise([row], tokenizer, 'sft', (64, 32, 'start'), Counter())[0][0].tolist()
         assert tokenise.tokenise_prompts([prompt], tokenizer, 64, 'start', Counter()) == [trained]
 
 

@@ -35,7 +35,7 @@ MARKS_ALL = CHATML.replace(TURN, ANSWER.replace('TURN', TURN))
 
 def tokens(tokenizer, *chats, max_length=256, max_prompt_length=128, **how):
     rows = [{'prompt': chat[:-1], 'response': chat[-1:], 'turns': chat} for chat in chats]
-    return tokenise(rows, tokenizer, 'sft', max_length, max_prompt_length, 'start', Counter(), **how)
+    return tokenise(rows, tokenizer, 'sft', (max_length, max_prompt_length, 'start'), Counter(), **how)
 
 
 def ids_and_mask(example):
@@ -90,7 +90,7 @@ def test_a_single_answer_that_the_template_marks(template):
     tokenizer = tokenizer_of(template, '<|im_end|>')
     one, last = ({'prompt': chat[:-1], 'response': chat[-1:]} for chat in (CHAT[:2], CHAT[:4]))
     weighed = [turn | ({'weight': 0} if turn is CHAT[1] else {}) for turn in CHAT[:4]]
-    found = tokenise([one, last], tokenizer, 'sft', 256, 128, 'start', Counter())
+    found = tokenise([one, last], tokenizer, 'sft', (256, 128, 'start'), Counter())
     expected = [ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)]
     assert [ids_and_mask(found[i]) for i in (0, 1)] == expected
 
@@ -102,7 +102,7 @@ def test_marks_behind_a_prompt_that_opens_more():
     unmarked = tokenizer_of(OPENS, '<|im_end|>')
     for length in (2, 4):
         row = {'prompt': CHAT[: length - 1], 'response': CHAT[length - 1 : length], 'turns': CHAT[:length]}
-        found, expected = (tokenise([row], t, 'sft', 256, 128, 'start', Counter()) for t in (thinks, unmarked))
+        found, expected = (tokenise([row], t, 'sft', (256, 128, 'start'), Counter()) for t in (thinks, unmarked))
         assert [ids_and_mask(example) for example in found] == [ids_and_mask(example) for example in expected]
         assert found.left_out == expected.left_out and len(found) == length // 2
     other = tokenizer_of(GENERATES.replace("'<|im_start|>assistant\n'", opens('<answer>')), '<|im_end|>')
