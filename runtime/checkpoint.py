@@ -87,7 +87,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 
     on_one_rank(remove_unfinished)
     tensors = _live_tensors(model, optimizer)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     # replicas hold the same tensors: each rank saves some of them, dealt out by size to balance the load
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
@@ -103,7 +103,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 def _saved_shapes(reader):
     """Return name -> shape of the tensors in a checkpoint. reader: a HuggingFaceStorageReader of its folder."""
     saved = reader.read_metadata().state_dict_metadata
-    return {name: tuple(tensor.size) for name, tensor in saved.items()}
+    return {name: tensor.size for name, tensor in saved.items()}
 
 
 def failed():
@@ -251,7 +251,7 @@ def load(folder, model, optimizer):
         if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
     tensors = _live_tensors(model, optimizer)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if saved_shapes != shapes:
         raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)

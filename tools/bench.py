@@ -358,7 +358,7 @@ table = []  # {column: value} of each variant: medians over its timed steps; TRL
 for run in runs:
     seconds = statistics.median(run.times)
     # per_second(a, b) is a / b, or NaN if the clock stood still
-    speedups = [per_second(first, own) for first, own in zip(runs[0].times, run.times, strict=True)]
+    speedups = map(per_second, runs[0].times, run.times)
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(speedups)}
     row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
     row['peak_memory_gb'] = run.peak
@@ -375,7 +375,7 @@ for run in runs:
         if card_tflops:
             row['mfu'] = per_second(flops_per_pair * batch_size, seconds) / world_size / card_tflops / 1e12
         if run.cached:
-            with_pass = [sum(both) for both in zip(run.times, run.passes, strict=True)]
+            with_pass = map(sum, zip(run.times, run.passes, strict=True))
             row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(with_pass))
     # JSON cannot hold other values
     finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}
