@@ -276,8 +276,7 @@ def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
     assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
 
 
-def test_weights_that_were_trained_and_then_frozen_are_in_a_checkpoint(tmp_path):
-    """So is a tensor that somebody has put into model.kept."""
+def test_frozen_weights_and_tensors_that_are_kept_are_in_a_checkpoint(tmp_path):
     ranks.setup()
     weights = []
     for is_first in (True, False):

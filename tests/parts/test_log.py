@@ -59,12 +59,6 @@ def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
     assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
 
 
-def test_a_path_may_be_spelt_otherwise(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path.parent)
-    name = tmp_path.name
-    assert log._in_full(f'./{name}/+hh:{name}') == f'{tmp_path}+hh:{tmp_path}' and log._in_full('none/x') == 'none/x'
-
-
 def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
     commits = []
     for path in (os.environ['PATH'], str(tmp_path)):
