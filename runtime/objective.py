@@ -27,7 +27,7 @@ def call(fn, known):
 
 
 def _find(name, losses, statistics, options):
-    """Return (function, per-step statistic or None, whether it compares pairs) of a loss, from name -> function. UserError if it is wrong."""
+    """Return (function, per-step statistic or None, whether it compares pairs) of a loss, from name -> function. UserError if wrong."""
     if name not in losses:
         hint = did_you_mean(name, losses)
         in_file = next(iter(losses.values())).__globals__  # names of losses.py
