@@ -206,7 +206,7 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers. wandb: project or None. total, start, every: examples, see below."""
+        """Open the logs and the trackers. wandb: project or None. The next three are numbers of examples."""
         self.total = total  # of the run
         self.start = start  # before a resume
         self.every = every  # between lines on the screen

@@ -27,7 +27,7 @@ def call(fn, known):
 
 
 def _find(name, losses, statistics, options):
-    """Return (loss function, its per-step statistic or None, whether it compares pairs). UserError if it, or what it takes, is unknown."""
+    """Return (function, per-step statistic or None, whether it compares pairs) of a loss, from name -> function. UserError if wrong."""
     if name not in losses:
         hint = did_you_mean(name, losses)
         in_file = next(iter(losses.values())).__globals__  # names of losses.py
