@@ -124,7 +124,7 @@ if reward_model is not None:
     record['content of reward_model'] = lora.content_of(reward_model)
 
 # out_dir must be new, or hold a run with the same answers and options except these
-neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
+neutral = set('out_dir endpoint concurrency timeout retries max_tokens'.split())
 log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
 lock(out_dir)
 

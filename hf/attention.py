@@ -24,10 +24,9 @@ def register_attention():
 
 
 def set_attention(model, packed, for_padded=None):
-    """Switch a model to packed_attention, or with packed=False to one of transformers' implementations for padded batches.
+    """Switch a model to packed_attention, or with packed=False to attention of transformers, for padded batches. UserError if it fails.
 
-    for_padded: choose that implementation ('sdpa', 'eager', ...) for this call and all later ones. None: the one chosen earlier; if
-    there is none, sdpa if the model supports it, else eager. Raises UserError if the model lacks it."""
+    for_padded: 'sdpa', 'eager' ..., remembered for later calls. None: that or, by default, sdpa if supported, else eager."""
     inner = core(model)
     if for_padded:
         inner.attention_if_padded = for_padded
@@ -55,7 +54,7 @@ def padded_attention(model):
 
 
 def packed_layout(model, batch):
-    """Return what a model is called with beside the ids of a packed batch. Raises UserError where answers would see one another."""
+    """Return the arguments of a model's forward for a packed batch, beside its ids. UserError if attention is not packed_attention."""
     if core(model).config._attn_implementation != 'packed':
         advice = 'call register_attention() and set_attention(model, packed=True) of hf/attention.py'
         raise UserError(f'answers of a packed batch see one another, without packed attention: {advice}')
@@ -65,12 +64,12 @@ def packed_layout(model, batch):
 def packed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, packed=None, **options):
     """Compute attention in a row of groups [prompt | answer | answer ...]: each answer sees itself and its group's prompt.
 
-    query (1, H, T, D), key and value (1, H_kv, T, D); packed: the data.Batch. Returns (output (1, T, H, D), None). Raises
-    NotImplementedError if the architecture cannot be packed; hf/probe.py then falls back to padded batches."""
+    Called by transformers, with mask None. query (1, H, T, D); key, value (1, H_kv, T, D); packed: the data.Batch of packed_layout().
+    Returns (output (1, T, H, D), None). NotImplementedError if the architecture cannot be packed: hf/probe.py then pads batches."""
     softcap = options.get('softcap')
     if packed is None or options.get('s_aux') is not None:
         raise NotImplementedError('the batch is not handed on to attention (StableLM), or it has sinks (GPT-OSS)')
-    # a single kernel does it all on CUDA in half precision; it needs keys and values of the same size, and has no soft cap
+    # on CUDA in half precision a single kernel does it all. It needs keys and values of the same size, and has no soft cap
     is_half_precision = query.dtype in (torch.bfloat16, torch.float16)
     same_size = key.shape[-1] == value.shape[-1]
     if query.is_cuda and is_half_precision and softcap is None and same_size:
@@ -85,16 +84,17 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
             mask = block.mask(sliding_window, q.device)
             outputs.append(_attend(q, k, v, mask, scaling, softcap))
             continue
-        # each answer sees the keys and values of the prompt and its own; the prompt's queries go with the first answer's
+        # the first piece is the prompt, each other one an answer, which sees the prompt's keys and its own
         prompt_q, prompt_k, prompt_v = q, k, v
         for number in range(1, len(block.sizes)):
             q, k, v = next(pieces)
+            # the prompt's queries are computed once, with those of the first answer
             q = torch.cat((prompt_q, q), 2) if number == 1 else q
             k = torch.cat((prompt_k, k), 2)
             v = torch.cat((prompt_v, v), 2)
             mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
             outputs.append(_attend(q, k, v, mask, scaling, softcap))
-    # selective activation checkpointing (hf/lean.py) joins them again in backward, rather than keep them twice
+    # selective activation checkpointing (hf/lean.py) gives modules this method: it does not keep the joined outputs for backward
     if hasattr(module, 'recomputed'):
         return module.recomputed(lambda *outputs: torch.cat(outputs, 1), *outputs), None
     return torch.cat(outputs, 1), None
@@ -145,8 +145,9 @@ def blocks_of(groups):
 
 
 class Block:
-    """Consecutive groups of a packed row. Several small ones are one piece, which attends in one call under a mask; a single
-    group has a piece for its prompt and for each answer, and a call per answer. sizes: tokens of each piece."""
+    """Consecutive groups of a packed row, cut into pieces. sizes: tokens of each piece.
+
+    Several small groups are one piece, under a mask. The pieces of a single group are its prompt and each of its answers."""
 
     def __init__(self, groups):
         self.groups = groups
@@ -178,22 +179,21 @@ class Block:
 
 
 class Varlen:
-    """A packed row as the varlen kernel wants it: a sequence for each answer, whose keys are its prompt's and its own.
+    """A packed row as the varlen kernel wants it: a sequence for each answer, with the keys of its prompt and its own.
 
-    groups: [(tokens of a prompt, tokens of each answer that shares it)]. Queries are in row order; a prompt's belong to its first
-    answer. gather (K,): the token whose key comes at each place; None if no prompt is shared: keys are in row order then.
-    copies: [(tokens, their places in gather)]: where each token comes first, where some come a second time, and so on.
-    cu_q, cu_k: cumulative numbers of queries and keys. A prompt of 2 tokens with answers of 1 and 2, groups [(2, (1, 2))], has 5
-    tokens: gather [0, 1, 2, 0, 1, 3, 4], copies ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6]), ([0, 1], [3, 4]), cu_q [0, 3, 5], cu_k [0, 3, 7]."""
+    groups: [(tokens of a prompt, tokens of each answer that shares it)]. The example: [(2, (1, 2))], a prompt of 2 with answers of 1
+    and 2, so a row of 5 tokens. Queries are in row order. A prompt's belong to its first answer.
+    cu_q, cu_k: cumulative numbers of queries and keys: [0, 3, 5] and [0, 3, 7], as the prompt's keys come twice.
+    gather (K,): indices in the row of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared. copies: _copies(gather)."""
 
     def __init__(self, groups):
-        n_queries, n_keys = [], []  # of each answer
+        n_queries = []  # of each answer, which has those of its prompt if it is the first
+        n_keys = []
         tokens = []  # arrays of indices in the row: the token of each key
         start = 0  # index in the row where the next prompt or answer starts
         for prompt, answers in groups:
             prompt_tokens = np.arange(start, start + prompt)
             start += prompt
-            # a prompt's queries are computed with those of its first answer
             n_queries += [prompt + answers[0], *answers[1:]]
             n_keys += [prompt + answer for answer in answers]
             for answer in answers:
@@ -202,17 +202,24 @@ class Varlen:
         self.gather, self.copies = None, []
         if any(len(answers) > 1 for _, answers in groups):
             gather = np.concatenate(tokens)
-            self.gather = torch.from_numpy(gather)
-            # no list has a token twice, so that Gather's backward can add them up one by one
-            left = np.arange(len(gather))  # places that are in no list yet
-            while len(left):
-                once, first = np.unique(gather[left], return_index=True)
-                self.copies.append((torch.from_numpy(once), torch.from_numpy(left[first])))
-                left = np.delete(left, first)
+            self.gather, self.copies = torch.from_numpy(gather), _copies(gather)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
+
+
+def _copies(gather):
+    """Return [(tokens, their places in gather)]: first the first copy of every token, then all second copies, and so on.
+
+    [0, 1, 2, 0, 1] -> [([0, 1, 2], [0, 1, 2]), ([0, 1], [3, 4])]. So no item has a token twice."""
+    copies = []
+    left = np.arange(len(gather))  # places that are in no item yet
+    while len(left):
+        tokens, first = np.unique(gather[left], return_index=True)
+        copies.append((torch.from_numpy(tokens), torch.from_numpy(left[first])))
+        left = np.delete(left, first)
+    return copies
 
 
 def _attend_varlen(query, key, value, scaling, sliding_window, layout):
@@ -236,7 +243,7 @@ def _attend_varlen(query, key, value, scaling, sliding_window, layout):
 
 
 class Gather(torch.autograd.Function):
-    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen, with its copies."""
+    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen with a gather."""
 
     @staticmethod
     def forward(ctx, x, layout):
@@ -245,19 +252,19 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Sum the gradients of all copies of each token. Indexing's own backward would sort all keys, which is slow."""
-        # first copies: every token of the row has one, and they are in row order
+        """Return (T, H, D): the gradient (K, H, D), summed over the copies of each token. Autograd's own way would sort all keys."""
+        # every token of the row has a first copy: total begins with the gradients of these, in row order
         (_, first_places), *further_copies = ctx.layout.copies
-        total = _rows(grad.contiguous(), first_places)  # (T, H, D)
+        total = _rows(grad.contiguous(), first_places)
         for tokens, places in further_copies:
-            # plain assignment adds up: no list has a token twice
+            # an assignment can add up, as tokens has none twice
             total[tokens] = _rows(total, tokens) + _rows(grad, places)
         return total, None
 
 
 def _rows(x, index):
-    """Return x[index] for x (T, H, D), where possible as complex128 numbers: copying 16 bytes at a time is three times as fast."""
-    # view() needs whole words of 16 bytes
+    """Return x[index] for x (T, H, D). Copies words of 16 bytes where it can, which is three times as fast."""
+    # a view as complex128 numbers, of 16 bytes each, needs whole ones in every row, and each row to start at one
     per_word = 16 // x.element_size()
     must_be_multiples = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
     if any(size % per_word for size in must_be_multiples):

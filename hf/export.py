@@ -22,8 +22,7 @@ from runtime.log import check_same, recorded
 from runtime.ranks import on_one_rank
 from text.examples import bos_of
 
-# maximum size of a weights file; larger models are sharded
-SHARD = '5GB'
+SHARD = '5GB'  # maximum size of a weights file; larger models are sharded
 # Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/tokenise.py).
 # {first} is replaced by the ids at the start of every prompt: [BOS], or [] if the tokenizer adds no BOS.
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
@@ -52,9 +51,8 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
 
-    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card.
-    With adapters, folder gets the merged model, and the folder `adapter` beside it the adapter alone, in float32.
-    dtype: of the weights. Returns the one written, float32 if a weight overflows in dtype. UserError if the disk is full."""
+    build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card. With adapters,
+    folder has the merged model, and `adapter` beside it the adapter alone. Returns the dtype written: float32 if `dtype` overflows."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     # let a checkpoint that is being written in the background finish, and raise its error if it failed
@@ -62,7 +60,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     model.reshard()
     # a model with adapters is a PeftModel around the transformers model, which core() returns
     has_adapters = core(model) is not model
-    # gather full tensors on the CPU of rank 0; with adapters only the trained ones
+    # gather weights on the CPU of rank 0; with adapters only the trained ones, of adapters and a reward model's head
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
     trained_weights = get_model_state_dict(model, options=options)
     tied = ties(model)  # such as the LM head, if it is the embedding
@@ -76,7 +74,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 clear_path(temporary)
                 # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
                 if has_adapters:
-                    # the model is read again, of the hub perhaps a newer commit
+                    # this reads the base model again, which may have changed since
                     adapted = build(empty=False)
                     _check_same_model(folder.parent)
                     lora.write(adapted, trained_weights, adapter_temporary)
@@ -100,7 +98,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, UserError):
                 raise
-            # such as a config that transformers does not save: all ranks hear of a UserError, and write a checkpoint
+            # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
             raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
     return on_one_rank(write)
@@ -115,31 +113,26 @@ def _check_same_model(out_dir):
 
 
 def _save_weights(model, weights, dtype, folder):
-    """Save weights (name -> tensor), stochastically rounded to dtype, with model's class and config. Returns the dtype written.
-
-    Frees memory: it clears `weights` and moves the model to the meta device."""
+    """Save weights (name -> tensor), rounded to dtype, with model's class and config. Uses both up. Returns the dtype written."""
     # fall back to float32 if a finite weight would overflow in dtype
-    limit = torch.finfo(dtype).max
-    for name in weights:
-        largest = 0.0
-        if weights[name].numel():
-            largest = torch.linalg.vector_norm(weights[name].float(), torch.inf)
-        if limit < largest < torch.inf:
-            cause = f'{name} has a weight of {largest:.6g}, and {dtype} ends at {limit:.6g}'
-            say(f'note: {cause}: the model is kept in float32')
+    end = torch.finfo(dtype).max
+    for name, weight in weights.items():
+        most = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
+        if end < most < torch.inf:
+            say(f'note: {name} has a weight of {most:.6g}, and {dtype} ends at {end:.6g}: the model is kept in float32')
             dtype = torch.float32
             break
-    # write a tensor of several names (tied) once, under the first: named_parameters() lists no other
-    first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    # a tied tensor has several names: write it once, under the first, the only one that named_parameters() lists
+    first_names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     # fixed seed: the same weights always give the same file
     generator = torch.Generator().manual_seed(0)
     # as transformers does, keep some in float32, such as the bias by which DeepSeek V3 chooses experts
-    kept = model._get_dtype_plan(dtype)  # parts of their names
+    parts_in_float32 = model._get_dtype_plan(dtype)  # parts of their names
     rounded_weights = {}
     for name, weight in weights.items():
-        is_kept = any(part in name for part in kept)
+        in_float32 = any(part in name for part in parts_in_float32)
         if name in first_names:
-            rounded_weights[name] = rounded(weight, torch.float32 if is_kept else dtype, generator)
+            rounded_weights[name] = rounded(weight, torch.float32 if in_float32 else dtype, generator)
     # free the original weights, as large as the model, before writing
     weights.clear()
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
@@ -148,10 +141,10 @@ def _save_weights(model, weights, dtype, folder):
 
 
 def rounded(weights, dtype, generator):
-    """Round float32 weights stochastically to dtype, so that small updates from training survive on average.
+    """Round float32 weights to dtype at random: 30% of the way to the next number of dtype, a weight moves there with chance 0.3.
 
-    A weight 30% of the way to the next number of dtype moves there with probability 0.3; below 6.1e-5 the numbers of float16
-    are further apart, and weights go to the nearest one. Integers are returned as is."""
+    So small updates from training survive on average. Below 6.1e-5, where float16 is coarser, weights go to its nearest number."""
+    # integers stay as they are
     if not weights.is_floating_point():
         return weights
     # mantissa bits of float32 that dtype lacks
@@ -215,8 +208,7 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         text += '\n' + SCORE.replace('{first}', first_ids)
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
-        numbers = {name: value for name, value in evaluations[-1].items() if isinstance(value, float)}
-        table = [f'| {name} | {value:.4g} |' for name, value in numbers.items()]
+        table = [f'| {name} | {value:.4g} |' for name, value in evaluations[-1].items() if isinstance(value, float)]
         text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
     listed = '\n'.join(f'{name} = {value!r}' for name, value in options.items())
     text += f'\nOptions:\n\n```python\n{listed}\n```\n'

@@ -20,16 +20,13 @@ from runtime.files import append, say_once
 from text.chat import decode_answer
 from text.examples import GOLDEN_STEP, Examples, splitmix64
 
-# Rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of the rows have ended, and at least REFILL_AFTER
-# tokens after the last refill: a refill takes as long as sampling one or two tokens.
-REFILL_SHARE = 4
-REFILL_AFTER = 8
+# a refill takes as long as sampling one or two tokens
+REFILL_SHARE = 4  # rows of ended answers are refilled with new prompts once 1 / REFILL_SHARE of all rows have ended
+REFILL_AFTER = 8  # but not before so many tokens
 
 
 def sample(model, tokenizer, prompts, seeds, **settings):
-    """Sample an answer to every prompt from a sharded model, split over all ranks. Return all answers (token ids) on every rank.
-
-    prompts: lists of token ids. seeds: one int per prompt. settings: keyword arguments of generate()."""
+    """Sample an answer to every prompt from a sharded model, as generate() does, split over all ranks. Every rank returns them all."""
     # deal the prompts out to the ranks by length: similar lengths per batch, equal work per rank
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -45,25 +42,24 @@ def sample(model, tokenizer, prompts, seeds, **settings):
 
 
 def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
-    """Sample answers of several models to the prompts of these held-out Examples, and append them to out_dir/samples.jsonl.
+    """Sample answers of models, {name: sharded model}, to the prompts of held-out Examples, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run, which has trained on examples_seen examples. models: name -> sharded model; 'reference' answers with its
-    adapters off. measure(Examples of n answers): returns {column: (n,) tensor}, more fields of the file. n_written:
-    how many answers of a model go there, None for all. settings: options of generate(). Returns {model name: result of measure};
-    {} without measure, or after a stop signal, which truncates answers: then nothing is written."""
+    run: a training.Run, which has trained on examples_seen examples. measure(Examples of n answers): returns {column: (n,) tensor},
+    more fields of the file, or is None. n_written: how many answers of each model are written, None for all. settings: options of
+    generate(). Returns {name: result of measure}. After a stop signal, which cuts answers short, writes nothing and returns {}."""
     tokenizer = run.tokenizer
     prompts = [prompt for prompt, _ in examples]
-    # the same seeds at every evaluation; the factor exceeds the number of prompts, so different --seed never overlap
+    # the same at every evaluation; the factor exceeds the number of prompts, so that runs of another --seed share none
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
     is_own = settings.get('temperature', 1) == settings.get('top_p', 1) == 1
     if measure and not is_own:
         why = "at this temperature and top_p the samples are not the policy's own"
         say_once(f'note: kl_eval/samples is a mean log-ratio and no KL: {why}')
-    measured = {}
+    measured = {}  # stays empty without measure
     lines = []  # of samples.jsonl
     for name, model in sorted(models.items()):
-        # the reference may be the policy itself without its adapters; adapters_off(None) changes nothing
+        # the reference may be the policy itself, without its adapters; the policy keeps them: adapters_off(None) does nothing
         with adapters_off(model if name == 'reference' else None):
             answers = sample(model, tokenizer, prompts, seeds, keep_end=True, **settings)
         if guard.stop_asked():
@@ -91,7 +87,7 @@ def generate(
 
     prompts: lists of token ids. seeds: one int per answer. temperature: 0 is greedy. keep_end: keep the stop token at the end of
     an answer. max_rows: batch size, None for all prompts; rows of ended answers are refilled with waiting prompts. A stop signal
-    truncates all answers. Under FSDP, call it inside sharded.unsharded()."""
+    cuts all answers short. Under FSDP, call it inside sharded.unsharded()."""
     inner = core(model)
     stop = stop_tokens(model, tokenizer)
     n_rows = max_rows or len(prompts)
@@ -119,10 +115,10 @@ def generate(
             processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
             continuations = _generate(inner, sequences, cache, n_left, criteria, processors)
+            # go on with the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
-                goes_on = _extend(answers[active[row]], tokens, stop, max_new_tokens)
-                if goes_on:
+                if _extend(answers[active[row]], tokens, stop, max_new_tokens):
                     cache_rows.append(row)
             active = [active[row] for row in cache_rows]
             if _stop_asked():
@@ -149,7 +145,7 @@ def _stop_asked():
 def _generation_mode(model, **settings):
     """Within the block, the model has padded attention and a GenerationConfig of these settings."""
     inner = core(model)
-    # hide the model's own config, which may have a repetition penalty etc.
+    # its own config may have a repetition penalty etc.
     own_config = inner.generation_config
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
     try:
@@ -162,7 +158,7 @@ def _generation_mode(model, **settings):
 def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
     """Continue sequences (lists of token ids) with transformers' greedy generate(). Return only the new ids, padded at the end.
 
-    cache: a Cache of all but each sequence's last token, an empty one to fill, or None. criteria, processors: lists."""
+    cache: as from _cache_for(), an empty one to fill, or None. criteria, processors: of transformers, or None."""
     n_cached = 0 if cache is None else cache.get_seq_length()
     # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
@@ -210,32 +206,32 @@ def can_refill(inner):
 
 
 def _cache_for(inner, sequences, old_cache, old_rows):
-    """Return a cache with a row for each sequence (a list of token ids), of all its tokens but the last, right-aligned.
+    """Return a KV cache with a row for each sequence (a list of token ids): of all its tokens but the last, padded on the left.
 
-    sequences[i] is in row old_rows[i] of old_cache already; those behind len(old_rows) are new, and computed here."""
-    caches = [(old_cache, old_rows)] if old_rows else []  # (a cache, its rows that go into the result)
+    old_rows: rows of old_cache that hold this already for the first sequences. For all others it is computed here."""
+    caches = [(old_cache, old_rows)] if old_rows else []  # (a cache, its rows that go into the result, in order)
     new = sequences[len(old_rows) :]
     if new:
         # equal ones, for several answers to a prompt, are computed once
         row_of = {}  # sequence without its last token -> row of new_cache
         rows = [row_of.setdefault(tuple(sequence[:-1]), len(row_of)) for sequence in new]
         new_cache = transformers.DynamicCache(config=inner.config)
-        # fills new_cache; the generated token is ignored
+        # called to fill new_cache: the token that it generates is thrown away
         _generate(inner, list(row_of), new_cache, max_new_tokens=1)
         caches.append((new_cache, rows))
-    # at least one column, of padding if all sequences have one token
-    longest = max(map(len, sequences))
-    width = max(1, longest - 1)
+    # columns of the result: at least one, of padding if all sequences have one token
+    width = max(1, max(map(len, sequences)) - 1)
+    # merge the rows into the first cache, in place
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
-        # sliding-window layers hold fewer columns than width
+        # sliding-window layers hold fewer columns
         n_held = max(cache.layers[i].keys.shape[2] for cache, _ in caches)
         n_columns = min(width, n_held)
         for name in ('keys', 'values'):
             padded = []
             for cache, rows in caches:
-                states = getattr(cache.layers[i], name)[rows]  # (rows, heads, tokens, head_dim)
-                # pad the tokens on the left, or with a negative number cut padding off there
+                states = getattr(cache.layers[i], name)[rows]  # (rows, heads, columns, head_dim)
+                # add columns of padding on the left; where n_pad is negative, this removes some
                 n_pad = n_columns - states.shape[2]
                 padded.append(F.pad(states, (0, 0, n_pad, 0)))
             setattr(layer, name, torch.cat(padded))
@@ -245,11 +241,10 @@ def _cache_for(inner, sequences, old_cache, old_rows):
 
 
 def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
-    """Return the StoppingCriteriaList that ends a row at a stop token, or when its answer has max_new_tokens tokens.
-
-    n_sampled: tokens of each row's answer so far. All end at a signal, or once `enough` have after REFILL_AFTER steps."""
+    """Return the StoppingCriteriaList that ends a row at a stop token or at max_new_tokens, and all at a signal or once `enough` end."""
     stop = torch.tensor(sorted(stop), device=inner.device)
-    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)  # (rows,)
+    # (rows,); n_sampled: tokens of each row's answer so far
+    n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
     sampled = []  # for each step, the tokens of all rows: (rows,)
 
     # called after every step; returns (rows,) bool
@@ -258,15 +253,15 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
         met_stop = torch.isin(torch.stack(sampled), stop).any(0)
         ended = met_stop | (n_left <= len(sampled))
         if len(sampled) >= REFILL_AFTER:
-            ended |= ended.sum() >= enough
+            ended |= ended.sum() >= enough  # all rows, if so many have ended
         return ended | _stop_asked()
 
     return transformers.StoppingCriteriaList([has_ended])
 
 
 def _processors(seeds, n_sampled, temperature, top_p):
-    """Return the LogitsProcessorList that makes greedy decoding sample, given each row's seed and number of tokens so far."""
-    if temperature == 0:  # greedy
+    """Return the LogitsProcessorList by which greedy decoding samples. n_sampled: the number of each row's tokens so far."""
+    if temperature == 0:
         return transformers.LogitsProcessorList([_checked])
     # temperature before top_p, as in transformers
     processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
@@ -277,7 +272,7 @@ def _processors(seeds, n_sampled, temperature, top_p):
 
 
 def _checked(ids, scores):
-    """Logits processor: return scores as they are. UserError if one is NaN, where an argmax means nothing."""
+    """Logits processor: return scores as they are. UserError if one is NaN: the argmax would mean nothing."""
     if scores.isnan().any():
         raise UserError("the model's scores are not numbers: its weights are broken, or too large for its type")
     return scores
@@ -305,7 +300,7 @@ class _Draw(transformers.LogitsProcessor):
         blocks = padded.view(n_rows, side, side)
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
         block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
-        self.step += np.uint64(1)
+        self.step += 1
         # draw a block of each row, then a token of this block
         block_scores = _checked(ids, blocks.logsumexp(2))  # (rows, side)
         block = (block_scores + block_noise).argmax(1)  # (rows,)
@@ -317,11 +312,10 @@ class _Draw(transformers.LogitsProcessor):
 
     def noise(self, n):
         """Return (rows, n) float32 Gumbel noise for this step. Step s of a row uses the counters s * n to s * n + n - 1."""
-        first = self.step * np.uint64(n)  # (rows,)
-        counters = first[:, None] + np.arange(n, dtype=np.uint64)  # (rows, n)
-        states = self.keys[:, None] + counters * np.uint64(GOLDEN_STEP)
+        counters = self.step[:, None] * n + np.arange(n, dtype=np.uint64)  # (rows, n)
+        states = self.keys[:, None] + counters * GOLDEN_STEP
         # keep 53 of the 64 bits, as many as a float64 has; + 0.5 avoids log(0)
-        upper_bits = splitmix64(states) >> np.uint64(11)
+        upper_bits = splitmix64(states) >> 11
         uniform = (upper_bits + 0.5) / 2**53  # in (0, 1)
         noise = torch.from_numpy(-np.log(-np.log(uniform))).float()
         # pinned memory makes the copy to the GPU asynchronous

@@ -26,23 +26,27 @@ class HalfCopies:
             for name, weight in module._parameters.items():
                 if weight in self.copies:
                     self.places.append((module._parameters, name, weight))
-        self.__setstate__({})
+        self._register_hooks()
 
     def __setstate__(self, state):
-        """Take state, of a deep copy, and let autograd call _add_gradient: hooks are not copied."""
+        """Fill a deep copy of this object with state, its attributes. Called by copy.deepcopy, which leaves out the hooks."""
         vars(self).update(state)
+        self._register_hooks()
+
+    def _register_hooks(self):
+        """Let autograd call _add_gradient(weight, copy) when the gradient of a copy is complete."""
+        # the hook belongs to the copy, and the copy to self: a weak reference to self lets all of them be freed
+        add_gradient = partial(HalfCopies._add_gradient, weakref.proxy(self))
         for weight, copy in self.copies.items():
-            # a proxy, because copy and hook would keep each other for good
-            hook = partial(HalfCopies._add_gradient, weakref.proxy(self), weight)
-            copy.register_post_accumulate_grad_hook(hook)
+            copy.register_post_accumulate_grad_hook(partial(add_gradient, weight))
 
     def _add_gradient(self, weight, copy):
-        """Move the gradient of a copy, which is complete, to its weight. At the end of the backward, swap out."""
+        """Move the complete gradient of a copy to its weight. Lets autograd call swap_out at the end of this backward."""
         grad = copy.grad
         copy.grad = None
         has_hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
         if has_hooks:
-            weight.backward(grad.float())  # calls these hooks
+            weight.backward(grad.float())  # adds to weight.grad, and calls a user's hooks
         elif weight.grad is None:
             weight.grad = grad.float()
         else:
@@ -51,14 +55,14 @@ class HalfCopies:
         engine.queue_callback(self.swap_out)
 
     def swap_in(self, *unused):
-        """Update the copies, also in requires_grad, and let the modules compute with them. unused: a forward hook's arguments."""
+        """Update the copies from the weights, and let the modules compute with them. unused: the arguments of a forward hook."""
         if self.are_in:
             return
         with torch.no_grad():
-            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))  # destinations, sources
         for parameters, name, weight in self.places:
             parameters[name] = self.copies[weight].requires_grad_(weight.requires_grad)
-        self.required_grad = {weight: weight.requires_grad for weight in self.copies}
+        self.required_grad = {weight: weight.requires_grad for weight in self.copies}  # as it is now, for swap_out
         self.are_in = True
 
     def swap_out(self):
@@ -68,26 +72,24 @@ class HalfCopies:
         self.are_in = False
         for parameters, name, weight in self.places:
             parameters[name] = weight
-        # what has been frozen meanwhile, by way of a copy, stays so; of weights frozen by themselves the copies know nothing
+        # model.requires_grad_() has reached only the copies while they were in: pass on what it has changed
         for weight, copy in self.copies.items():
             if copy.requires_grad != self.required_grad[weight]:
                 weight.requires_grad_(copy.requires_grad)
 
 
 def round_to_half(model):
-    """Round a model's weights, and what goes into its blocks, to bfloat16, in place. Weights that train stay float32 tensors.
-
-    Unrounded, a weight halfway between two bfloat16 numbers, common in fp16 files, would jump to the other one with the first
-    update, however small. Buffers stay as they are: XGLM adds float32 positions to the input of its first block."""
+    """Round a model's weights, in place, and all that goes into its blocks to bfloat16. Weights that train stay float32 tensors."""
+    # a weight halfway between two bfloat16 numbers, common in fp16 files, would else jump with its first update, however small
     for p in model.parameters():
         rounded = p.data.bfloat16()
         p.data = rounded.to(p.dtype) if p.requires_grad else rounded
+
+    def round_hidden(block, inputs):
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            return inputs[0].bfloat16(), *inputs[1:]
+        return inputs
+
+    # buffers stay float32: XGLM, for one, adds positions from one to the input of its first block
     for block in blocks(model):
-        block.register_forward_pre_hook(_round_hidden)
-
-
-def _round_hidden(block, inputs):
-    """Forward hook of a block: round its first input."""
-    if inputs and isinstance(inputs[0], torch.Tensor):
-        return inputs[0].bfloat16(), *inputs[1:]
-    return inputs
+        block.register_forward_pre_hook(round_hidden)

@@ -1,8 +1,7 @@
 """Selective activation checkpointing: recompute norms and MLP activations in backward instead of saving their outputs.
 
-Outputs of matmuls and attention are saved as usual. A norm or activation records a Recipe of its output, and
-saved_tensors_hooks make later layers save the Recipe instead of the output. torch's own selective checkpointing
-dispatches every operation, which takes three times as long."""
+Outputs of matmuls and attention are saved as usual. A norm or activation records a Recipe of its output, and saved_tensors_hooks
+make later layers save the Recipe instead. torch's own way, which dispatches every operation, takes three times as long."""
 
 import inspect
 from functools import partial
@@ -21,7 +20,7 @@ class Recipe:
         self.output = None  # set by recompute()
         # detach them from the graph, so that Recompute.backward differentiates this function alone
         self.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        # autograd counts the in-place changes of a tensor, which would make the recomputed output wrong
+        # torch counts a tensor's in-place changes: recompute() refuses inputs that have changed
         self.versions = [x._version for x in self.inputs]
 
     def recompute(self):
@@ -35,7 +34,7 @@ class Recipe:
 
 
 class Recompute(torch.autograd.Function):
-    """Compute a Recipe's output without saving any tensor for backward, where the output is recomputed."""
+    """Compute a Recipe's output. Autograd saves nothing for it: backward recomputes the output."""
 
     @staticmethod
     def forward(ctx, recipe, num_inputs, *tensors):
@@ -61,21 +60,23 @@ class Recompute(torch.autograd.Function):
 
 
 class LeanBlock:
-    """Selective checkpointing of one block: replaces the forward of the block, its norms, activations and MLP, in place."""
+    """Selective checkpointing of one block: replaces the forward of the block, its norms, activations and MLP, in place.
+
+    recipes: data_ptr of an output -> (output, Recipe), for the outputs that the running forward has made so far."""
 
     def __init__(self, block):
-        self.recipes = {}  # data_ptr of an output -> (output, Recipe); filled during the block's forward
+        self.recipes = {}
         # source of the MLP's forward in Llama and about a hundred other architectures of transformers
         gated = 'self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))'
         for path, module in block.named_modules():
             module.recomputed = self.recomputed  # packed_attention calls it
-            # such as mlp.act_fn; not act_dropout
+            # activations are called act, act_fn ..., such as layers.0.mlp.act_fn, but act_dropout is none
             name = path.rpartition('.')[2]
             is_activation = name.startswith('act') and 'drop' not in name
             is_norm = 'Norm' in type(module).__name__
             if is_activation or is_norm:
                 module.forward = partial(self.recomputed, module.forward, module=module)
-            # named_modules() lists an MLP before its act_fn, so act_fn.forward is still the original one
+            # named_modules() lists an MLP before its act_fn: run_gated_mlp gets the activation's own forward, not yet replaced
             elif gated in inspect.getsource(type(module).forward):
                 module.forward = partial(self.run_gated_mlp, module, module.act_fn.forward)
         block.forward = partial(self.run_block, block.forward)
@@ -88,11 +89,11 @@ class LeanBlock:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
                 return forward(*args, **options)
         finally:
-            # only pack looks recipes up; the graph keeps those that it has saved
+            # only pack() looks them up, and it has put those that backward needs into the graph
             self.recipes.clear()
 
     def recomputed(self, function, *inputs, module=None, **options):
-        """Return function(*inputs), to be recomputed in backward. module: owns the parameters that the function uses, if any."""
+        """Return function(*inputs), and record a Recipe to recompute it in backward. module: has the function's parameters, if any."""
         # a Recipe detaches its inputs, which works for plain tensors only
         has_plain_inputs = not options and all(type(x) is torch.Tensor for x in inputs)
         if not has_plain_inputs or not torch.is_grad_enabled():
@@ -115,12 +116,12 @@ class LeanBlock:
         if type(tensor) is not torch.Tensor:
             return tensor
         if tensor.data_ptr() in self.recipes:
-            # tensor starts at the address of an output: it is the output, perhaps of another shape, or a part of it
+            # the tensor starts where an output does: it is this output, perhaps in another shape, or a part of it
             output, recipe = self.recipes[tensor.data_ptr()]
             is_whole = tensor.numel() == output.numel() and tensor.dtype == output.dtype
             both_contiguous = tensor.is_contiguous() and output.is_contiguous()
             return (recipe, tensor.shape) if is_whole and both_contiguous else tensor
-        # a small view, such as the values in a fused query_key_value, would keep all of its memory. Weights (leaves) stay anyway
+        # a small view, say of a fused query_key_value, would keep its whole base: save a copy. Weights (leaves) stay anyway
         is_view = tensor._base is not None and not tensor._base.is_leaf
         if is_view and tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes:
             return tensor.data.clone()
@@ -135,7 +136,7 @@ class LeanBlock:
 
 
 def checkpointed(forward, *args, **options):
-    """Return forward(*args, **options), whose activations backward computes again. Without gradients it is forward alone."""
+    """Return forward(*args, **options). With gradients enabled, backward computes its activations again instead of saving them."""
     if not torch.is_grad_enabled():
         return forward(*args, **options)
     return checkpoint(forward, *args, use_reentrant=False, **options)

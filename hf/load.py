@@ -32,7 +32,7 @@ HARMLESS = (
     'generation flags are not valid and may be ignored',
     'sequence length is longer than the specified maximum',
 )
-# caches by model name: the export at the end of a run needs them again, and the folder may be gone by then
+# caches of _read_config, by model name: the export at the end of a run needs them again, and the folder may be gone by then
 _configs, _generation_configs = {}, {}
 
 
@@ -65,7 +65,7 @@ def as_user_error(load_fn):
 def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     """Load a causal LM, or a LoRA adapter with its base model, on the CPU, in float32 and eval mode. Raises UserError.
 
-    tokenizer: ids beyond the model's embedding raise UserError; with grow=True they get new rows instead
+    tokenizer: one with ids beyond the model's embedding is a UserError; with grow=True, these ids get new rows instead
     adapters: dict from lora.options() to train adapters; None to train the model, with a saved adapter merged
     options: empty (no weights, on the meta device), trust_remote_code, seed (of new weights), device_map"""
     saved, base = lora.adapter_and_base(name)
@@ -75,10 +75,10 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     model = _make_model(transformers.AutoModelForCausalLM, base, config, **options)
     if _generation_configs.get(base):  # set by _read_config
         model.generation_config = copy.deepcopy(_generation_configs[base])
-    # correct a config that ties head and embedding although the file has both; an empty model has read no file
+    # the config may tie head and embedding although the file has both. An empty model has read no file
     if not options.get('empty') and correct_tie_config(model):
         say_once(f'note: {base!r} has a head of its own, although its config ties head and embedding: the head is kept')
-    # merge or attach adapters before adding rows: saved adapters have the shapes of the file
+    # before adding rows, as saved adapters have the shapes of the file
     model = lora.adapt(model, saved, adapters, **options)
     if grow:
         old_rows = core(model).get_input_embeddings().num_embeddings
@@ -96,27 +96,24 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
 def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     """Load a sequence classifier with one output on the CPU, in float32 and eval mode. Raises UserError.
 
-    tokenizer: must have been through separate_pad(); adapters, options: same as for load_model
-    new_head: also accept a causal LM, and replace its LM head by a new scalar head"""
+    tokenizer: as from separate_pad(). new_head: accept a causal LM, too, and replace its head. adapters, options: as for load_model"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
+    text_config = config.get_text_config()
     is_lm = not _is_classifier(config, base)
     # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
-    problem = None
-    if is_lm and not (new_head or has_head):
-        problem = 'is no reward model but a language model: train one from it with reward.py'
-    # a config without architectures may lack this, too
-    elif config.architectures and not is_lm and config.num_labels != 1:
-        problem = f'has {config.num_labels} outputs; a reward model has one'
+    if not (has_head or new_head):
+        raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
+    # a config without architectures may lack num_labels, too
+    if not is_lm and config.architectures and config.num_labels != 1:
+        raise UserError(f'{name!r} has {config.num_labels} outputs; a reward model has one')
     # transformers reads the score at the last token that is not the pad token: here, not at the end of text
-    elif not is_lm and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+    if not is_lm and text_config.pad_token_id == tokenizer.eos_token_id:
         problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
-    if problem:
         raise UserError(f'{name!r} {problem}')
     config.num_labels = 1
-    # the embedding has no row for a pad token that separate_pad has added, with the first id behind all others: add one
-    text_config = config.get_text_config()
+    # separate_pad may have added a pad token, with the first id behind all others: the embedding needs a row more for it
     old_rows, pad_id = text_config.vocab_size, tokenizer.pad_token_id
     needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
     # from_pretrained rejects a pad id without a row, so it is set after loading; the toy model has the row
@@ -126,7 +123,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     if needs_pad_row:
         embedding = model.resize_token_embeddings(old_rows + 1, mean_resizing=False)
         embedding.weight.data[old_rows:] = 0.0
-    # the model holds its own copy of the config
+    # not text_config: the model holds its own copy of the config
     model.config.get_text_config().pad_token_id = pad_id
     check_tokenizer(tokenizer, model, name)
     if not hasattr(model, 'score'):
@@ -140,11 +137,11 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
 
 
 def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
-    """Return a copy of a model's config; it and the GenerationConfig are cached. Raises UserError if the model is unusable."""
+    """Return a copy of a model's config. Fills _configs and _generation_configs. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
-    # a folder is read anew, as it may have changed. From the cache: a hub id, a folder that is gone by now, and an empty model,
-    # which the export makes to go with the one that was loaded before
+    # the cache stands for a hub id and for a folder that is gone; another folder is read anew, as it may have changed.
+    # An empty model is for the export of one that was loaded before, so it has the config of that one
     if name in _configs and (empty or not os.path.exists(name)):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
@@ -158,32 +155,33 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
         kind = dict(config.quantization_config).get('quant_method', 'bitsandbytes')
         way_out = 'name the model they were made from, or a copy of model.dequantize()'
         raise UserError(f'{name!r} holds quantised weights ({kind}), which do not train here: {way_out}')
-    # the generation config: None if transformers finds none or cannot parse it
-    generation_config = None
-    with contextlib.suppress(OSError, TypeError, ValueError):
-        generation_config = transformers.GenerationConfig.from_pretrained(name)
-    pad_id = getattr(generation_config, 'pad_token_id', None)
-    # some models say so that they have none; the export could not save it
-    if isinstance(pad_id, int) and pad_id < 0:
-        generation_config.pad_token_id = None
-    try:
-        if generation_config is not None:
-            generation_config.validate(strict=True)
-    except (TypeError, ValueError):
-        # the export could not save contradictory options: keep the token ids alone
-        say_once(f'note: the generation config of {name!r} contradicts itself: only its token ids are kept')
-        token_ids = {key: getattr(generation_config, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-        generation_config = transformers.GenerationConfig(**token_ids)
     _configs[name] = config
-    _generation_configs[name] = generation_config
+    _generation_configs[name] = _read_generation_config(name)
     return copy.deepcopy(config)
+
+
+def _read_generation_config(name):
+    """Return a model's GenerationConfig, such that the export can save it; None if transformers finds none or cannot parse it."""
+    try:
+        config = transformers.GenerationConfig.from_pretrained(name)
+    except (OSError, TypeError, ValueError):
+        return None
+    # some models use -1 for no pad token
+    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:
+        config.pad_token_id = None
+    try:
+        config.validate(strict=True)
+        return config
+    except (TypeError, ValueError):
+        say_once(f'note: the generation config of {name!r} contradicts itself: only its token ids are kept')
+        token_ids = {key: getattr(config, key) for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        return transformers.GenerationConfig(**token_ids)
 
 
 def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_code=False, seed=0, device_map=None):
     """Create a model by a transformers auto class and load its weights. Raises UserError if some are missing or out of room.
 
-    is_lm: a reward model is made of a language model: its LM head is left out, and a score head is drawn from seed.
-    empty: no weights, on the meta device. device_map: passed to from_pretrained."""
+    is_lm: make a reward model of a language model: no LM head, but a score head, drawn from seed. empty: on the meta device."""
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()
@@ -195,7 +193,7 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
         else:
             _check_files(name, config)
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
-            options |= {'ignore_mismatched_sizes': True}  # transformers then lists them, and the first is named below
+            options |= {'ignore_mismatched_sizes': True}  # lists them as mismatched_keys, for our own message
             model, info = auto.from_pretrained(name, config=config, **options)
             missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
             for key, in_file, in_config in sorted(info['mismatched_keys']):
@@ -205,8 +203,8 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
-    # as it should be for a language model: score.weight is missing, and lm_head.weight, of no numbered layer, unused
     if is_lm:
+        # as intended, the file lacks score.weight, and its LM head is not used; other weights belong to numbered layers
         missing = {key for key in missing if not key.startswith('score.')}
         unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
     if missing:
@@ -219,14 +217,16 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
 
 def _is_classifier(config, name):
     """Return whether a model is a sequence classifier: by its config or, if that names no architecture, by its weights."""
-    if config.architectures or name == 'toy':
-        return (config.architectures or [''])[0].endswith('ForSequenceClassification')
+    if config.architectures:
+        return config.architectures[0].endswith('ForSequenceClassification')
+    if name == 'toy':  # has no files
+        return False
     # the index of sharded weights, which may not have been downloaded yet
-    names = hub.read_dict(name, 'model.safetensors.index.json').get('weight_map')
-    if not names:
+    weights = hub.read_dict(name, 'model.safetensors.index.json').get('weight_map')
+    if not weights:
         metadata = _weights_on_disk(name)
-        names = metadata.weight_map if metadata else {}
-    return 'score.weight' in names
+        weights = metadata.weight_map if metadata else {}
+    return 'score.weight' in weights
 
 
 def _check_code(name):
@@ -234,6 +234,7 @@ def _check_code(name):
 
     def check(options, file):
         for key, value in options.items():
+            # auto_map: {'AutoModelForCausalLM': 'FILE.CLASS' in the model's folder}
             code = 'code of its own' if key == 'auto_map' and value else None
             # transformers takes an attn_implementation with a slash for the hub id of a kernel
             if key.endswith('_implementation') and '/' in json.dumps(value):
@@ -249,7 +250,7 @@ def _check_code(name):
 
 def _check_files(name, config):
     """Raise UserError unless all weights of a model are .safetensors files directly in its folder."""
-    # the config may name the weights file, or the index of several ones: {'weight_map': {name of a weight: file}}
+    # the config may name a file: the weights, or their index, {'weight_map': {name of a weight: its file}}
     file_in_config = getattr(config, 'transformers_weights', None)
     index = file_in_config if str(file_in_config).endswith('.json') else 'model.safetensors.index.json'
     files = list(hub.read_dict(name, index).get('weight_map', {}).values())
@@ -260,12 +261,12 @@ def _check_files(name, config):
         if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
             source = f'the index or config.json of {name!r} names {file[:100]!r}'
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')
-    # transformers would fall back to unpickling, or have a bot convert the hub's repo
+    # without such files transformers would read a pickle, or ask a bot to convert the hub's repository
     if os.path.isdir(name):
         has_weights = any(Path(name).glob('*.safetensors'))
         has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
     else:
-        # offline, from_pretrained says whether the cache has them
+        # if the hub cannot be reached, from_pretrained will say whether its cache has them
         has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
         has_pickle = True
     if not has_weights:
@@ -276,7 +277,7 @@ def _check_files(name, config):
 def add_value_head(model, critic=None):
     """Add a trainable value estimator to a causal LM and return it. critic: a reward model; None: a zero linear head."""
     inner = core(model)
-    # rl/heads.py looks for an attribute of this name, and so does without_value_head
+    # the name of the submodule to add; rl/heads.py looks for one of these two
     inner.value_estimator = 'value_head' if critic is None else 'critic'
     if critic is None:
         weight = inner.get_output_embeddings().weight  # (vocabulary, hidden size)
@@ -289,9 +290,9 @@ def add_value_head(model, critic=None):
 
 @contextlib.contextmanager
 def without_value_head(model):
-    """Within the block, the model lacks what add_value_head added, if it did, so that it is exported as a plain causal LM."""
+    """Within the block, the model lacks what add_value_head may have added, so that it is exported as a plain causal LM."""
     inner = core(model)
-    name = getattr(inner, 'value_estimator', None)  # of the submodule that was added; None if there is none
+    name = getattr(inner, 'value_estimator', None)  # set by add_value_head
     added = inner._modules.pop(name, None)
     try:
         yield
@@ -305,14 +306,14 @@ def load_tokenizer(name, trust_remote_code=False):
     if name == 'toy':
         return toy.tokenizer()
     adapter, base = lora.adapter_and_base(name)
-    # file_of: of an adapter on the hub, only what has been asked for is in the folder
+    # of an adapter on the hub, adapter.folder has only files that have been asked for: file_of asks for this one
     has_tokenizer = adapter and (hub.file_of(name, 'tokenizer_config.json') or any(adapter.folder.glob('*token*')))
     if not has_tokenizer:
         name = base
     hub.check_there(name)
     if not trust_remote_code:
         _check_code(name)
-    # transformers reads chat templates into memory whole
+    # transformers would read a chat template of any size into memory
     for file in Path(name).rglob('*.jinja'):
         size, limit = file.stat().st_size, 4_000_000
         if size > limit:
@@ -323,9 +324,8 @@ def load_tokenizer(name, trust_remote_code=False):
     except Exception as error:
         raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
     # where the hub fails for a moment, transformers goes on without the template
-    has_none = tokenizer.chat_template is None
-    is_on_hub = not os.path.isdir(name) and hub.reachable()
-    if has_none and is_on_hub and hub.is_there(name, 'chat_template.jinja'):
+    lacks_template = tokenizer.chat_template is None and not os.path.isdir(name)
+    if lacks_template and hub.reachable() and hub.is_there(name, 'chat_template.jinja'):
         raise UserError(f'the chat template of {name!r} did not come from the hub: start again')
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')
@@ -333,9 +333,8 @@ def load_tokenizer(name, trust_remote_code=False):
 
 
 def separate_pad(tokenizer):
-    """Give a tokenizer a pad token other than its EOS, and right padding, in place. Returns the tokenizer.
-
-    Needed for reward models: transformers reads the score at the last non-pad token, which has to be the EOS."""
+    """Return a tokenizer with right padding and a pad token other than its EOS, changed in place, as reward models need it."""
+    # transformers reads the score at the last token that is no padding: that has to be the EOS
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({'pad_token': '<|pad|>'})
     tokenizer.padding_side = 'right'
@@ -355,12 +354,12 @@ def check_tokenizer(tokenizer, model, name):
 def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_code=False):
     """Raise UserError if another model's tokenizer lacks a token of the policy's tokenizer, or gives it another id.
 
-    other: its tokenizer or name; a folder without one only gets a note. other_role: such as 'the reference NAME'."""
+    other: that tokenizer, or the model's name. For messages: policy_name; other_role, such as 'the reference NAME'."""
     if isinstance(other, str):
         if other == policy_name:
             return
         lacks_tokenizer = Path(other).is_dir() and not any(Path(other).glob('*token*'))
-        # an adapter without a tokenizer has that of its base model
+        # but load_tokenizer finds one for an adapter, that of its base model
         if lacks_tokenizer and not lora.find_adapter(other):
             say_once(f'note: {other_role} comes without a tokenizer: it must read the tokens of {policy_name}')
             return
@@ -392,44 +391,34 @@ def stored_dtype(name):
 
 
 def fingerprints(config):
-    """Hash all models named in a run's config, to detect changes on resume. Returns option -> model_hashes of its model."""
+    """Return {option: model_hashes()} of all models that a run's config names, to detect changes on resume."""
     hashes_of = {}
     for option in MODELS:  # model, ref_model, ...
         name = config.get(option)
-        if name in NO_MODEL:
+        if name in NO_MODEL:  # None, 'toy' ...
             continue
         hashes = model_hashes(name)
         # a folder with no file to hash is recorded, too, as {}
         if hashes or os.path.isdir(name):
             hashes_of[option] = hashes
-    # a sum of reward models, 'DIR1 + DIR2*0.5', whose names rl/reward_functions.py has listed: their files together
-    option = 'reward' if config.get('reward') else 'reward_model'
-    for name in getattr(config, 'reward_models', ()):
-        hashes = {} if name in NO_MODEL else model_hashes(name)
-        for file, digest in hashes.items():
-            hashes_of.setdefault(option, {})[f'{name}/{file}'] = digest
+    # the models in a sum, --reward='DIR1 + DIR2*0.5', are listed by rl/reward_functions.py: {'reward': {'DIR1/FILE': hash, ...}}
+    names = [name for name in getattr(config, 'reward_models', ()) if name not in NO_MODEL]
+    hashes = {f'{name}/{file}': digest for name in names for file, digest in model_hashes(name).items()}
+    if hashes:
+        hashes_of['reward' if config.get('reward') else 'reward_model'] = hashes
     return hashes_of
 
 
 def model_hashes(name):
-    """Return {file: SHA-256} of a model; an adapter has the files of its base model, too, as base/FILE."""
-    saved, base = lora.adapter_and_base(name)
-    hashes = _hashes(name)
-    if saved:
-        hashes |= {f'base/{file}': digest for file, digest in _hashes(base).items()}
-    return hashes
-
-
-def _hashes(name):
-    """Return {file: SHA-256} for a folder, or for the files of a hub id that have been loaded; {} for others."""
+    """Return {file: SHA-256} of a model's folder, or of what has been loaded of a hub id. An adapter's base model: base/FILE."""
     folder = hub.folder_of(name)
-    if folder is None:
-        return {}
-    # the files that define a model
-    suffixes = '.safetensors .json .model .txt .jinja .py'.split()
-    files = [file for file in folder.iterdir() if file.suffix in suffixes and file.is_file()]
-    # other programs may fetch more of a hub id into its cache; its tokenizer is in the hash of the tokens
+    # the files that define a model; in the cache of the hub, only those that load_model reads, as other programs may fetch more
+    pattern = r'.+\.(safetensors|json|model|txt|jinja|py)'
     if not os.path.isdir(name):
-        of_model = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
-        files = [file for file in files if re.fullmatch(of_model, file.name)]
-    return {file.name: file_hash(file) for file in sorted(files)}
+        pattern = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
+    files = sorted(folder.iterdir()) if folder else []
+    hashes = {file.name: file_hash(file) for file in files if re.fullmatch(pattern, file.name) and file.is_file()}
+    saved, base = lora.adapter_and_base(name)
+    if saved:
+        hashes |= {f'base/{file}': digest for file, digest in model_hashes(base).items()}
+    return hashes

@@ -1,8 +1,7 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT and in its file format, either new or saved by an earlier run.
 
-The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a
-frozen copy of it. Without --lora_rank a saved adapter is merged. With lora_dropout results depend on the ranks and on
-max_tokens; passes without gradients, such as one for a step's statistic, have no dropout."""
+The base model is frozen, so the reference is the policy without adapters or, if a saved adapter is trained further, with a frozen
+copy of it. With lora_dropout results depend on the ranks and on max_tokens. Passes without gradients have no dropout."""
 
 import contextlib
 import hashlib
@@ -54,13 +53,14 @@ class SavedAdapter(NamedTuple):
     is_reward: bool  # trained on a reward model, not on a language model
 
 
-# cache, name -> SavedAdapter or None: the export at the end of a run asks again, and the folder may be gone by then
+# cache of find_adapter: the export at the end of a run asks again, and the folder may be gone by then
 _found = {}
 
 
 def find_adapter(name):
     """Return the adapter in a folder or of a hub id as a SavedAdapter, or None. Raises UserError if it is unsupported."""
-    if os.path.exists(name) or name not in _found:  # a cache; a folder is read anew, as it may have changed
+    # a folder that is there is read anew each time, as it may have changed
+    if os.path.exists(name) or name not in _found:
         file = hub.file_of(name, CONFIG_FILE)
         _found[name] = _read_adapter(name, Path(file)) if file else None
     return _found[name]
@@ -75,7 +75,9 @@ def adapter_and_base(name):
 def _read_adapter(name, file):
     """Return the SavedAdapter whose adapter_config.json is file. Raises UserError if it is incomplete or unsupported."""
     options = hub.read_dict(name, CONFIG_FILE)
-    rank, alpha, base = (options.get(key) for key in ('r', 'lora_alpha', 'base_model_name_or_path'))
+    rank = options.get('r')
+    alpha = options.get('lora_alpha')
+    base = options.get('base_model_name_or_path')
     has_rank = type(rank) is int and rank > 0
     has_base = type(base) is str and base != ''
     if not (has_rank and has_base and type(alpha) in (int, float)):
@@ -84,7 +86,7 @@ def _read_adapter(name, file):
     unsupported = []
     with_missing_as_none = dict.fromkeys(ALLOWED_VALUES) | options
     for key, value in with_missing_as_none.items():
-        # an option in neither table is unknown here, and must be off
+        # an option in neither ANY_VALUE nor ALLOWED_VALUES is unknown here, and must be off
         allowed = ALLOWED_VALUES.get(key, DISABLED)
         if key not in ANY_VALUE and value not in allowed:
             unsupported.append(f'{key}={value!r}'[:100])
@@ -92,7 +94,7 @@ def _read_adapter(name, file):
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS_FILE) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS_FILE}: save it as safetensors')
-    # resolve the base path relative to the working directory (like PEFT), or else to the adapter's folder
+    # a relative path is meant from the working directory, as PEFT does, or else from the adapter's folder
     sibling = os.path.normpath(file.parent / base)
     if not os.path.exists(base) and os.path.exists(sibling):
         base = sibling
@@ -101,43 +103,41 @@ def _read_adapter(name, file):
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
     if hub.file_of(base, CONFIG_FILE):
-        problem = f'the model of the adapter {name!r} is itself an adapter, {base!r}'
-        raise UserError(f'{problem}: {WAY_OUT}')
+        raise UserError(f'the model of the adapter {name!r} is itself an adapter, {base!r}: {WAY_OUT}')
     return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
 
 
 def weights_hash(folder):
-    """Return a hash of a folder's weights and configs, including an adapter's base model. None if it is not a folder."""
+    """Return a hash of a folder's weights and configs, and those of an adapter's base model if it is a folder. None for a hub id."""
     if not folder or not os.path.isdir(folder):
         return None
     files = [file for pattern in ('*.safetensors', 'config.json', CONFIG_FILE) for file in Path(folder).glob(pattern)]
     hashes = [file_hash(file) for file in sorted(files)]
     saved, base = adapter_and_base(folder)
     if saved:
-        # '': the base model is on the hub, and has no folder to hash; content_of() adds its commit
         hashes.append(weights_hash(base) or '')
     return hashlib.sha256(bytes.fromhex(''.join(hashes))).hexdigest()[:16]
 
 
 def content_of(name):
-    """Return weights_hash() of a folder, the commit of a hub id; with an adapter's base model. None if not found."""
+    """Return weights_hash() of a folder, the commit of a hub id, or both of an adapter: 'HASH+COMMIT'. None if not found."""
     folder = hub.folder_of(name)
     if folder is None:
         return None
     content = weights_hash(name) or folder.name  # the cache of the hub has a folder for each commit
     saved, base = adapter_and_base(name)
-    is_whole = saved is None or os.path.isdir(base)
-    return content if is_whole else f'{content}+{content_of(base)}'
+    base_is_on_hub = saved and not os.path.isdir(base)
+    return f'{content}+{content_of(base)}' if base_is_on_hub else content
 
 
 def _load_weights(model, saved, adapter_name='default'):
-    """Load a saved adapter into the adapter of this name in a PeftModel. UserError for wrong keys; warns of another base model."""
+    """Load a saved adapter into the adapter of this name in a PeftModel. UserError if they do not fit; warns of another base model."""
     import peft
 
     weights = load_file(hub.file_of(saved.name, WEIGHTS_FILE))
     try:
         result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-    # the adapter holds a module whole, in another size than the model's: such as an embedding resized for new tokens
+    # a module that the adapter holds whole has another size here, such as an embedding that was resized for new tokens
     except RuntimeError as error:
         if 'size mismatch' not in str(error):
             raise
@@ -151,17 +151,17 @@ def _load_weights(model, saved, adapter_name='default'):
     keys = sorted(missing or result.unexpected_keys)
     if keys:
         raise UserError(f'the adapter {saved.name!r} {problem} weights: {", ".join(keys[:3])}')
-    # say it once, not again for the frozen copy; adapters written by other tools have no hash file
+    # not again for the frozen copy. Adapters written by other tools have no hash file
     hash_file = saved.folder / BASE_HASH_FILE
     if adapter_name == 'default' and hash_file.exists() and hash_file.read_text() != weights_hash(saved.base):
         say_once(f'warning: {saved.base} is not the model that the adapter {saved.name} was trained on')
 
 
-def _peft_model(model, saved, adapters, task_type, seed=0, with_frozen_copy=False):
-    """Return a PeftModel in eval mode with a trainable adapter of new weights, made as saved (SavedAdapter) or as adapters says.
+def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=False):
+    """Return a PeftModel in eval mode whose adapter has new weights, drawn from seed, and trains.
 
-    adapters: dict from options(); None to keep all options of saved. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None
-    with_frozen_copy: add a second, frozen adapter, which is to hold the same weights"""
+    saved: the SavedAdapter whose options it gets, or None for those of adapters, a dict from options(). With both, the dropout is
+    that of adapters. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None. with_frozen_copy: add a second adapter, FROZEN_COPY, to be loaded."""
     import peft
 
     lora_config = peft.LoraConfig.from_pretrained(str(saved.folder)) if saved else _new_config(model, adapters)
@@ -183,9 +183,9 @@ def _peft_model(model, saved, adapters, task_type, seed=0, with_frozen_copy=Fals
 
 
 def options(config):
-    """Return the adapter options of a run (rank, alpha, dropout, targets, quantize, keeps_copy), or None without lora_rank.
+    """Return the adapter options of a run for adapt(), a dict, or None without --lora_rank. Raises UserError for conflicts.
 
-    config: the run's Config; its lora_alpha becomes that of a saved adapter. Raises UserError for conflicting options."""
+    Keys: rank, alpha, dropout, targets, quantize, keeps_copy. config: the run's Config; gets the lora_alpha of a saved adapter."""
     quantize.check(config)
     if config['lora_rank'] is None:
         config.report_unused(['lora_alpha', 'lora_dropout', 'lora_targets'], 'there is no --lora_rank')
@@ -199,16 +199,16 @@ def options(config):
         config.report_unused(['lora_alpha', 'lora_targets'], f'the adapter {saved.name!r} goes on with its own')
         config['lora_alpha'] = float(saved.options['lora_alpha'])
     lora_options = {name: config[f'lora_{name}'] for name in ('rank', 'alpha', 'dropout', 'targets')}
-    # a saved adapter is its own reference before training, if the script has one and no --ref_model names another
+    # the reference is a frozen copy of a saved adapter, unless --ref_model names another one; sft.py and reward.py have none
     keeps_copy = 'ref_model' in config and config['ref_model'] is None
     return lora_options | {'quantize': config['quantize'], 'keeps_copy': keeps_copy}
 
 
 def reference_options(config, adapters):
-    """Return the adapter options to load the reference with: adapters, those of the policy, or None for no new ones.
+    """Return the adapter options to load the reference with: adapters, which are those of the policy, or None.
 
-    A policy with adapters is its own reference, under adapters_off(). It is loaded once more only for --cache_ref, which hashes it."""
-    # a new adapter starts as zero: without it the model is the same. 4-bit weights or a saved adapter change it
+    A policy with adapters is its own reference, under adapters_off(): only --cache_ref loads it once more, to hash it."""
+    # a new adapter starts as zero: without it the model is the same. A saved one changes the model, and so do 4-bit weights
     is_changed = config['quantize'] or find_adapter(config['model'])
     return adapters if is_changed and config['ref_model'] is None else None
 
@@ -222,12 +222,11 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     model.eval()
     if not adapters:
         return _merged(model, saved, empty) if saved else model
-    dropout = adapters['dropout']
     is_reward = hasattr(model, 'score')
-    task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'
+    task_type = 'SEQ_CLS' if is_reward else 'CAUSAL_LM'  # for SEQ_CLS, PEFT also trains the head, whole
     # reward models, such as PPO's critic, have no reference
     with_frozen_copy = saved is not None and not is_reward and adapters.get('keeps_copy', True)
-    model = _peft_model(model, saved, adapters, task_type, seed, with_frozen_copy)
+    model = _peft_model(model, saved, adapters, task_type=task_type, seed=seed, with_frozen_copy=with_frozen_copy)
     if saved:
         _check_trainable(core(model), saved)
         if not empty:
@@ -235,7 +234,8 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
                 _load_weights(model, saved, adapter_name)
         remark = ', and a frozen copy of it is the reference' if with_frozen_copy else ''
         say_once(f'adapter: {saved.name}, rank {saved.rank}, goes on in its model {saved.base}{remark}')
-    # the model stays in eval mode, which turns PEFT's dropout off: replace it by one that works whenever gradients are recorded
+    # the model stays in eval mode, in which PEFT's dropout is off: replace it by one that is on whenever gradients are recorded
+    dropout = adapters['dropout']
     for path, module in model.named_modules():
         if dropout and path.endswith('lora_dropout.default'):
             module.forward = lambda x: F.dropout(x, dropout, training=torch.is_grad_enabled())
@@ -243,18 +243,18 @@ def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
 
 
 def _merged(model, saved, empty):
-    """Return the model with a SavedAdapter merged into its weights, all of which train then. empty: no weights yet."""
+    """Return the model with a SavedAdapter merged into its weights, which all train from now on. empty: no weights yet."""
     say_once(f'adapter: {saved.name}, rank {saved.rank}, is merged into its model {saved.base}')
     if empty:
         return model
-    # a language model's adapter may be merged into a new reward model, so ignore the task it was saved for
+    # no task: a language model's adapter may be merged into a new reward model
     wrapped = _peft_model(model, saved, adapters=None, task_type=None)
-    # untie head and embedding if the adapter changes one: PEFT's layer in its place has one of these attributes
+    # if the adapter changes head or embedding, untie them. In place of a changed one, PEFT has put a layer with such an attribute
     embedding_and_head = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(hasattr(layer, 'lora_A') or hasattr(layer, 'modules_to_save') for layer in embedding_and_head):
         separate(wrapped, ties(wrapped))
     _load_weights(wrapped, saved)
-    # PEFT warns about untied weights; that is intended, and correct_tie_config records it in the config
+    # PEFT warns about untied weights, but correct_tie_config records them in the config
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         merged = wrapped.merge_and_unload()
@@ -263,51 +263,42 @@ def _merged(model, saved, empty):
 
 
 def _new_config(model, adapters):
-    """Return the peft.LoraConfig of a new adapter on linear layers of the model's blocks. Raises UserError for unknown names.
-    By its task type, PEFT also trains the head of a reward model, whole.
-
-    adapters: dict from options(), with targets such as 'q_proj v_proj', or None for all linear layers"""
+    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: dict from options(). Raises UserError."""
     import peft
 
     modules = {module for block in blocks(model) for module in block.modules()}
     linear = {module for module in modules if isinstance(module, torch.nn.Linear | Conv1D)}
-    # (path, its last part, module) of each: model.layers.0.self_attn.q_proj, q_proj
-    layers = [(path, path.rpartition('.')[2], module) for path, module in model.named_modules()]
-    known = sorted({name for _, name, module in layers if module in linear})
-    targets = adapters['targets']
+    paths = {path for path, module in model.named_modules() if module in linear}
+    # model.layers.0.self_attn.q_proj -> q_proj
+    known = sorted({path.rpartition('.')[2] for path in paths})
+    targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = [path for path, name, module in layers if name in wanted and module not in linear]
-    return peft.LoraConfig(
-        r=adapters['rank'],
-        lora_alpha=adapters['alpha'],
-        target_modules=wanted,
-        exclude_modules=others or None,
-        # Conv1D, the linear layer of GPT-2, stores its weight transposed
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear),
-    )
+    others = [path for path, _ in model.named_modules() if path.rpartition('.')[2] in wanted and path not in paths]
+    # Conv1D, the linear layer of GPT-2, stores its weight transposed
+    is_transposed = any(isinstance(module, Conv1D) for module in linear)
+    where = {'target_modules': wanted, 'exclude_modules': others or None, 'fan_in_fan_out': is_transposed}
+    return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **where)
 
 
 def _check_trainable(model, saved):
-    """Raise UserError if a saved adapter can only be merged, not trained further. model: the one inside the PeftModel."""
-    # outside: what it changes outside the blocks. 1. layers with adapters; that of the LM head would be ignored, since training
-    # reads the head's weight without calling the layer
+    """Raise UserError if a saved adapter cannot be trained further, only merged. model: the one inside the PeftModel."""
+    # it may change blocks and, in a reward model, the head, which PEFT calls score and classifier
     in_blocks = {module for block in blocks(model) for module in block.modules()}
-    outside = []
-    for path, module in model.named_modules():
-        if hasattr(module, 'lora_A') and module not in in_blocks:
-            outside.append(path)
-    # 2. modules that it stores whole; only a reward model's head, which PEFT lists under both names, can train here
-    outside += sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
-    # 3. weights of the model itself, which PEFT adds where an embedding was resized: the export leaves them out
+    # layers with LoRA: training would ignore that of the LM head, as it reads the head's weight without calling the layer
+    adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]
+    # modules that it stores whole
+    replaced = sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
+    # weights of the model itself, which PEFT adds where an embedding was resized: the export would leave them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
-        whole = [key for key in file.keys() if '.lora_' not in key]  # noqa: SIM118
-    outside += sorted(key for key in whole if not re.search(r'\.(score|classifier)\.', key))
+        keys = sorted(file.keys())
+    whole = [key for key in keys if not re.search(r'\.lora_|\.(score|classifier)\.', key)]
+    outside = adapted + replaced + whole
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
-    # it may be of another task; load_model has rejected the reverse, a reward model's adapter for a language model
+    # load_model has rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:
         problem = 'is of a language model, and a reward model has another head'
     if problem:
@@ -316,13 +307,13 @@ def _check_trainable(model, saved):
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """Context manager: switch adapters off, or to their frozen copy if there is one. No-op without adapters, or if None."""
+    """Within the block, the model computes without its adapters or, if they have a frozen copy, with that. No-op for None."""
     layers = [module for module in model.modules() if hasattr(module, 'lora_A')] if model else []
-    # not by PEFT's own context managers: they also change requires_grad, under FSDP on gathered copies of the parameters
+    # PEFT's own context managers also change requires_grad, under FSDP on gathered copies of the parameters
     for layer in layers:
         has_copy = FROZEN_COPY in layer.lora_A  # name of an adapter -> its matrix A
         layer._disable_adapters = not has_copy
-        layer._active_adapter = [FROZEN_COPY]
+        layer._active_adapter = [FROZEN_COPY]  # of no effect if they are disabled
     try:
         yield
     finally:
@@ -331,14 +322,14 @@ def adapters_off(model):
 
 
 def write(model, weights, folder):
-    """Load trained weights (name -> tensor) into a new PeftModel, and save its adapter to a folder."""
-    # strict=False: the frozen base weights are missing
+    """Load trained weights (name -> tensor) into model, a PeftModel as from adapt(), and save its adapter to a folder (a Path)."""
+    # strict=False: the frozen weights of the base model are not among them
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
     # PEFT's model card is an empty template
     (folder / 'README.md').unlink()
-    # lets _load_weights detect a changed base model; None for a base on the hub
+    # by this file _load_weights will notice a changed base model; the hash is None for one on the hub
     base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
         (folder / BASE_HASH_FILE).write_text(base_hash)
@@ -349,6 +340,5 @@ def describe(model):
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
     total += quantize.count_packed_weights(model)
-    adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A')]
-    layers = sorted({path.rpartition('.')[2] for path in adapted})
-    return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(layers)}'
+    layers = {path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')}
+    return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(sorted(layers))}'

@@ -1,6 +1,7 @@
 """Tensor parallelism, which divides the matrices of each block among ranks, and what the options about devices mean."""
 
 import os
+import re
 
 import torch
 
@@ -17,13 +18,14 @@ def check(config):
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
     if uses_tp and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
-    is_on = {'tp': uses_tp, 'cpu_offload': config['cpu_offload']}
-    if any(is_on.values()) and config['shard'] in ('none', 'grads'):
-        names = ' and '.join(name for name in is_on if is_on[name])
-        raise UserError(f'{names} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
-    # with pack=False batches are padded anyway
+    used = [name for name, is_used in (('tp', uses_tp), ('cpu_offload', config['cpu_offload'])) if is_used]
+    if used and config['shard'] in ('none', 'grads'):
+        needed = f'{" and ".join(used)} needs shard=full, where FSDP cuts everything'
+        raise UserError(f'{needed}: leave out shard={config["shard"]}')
+    # with --pack=False batches are padded anyway
     if config['attn'] and config['pack']:
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
+    # all that follows is about device_map, which spreads a model over the GPUs of one process
     if config['device_map'] is None:
         return
     if 'RANK' in os.environ:
@@ -52,7 +54,7 @@ def choose_arithmetic(config, device):
         torch.utils.deterministic.fill_uninitialized_memory = False
     elif config.deterministic:
         config.report_unused(['deterministic'], 'it is for a GPU')
-    # device_map computes in float32 only, so there is no other choice
+    # no advice to those who use device_map, as it computes in float32 only
     if on_gpu and in_float32 and config.device_map is None:
         slow = 'packed attention in float32 computes each answer by itself'
         say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
@@ -81,31 +83,30 @@ def tensor_parallel(model, mesh, n_meshes):
     inner = core(model).base_model
     config = inner.config
     name = type(core(model)).__name__
-    ranks = mesh.size()
-
-    def check_divides(size, what, parts=ranks):
-        if size % parts:
-            problem = f'the {size} {what} of {name} do not divide by {parts}'
-            raise UserError(f'tp={ranks} on {ranks * n_meshes} ranks: {problem}')
-
-    # {'layers.*.mlp.up_proj': 'colwise', ...}; embedding and head are left to FSDP
+    # embedding and head are left to FSDP: {'layers.*.mlp.up_proj': 'colwise', ...}
     plan = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
         hint = 'leave out --tp, FSDP needs none'
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
+    tp = mesh.size()
+
+    def check_divides(size, what, parts=tp):
+        if size % parts:
+            raise UserError(f'tp={tp} on {tp * n_meshes} ranks: the {size} {what} of {name} do not divide by {parts}')
+
     check_divides(config.num_attention_heads, 'attention heads')
     check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')
     head_shape = (getattr(config, 'head_dim', None),)
     for path, module in inner.named_modules():
         # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
-        path_in_plan = '.'.join('*' if part.isdigit() else part for part in path.split('.'))
+        path_in_plan = re.sub(r'\b\d+\b', '*', path)
         style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
             check_divides(module.weight.shape[1], f'columns of {path}')
         elif style.startswith('colwise'):
-            # torch calls it colwise to divide the rows of a weight (dim 0); FSDP divides each part again
-            check_divides(len(module.weight), f'rows of {path}', parts=ranks * n_meshes)
-        # what is left in the plan are norms, of which only those of a single head work
+            # torch's word for dividing the rows of a weight (dim 0), as FSDP does again with each part
+            check_divides(len(module.weight), f'rows of {path}', parts=tp * n_meshes)
+        # all others in the plan are norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
     parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})

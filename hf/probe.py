@@ -29,24 +29,23 @@ def _is_reward(model):
 
 
 def _difference(found, expected):
-    """Return the maximum error of a tensor: relative, but absolute for expected values below 1."""
-    relative = (found - expected).abs() / expected.abs().clamp(min=1)
-    return relative.max().item()
+    """Return the maximum error of a tensor: absolute where |expected| < 1, otherwise relative."""
+    errors_in_units = (found - expected).abs() / expected.abs().clamp(min=1)
+    return errors_in_units.max().item()
 
 
 def can_pack(model, examples, device, wanted=True):
-    """Return whether packed batches give the model's own log-probs or scores up to rounding; if not, say why.
+    """Return whether the model's log-probs or scores on packed batches are its own, up to rounding. Tries two of these Examples.
 
-    examples: Examples, two of which are tried. If the result is False, as it is if packing is not wanted, the caller uses padded
-    batches: raises UserError if those give other numbers, too."""
+    If they are not, prints a note. The caller then pads batches, as it does if packing is not wanted: UserError if that fails, too."""
     packed, padded = two_layouts(examples, device)
     if wanted:
         max_error, reason = deviation(model, ours=packed, theirs=padded)
         if max_error <= _tolerance(model):
             return True
-    # try our own head on padded batches: it misses, say, a logit scale under a new key of the model's config.
-    # NaN passes, as it is of broken weights: the first step says so
+    # our own head may miss something, such as a logit scale under a new key of the model's config
     max_error, message = deviation(model, ours=padded, theirs=padded)
+    # NaN, from broken weights, is not larger: the first step will say so
     if max_error > _tolerance(model):
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
     if wanted:
@@ -55,17 +54,15 @@ def can_pack(model, examples, device, wanted=True):
 
 
 def two_layouts(examples, device):
-    """Return the first and the longest of these Examples as [packed Batch, padded Batch]."""
+    """Return the first and the longest of these Examples twice: [as a packed Batch, as a padded one]."""
     longest = int(examples.lengths.argmax())
     two = [examples[0], examples[longest]]
     return [pack(two, slots=[0, 1], pad=pad, device=device) for pad in (False, True)]
 
 
 def _tolerance(model):
-    """Return the largest error of a log-prob or score, relative or below 1 absolute (_difference), that rounding can explain.
-
-    Call it after a forward, which under FSDP leaves gathered parameters."""
-    # gathered parameters have the dtype of the forward; sharded ones are always float32
+    """Return the largest _difference of log-probs or scores that rounding can explain. Call it after a forward."""
+    # FSDP's shards are float32. A forward leaves gathered parameters, which have the dtype of its computations
     in_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     in_tf32 = torch.get_float32_matmul_precision() != 'highest'
     return 0.03 if in_bfloat16 or in_tf32 else 1e-4
@@ -76,8 +73,8 @@ def _tolerance(model):
 def deviation(model, ours, theirs):
     """Compare our log-probs or scores of the batch `ours` with those of the model's own forward on the batch `theirs`.
 
-    Both hold the same examples: ours packed or padded, theirs padded. Returns (maximum error as of _difference, what to say if that
-    is too large). A packed batch that cannot run has an infinite error; a padded one raises UserError."""
+    ours: packed or padded; theirs: the same examples, padded. Returns (their _difference, what to say if that is too large). The
+    difference is infinite if the model cannot run a packed batch. If it cannot run a padded one, raises UserError."""
     config = core(model).config
     is_packed = bool(ours.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
@@ -85,7 +82,7 @@ def deviation(model, ours, theirs):
     if is_packed and other_layers:
         return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
-        # first with padded attention, then with that of our batch; the end of the with block restores the present one
+        # set_attention changes it within the block, at whose end the present attention comes back
         with padded_attention(model):
             expected = _transformers_numbers(model, theirs)
             set_attention(model, is_packed)
@@ -102,12 +99,7 @@ def deviation(model, ours, theirs):
             raise
         if not is_packed:
             raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
-        # errors of the machine, or programming errors in a file of this project, say nothing about the model
-        is_of_machine = isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error)
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        is_our_file = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
-        bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
-        if is_of_machine or (is_our_file and isinstance(error, bugs)):
+        if not _is_of_model(error):
             raise
         return math.inf, first_line(error)
     max_error = _difference(found, expected)
@@ -115,18 +107,27 @@ def deviation(model, ours, theirs):
     return max_error, f'other {kind} than those of transformers, off by {max_error:.1%}'
 
 
+def _is_of_model(error):
+    """Return whether an error of a forward tells of the model, not of the machine or of a bug in a file of this project."""
+    is_of_machine = isinstance(error, MemoryError | ImportError | OSError) or 'CUDA error' in str(error)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_our_file = raised_in.is_relative_to(Path(__file__).parents[1]) and 'site-packages' not in raised_in.parts
+    bugs = TypeError | NameError | AttributeError | LookupError | AssertionError | ArithmeticError
+    return not is_of_machine and not (is_our_file and isinstance(error, bugs))
+
+
 def _transformers_numbers(model, padded):
-    """Return log-probs or scores of the A answers of a padded batch, (A,), from the forward of transformers."""
+    """Return log-probs or scores of the A answers of a padded Batch, (A,), from the forward of transformers."""
     # transformers reads the score at the last token that is not pad_token_id; language models take any filler
     filler = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
     ids = padded.ids.masked_fill(padded.mask == 0, filler)
     logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     if _is_reward(model):
         return logits[:, 0]
-    # predict_at: index in the flattened rows where each of the N answer tokens is predicted. (N, vocabulary)
-    vocabulary_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]
+    # of the N answer tokens of all answers: target is their ids, predict_at the place before each in the flattened rows
+    vocabulary_logps = logits.log_softmax(-1).flatten(0, 1)[padded.predict_at]  # (N, vocabulary)
     token_logps = vocabulary_logps.gather(1, padded.target[:, None])[:, 0]  # (N,)
-    return padded.sum(token_logps)
+    return padded.sum(token_logps)  # of the tokens of each answer
 
 
 def measure_loaded(model):
@@ -141,15 +142,13 @@ def measure_loaded(model):
 
 
 def _outputs(model, device):
-    """Return outputs for a made-up example, on the CPU: scores (2,), log-probs (1, 8), or log-probs and values (2, 8)."""
+    """Return a model's outputs for a made-up example, on the CPU: scores (2,), log-probs (1, 8), or log-probs and values (2, 8)."""
     # a prompt and two answers, of four random tokens each
     vocab_size = core(model).get_input_embeddings().num_embeddings
-    ids = np.random.default_rng(0).integers(vocab_size, size=12)
-    prompt = ids[:4]
-    answers = [ids[4:8], ids[8:]]
+    prompt, *answers = np.random.default_rng(0).integers(vocab_size, size=12).reshape(3, 4)
     batch = pack([(prompt, answers)], slots=[0], pad=True, device=device)
     function = response_scores if _is_reward(model) else token_logps
-    # fsdp.shard makes these functions methods of a sharded model, which gather its weights
+    # a sharded model has the function as a method that gathers its weights (fsdp.shard)
     forward = getattr(model, function.__name__, partial(function, model))
     set_attention(model, packed=False)
     with torch.no_grad():
@@ -180,16 +179,15 @@ def compare(model, expected, device, in_bfloat16):
 
 def check_positions(model, length, what):
     """Raise UserError if sequences of length tokens are too long for the model. what: their name in the message."""
-    # max_positions is a hard limit only where every position has a row in a table, which rotary embeddings lack
     inner = core(model)
-    tables = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
-    has_table = any(re.search('wpe|position', name) for name in tables)
+    embeddings = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables = [name for name in embeddings if re.search('wpe|position', name)]
     # the tables of GPT-J, CodeGen and CTRL are buffers; MPT makes one in each forward
-    buffers = [name for name, _ in inner.named_buffers()]
-    has_buffer = any(name.endswith(('embed_positions', 'pos_encoding')) for name in buffers)
-    has_table = has_table or has_buffer or inner.config.model_type == 'mpt'
+    tables += [name for name, _ in inner.named_buffers() if name.endswith(('embed_positions', 'pos_encoding'))]
+    has_table = tables or inner.config.model_type == 'mpt'
     max_positions, max_unscaled = _length_limits(model)
     too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
+    # without a table of positions, as with rotary embeddings, a model may go beyond its max_positions
     if has_table and length > max_positions:
         raise UserError(f'{_name(model)} has {max_positions} positions, and {too_long}')
     if length > max_unscaled:
@@ -203,25 +201,22 @@ def max_sequence_length(model):
 
 
 def _length_limits(model):
-    """Return (max_position_embeddings, longest sequence without RoPE scaling) in tokens; infinity for no limit.
-
-    Beyond the second, dynamic and longrope scaling encode all positions of a batch by its longest sequence."""
+    """Return (positions by the config, longest sequence whose results do not depend on its batch), in tokens; infinity for no limit."""
     config = core(model).config.get_text_config()
     # max_seq_len: MPT's name
     max_positions = getattr(config, 'max_position_embeddings', None) or getattr(config, 'max_seq_len', None) or math.inf
-    rope_options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
-    max_unscaled = math.inf
-    # {'rope_type': 'dynamic', ...}, or such a dict for each layer type: {'full_attention': {'rope_type': ...}, ...}
-    for rope in (rope_options, *rope_options.values()):
-        if not isinstance(rope, dict):
-            continue
+    unscaled = [math.inf]
+    # options of RoPE: {'rope_type': 'dynamic', ...}, or such a dict for each type of layer: {'full_attention': {...}, ...}
+    options = getattr(config, 'rope_parameters', None) or getattr(config, 'rope_scaling', None) or {}
+    for rope in [each for each in (options, *options.values()) if isinstance(each, dict)]:
         rope_type = str(rope.get('rope_type') or rope.get('type'))
+        # beyond some length, both of these kinds scale all positions of a batch by its longest sequence
         if 'dynamic' in rope_type:
-            max_unscaled = min(max_unscaled, max_positions)
+            unscaled.append(max_positions)
         elif rope_type in ('longrope', 'su') or 'long_mscale' in rope:
             key = 'original_max_position_embeddings'
-            max_unscaled = min(max_unscaled, rope.get(key) or getattr(config, key, None) or max_positions)
-    return max_positions, max_unscaled
+            unscaled.append(rope.get(key) or getattr(config, key, None) or max_positions)
+    return max_positions, min(unscaled)
 
 
 def check_heads(policy, reference):

@@ -84,8 +84,7 @@ class Linear4bit(torch.nn.Module):
 def quantize(model):
     """Replace the linear layers in the blocks of a PeftModel, except its adapters, by our Linear4bit, in place. Returns the model."""
     for block in blocks(model):
-        # list(), as the loop replaces modules
-        for path, parent in list(block.named_modules()):
+        for path, parent in list(block.named_modules()):  # a list, as the loop replaces modules
             for name, layer in parent.named_children():
                 if isinstance(layer, Conv1D):
                     raise UserError('--quantize=4bit: the layers of GPT-2 are no torch.nn.Linear: leave it out')

@@ -21,14 +21,14 @@ from text.examples import counted
 def use_cache(run, build, make_sharded, every_row):
     """Set .ref of run.train and run.held_out to the reference's log-probs of all answers, from a file or by a pass over the reference.
 
-    .ref: (examples, answers of each) float32, sums over tokens; NaN in rows that the run does not use. All ranks call this together.
+    run: a training.Run. .ref: (examples, answers of each) float32; NaN in rows that are not cached. All ranks call this together.
     build(empty): builds the reference on the CPU, to hash it; make_sharded(): returns it sharded, called if there is no file
-    every_row: cache all training rows, not only those that this run trains on"""
+    every_row: cache all training rows; otherwise only those that this run trains on, fewer with a small --n_examples"""
     config = run.config
     n = len(run.train)
     all_rows = train_rows = slice(None)
     if not every_row:
-        # those that the run visits: all, or fewer with a small n_examples. The first epoch suffices, since an epoch visits every row
+        # the first epoch is enough: later ones visit no other rows
         total = min(n, config.n_examples or n)
         first_epoch = steps(n, config.batch_size, total, config.seed)
         train_rows = np.unique(np.concatenate([rows for _, rows in first_epoch]))
@@ -40,7 +40,7 @@ def use_cache(run, build, make_sharded, every_row):
         file, logps = ranks.shared(partial(_look_up, build, used, config.dtype))
         if logps is None:
             logps = _compute(run, make_sharded(), used)
-            # break the model's reference cycles (methods added by fsdp.py) to free its memory
+            # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
             gc.collect()
             # the run goes on without a file
             if failure := ranks.on_one_rank(partial(cache.write, file, {'logps': logps})):
@@ -54,7 +54,7 @@ def use_cache(run, build, make_sharded, every_row):
 
 
 def _look_up(build, examples, dtype):
-    """Return (cache file, log-probs). Log-probs are None if the file is missing or damaged. Loads the model to hash it."""
+    """Return (cache file, log-probs or None if it is missing or damaged). Builds the reference, see use_cache, to hash it."""
     file = cache.path_of('reference', _key(build(empty=False), examples, dtype))
     if content := cache.read(file):
         arrays, _extra = content
@@ -90,16 +90,15 @@ def _compute(run, model, examples):
     num_answers = examples.spans.shape[1] - 1
     result = np.zeros((len(examples), num_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    for start in range(0, len(examples), 512):
-        rows = np.arange(start, min(start + 512, len(examples)))
+    # 512 examples at a time
+    for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger
         batches = run.make_step(examples, rows, max_tokens=4 * run.max_tokens).batches
-        # response_logps returns (1, answers of the batch), in the order of the examples
+        # response_logps returns (1, answers of the batch), in the order of its examples
         with adapters_off(model):
-            own_logps = torch.cat([model.response_logps(batch).view(-1, num_answers) for batch in batches])
-        # put the values of all ranks together, {number of the answer: column}; slots: index in rows of each of this rank's examples
-        slots = [slot for batch in batches for slot in batch.slot]
-        columns = fsdp.gather_columns(dict(enumerate(own_logps.T)), slots, len(rows))
+            tables = [model.response_logps(batch).view(-1, num_answers) for batch in batches]
+        # a column for the first answer of each example, one for the second ...; gather() puts those of all ranks together
+        columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], batches, len(rows))
         for number, column in columns.items():
             result[rows, number] = column
         bar.update(len(rows))

@@ -48,10 +48,8 @@ def correct_tie_config(model):
     # multimodal models have a second config for text; otherwise both are the same object
     configs = [inner.config, inner.config.get_text_config()]
     wrong = [config for config in configs if getattr(config, 'tie_word_embeddings', False)]
-    if not wrong:
-        return False
     for config in wrong:
         config.tie_word_embeddings = False
-    # transformers' own record of ties, made when the model was created
-    inner.all_tied_weights_keys = ties(inner)
-    return True
+        # transformers' own record of ties, made when the model was created
+        inner.all_tied_weights_keys = ties(inner)
+    return bool(wrong)

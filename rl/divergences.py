@@ -1,10 +1,9 @@
 """Divergences of the policy from the reference at one position: TDPO's KL, and the risk measures of Ra-DPO (arXiv:2505.20359).
 
 log_pi, log_ref: log-probs (..., V) of policy and reference, Z = log_ref - log_pi. model.Head sums a divergence over the tokens of an
-answer: the columns div_w and div_l of losses.py. Forward needs its value, backward its mass: a Divergence has a function for each."""
+answer: the columns div_w and div_l of losses.py. Its forward needs the value of a Divergence, its backward the mass."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ class Divergence(NamedTuple):
     """A divergence D, by two functions.
 
     mass(logits, ref_logits, tail=None) -> (mass (..., V), tail). mass is -dD / dlog_pi: by how much D falls if the policy raises the
-    log-prob of a token. A constant added to all logits of a position changes nothing. tail: what an earlier call with these logits
-    searched for, so that this call need not; None without a search.
+    log-prob of a token. Logits are log-probs plus any constant. tail: the Tail that an earlier call with the same logits has found
+    and returned, so that this one need not search; always None for divergences without a tail.
     value(log_pi, log_ref, mass) -> D (...,)."""
 
     mass: Callable
@@ -40,7 +39,19 @@ kl = Divergence(lambda logits, ref_logits, tail=None: (ref_logits.softmax(-1), N
 
 def cvar(mu):
     """Return the Divergence whose D is the mean of Z over the largest Z that have reference probability mu together."""
-    return Divergence(partial(_cvar_mass, mu=mu))
+
+    # p / mu of tokens in the tail, else 0, where p is the reference's probability
+    def mass(logits, ref_logits, tail=None):
+        z = (ref_logits - logits).detach()
+        p = ref_logits.softmax(-1)
+        tail = tail or find_tail(z, p, mu)
+        # part of a token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with a result of floats
+        is_above = torch.gt(z, tail.high, out=torch.empty_like(z))
+        is_counted = torch.gt(z, tail.low, out=torch.empty_like(z))
+        part = is_above.lerp_(is_counted, tail.share)  # is_above + share (is_counted - is_above)
+        return p.mul_(part).div_(mu), tail
+
+    return Divergence(mass)
 
 
 class Tail(NamedTuple):
@@ -51,23 +62,10 @@ class Tail(NamedTuple):
     share: torch.Tensor
 
 
-def _cvar_mass(logits, ref_logits, tail=None, *, mu):
-    """Return (mass, tail) of cvar(mu) as a Divergence does: p / mu of tokens in the tail, else 0. p: the reference's."""
-    z = (ref_logits - logits).detach()
-    p = ref_logits.softmax(-1)
-    tail = tail or find_tail(z, p, mu)
-    # part of a token that counts: 1 if z > high, share if low < z <= high, else 0. torch.gt is faster with floats
-    is_above = torch.gt(z, tail.high, out=torch.empty_like(z))
-    is_counted = torch.gt(z, tail.low, out=torch.empty_like(z))
-    part = is_above.lerp_(is_counted, tail.share)  # is_above + share (is_counted - is_above)
-    return p.mul_(part).div_(mu), tail
-
-
 def find_tail(z, p, mu, rounds=22):
     """Return the Tail of z and p, (..., V) each: which tokens have the largest z, taken until their p sum to mu.
 
-    z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: all of the 3 and 2/3 of the 2, so low < 2 <= high < 3, and share is 2/3.
-    By bisection, faster than sorting: `rounds` halvings leave a high - low of 2e-7 of the range of z."""
+    z [3, 1, 2], p [0.2, 0.5, 0.3], mu 0.4: all of the 3 and 2/3 of the 2, so low < 2 <= high < 3, and share is 2/3."""
     high = z.amax(-1, keepdim=True)
     low = z.amin(-1, keepdim=True)
     low = low.nextafter(low.new_tensor(-torch.inf))  # all z > low
@@ -76,6 +74,7 @@ def find_tail(z, p, mu, rounds=22):
     def p_above(threshold):
         return torch.gt(z, threshold, out=buffer).mul_(p).sum(-1, keepdim=True)
 
+    # bisection, which is faster than sorting: 22 halvings leave a high - low of 2e-7 of the range of z
     for _ in range(rounds):
         middle = (low + high) / 2
         is_too_low = p_above(middle) >= mu
@@ -90,33 +89,35 @@ def find_tail(z, p, mu, rounds=22):
 def erm(mu):
     """Return the Divergence D = (1 / mu) log mean exp(mu Z), mean under the reference. mu -> 0: the KL."""
 
-    def log_terms(log_pi, log_ref):  # terms of the mean: p exp(mu Z), p = exp(log_ref)
+    def log_terms(log_pi, log_ref):  # logarithms of the terms of the mean: p exp(mu Z), p = exp(log_ref)
         return log_ref + mu * (log_ref - log_pi)
 
-    return Divergence(
-        mass=lambda logits, ref_logits, tail=None: (log_terms(logits, ref_logits).softmax(-1), None),
-        value=lambda log_pi, log_ref, mass: log_terms(log_pi, log_ref).logsumexp(-1) / mu,
-    )
+    # -dD / dlog_pi: the share of a token's term in the mean
+    def mass(logits, ref_logits, tail=None):
+        return log_terms(logits, ref_logits).softmax(-1), None
+
+    def value(log_pi, log_ref, mass):
+        return log_terms(log_pi, log_ref).logsumexp(-1) / mu
+
+    return Divergence(mass, value)
 
 
 def released(mu, parts=2):
     """Return the Divergence that Ra-DPO's released code computes, which is no risk measure.
 
-    D sums p Z, p = exp(log_ref), over tokens whose Z = log_ref - log_pi exceeds the 1 - mu quantile of their vocabulary part."""
-    return Divergence(partial(_released_mass, mu=mu, parts=parts))
+    The vocabulary is cut into equal parts. D sums p Z, p = exp(log_ref), over tokens whose Z exceeds the 1 - mu quantile of its part."""
 
+    def mass(logits, ref_logits, tail=None):
+        z = (ref_logits - logits).detach()
+        # the last part takes the remainder
+        size, rest = divmod(z.shape[-1], parts)
+        is_counted = []
+        for part in z.split([size] * (parts - 1) + [size + rest], -1):
+            quantile = part.quantile(1 - mu, dim=-1, keepdim=True)
+            is_counted.append(part > quantile)
+        return ref_logits.softmax(-1) * torch.cat(is_counted, -1), None
 
-def _released_mass(logits, ref_logits, tail=None, *, mu, parts):
-    """Return (mass, None) of released(mu, parts) as a Divergence does; it searches for no tail."""
-    z = (ref_logits - logits).detach()
-    # cut the vocabulary into parts of equal size; the last one takes the remainder
-    size, rest = divmod(z.shape[-1], parts)
-    sizes = [size] * (parts - 1) + [size + rest]
-    is_counted = []
-    for part in z.split(sizes, -1):
-        quantile = part.quantile(1 - mu, dim=-1, keepdim=True)
-        is_counted.append(part > quantile)
-    return ref_logits.softmax(-1) * torch.cat(is_counted, -1), None
+    return Divergence(mass)
 
 
 RISKS = {'cvar': cvar, 'erm': erm, 'released': released}
@@ -126,7 +127,7 @@ def divergence_of(loss, risk, mu):
     """Return the Divergence of a loss with these options: a risk measure for Ra-DPO, else the KL."""
     name = risk if loss.startswith('radpo') else 'kl'
     divergence = kl if name == 'kl' else RISKS[risk](mu)
-    # backward trusts its mass: try it, on a few positions of a small vocabulary
+    # model.Head trusts the mass, also that of a risk of your own: try it, on a few positions of a small vocabulary
     logits = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     log_pi, log_ref = logits.log_softmax(-1)
     value, mass = divergence(log_pi.requires_grad_(), log_ref)

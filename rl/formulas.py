@@ -2,8 +2,7 @@
 
 Contract, as in losses.py: columns are positional, hyper-parameters are keywords; no models, batches or ranks. A column has one
 number per pair (bradley_terry) or per answer token. pi, old and ref are log-probs of a token under the policy being trained, the
-policy that sampled the answer, and the reference.
-"""
+policy that sampled the answer, and the reference."""
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -33,9 +32,8 @@ def ppo(pi, old, advantage, *, clip):
 
 
 def value_loss(value, old_value, target, *, value_clip):
-    """Return max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2, R the target. arXiv:2005.12729 sec. 3.
-
-    value_clip: c, infinity for no clipping."""
+    """Return max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2, R: target, c: value_clip. arXiv:2005.12729 sec. 3."""
+    # c is infinity for no clipping
     change = (value - old_value).clamp(-value_clip, value_clip)
     clipped_value = old_value + change
     error = (value - target) ** 2

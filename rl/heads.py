@@ -1,7 +1,6 @@
 """Log-probs and values of answer tokens, and reward-model scores of answers.
 
-Like the functions of model.py, these need gathered parameters: fsdp.py attaches token_logps and response_scores to every sharded
-model as methods that run inside a forward of the root module."""
+fsdp.shard makes token_logps and response_scores methods of a sharded model, which gather its weights."""
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +10,14 @@ from model import Head, body, hidden_and_head, wide
 
 
 def token_logps(model, batch, values=True):
-    """Return log-probs of the N answer tokens of a batch and, with a critic, the values of the states before them, float32.
+    """Return log-probs of the N answer tokens of a batch, and the values of the states before them: (2, N), float32.
 
-    The result is (2, N): log-probs, values. It is (1, N), log-probs only, if `values` is False or if the model has neither a
-    value head nor a critic model. Backward recomputes the logits instead of storing them."""
+    (1, N), log-probs only, if `values` is False or if load.add_value_head() has added neither a critic nor a value head."""
     inner = core(model)
     device = batch.ids.device
     hidden, (weight, bias) = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
     target = batch.target.to(hidden.device)
-    # the two None: no divergence from a reference, and none of its log-probs
+    # None, None: without a divergence, and without the reference that it would be from
     logps = Head.apply(hidden, weight, bias, target, inner.config, None, None).to(device)  # (1, N)
     if values and hasattr(inner, 'critic'):
         # a separate critic model, read at the token before each answer token

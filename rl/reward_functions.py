@@ -6,8 +6,7 @@
 The lists have one element per answer. prompts: text or chat messages, as in the data; responses: text; rows: dicts with all
 columns of the prompt's data row. The function returns one number per response. It runs in this process, once per round with all
 answers, or in worker processes, once per answer and with an optional time limit.
-ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch.
-"""
+ppo.py (through rewards.py) and sample.py call parse(), then score(). Workers run this file as a script, so it avoids torch."""
 
 import asyncio
 import contextlib
@@ -58,11 +57,11 @@ class Failed(Exception):
 
 
 def parts_of_options(config, eval_data):
-    """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither.
+    """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither. UserError for invalid options.
 
-    Sets config.reward_model if exactly one Part is a model, else config.reward_models. UserError for invalid options."""
+    config: the run's Config. A single model becomes its option reward_model; several, or none, its attribute reward_models, a list."""
     reward, model = config.reward, config.reward_model
-    # --reward on the command line replaces a reward_model that is not: given() returns those of the two that are
+    # given() returns those that the command line has: --reward there replaces a reward_model of a config file
     if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
         config['reward_model'] = model = None
@@ -75,10 +74,9 @@ def parts_of_options(config, eval_data):
     parts = parse(text) if text else []
 
     models = [part.function_or_model for part in parts if not part.is_function]
-    data_sets = {config.data, eval_data or config.data}
-    if 'gold' in models and data_sets != {'toy'}:
+    if 'gold' in models and {config.data, eval_data or config.data} != {'toy'}:
         raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
-    # checkpoints hash the files of these models, so that a resumed run notices changes
+    # fingerprints() of hf/load.py hashes their files, so that a resumed run notices changes
     if len(models) == 1:
         config['reward_model'] = models[0]
     else:
@@ -89,9 +87,7 @@ def parts_of_options(config, eval_data):
 
 
 def parse(text):
-    """Parse a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model' into Parts; the default weight is 1.
-
-    Loads the functions, so that mistakes in their files surface early. Raises UserError."""
+    """Parse a sum such as 'a.py:f*1 + b.py:g*0.2 + out/reward/model' into Parts; the default weight is 1. Raises UserError."""
     parts = []
     for term in text.split('+'):
         scorer, star, weight_text = term.partition('*')
@@ -108,7 +104,7 @@ def parse(text):
         # number duplicate names by their place in the sum: f_1, f_3
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
-        # only rank 0 calls functions
+        # the result is needed later, and by rank 0 alone: load them now, so that mistakes in their files surface early
         if part.is_function and main_rank():
             load_function(part.file, part.function_or_model)
     return parts
@@ -116,19 +112,16 @@ def parse(text):
 
 def _make_part(scorer, weight):
     """Return the Part of a scorer: FILE.py:FUNCTION, a model folder or hub id, or 'gold'. Raises UserError."""
-    # a bare FILE.py is rejected below
-    is_function = '.py:' in scorer or scorer.endswith('.py')
-    if not is_function:
-        # 'gold' and hub ids pass through; a run folder stands for the model in it
+    # 'a.py:f' -> 'a.py', 'f'. A bare 'a.py' has no name, which is refused below; all else is a model
+    before, colon, name = scorer.partition('.py:')
+    file = f'{before}.py' if colon else scorer
+    if not file.endswith('.py'):
+        # the folder of a run stands for the model in it, and names it
         inside = f'{scorer}/model'
         model = inside if os.path.exists(f'{inside}/config.json') else scorer
-        # named after the run folder, not after its subfolder
         run_folder = Path(model.removesuffix('/model'))
         return Part(name=run_folder.name, weight=weight, function_or_model=model)
 
-    # 'a.py:f' gives 'a' and 'f', a bare 'a.py' gives 'a.py' and ''
-    stem, _, name = scorer.partition('.py:')
-    file = stem.removesuffix('.py') + '.py'
     path = Path(file).expanduser()
     # try the current folder, then the project's; an absolute path replaces either
     existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
@@ -160,15 +153,13 @@ def load_function(file, name):
 
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [other for other, value in vars(module).items() if inspect.isfunction(value)]
-        others = [other for other in functions if other[0] != '_']
+        others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
     try:
         inspect.signature(function).bind('prompts', 'responses', 'rows')
     except TypeError:
-        found = f'{name}{inspect.signature(function)} of {file}'
-        wanted = f'is called as {name}(prompts, responses, rows): give it these three'
-        raise UserError(f'--reward: {found} {wanted}') from None
+        own = f'{name}{inspect.signature(function)} of {file}'
+        raise UserError(f'--reward: {own} is called as {name}(prompts, responses, rows): give it these three') from None
     except ValueError:
         pass  # some functions of C have no signature
     return function
@@ -176,17 +167,17 @@ def load_function(file, name):
 
 @contextlib.contextmanager
 def _user_code():
-    """Context manager: signals are unblocked; afterwards the current folder and torch's gradient mode are as before."""
-    # gradient mode and folder are set to what they are: at its end, each of the two contexts sets that again
+    """Within the block, signals are unblocked; at its end, the current folder and torch's gradient mode are again as before."""
+    # both contexts change nothing at the start of the block: they restore at its end what the user's code has changed
+    folder = contextlib.chdir('.')
     torch = sys.modules.get('torch')  # None in workers, which do not import it
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
     process = os.getpid()
     try:
-        # the run's paths are relative to the current folder
-        with guard.unblocked(), contextlib.chdir('.'), gradients:
+        with guard.unblocked(), folder, gradients:
             yield
     finally:
-        # a forked child that comes back here would answer a second time, or go on as a second run
+        # a child that the user's code has forked must not go on here, as a second run
         if os.getpid() != process:
             os._exit(1)
 
@@ -225,21 +216,20 @@ def _explained(error, file):
 
 
 def score(part, prompts, responses, rows, workers=None):
-    """Score n answers with the function of a Part. Return two lists of n: scores, and whether each call timed out (score 0).
-
-    workers: the part's Workers, for a call per answer; None: one call here, without time limit. UserError names the failing row."""
+    """Score n answers with a Part's function, by its Workers or here. Return two lists: scores, and which of them timed out (score 0)."""
     # rows may be text.readers.Row, a dict subclass with a location; functions get plain dicts
     plain_rows = [dict(row) for row in rows]
-    # by workers: a call for each answer, whose result is None if it timed out
     if workers:
+        # a call for each answer; its result is None if it timed out
         results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
         timed_out = [result is None for result in results]
         return [0.0 if result is None else result for result in results], timed_out
+    # here one call for all answers, without time limit
     try:
         return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:
         joint_failure = error
-    # retry one answer at a time: a UserError names the failing row
+    # call it again, for one answer at a time: _checked raises a UserError that names the row for which it fails
     _checked(part, prompts, rows, map(partial(call_one, part), prompts, responses, plain_rows))
     raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
 
@@ -249,6 +239,7 @@ def _checked(part, prompts, rows, results):
     checked = []
     for prompt, row, result in zip(prompts, rows, results, strict=True):
         if isinstance(result, Failed):
+            # where: a Row's file and line
             location = getattr(row, 'where', '') or f'prompt {shorten(str(prompt), 80)!r}'
             # a KeyError is usually a misspelt column
             columns = f'; its columns are {", ".join(map(str, row))}' if 'KeyError' in str(result) else ''
@@ -266,14 +257,14 @@ def call_one(part, prompt, response, row):
 
 
 class Workers:
-    """n worker processes that call a part's function, one answer at a time, each driven by its own thread of self.threads."""
+    """n worker processes that call a Part's function, one answer at a time. Each belongs to a thread of its own of self.threads.
+
+    timeout: seconds per call, None for no limit. local.worker: (process, pipe) of this thread, or None."""
 
     def __init__(self, part, n, timeout):
-        """part: whose function is called. n: number of processes. timeout: seconds per call, None for no limit."""
         self.part = part
         self.timeout = timeout
         self.threads = ThreadPoolExecutor(n)
-        # thread-local attribute worker: (process, pipe)
         self.local = threading.local()
 
     def ask(self, prompt, response, row):
@@ -289,7 +280,7 @@ class Workers:
         except (EOFError, OSError):
             # os._exit or a crash in the function
             result = Failed(f'its process has ended with code {process.wait()}')
-        # kill the worker and its children; the next call starts a new one
+        # only after such a call: kill the worker and its children. The next call starts a new one
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -312,9 +303,7 @@ class Workers:
 
 
 def _work(fd, folder, file, name):
-    """Worker process: serve calls of function `name` in file from the pipe with this file descriptor until the pipe closes.
-
-    All arguments are words of the command line that _start_worker makes. folder: of the relative paths in user code."""
+    """Be a worker process: serve calls of function `name` in file from the pipe with this file descriptor, in the folder of the run."""
     pipe = Connection(int(fd))
     part = Part(name, weight=1.0, function_or_model=name, file=file)
     parent = os.getppid()
@@ -331,7 +320,7 @@ def _work(fd, folder, file, name):
     # in a thread, because the function may never return
     threading.Thread(target=exit_with_parent, daemon=True).start()
     load_function(file, name)
-    # the parent may have gone
+    # at these errors the parent has closed the pipe or ended
     with contextlib.suppress(EOFError, ConnectionError):
         pipe.send('ready')
         while True:

@@ -20,7 +20,11 @@ from text.tokenise import source_rows
 
 
 class Reward:
-    """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together."""
+    """A weighted sum of reward_functions.Parts. Construct it and call its methods on all ranks together.
+
+    rows: {split: {uid of a prompt: (prompt, data row)}}, on rank 0 only, where functions run
+    reward_models: Part -> (sharded reward model, its tokenizer)
+    workers: Part -> worker processes of its function, which otherwise runs in the main process of rank 0"""
 
     def __init__(self, parts, config, max_tokens, tokenizer, device, longest=0):
         """Load the reward models and prepare the functions. UserError for other token ids, or too few positions.
@@ -30,11 +34,8 @@ class Reward:
         self.config = config
         self.max_tokens = max_tokens
         self.tokenizer = tokenizer
-        # {split: {uid of a prompt: (prompt, data row)}}, filled on rank 0 only, where functions run
         self.rows = {}
-        # Part -> (sharded reward model, its tokenizer)
         self.reward_models = {}
-        # Part -> worker processes of its function; functions without workers run in the main process of rank 0
         self.workers = {}
         # a time limit needs worker processes, because late calls are killed
         n_workers = config.reward_workers
@@ -47,27 +48,26 @@ class Reward:
                 self.reward_models[part] = self._load_model(part.function_or_model, device, longest)
 
     def _load_model(self, name, device, longest):
-        """Return (reward model, sharded; its tokenizer). Raises UserError, see __init__. name: folder or hub id."""
+        """Return (sharded reward model, its tokenizer). name: folder or hub id. Raises UserError, see __init__."""
         options = {option: self.config[option] for option in ('dtype', 'device_map', 'trust_remote_code')}
         reward_model, its_tokenizer = score.load_scorer(name, device, **options)
         check_same_tokens(self.tokenizer, its_tokenizer, f'the reward model {name}', self.config.model)
         limit = max_sequence_length(reward_model)
-        if longest + 1 > limit:
-            found = f'prompts with their answers and an end have up to {longest + 1} tokens'
+        needed = longest + 1  # with an end, which a reward model reads
+        if needed > limit:
+            found = f'prompts with their answers and an end have up to {needed} tokens'
             way_out = 'lower --max_new_tokens or --max_prompt_length'
             raise UserError(f'{found}, where the reward model {name} takes {limit}: {way_out}')
         return reward_model, its_tokenizer
 
     def read_rows(self, **examples_by_split):
-        """Fill self.rows with the data rows, all their columns, for reward functions. No-op without functions.
-
-        examples_by_split: train= and test= Examples; None if answers of that split are never scored."""
+        """Fill self.rows, which only functions need. examples_by_split: train=, test= Examples; None if their answers are not scored."""
         if not any(part.is_function for part in self.parts):
             return
-        # the options of the first reading, so that the prompts are the same
         config = self.config
-        options = {name: config[name] for name in ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')}
-        options['undivided'] = config.eval_data is not None
+        # as when the Examples were made, so that the prompts are the same
+        options = {name: config[name] for name in 'num_turns skip_bad_rows columns chat system'.split()}
+        options['undivided'] = config.eval_data is not None  # then no part of data is held out
         sources = {'train': config.data, 'test': config.eval_data or config.data}
         for split, examples in examples_by_split.items():
             if examples:
@@ -78,17 +78,15 @@ class Reward:
     def score_columns(self, examples, split, uids, ends=()):
         """Score all answers of Examples. Return columns by name, (answers,) float64 each, equal on all ranks.
 
-        split ('train' or 'test'), uids (examples,): keys of the prompts' data rows in self.rows. ends: token ids that end an
-        answer, which functions do not see. Columns: score, the weighted sum; score_NAME for each part, unweighted, if there are
-        several; late, 1.0 where a function exceeded --reward_timeout, if that option limits any function."""
+        split ('train' or 'test'), uids (examples,): where self.rows has the data row of each prompt. ends: token ids that end an
+        answer; functions do not see them. Columns: score, the weighted sum; with several parts score_NAME of each, unweighted;
+        late, with functions and --reward_timeout: 1.0 where any function took too long, else 0."""
         columns = {'score': 0.0}
-        late_by_part = []
+        late_by_part = []  # for each function, whether each call took too long
         for part in self.parts:
-            # functions run on rank 0, reward models on all ranks together
             if part.is_function:
-                # shared: rank 0 calls it, and all ranks get what it returns. late: whether each call took too long
-                call = partial(self._call_function, part, examples, split, uids, ends)
-                values, late = ranks.shared(call)
+                # it runs on rank 0, and all ranks get what it returns; a reward model, below, runs on all of them together
+                values, late = ranks.shared(partial(self._call_function, part, examples, split, uids, ends))
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]
@@ -101,16 +99,12 @@ class Reward:
             columns['score'] += part.weight * values
             if len(self.parts) > 1:
                 columns[f'score_{part.name}'] = values
-        # an answer is late if any of the functions was, of which each has a row here
         if self.config.reward_timeout and late_by_part:
             columns['late'] = torch.tensor(late_by_part).any(0).double()
         return columns
 
     def _call_function(self, part, examples, split, uids, ends):
-        """Call a part's function on all answers. Return two lists: scores, and whether each call was late (score 0).
-
-        Only rank 0 calls this. uids: of the examples, the keys of their data rows in self.rows[split]. ends: as in score_columns.
-        Prints a note if there were late calls. Raises UserError if the function fails."""
+        """Call a part's function on all answers, see score_columns. Return two lists: scores, and whether each was late (score 0)."""
         prompts = []
         responses = []
         rows = []
@@ -118,7 +112,7 @@ class Reward:
             prompt, row = self.rows[split][uid]  # prompt: text or chat messages, as in the data
             is_chat = not isinstance(prompt, str)
             for answer in answers:
-                # not every tokenizer knows its end of turn as a special token
+                # skip_special_tokens does not remove every end: to some tokenizers, their end of a turn is no special token
                 tokens = without_end(answer.tolist(), ends)
                 response = decode_answer(tokens, prompt_ids, self.tokenizer, skip_special_tokens=True)
                 # chat templates add white space around messages; in plain text it is part of the answer
@@ -131,16 +125,6 @@ class Reward:
         if any(late):
             say(f'note: {sum(late)} of {len(late)} calls of {part} took too long (--reward_timeout): they give 0')
         return values, late
-
-
-def toy_metrics(examples, tokenizer, split):
-    """Return the mean gold reward and the share of well-formed answers in the toy world: metric name -> 0-d tensor."""
-    pairs = texts(examples, tokenizer)
-    gold = [toy.gold(prompt, answer) for prompt, answer in pairs]
-    well_formed = [toy.well_formed(answer) for _, answer in pairs]
-    mean_gold = torch.tensor(gold).double().mean()
-    share = torch.tensor(well_formed).double().mean()
-    return {f'gold/{split}': mean_gold, f'well_formed/{split}': share}
 
 
 def texts(examples, tokenizer):

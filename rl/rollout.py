@@ -4,6 +4,7 @@ A token column has one number per answer token of the round, answer after answer
 run is a training.Run. All ranks call these functions together and get the same results."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,15 +13,16 @@ import fsdp
 from hf import generate
 from hf.lora import adapters_off
 from rl import formulas
-from rl.rewards import toy_metrics
+from rl.rewards import texts
 from runtime import errors, metrics
 from runtime.prefetch import move
+from text import toy
 from text.examples import Examples
 
 
 @dataclass
 class Round:
-    """The answers of a round and all that training needs to know about them; equal on all ranks."""
+    """The answers of a round of ppo.py, and all that training needs to know about them; equal on all ranks."""
 
     first: int  # number of answers before this round
     rows: np.ndarray  # (examples,) training-set indices of the prompts
@@ -39,10 +41,10 @@ class Round:
         return self.answers[name].view(len(self.examples), -1)
 
     def minibatches(self, size, passes, seed):
-        """Yield arrays of `size` example indices (the last of a pass may be smaller); every pass covers all, reshuffled."""
+        """Yield arrays of `size` example indices, the last of a pass perhaps smaller; every pass has all, in an order of its own."""
         n_examples = len(self.examples)
         for number in range(passes):
-            # an order of its own for every round and pass
+            # rounds differ in self.first
             order = np.random.default_rng((seed, self.first, number)).permutation(n_examples)
             for start in range(0, n_examples, size):
                 yield order[start : start + size]
@@ -58,34 +60,32 @@ def sample(run, source, indices, *, answers_each, first_seed):
     # sample_batch: how many answers a rank samples side by side
     settings = {'max_new_tokens': run.config.max_new_tokens, 'max_rows': run.config.sample_batch}
     with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
-        answers = generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings)
-    starts = range(0, len(answers), answers_each)  # of the answers to each prompt
-    groups = [answers[start : start + answers_each] for start in starts]
-    return Examples.of(list(zip(prompts, groups, strict=True)))
+        answers = iter(generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings))
+    # the next answers are those to the next prompt
+    return Examples.of([(prompt, list(islice(answers, answers_each))) for prompt in prompts])
 
 
 def token_indices(batch, rows, starts, per_prompt):
-    """Return indices into the round's token columns for the N answer tokens of a microbatch: (N,), -1 for filler tokens.
+    """Return the places in the round's token columns of the N answer tokens of a microbatch: (N,) indices, -1 for filler tokens.
 
-    rows: the step's examples, as indices in the round. starts: (answers,) where the tokens of each answer of the round begin in
-    the token columns. per_prompt: answers per prompt."""
-    slot = np.array(batch.slot)  # of each example of the microbatch: its index in the step; -1: a filler
+    rows: the numbers of the step's examples in the round. starts: where each answer of the round begins in the columns, (answers,)."""
+    slot = np.array(batch.slot)  # of each example of the microbatch: its index in rows; -1: a filler
     starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
     own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
-    # for a filler, rows[-1] has picked another example
+    # here rows[-1] has stood for a filler
     own_starts[slot < 0] = -1
-    # of each token: batch.answer is the number of its answer in the microbatch, batch.offset its index in that answer
+    # batch.answer: for each token, the number of its answer in the microbatch; batch.offset: its index in that answer
     start = move(own_starts.flatten(), batch.answer.device)[batch.answer]  # (N,)
     return torch.where(start >= 0, start + batch.offset, -1)
 
 
 def token_columns(run, model, examples, starts, name, values=False):
-    """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each.
+    """Run a model over all examples without gradient. Return token columns by name, (tokens,) float64 each, of all ranks together.
 
-    The log-probs are called `name`; the values, if there is a critic, 'value'. starts: as for token_indices."""
+    These are log-probs, called `name`, and with values=True, if there is a critic, 'value'. starts: as for token_indices."""
     lengths = examples.widths[:, 1:]  # (examples, answers per prompt); column 0 is the prompt
     n_examples, per_prompt = lengths.shape
-    # this rank's microbatches: all examples are one step, so an index in the step is an index in examples
+    # all examples are one step, of which this rank runs some microbatches
     rows = np.arange(n_examples)
     batches = run.make_step(examples, rows).batches
     parts = []
@@ -135,7 +135,7 @@ def advantages_and_targets(config, tokens, scores, n):
     advantage = formulas.gae(rewards, value, mask, gamma=config.gamma, lam=config.lam)
     target = value + advantage
     if config.offline:
-        # with lam = 1, value + advantage is the discounted return
+        # the discounted return, which is value + advantage for lam = 1
         target = value + formulas.gae(rewards, value, mask, gamma=config.gamma, lam=1.0)
     if config.whiten:
         advantage = formulas.whiten(advantage, mask)
@@ -143,11 +143,9 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def describe(run, examples, tokens, answers, split):
-    """Return the log metrics of sampled answers: name -> float. The toy world adds its gold reward.
-
-    tokens, answers: token and answer columns by name. split: 'train' or 'eval', part of the metric names."""
+    """Return the log metrics of sampled answers, name -> float. tokens, answers: columns by name. split: 'train' or 'eval'."""
     logratio = tokens['pi'] - tokens['ref']
-    # Monte Carlo estimates, since the policy sampled the tokens: entropy = E[-pi], KL to the reference = E[pi - ref]
+    # estimates from tokens that the policy has sampled: its entropy is the mean of -pi, its KL to the reference that of pi - ref
     found = {
         f'kl_{split}/samples': logratio.sum() / len(answers['n']),
         f'kl_{split}/samples_per_token': logratio.mean(),
@@ -159,5 +157,9 @@ def describe(run, examples, tokens, answers, split):
         if name.startswith(('score', 'late')):
             found[f'{name}/{split}'] = column.mean()
     if run.config.data == 'toy':
-        found |= toy_metrics(examples, run.tokenizer, split)
+        pairs = texts(examples, run.tokenizer)
+        gold = [toy.gold(prompt, answer) for prompt, answer in pairs]
+        well_formed = [toy.well_formed(answer) for _, answer in pairs]
+        found[f'gold/{split}'] = torch.tensor(gold).double().mean()
+        found[f'well_formed/{split}'] = torch.tensor(well_formed).double().mean()
     return metrics.numbers(found)

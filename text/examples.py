@@ -93,7 +93,7 @@ class Examples:
 
     def select(self, rows):
         """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
-        columns = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        columns = {name: getattr(self, name) for name in 'spans good uid ref margin'.split()}
         # ref and margin may be None
         return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 

@@ -73,7 +73,7 @@ def choose_splits(names, wanted, source):
             raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         [train] = likely
     # of train_prefs: test_prefs, else validation_prefs, ...
-    held_out_names = ['test', 'validation', 'valid', 'dev', 'val']
+    held_out_names = 'test validation valid dev val'.split()
     test_names = [train.replace('train', name, 1) for name in held_out_names]
     # if no other split is for training, plain names will do, too
     if sum(name.startswith('train') for name in names) == 1:

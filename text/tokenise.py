@@ -539,7 +539,7 @@ def _read_cache(key, split, enough):
 
 def _write_cache(key, split, enough, examples):
     """Write the Examples of a split to its cache file; print a note on failure."""
-    columns = {name: getattr(examples, name) for name in ('ids', 'spans', 'good', 'uid', 'margin')}
+    columns = {name: getattr(examples, name) for name in 'ids spans good uid margin'.split()}
     # safetensors needs contiguous arrays and no None
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     if failure := cache.write(_cache_file(key, split, enough), arrays, examples.left_out):
