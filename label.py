@@ -57,6 +57,7 @@ max_prompt_length: int | None = None  # a prompt is cut to this if the whole is 
 truncation = 'start'  # which end a too long prompt loses: start or end
 max_tokens = 16384  # tokens of one microbatch
 trust_remote_code = False  # run code that comes with a model
+# output
 out_dir = 'out/label'  # everything the run leaves behind
 config = configure(globals())
 
@@ -123,7 +124,7 @@ if reward_model is not None:
     record['content of reward_model'] = lora.content_of(reward_model)
 
 # out_dir must be new, or hold a run with the same answers and options except these
-neutral = {'out_dir', 'endpoint', 'concurrency', 'timeout', 'retries', 'max_tokens'}
+neutral = set('out_dir endpoint concurrency timeout retries max_tokens'.split())
 log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
 lock(out_dir)
 

@@ -63,6 +63,7 @@ temperature: float | str = 1.0  # 0: greedy; several: '0.7 1.0'
 top_p = 1.0  # sample from the fewest tokens that hold this probability
 max_new_tokens = 512  # length of an answer
 seed = 0  # of the answers
+# output
 out_dir = 'out/sample'  # samples.jsonl, model_outputs.json, config.json
 # machine
 batch_size = 64  # answers that a rank samples side by side
@@ -115,7 +116,7 @@ def read_sources():
     # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in sources.joined(data):
         if source.lower().endswith('.txt'):  # one prompt per line
             # not splitlines, which divides a prompt at U+2028 or a form feed
             lines = read_text(source).split('\n')
@@ -182,7 +183,7 @@ record = dict(config)
 if not endpoint:
     record['weights'] = ranks.shared(partial(content_of, model))
 # these options may change when a run is resumed
-neutral = {'out_dir', 'reward', 'endpoint', 'batch_size', 'max_tokens', 'concurrency', 'timeout', 'skip_bad_rows'}
+neutral = set('out_dir reward endpoint batch_size max_tokens concurrency timeout skip_bad_rows'.split())
 ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
@@ -239,7 +240,7 @@ def generate_all():
         prompt_ids = [ids[i] for i, _ in batch]
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
-        advice = f'{min(n_rows, len(batch))} answers do not fit; run the same command with a smaller --batch_size'
+        advice = f'answers side by side ({min(n_rows, len(batch))}) do not fit; run the same command with a smaller --batch_size'
         with errors.memory_for(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 
@@ -320,7 +321,6 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') a
         with sharded.unsharded(net):
             ranks.on_ranks(True, generate_all)
 
-# merge the answers of all ranks; {key: row} on rank 0
 rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)

@@ -29,6 +29,7 @@ from hf.probe import can_pack, check_positions
 from runtime import checkpoint, errors, guard, log, ranks, room, values
 from runtime.prefetch import prefetch
 from text import show
+from text.examples import counted
 from text.tokenise import ENOUGH, load_examples
 
 # data
@@ -238,7 +239,8 @@ class Run:
         epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
         processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
-        log.say(f'{what} on {processes}: {self.total} {units}')
+        done = f'; going on after {self.seen:,} of them, from {newest}' if self.seen else ''
+        log.say(f'{what} on {processes}: {counted(self.total, units)}{done}')
 
     # ---- steps ----
 

@@ -96,7 +96,7 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
                 yield reply
     never_answered = failures > 0 and not endpoint.proven
     if failures >= max_failures or never_answered:
-        advice = 'see that the server runs, and the address, the model and the other options, or run this again later'
+        advice = 'see that the server runs, and the address, the model and the other options, and HTTP_PROXY, or retry'
         raise UserError(f'requests failed, {failures} in a row; the last one: {last_error}: {advice}')
 
 
@@ -139,7 +139,7 @@ class _Endpoint:
             is_known = failure.connected or self.proven
             retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
-                return Reply(key, error=f'{failure}, after {attempt + 1} attempts')
+                return Reply(key, error=f'{failure}, attempts: {attempt + 1}')
             # the wait that the endpoint asked for holds for all jobs, the backoff for this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)

@@ -10,6 +10,8 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
 from text.files import content_hash
 from text.show import task_of
-from text.sources import keep_data, nothing_left, read_examples
+from text.sources import joined, keep_data, nothing_left, read_examples
 from text.tokenise import tokenise
 
 # model and data
@@ -108,7 +110,6 @@ def scores(model, tokenizer, items, max_tokens):
         batch = pack(examples, indices, pad=is_padded, filler=1, device=net.device)
         batch_scores.append(model.response_scores(batch))
         slots += [slot for group in its_groups for slot in group.slots] or [-1]
-    # the scores of all ranks, in the order of items
     columns = fsdp.gather_columns({'score': torch.cat(batch_scores)}, slots, len(items))
     values = columns['score'].float().numpy()
     if not np.isfinite(values).all():
@@ -189,14 +190,18 @@ def main():
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
 
-    task: 'pairs', or a task with single answers. Raises UserError for data without answers, and if --out is one of its files."""
+    task: 'pairs', or a task with single answers. UserError for data without answers, and if --out is one of its files
+    or another one than of scores."""
     examples = []
     left_out = Counter()
     keep_data(data, out)
+    # old scores are replaced, but no other file that is not empty
+    if os.path.isfile(out) and not re.match(rb'$|\{"id": .*score": ', Path(out).read_bytes()):
+        raise UserError(f'--out={out} is there, and holds no scores: name another file')
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in joined(data):
         # the first example decides the task of the source; a throwaway Counter, since the source is read again below
         first = next(read_examples(source, part, Counter(), **options), {})
         task = task_of(first)
@@ -240,7 +245,6 @@ def score_examples(model, tokenizer, examples, limit, left_out):
             rows.append(row)
             items += [(prompt, answer) for answer in answers]
             targets += [(row, name) for name in names]
-    # score the answers of all examples together
     values = scores(model, tokenizer, items, max_tokens).tolist() if items else []
     for (row, name), value in zip(targets, values, strict=True):
         row[name] = value
@@ -261,7 +265,7 @@ def report(rows):
         _, accuracy_text = accuracy(pairs)
         ties = margins.count(0)
         if ties:
-            accuracy_text += f'; {ties:,} with equal scores count as wrong'
+            accuracy_text += f'; equal scores, which count as wrong: {ties:,}'
         lines.append(f'  accuracy   {accuracy_text}')
         lines.append(f'  margin     mean {np.mean(margins):.4f}, median {np.median(margins):.4f}')
         lines.append(f'  scores     chosen {chosen:.4f}, rejected {rejected:.4f}')

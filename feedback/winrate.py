@@ -114,7 +114,6 @@ def _variance_of_sum(scores, clusters):
     count = len(labels)
     sums = np.zeros((count, scores.shape[1]))  # of each cluster
     np.add.at(sums, ids, scores)
-    # small-sample correction
     factor = count / (count - 1) if count > 1 else np.nan
     return sums.T @ sums * factor
 

@@ -57,7 +57,6 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 
     # let a checkpoint that is being written in the background finish, and raise its error if it failed
     checkpoint.wait()
-    # free the gathered copies that a forward leaves behind
     model.reshard()
     # a model with adapters is a PeftModel around the transformers model, which core() returns
     has_adapters = core(model) is not model
@@ -207,7 +206,6 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         first = bos_of(transformers.AutoTokenizer.from_pretrained(folder))
         first_ids = '[]' if first is None else f'[{first}]'
         text += '\n' + SCORE.replace('{first}', first_ids)
-    # last evaluation, then all options
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
         table = [f'| {name} | {value:.4g} |' for name, value in evaluations[-1].items() if isinstance(value, float)]

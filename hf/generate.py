@@ -177,7 +177,6 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
         options['past_key_values'] = cache
     # synced_gpus=False: every rank generates independently
     out = inner.generate(ids, attention_mask=mask, synced_gpus=False, **options)
-    # out begins with the columns of ids
     return out[:, ids.shape[1] :].tolist()
 
 

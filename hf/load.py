@@ -211,7 +211,7 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
         raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
     if unexpected:
         some = ', '.join(sorted(unexpected)[:3])
-        say_once(f'note: {len(unexpected)} weights in {name!r} are not used, its config has no layer for them: {some}')
+        say_once(f'note: weights in {name!r} that its config has no layer for are not used ({len(unexpected)}): {some}')
     return model
 
 
@@ -368,7 +368,7 @@ def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_co
     other_ids = other.get_vocab()
     wrong = [token for token, i in tokenizer.get_vocab().items() if other_ids.get(token) != i]
     if wrong:
-        differences = f'{len(wrong)} differ, such as {wrong[0]!r}; both need the same tokenizer'
+        differences = f'such as {wrong[0]!r} ({len(wrong)} in all); both need the same tokenizer'
         raise UserError(f'{other_role} reads other tokens than the model {policy_name} writes: {differences}')
 
 

@@ -15,6 +15,7 @@ from data import steps
 from hf.lora import adapters_off
 from runtime import cache, errors, log, ranks
 from runtime.files import say
+from text.examples import counted
 
 
 def use_cache(run, build, make_sharded, every_row):
@@ -45,7 +46,7 @@ def use_cache(run, build, make_sharded, every_row):
             if failure := ranks.on_one_rank(partial(cache.write, file, {'logps': logps})):
                 say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
         else:
-            say(f'reference log-probs of {len(used)} examples: read from {file}')
+            say(f'reference log-probs of {counted(len(used), "examples")}: read from {file}')
         examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
         examples.ref[rows] = logps
     if config.sample_during_eval:

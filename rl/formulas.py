@@ -17,7 +17,6 @@ def bradley_terry(s_w, s_l, margin, *, center_coef, label_smoothing=0.0):
     loss_if_right = -logsigmoid(h)
     loss_if_flipped = -logsigmoid(-h)
     ranking = (1 - label_smoothing) * loss_if_right + label_smoothing * loss_if_flipped
-    # keeps scores near 0
     centring = (s_w + s_l) ** 2
     return ranking + center_coef * centring
 

@@ -23,7 +23,6 @@ def token_logps(model, batch, values=True):
         # a separate critic model, read at the token before each answer token
         value = scores_at(inner.critic, batch, batch.predict_at)
     elif values and hasattr(inner, 'value_head'):
-        # a value head on the policy's hidden states
         value = _scalar_head(inner.value_head, hidden).to(device)
     else:
         return logps

@@ -66,7 +66,7 @@ class Reward:
             return
         config = self.config
         # as when the Examples were made, so that the prompts are the same
-        options = {name: config[name] for name in ('num_turns', 'skip_bad_rows', 'columns', 'chat', 'system')}
+        options = {name: config[name] for name in 'num_turns skip_bad_rows columns chat system'.split()}
         options['undivided'] = config.eval_data is not None  # then no part of data is held out
         sources = {'train': config.data, 'test': config.eval_data or config.data}
         for split, examples in examples_by_split.items():

@@ -11,7 +11,7 @@ import numpy as np
 from configurator import UserError
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
-NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|row|run|tie|time|tool|verdict'
+NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|row|run|single|tie|time|tool|verdict'
 NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
 
 
@@ -31,7 +31,7 @@ def in_words(left_out):
     # unary + drops zero counts
     for reason, count in (+left_out).items():
         if reason.startswith('note: '):
-            notes.append(f'{reason} ({counted(count, "times")})')
+            notes.append(f'{reason} ({count:,} times)' if count > 1 else reason)
         else:
             # a number needs a plural behind it: '2 ties', '2 times the same prompt again'
             noun = 'ties' if reason == 'tie' else re.sub('^same', 'times the same', reason)
@@ -93,7 +93,7 @@ class Examples:
 
     def select(self, rows):
         """Return the examples at rows (slice, mask or indices); ids keeps the tokens of all examples."""
-        columns = {name: getattr(self, name) for name in ('spans', 'good', 'uid', 'ref', 'margin')}
+        columns = {name: getattr(self, name) for name in 'spans good uid ref margin'.split()}
         # ref and margin may be None
         return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 

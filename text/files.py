@@ -18,7 +18,7 @@ from runtime.cache import path_of
 from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
-FORMATS = ('.jsonl', '.ndjson', '.json', '.parquet', '.csv', '.tsv', '.arrow', '.txt')
+FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 # suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
 # a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
@@ -73,7 +73,7 @@ def choose_splits(names, wanted, source):
             raise UserError(f'{source} has {problem}; there are {", ".join(names)}: {say_which}')
         [train] = likely
     # of train_prefs: test_prefs, else validation_prefs, ...
-    held_out_names = ['test', 'validation', 'valid', 'dev', 'val']
+    held_out_names = 'test validation valid dev val'.split()
     test_names = [train.replace('train', name, 1) for name in held_out_names]
     # if no other split is for training, plain names will do, too
     if sum(name.startswith('train') for name in names) == 1:
@@ -122,8 +122,8 @@ def hub_download(hub_id, commit, name):
     hub.reachable()  # turns offline mode on if the hub does not answer
     try:
         return huggingface_hub.hf_hub_download(hub_id, name, repo_type='dataset', revision=commit)
-    except Exception as error:  # offline and not in the cache, a full disk, ...
-        reason = hub.first_line(error.__cause__ or error)
+    except Exception as error:
+        reason = hub.refusal(error, f'datasets/{hub_id}')
         raise UserError(f'cannot read {name} of {hub_id!r} from the hub: {reason}') from None
 
 
@@ -193,9 +193,7 @@ def _files_below(folder):
         found += visible
     broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
     if broken:
-        say_once(
-            f'note: left out, since they are links to nothing: {len(broken)} files of {folder}, such as {broken[0]}'
-        )
+        say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
     return found
 
 

@@ -644,7 +644,6 @@ def rank_answers(prompt, scored, task):
     if task == 'sft' and scored:
         _, best = max(scored, key=itemgetter(0))
         return [{'prompt': prompt, 'response': best}]
-    # every pair
     examples = []
     for pair in combinations(scored, 2):
         (low_score, rejected), (high_score, chosen) = sorted(pair, key=itemgetter(0))

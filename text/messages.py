@@ -172,7 +172,6 @@ def as_messages(value, must_be_chat=False):
         # {'role': [...], 'content': [...]}, a Sequence of `datasets`
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-        # a single message
         return [value]
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
@@ -295,7 +294,6 @@ def instruction(prompt):
         # ask() gives the prompt back
         is_single_question = ask(text) == prompt and ASSISTANT not in text
         return text if is_single_question else prompt
-    # a system message is left out
     turns = [turn for turn in prompt if turn['role'] != 'system']
     if len(turns) == 1:
         return turns[0]['content']

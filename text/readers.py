@@ -13,13 +13,13 @@ from text import files
 from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
+LONGEST = 2**28  # characters of a line
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
 # table columns that stay text even if every cell is a number, such as the answers to sums
-TEXT_NAMES = {'prompt', 'question', 'instruction', 'query', 'input', 'context', 'system', 'response', 'completion',
-              'output', 'answer', 'chosen', 'rejected', 'text', 'history', 'human_ref', 'chosen_response',
-              'rejected_response', 'problem', 'solution', 'inputs', 'targets'}  # fmt: skip
+TEXT_NAMES = set('prompt question instruction query input context system response completion output answer chosen rejected text '
+                 'history human_ref chosen_response rejected_response problem solution inputs targets'.split())  # fmt: skip
 
 
 class Row(dict):
@@ -104,6 +104,16 @@ def _open_text(file):
     return io.TextIOWrapper(_open(file), 'utf-8-sig', 'surrogateescape', newline='')
 
 
+def _lines(stream):
+    """Yield (number from 1, line) of a stream. ValueError for a line that memory may not hold, as of a file packed for that."""
+    number = 0
+    while line := stream.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise ValueError(f'line {number} is longer than {LONGEST:,} characters')
+        yield number, line
+
+
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
     # 'surrogateescape' has decoded such bytes to these characters
@@ -184,7 +194,7 @@ def _read_json(file):
 def _read_lines(file):
     """Yield the Rows of a JSON-lines file. Blank lines are skipped; invalid JSON gives an empty Row with an error."""
     with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in _lines(stream):
             if not line.strip():
                 continue
             raw, error = {}, ''
@@ -204,7 +214,7 @@ def _read_lines(file):
 def _read_text(file):
     """Yield a Row {'text': line} for each line of a .txt file except blank lines."""
     with _open_text(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in _lines(stream):
             if line.strip():
                 yield Row.of({'text': line.rstrip('\r\n')}, f'{file}, line {number}', _utf8_error(line))
 
@@ -232,7 +242,7 @@ def _cells(file, delimiter):
     """Yield (number of its first line, {column: text, None if empty}, error or '') for each row of a table. Raises UserError."""
     csv.field_size_limit(2**30)  # of one cell, in bytes; the default is 128 KiB
     with _open_text(file) as stream:
-        table = csv.reader(stream, delimiter=delimiter, strict=True)
+        table = csv.reader((line for _, line in _lines(stream)), delimiter=delimiter, strict=True)
         names = next(table, [])
         if len(set(names)) < len(names) or _utf8_error(''.join(names)):
             raise UserError(f'{file}, line 1: two columns have one name, or a name is not valid UTF-8: rename them')
@@ -243,7 +253,7 @@ def _cells(file, delimiter):
                 if row:
                     error = _utf8_error(''.join(row))
                     if len(row) != len(names):
-                        error = f'{len(row)} cells, and the table has {len(names)} columns'
+                        error = f'not as many cells as columns ({len(row)}, {len(names)})'
                     cells = {name: cell or None for name, cell in zip(names, row, strict=False)}
                     # a column without a name: row numbers, as pandas writes them
                     cells.pop('', None)

@@ -16,9 +16,9 @@ import numpy as np
 from configurator import UserError, configure
 from runtime.values import printable
 from text.chat import decode_answer
-from text.examples import in_words
+from text.examples import counted, in_words
 from text.messages import BESIDE, as_chats, is_trained
-from text.sources import LOOK_AHEAD, describe, read_examples
+from text.sources import LOOK_AHEAD, describe, joined, read_examples
 from text.tokenise import as_parts, tokenise
 
 # which rows, and how they are read
@@ -85,7 +85,7 @@ def _print_json(out):
 def _read_items(left_out):
     """Yield (task, example, its training items) for every row of `data`; the Counter left_out counts skipped rows."""
     options = {'undivided': True, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
-    for source in data.split('+'):
+    for source in joined(data):
         # by default the task of most of the first examples (None if there are none), which are read again below
         head = [] if task else islice(read_examples(source, 'train', Counter(), **options), LOOK_AHEAD)
         found = Counter(map(task_of, head))
@@ -175,9 +175,9 @@ def _num_characters(item):
 
 def _print_summary(counts, lengths, left_out):
     """Print counts (task -> number of items), columns, left_out and lengths. Raises UserError if there are no items."""
-    words = ', '.join(f'{count} {task}' for task, count in counts.items())
+    words = ', '.join(counted(count, task) for task, count in counts.items())
     print(f'{data}: {words or "no examples"}')
-    print('read as:', printable(columns or '; '.join(map(describe, data.split('+')))))
+    print('read as:', printable(columns or '; '.join(map(describe, joined(data)))))
     changed, notes = in_words(left_out)
     print(printable('\n'.join([f'left out or changed: {changed}', *notes])))
     if not counts:
@@ -206,7 +206,6 @@ def _as_written(example, item):
     # 'turns': a conversation, of which SFT (only its items have 'trained') trains on every answer
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
-    # the prompt, and every answer under its name
     texts = [_format_lines(item['prompt'], lambda turn: False)]
     label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
     for name in ANSWERS:
@@ -265,18 +264,17 @@ def summary(run, n_eval_examples):
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples
     n_tokens = int(train.lengths.sum())
-    sizes = f'{len(train):,} training examples ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
+    sizes = f'{counted(len(train), "training examples")} ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
     # n_eval_examples: how many the user wants
     if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
     # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches
     if 'minibatch_size' not in run.config and run.config.batch_size > run.total:
-        notes.append(f'note: batch_size {run.config.batch_size:,} takes all {run.total:,} examples of the run at once')
+        notes.append(f'note: batch_size takes the whole run at once: {counted(run.total, "examples")}')
     if (n_examples or 0) > run.total:
         ends = f'the run ends after {run.total:,} of --n_examples={n_examples}'
         notes.append(f'note: {ends}: raise --n_epochs for more')
-    # a long example is shortened in the middle
     text = _decode_example(train, 0, run.tokenizer, run.task)
     if len(text) > 1200:
         text = f'{text[:600]} ... {text[-600:]}'

@@ -144,9 +144,14 @@ def divides(source):
     return has_no_test_part
 
 
+def joined(data):
+    """Return the sources that data joins by +. A file or folder with a + in its path is one source."""
+    return [data] if os.path.exists(os.path.expanduser(data)) else data.split('+')
+
+
 def keep_data(data, out):
     """Raise UserError if `out`, a file to be written, is one of the files of `data`, which may join several sources."""
-    for source in data.split('+'):
+    for source in joined(data):
         _, path, _ = locate(source)
         may_overwrite = path and os.path.exists(out)
         if may_overwrite and any(os.path.samefile(out, file) for file in files.data_files(path)):

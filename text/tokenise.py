@@ -78,7 +78,7 @@ def load_examples(data, split, tokenizer, task, *, max_length, max_prompt_length
     limits = Limits.of(tokenizer, max_length, max_prompt_length, truncation)
     read_args = {'undivided': undivided, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
     render_args = {'skip_bad_rows': skip_bad_rows, 'chat': chat, 'system': system, 'last_turn_only': last_turn_only}
-    names = data.split('+')
+    names = sources.joined(data)
     enough = {name: count for name, count in (enough or {}).items() if count is not None}
     # sources without a fingerprint, which stands for all their rows, are hashed row by row
     hashes = [sources.fingerprint(source) for source in names]
@@ -152,7 +152,7 @@ def source_rows(examples, data, split, task, *, chat, system, **read_args):
     wanted = set(examples.uid.tolist())
     found = {}
     not_counted = Counter()  # what is left out was counted the first time
-    for row in _read_sources(data.split('+'), split, task, read_args, not_counted):
+    for row in _read_sources(sources.joined(data), split, task, read_args, not_counted):
         example = as_chats(row, system) if chat or system else row
         # a pair is one part, or two for a task of single answers
         for part in as_parts(example, task, not_counted):
@@ -539,7 +539,7 @@ def _read_cache(key, split, enough):
 
 def _write_cache(key, split, enough, examples):
     """Write the Examples of a split to its cache file; print a note on failure."""
-    columns = {name: getattr(examples, name) for name in ('ids', 'spans', 'good', 'uid', 'margin')}
+    columns = {name: getattr(examples, name) for name in 'ids spans good uid margin'.split()}
     # safetensors needs contiguous arrays and no None
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     if failure := cache.write(_cache_file(key, split, enough), arrays, examples.left_out):

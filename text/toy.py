@@ -14,12 +14,12 @@ import tempfile
 
 # place -> aspects that it has
 PLACES = {
-    'hotel': ('room', 'bed', 'staff', 'breakfast'),
-    'cafe': ('coffee', 'cake', 'staff', 'music'),
-    'museum': ('guide', 'garden', 'exhibit', 'ticket'),
-    'train': ('seat', 'ticket', 'window', 'staff'),
-    'school': ('teacher', 'garden', 'music', 'library'),
-    'beach': ('water', 'sand', 'music', 'view'),
+    'hotel': 'room bed staff breakfast'.split(),
+    'cafe': 'coffee cake staff music'.split(),
+    'museum': 'guide garden exhibit ticket'.split(),
+    'train': 'seat ticket window staff'.split(),
+    'school': 'teacher garden music library'.split(),
+    'beach': 'water sand music view'.split(),
 }
 ASPECTS = sorted({aspect for aspects in PLACES.values() for aspect in aspects})
 # adjective -> value
@@ -28,7 +28,7 @@ VALUES = {
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
 # words that are single tokens
-WORDS = ['Review', 'of', 'the', 'was', 'very', 'and', '.', ':'] + list(PLACES) + ASPECTS + list(VALUES)
+WORDS = [*'Review of the was very and . :'.split(), *PLACES, *ASPECTS, *VALUES]
 
 
 def place_of(prompt):

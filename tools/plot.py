@@ -35,7 +35,7 @@ def entitle(axis, title, subtitle, xlabel):
     axis.set(xlabel=xlabel)
     # no power of ten above the axis, where it would overlap the subtitle
     axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
-    # a long subtitle must not reach into the next panel
+    # a long subtitle must not reach into the next panel: wrap it, by the option --width
     subtitle = textwrap.fill(subtitle, round(5 * width))
     axis.set_title(title, loc='left', pad=17 + 10 * subtitle.count('\n'))
     text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')
@@ -85,7 +85,6 @@ rows = math.ceil(num_panels / 3)
 # inches; the legend has a line for each run
 size = width, 3.3 * rows + 0.25 * len(runs)
 figure, axes = plt.subplots(rows, min(3, num_panels), figsize=size, squeeze=False, layout='constrained')
-# a run has the same color in all panels
 palette = plt.get_cmap('tab10' if len(runs) <= 10 else 'tab20').colors
 colors = [palette[i % len(palette)] for i in range(len(runs))]
 

@@ -15,7 +15,7 @@ out = 'out/chosen.jsonl'  # the file: prompt and response, a line an answer
 config = configure(globals())
 sources.keep_data(data, out)
 rows = {}
-for source in data.split('+'):
+for source in sources.joined(data):
     for row in sources.load_rows(source, split)[0]:
         if 'chosen' not in row:
             raise UserError(f'{source} has no pairs, so no chosen answers')

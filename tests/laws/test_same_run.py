@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
+from helpers import end_process_group, metrics, read_jsonl, run_script, sentence, tiny_model, write_jsonl
 
 import configurator
 from hf import export, load
@@ -171,14 +171,16 @@ def test_another_run_in_the_folder(here):
     assert words in sentence(run, 'sft', 'sft')
 
 
-def test_the_same_continues_whatever_does_not_matter(here, world):
-    """A README beside the weights, rows that are not trained on, a copy of the model folder in its place."""
+def test_the_same_continues_whatever_does_not_matter(here, world, capsys):
+    """A README beside the weights, rows that are not trained on, a copy of the model folder in its place, another spelling of it."""
     (here / 'model/README.md').write_text('other')
     shutil.copytree('model', 'copy')
     shutil.rmtree('model')
     shutil.move('copy', 'model')
-    run('dpo', 'dpo')
+    run('dpo', 'dpo', '--model=./model/', f'--data={here}/data.jsonl')
+    assert log._in_full('hh:./model+toy') == f'hh:{here}/model+toy'
     assert metrics('dpo') == metrics(world / 'dpo')
+    assert '12 a step; going on after 12 of them, from dpo/checkpoints/0000000012\n' in capsys.readouterr().out
 
 
 def test_older_versions_resume_with_a_note(here, world, capsys):
@@ -237,3 +239,6 @@ def test_ranks_that_read_other_data_are_refused(monkeypatch):
 def test_ranks_that_have_other_options_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, 'gather_objects', lambda options: [options, options | {'lr': 0.5}])
     assert 'lr is 0.5 on rank 1, and 0.1 on this one' in sentence(ranks.setup, 1, {'beta': 0.1, 'lr': 0.1})
+    end_process_group()
+    monkeypatch.setenv('RANK', '1')
+    assert 'RANK is set, and WORLD_SIZE is not: start with torchrun' in sentence(ranks.setup)

@@ -11,7 +11,7 @@ from ties import same_runs
 import losses
 from configurator import UserError
 from runtime import metrics, objective
-from runtime.objective import MARGINS, objective_of, table
+from runtime.objective import MARGINS, objective_of, try_out
 from tests import forks
 
 
@@ -19,7 +19,7 @@ from tests import forks
 def test_every_loss_is_ready(name, monkeypatch):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
     found = objective_of(parse(f'dpo.py --loss={name}', monkeypatch), losses.LOSSES, losses.STATISTICS)
-    rows = table(name, found.fn, found.statistic, found.options)
+    rows = try_out(name, found.fn, found.statistic, found.options)
     assert all(math.isfinite(value) for row in rows for value in row)
     assert [row[0] for row in rows] == MARGINS == [-margin for margin in reversed(MARGINS)]
     assert found.call(lambda ratio_w: ratio_w, {'pi_w': 2.0}) == 2  # no reference
@@ -107,7 +107,7 @@ def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):
 def test_a_column_that_somebody_adds_is_tried(monkeypatch):
     """docs/code.md: its name goes into PAIRS."""
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
-    rows = table('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
+    rows = try_out('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
     assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
 
 
@@ -163,6 +163,7 @@ def test_options_of_a_loss(flags, found, monkeypatch):
     # as dpo.py would call it: without label smoothing, and with no option that it does not use
     ('drdpo --beta=0.5', 0, r'^    margin         loss slope chosen  slope rejected\n(?s:.*)\n +0.0 +0.69315 +-0.25 +0.25\n'),
     ('dpo --gamma=3', 2, '--gamma has no effect: the loss dpo does not use it'),
+    ('dpo --lr=3', 2, '--lr has no effect: the table is of the loss alone'),
     ('', 2, '^error: name a loss: python losses.py dpo --beta=0.2'),
     ('ktoo', 2, "^error: loss must be one of dpo, .* not 'ktoo'; did you mean kto"),
     ('importance', 2, "kto_zero, not 'importance': the function importance of losses.py has to be in LOSSES to be one"),

@@ -301,7 +301,7 @@ def test_results_that_cannot_be_written_end_the_trials(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, 'run_trial', lambda trial, work, n: trial | {'error': 'none'})
     monkeypatch.setattr(files, '_kept', {})
     trials, file = FULL.trials([1])[:2], tmp_path / 'no folder/results.jsonl'
-    with pytest.raises(UserError, match='results.jsonl: 2 rows wait for room'):
+    with pytest.raises(UserError, match='results.jsonl: rows that wait for room: 2'):
         claims.run(trials, file, tmp_path)
     file.parent.mkdir()
     claims.run(trials, file, tmp_path)

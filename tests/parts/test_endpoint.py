@@ -114,7 +114,7 @@ def test_a_job_that_fails_is_given_back_with_its_reason(status, bad, n, options,
     with serve(lambda n, body: (status, 'ill') if number(body) in bad else 'ok') as server:
         replies = sorted(ask(server, n, **options))
     assert [r.text for r in replies] == [None if i in bad else 'ok' for i in range(n)] and len(server.seen) == requests
-    after = '' if status == 400 else f', after {options["retries"] + 1} attempts'
+    after = '' if status == 400 else f', attempts: {options["retries"] + 1}'
     assert all(replies[i].error.endswith(f'answers HTTP {status} (ill){after}') and replies[i].raw is None for i in bad)
 
 

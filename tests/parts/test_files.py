@@ -14,7 +14,7 @@ import pytest
 from configurator import UserError
 from runtime import cache
 from tests.helpers import assistant, user, write_data, write_jsonl
-from text import files, sources
+from text import files, readers, sources
 from text.files import hub_commit
 
 ROWS = [{'prompt': f'q "{i}",\n', 'response': f'ä{i}', 'good': bool(i % 2)} for i in range(200)]
@@ -97,8 +97,8 @@ def test_a_list_in_json_is_read_one_by_one(tmp_path):
 
 IMAGE = [user([{'type': 'image_url', 'image_url': {'url': 'x'}}]), assistant('a')]
 OF_ROWS = [  # what is wrong with a row, or all of them
-    ('a.csv', b'text,b\nx,y,z\n', 'line 2: 3 cells, and the table has 2 columns; .*; the only row cannot be read; mend the file'),
-    ('a.csv', b'text,b\nx,y\nz\n', "line 3: 1 cells, and the table has 2 columns; found: 'text' .text.; mend it, or leave"),
+    ('a.csv', b'text,b\nx,y,z\n', 'line 2: not as many cells as columns .3, 2.; .*; the only row cannot be read; mend the file'),
+    ('a.csv', b'text,b\nx,y\nz\n', "line 3: not as many cells as columns .1, 2.; found: 'text' .text.; mend it, or leave"),
     ('a.csv', b'text\nx\n\xe4\n', 'line 3: not valid UTF-8'),
     ('a.csv', b'prompt;chosen;rejected\nq;a;b\n', "; the only row cannot be read; its columns are separated by ';': in a .csv it"),
     ('a.csv', b'prompt;chosen;rejected\nq, r;a;b\nq;a;b\n', "first 2 rows can be read; its columns are separated by ';'"),
@@ -113,6 +113,8 @@ OF_ROWS = [  # what is wrong with a row, or all of them
     ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
 ]  # fmt: skip
 OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
+    *((f'a.{end}', b'text\n' + b'x' * 1000, 'line 2 is longer than 999 characters') for end in ('txt', 'csv')),
+    ('a.jsonl.gz', gzip.compress(b' ' * 1000, mtime=0), 'line 1 is longer than 999 characters'),
     ('a.json', b'[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
     ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'), ('a.json', b'[' * 100_000, 'cannot read'),
     ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'), ('a.jsonl.gz', b'not gzip', 'cannot read'),
@@ -127,9 +129,10 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
 
 
 @pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)
-def test_files_that_are_no_data(tmp_path, name, content, says):
+def test_files_that_are_no_data(tmp_path, name, content, says, monkeypatch):
     """One sentence, which names the file once, and does not blame the columns."""
     (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(readers, 'LONGEST', 999)
     for skip in (False, True) if (name, content, says) in OF_FILES else (False,):
         message = refused(tmp_path / name, says, skip_bad_rows=skip)
         assert message.count(str(tmp_path)) == 1 and '--columns' not in message and 'layout' not in message
@@ -191,6 +194,8 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')
     assert divided(write(tmp_path, {'a:b': ROWS}) + '/a:b.jsonl')
+    write(tmp_path, {'a+b': ROWS})
+    assert [sources.joined(data) for data in ('~/a+b.jsonl', 'hh+shp')] == [['~/a+b.jsonl'], ['hh', 'shp']]
 
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])
@@ -204,7 +209,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out, capsys):
     # shards that git-annex has not fetched
     (tmp_path / 'data/train-00002-of-00003.parquet').symlink_to('not fetched')
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2]
-    assert 'links to nothing: 1 files of' in capsys.readouterr().out
+    assert 'links to nothing (1) in' in capsys.readouterr().out
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 

@@ -67,6 +67,8 @@ def test_what_the_hub_refuses(monkeypatch, name, says):
         return hub.check_there('a/b')
     with pytest.raises(UserError, match=says):
         hub.check_there('a/b')
+    with pytest.raises(UserError, match=says.replace('/a/b', '/datasets/a/b')):
+        files.hub_download('a/b', None, 'x.json')
 
 
 def test_a_pickle_of_the_hub_is_refused(monkeypatch):

@@ -323,7 +323,7 @@ def test_faults_and_failures():
     write_samples(range(12))
     with serve(behave) as server:
         run = flags(server, '--timeout=0.4', '--retries=1')
-        refused('4 verdicts missing .4 times: .*503 .ill., after 2 attempts.*the same command', *run)
+        refused('4 verdicts missing .4 times: .*503 .ill., attempts: 2.*the same command', *run)
         report, rows = read('out')
         assert report['failed'] == 4 and len(verdicts()) == 20 and len(server.seen) == 48
         assert [row['instruction'] for row in rows if row['preference'] is None] == ['question 3', 'question 4']

@@ -273,8 +273,8 @@ def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
 
 
 def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
-    counts = {'answers cut': 1200, 'empty answers': 0, 'note: chats of no template': 3}
-    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: chats of no template (3 times)'])
+    counts = {'answers cut': 1200, 'empty answers': 0, 'note: texts': 3, 'note: no template': 1}
+    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: texts (3 times)', 'note: no template'])
     assert in_words(Counter()) == ('nothing', [])
     words = {  # of one, of two
         'tie': ('1 tie', '2 ties'), 'empty answers': ('1 empty answer', '2 empty answers'),

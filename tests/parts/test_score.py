@@ -94,7 +94,7 @@ def test_what_is_printed():
     """By hand: 3 of 4 pairs, a tie counts as wrong; sections weighted by the published sizes, 100 to 40 and 984 to 164."""
     lines = '\n'.join(score.report(scored('mine', 2.0, 1.0, 0.0, 5.0) + scored('other', -3.0)))
     assert '0.600 (95% interval 0.231 to 0.882 over 5 prompts), 3 of 5 pairs' in lines
-    assert ', 3 of 5 pairs; 1 with equal scores count as wrong' in lines
+    assert ', 3 of 5 pairs; equal scores, which count as wrong: 1' in lines
     assert 'mean 1.0000, median 1.0000' in lines and 'chosen 1.0000, rejected 0.0000' in lines
     assert re.search(r'mine +0.750 .*3 of 4', lines) and re.search(r'other +0.000 .*0 of 1', lines)
     assert 'RewardBench' not in lines
@@ -144,6 +144,7 @@ def test_answers_long_texts_and_a_folder(reward_model, tmp_path, monkeypatch, ca
     ('--reward_model={folder}/run --data={empty}', 'no test examples are left'),
     ('--reward_model={folder}/run --data=toy --by=kind', 'no row of toy has such a column'),
     ('--reward_model={folder}/run --data=toy --by=margin', 'has the new scores under that name'),
+    ('--reward_model={folder}/run --data=toy --out={prompts}', 'prompts.jsonl is there, and holds no scores: name another'),
     ('--reward_model={folder}/run --data=toy+{here} --out={here}/empty.jsonl', 'empty.jsonl is a file of the data'),
 ])  # fmt: skip
 def test_mistakes(reward_model, flags, words, tmp_path, monkeypatch):

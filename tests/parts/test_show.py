@@ -62,7 +62,7 @@ def show(tmp_path, monkeypatch, capsys):
     # a first row of another layout does not decide
     ([{'prompt': 'p'}, *PAIRS[:3]], ['--n=1'], 1, ['3 pairs\n', 'left out or changed: 1 row with a prompt only']),
     ([{'prompt': 'Say a.', 'response': 'Say a. a'}], [], 1,
-     ['changed: nothing\nnote: answers that repeated their prompt, which was taken off (1 time)\n']),
+     ['changed: nothing\nnote: answers that repeated their prompt, which was taken off\n']),
 ])  # fmt: skip
 def test_what_is_shown(show, rows, flags, count, words):
     out, _ = show(rows, *flags)

@@ -165,6 +165,8 @@ DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an i
     'weights, none': [removes(WEIGHTS), f'{NO_WEIGHTS}fetch its weights$'],
     'a pickle': [pickled, f'{NO_WEIGHTS}convert it from a pickle, which can run any code$'],
     'config, cut': [cuts(CONFIG), NO_JSON], 'config, a list': [writes(CONFIG, '[1]')],
+    'config, a pipe': [lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)), 'is not valid JSON .it is no file.: mend it'],
+    'config, layers': [sets(num_hidden_layers=10**9), 'has a num_hidden_layers of 1,000,000,000: mend it'],
     'config, nothing': [removes(CONFIG), "'model' has no config.json, so it is no model folder"],
     'config, no number': [writes(CONFIG, '{"model_type": "llama", "hidden_size": "x"}')],
     'tokenizer, cut': [cuts(TOKENIZER)], 'tokenizer, a list': [writes(TOKENIZER, '[]')],

@@ -170,7 +170,7 @@ def test_more_examples_than_the_epochs_have(run, capsys):
     assert 'training on 1 rank: 12 examples (2 epochs), ' in out
     run('sft.py', '--n_examples=4', '--batch_size=5', out='fewer')
     out = capsys.readouterr().out
-    assert 'n_epochs' not in out and 'note: batch_size 5 takes all 4 examples of the run at once\n' in out
+    assert 'n_epochs' not in out and 'note: batch_size takes the whole run at once: 4 examples\n' in out
 
 
 # ---- where it prints ----
