@@ -109,7 +109,11 @@ def _in_full(value):
     """Return an option's value in which existing paths, also those in hh:PATH and A+B, are absolute: for comparison only."""
     if not isinstance(value, str):
         return value
-    return re.sub('[^+:]+', lambda part: os.path.realpath(part[0]) if os.path.exists(part[0]) else part[0], value)
+    parts = re.split('([+:])', value)  # with the separators
+    for i, part in enumerate(parts):
+        if os.path.exists(part):
+            parts[i] = os.path.realpath(part)
+    return ''.join(parts)
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
