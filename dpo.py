@@ -80,7 +80,8 @@ config = configure(globals(), shared=training)
 # ---- what the loss asks for: its signature says ----
 
 objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
-paired, needs_ref, is_mixed = objective.paired, objective.needs_ref, objective.is_mixed
+paired, needs_ref = objective.paired, objective.needs_ref
+is_mixed = objective.is_mixed  # kto: its statistic wants prompts with answers to other prompts
 beta_prime = objective.options['beta_prime']
 divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None  # from the reference, at each position
 
@@ -188,7 +189,7 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
+    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order; sets step.new_state.
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
     of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""

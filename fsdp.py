@@ -184,7 +184,7 @@ def _fill(model, loaded, device, shard_device):
 
 def make_optimizer(name, model, lr, weight_decay):
     """Return AdamW, SGD, or RMSprop (of the original DPO code; half of AdamW's memory) over the trainable parameters."""
-    model.reshard()
+    model.reshard()  # so that parameters() gives the weights that train: no gathered weights, no bfloat16 copies
     params = [p for p in model.parameters() if p.requires_grad]
     classes = {'AdamW': partial(torch.optim.AdamW, fused=True), 'RMSprop': RMSprop, 'SGD': torch.optim.SGD}
     return classes[name](params, lr=lr, weight_decay=weight_decay)

@@ -199,9 +199,11 @@ class Run:
         policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may make an optimizer
 
     def check_room(self, *frozen):
-        """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None."""
-        # False: checkpoints do not fit, and save_every is 'auto', which then does without them
-        if not room.check_room(self, frozen):
+        """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None.
+
+        If checkpoints do not fit, save_every='auto' becomes 0: none are written."""
+        checkpoints_fit = room.check_room(self, frozen)
+        if not checkpoints_fit:
             self.save_every = 0
 
     def start(self, method='', units=None, n_steps=None):
@@ -266,7 +268,7 @@ class Run:
     def within_memory(self, run_step, step, **options):
         """Return run_step(step, **options). If memory runs out, halve max_tokens='auto' in a single process, else raise UserError."""
         while True:
-            # divide a step anew that was made for a larger max_tokens, and overwrite it, since the caller's loop uses it, too
+            # a step that was made before max_tokens was halved: make its microbatches anew, in place, as the caller goes on with it
             if step.max_tokens > self.max_tokens:
                 remade = self.make_step(step.examples, step.rows, step.first)
                 vars(step).update(vars(remade))

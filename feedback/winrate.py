@@ -66,15 +66,15 @@ def length_controlled(wins, difference, clusters):
     bread = np.linalg.inv(information)
     meat = _variance_of_sum(x * residuals[:, None], clusters)
     covariance = bread @ meat @ bread
-    # delta method: the slope is d rate / d a
-    slope = rate * (1 - rate)
-    error = _sqrt(slope**2 * covariance[0, 0])
-    # an error of 0 only means that the fit is exact, as of ties alone
+    # delta method, with d rate / d a
+    rate_per_a = rate * (1 - rate)
+    error = _sqrt(rate_per_a**2 * covariance[0, 0])
+    # an error of 0 only means that the fit is exact, such as to pairs that are all ties
     if error is None or error < 1e-6:
         return rate, error, None, effect
     # an interval that is symmetric in log odds
     log_odds = np.log(rate / (1 - rate))
-    half_width = Z * error / slope
+    half_width = Z * error / rate_per_a
     interval = _sigmoid(np.array([log_odds - half_width, log_odds + half_width])).tolist()
     return rate, error, interval, effect
 

@@ -29,7 +29,7 @@ class HalfCopies:
         self._register_hooks()
 
     def __setstate__(self, state):
-        """Fill a deep copy of this object with state, its attributes. Called by copy.deepcopy, which leaves out the hooks."""
+        """Fill a deep copy of this object with state, its attributes. Called by copy.deepcopy, which copies no hooks of tensors."""
         vars(self).update(state)
         self._register_hooks()
 

@@ -53,7 +53,7 @@ def write(file, arrays, extra=None):
 
 
 def _checksum(file, arrays, extra):
-    """Return a hash of a cache file's contents and of its name, which stands for the key."""
+    """Return a hash of a cache file's contents and of its name, which stands for the key. extra: JSON values beside the arrays."""
     digest = hashlib.sha256(json.dumps([file.name, extra]).encode())
     for name, array in sorted(arrays.items()):
         digest.update(name.encode())

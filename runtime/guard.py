@@ -32,7 +32,9 @@ _progress = None  # for scripts without steps: function that returns a sentence 
 
 
 def watch(name):
-    """Set up a script before its heavy imports: streams, signals, and a check of its command line. No-op unless name is '__main__'."""
+    """Set up a script before its heavy imports: streams, GPU memory, signals. Answer --help and refuse mistyped options at once.
+
+    Does nothing unless name is '__main__'."""
     if name != '__main__':
         return
     # replace a stream that the shell has closed (>&-): the next open file would get its number, and all that is printed

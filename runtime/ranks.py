@@ -54,9 +54,9 @@ def _meeting_place():
         raise error
     # a generator, whose first item is what the environment says now
     store, rank, world_size = next(rendezvous('env://'))
-    # when torchrun (torch 2.13) restarts the processes, it keeps its store, where they would find the addresses of dead ones, and
-    # hang. So each restart has a key prefix of its own. With several hosts the counts of restarts can differ, so there the prefix
-    # is the same, and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
+    # torchrun (torch 2.13) keeps its store when it restarts the processes. They would hang on addresses of dead ones in there
+    # so each restart writes under a prefix of its own
+    # hosts may count restarts differently: several share one prefix, and need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart
     is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
     return dist.PrefixStore(f'start{restarts}', store), rank, world_size

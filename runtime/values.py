@@ -73,8 +73,8 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    ours_of = names_elsewhere(options)  # name in another project -> ours, such as {'learning_rate': 'lr'}
-    # names of other projects must be more alike than ours (0.6), or reward_name would be exp_name
+    ours_of = names_elsewhere(options)  # name in another project -> what to write here, such as {'learning_rate': 'lr'}
+    # names of other projects have to be more alike (0.7) than ours (0.6): else the hint for reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, ours_of, cutoff=0.7)
     # the best match comes first
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)

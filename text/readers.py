@@ -44,7 +44,8 @@ class Row(dict):
 def read_rows(hub_id, split, path, **options):
     """Yield the Rows of local files, or of a split of the hub dataset hub_id if path is None. Raises UserError.
 
-    path: a list of files; or a file or folder, of which those of the split are read. options: of files.hub_files, for the hub."""
+    path: a list of files; or a file or folder, of which files.local_files chooses those of the split, or of the most similar one.
+    options: of files.hub_files, for the hub, which must have the split."""
     if path is not None:
         chosen = path if isinstance(path, list) else files.local_files(path, split)
         for file in chosen:

@@ -69,7 +69,9 @@ def main():
 
 
 def _print_json(out):
-    """Write the first n items to the stream `out` as JSON lines, and print what was left out. Raises UserError without items."""
+    """Write the first --n items of the data to the stream `out` as JSON lines. Raises UserError without items.
+
+    Then print (main sends that to stderr) how much was left out or changed so far."""
     left_out = Counter()
     all_items = (item for _, _, items in _read_items(left_out) for item in items)
     lines = 0

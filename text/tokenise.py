@@ -502,9 +502,10 @@ def encode(prompt, answer, tools, tokenizer, lengths, left_out):
 
 
 def tokenise_prompts(prompts, tokenizer, longest, truncation, left_out, skip_bad_rows=False):
-    """Return the ids of each prompt as in training, truncated to `longest` tokens (counted in left_out).
+    """Return the ids of each prompt as in training. Those of more than `longest` tokens lose their start ('end' = truncation: their end).
 
-    prompts: texts, chats or rows. A prompt that the chat template rejects raises UserError, or (skip_bad_rows) has None for ids."""
+    prompts: texts, chats or rows. UserError for a prompt that the chat template rejects; with skip_bad_rows, None in place of its ids.
+    left_out counts both."""
     limits = Limits.of(tokenizer, longest, longest, truncation)  # the prompt may fill the whole length
     texts = []  # of each prompt; None if it is rejected
     for prompt in prompts:

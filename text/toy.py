@@ -41,7 +41,8 @@ def gold(prompt, answer):
     aspects_of_place = PLACES.get(place_of(prompt), ())
     scores = []
     for aspect, very, adjective in _clauses(answer):
-        score = -2.0  # for an ungrammatical clause, which has no adjective
+        # no adjective: an ungrammatical clause, or no full stop at the end of the answer
+        score = -2.0
         if adjective is not None:
             score = VALUES[adjective] * (1.5 if very else 1.0)
             if aspect not in aspects_of_place:

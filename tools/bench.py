@@ -212,11 +212,14 @@ class Variant:
         return batches
 
     def columns(self, batch, ref_logps):
-        """Return the loss's arguments, {name: (pairs,)}: *_w of chosen, *_l of rejected answers. ref_logps: cached ones (A,), or None."""
+        """Return the loss's arguments, {name: (pairs,)}: *_w of chosen, *_l of rejected answers.
+
+        ref_logps: those from the cache, (A,) for A answers, two a pair; None: run the reference, if the loss needs it."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():
                 reference = self.ref.hidden_and_head(batch)
+            # a row of (3, A) each
             pi, divergence, ref_logps = self.policy.response_logps(batch, divergences.kl, reference)
             values |= {'pi': pi, 'div': divergence}
         else:
@@ -233,7 +236,7 @@ class Variant:
 
     @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and its memory if the largest so far."""
+        """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and memory (measured, estimated)."""
         batches = self.batches(examples, rows)
         ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
@@ -247,11 +250,15 @@ class Variant:
         fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=world_size / len(rows), max_norm=10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
-        # the estimate, for the largest microbatch; cached variants have freed the reference
-        largest = max(batch.ids.numel() for batch in batches)
-        frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        needs = room.estimate(config, self.policy, self.per_token, frozen, largest, is_step=len(batches) == 1)
-        self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
+        self.estimate = max(self.estimate, gb_without_model + self.estimated_gb(batches))
+
+    def estimated_gb(self, batches):
+        """Return how much memory the models, the optimizer and the largest of a step's microbatches should take, by room.estimate."""
+        largest = max(batch.ids.numel() for batch in batches)  # tokens
+        # cached variants have freed the reference
+        n_frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
+        needs = room.estimate(config, self.policy, self.per_token, n_frozen, largest, is_step=len(batches) == 1)
+        return sum(needs.values()) / 1e9
 
 
 def clock():

@@ -4,6 +4,7 @@ import collections
 import re
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 # dense bfloat16 TFLOP/s from NVIDIA's data sheets; the first name that occurs in the card's name counts
 DATA_SHEET = {'B200': 2250, 'H100 PCIe': 756, 'H100': 989, 'H200': 989, 'GH200': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
@@ -50,11 +51,17 @@ def flops(model, lengths, *, share, head, passes):
 def products_alone(model, tokens, predicted, dtype, device, clock):
     """Measure and return the seconds that the matrix products of linear layers take in a step with a live reference.
 
-    model: only its shapes count. tokens: of the step; predicted: those that run through the head; clock(): time in seconds."""
+    model: only its shapes count. tokens: of the step; predicted: those that run through the head. clock(): time in seconds, when
+    the device has done all that it was given."""
     total = 0.0
     # measure each shape once
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    counts = collections.Counter(linear.weight.shape for linear in linears)
+    counts = collections.Counter()  # (out_features, in_features) -> number of such layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            counts[module.weight.shape] += 1
+        # the linear layer of GPT-2
+        elif isinstance(module, Conv1D):
+            counts[module.weight.T.shape] += 1
     for (out_features, in_features), count in counts.items():
         is_head = out_features == model.config.vocab_size
         rows = predicted if is_head else tokens
