@@ -69,10 +69,10 @@ def configure(scope, argv=None, shared=None, early=False):
 
     sys.excepthook = errors.report
     argv = sys.argv[1:] if argv is None else argv
-    options = _declared(scope)
-    if shared:
-        # the script's options once more, since they override those of the shared module; in --help they come first
-        options = options | _declared(vars(shared)) | options
+    own_options = _declared(scope)
+    shared_options = _declared(vars(shared)) if shared else {}
+    # the script's own come first in --help, and last here: they replace shared ones of the same name
+    options = own_options | shared_options | own_options
     if '--help' in argv or '-h' in argv:
         _print_help(scope.get('__doc__') or '', options)
         sys.exit(0)
@@ -141,18 +141,23 @@ def _print_help(doc, options):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _read_file(path, options):
-    """Run a config file. Returns [(name, value, path, 'path, line n')], as of _read_flag, for the names it sets."""
+def _source_of(path, options):
+    """Return the text of a config file. Raises UserError if path is none, or if it cannot be read."""
     if not path.endswith('.py'):
-        data = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
-        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{data}')
+        example = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
+        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{example}')
     try:
-        source = Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
+        return Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'no text in UTF-8')
-        there = Path(os.path.dirname(path) or 'config').glob('*.py')
-        near = '' if os.path.exists(path) else values.did_you_mean(path, map(str, there))
-        raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{near}') from None
+        neighbours = Path(os.path.dirname(path) or 'config').glob('*.py')
+        hint = '' if os.path.exists(path) else values.did_you_mean(path, map(str, neighbours))
+        raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{hint}') from None
+
+
+def _read_file(path, options):
+    """Run a config file. Returns [(name, value, path, where, for errors)] of what it sets: ('lr', 1e-6, 'my.py', 'my.py, line 3')."""
+    source = _source_of(path, options)
     # run it statement by statement, to know the line of each assignment or error
     namespace = {'__file__': path}  # variables of the file
     settings = {}  # name -> what is returned for it

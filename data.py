@@ -2,7 +2,8 @@
 
 An example is a prompt and its answers (two for a pair, one for SFT and KTO), as token ids. Each microbatch has at most max_tokens
 tokens, and is a single row without padding, in which the answers of a pair share one copy of their prompt:
-    [prompt | chosen | rejected] [prompt | chosen | rejected] ..."""
+    [prompt | chosen | rejected] [prompt | chosen | rejected] ...
+The slot of an example is its index in the step; its row, that in the Examples that the step takes it from."""
 
 from runtime import guard
 
@@ -22,9 +23,7 @@ from text.examples import Examples
 
 
 def steps(n, batch_size, total, seed, start=0, shuffle=True):
-    """Yield (first, rows) for each step: the number of examples taken before it, and the rows (of n examples) that it takes.
-
-    They are examples number start to total - 1, counted through all epochs. shuffle: each epoch in a new order."""
+    """Yield (first, rows) for each step: the number of examples taken before it, and its rows (of n). shuffle: anew in each epoch."""
 
     @functools.lru_cache(maxsize=1)
     def order_of(epoch):
@@ -32,7 +31,7 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
             return np.arange(n)
         return np.random.default_rng((seed, epoch)).permutation(n)
 
-    # a row depends on the example's number alone, so a resumed run takes the same rows
+    # examples start to total - 1, counted through all epochs: a row depends on this number alone, so a resumed run takes the same rows
     for first in range(start, total, batch_size):
         numbers = range(first, min(first + batch_size, total))
         rows = [order_of(number // n)[number % n] for number in numbers]
@@ -42,22 +41,21 @@ def steps(n, batch_size, total, seed, start=0, shuffle=True):
 def plan(lengths, world_size, max_tokens):
     """Split a step into microbatches, the same number on every rank. Returns [rank][microbatch] -> list of slots.
 
-    lengths: tokens of each example; slot: its index in the step. An example longer than max_tokens gets its own microbatch.
+    lengths: tokens of each example. An example longer than max_tokens gets its own microbatch.
     plan([5, 3, 4], world_size=2, max_tokens=8) -> [[[1, 2]], [[0]]]: rank 0 has examples 1 and 2, rank 1 has example 0."""
     # each rank needs at least so many microbatches for all tokens (a longer example counts as max_tokens)
-    tokens = sum(min(int(n), max_tokens) for n in lengths)
-    per_rank = max(1, math.ceil(tokens / (world_size * max_tokens)))
+    n_tokens = sum(min(int(n), max_tokens) for n in lengths)
+    per_rank = max(1, math.ceil(n_tokens / (world_size * max_tokens)))
     # add one on every rank until all examples fit
     while (bins := _fill_bins(lengths, world_size * per_rank, max_tokens)) is None:
         per_rank += 1
     # deal them out, heaviest first, so that all ranks run their heaviest microbatches at the same time
-    heaviest_first = sorted((-tokens, bin_number, sorted(slots)) for tokens, bin_number, slots in bins)
-    return [[slots for *_, slots in heaviest_first[rank::world_size]] for rank in range(world_size)]
+    return [bins[rank::world_size] for rank in range(world_size)]
 
 
 def _fill_bins(lengths, n_bins, max_tokens):
-    """Put examples, longest first, into the emptiest bin. Returns [(tokens, bin number, slots)], or None if a bin overflows."""
-    bins = [(0, number, []) for number in range(n_bins)]  # a heap: the emptiest bin first
+    """Put examples, longest first, into the emptiest bin. Returns the slots in each bin, heaviest first; None if one overflows."""
+    bins = [(0, number, []) for number in range(n_bins)]  # (tokens, number, slots); a heap: the emptiest first
     longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
     for slot in longest_first:
         tokens, number, slots = heapq.heappop(bins)
@@ -67,13 +65,14 @@ def _fill_bins(lengths, n_bins, max_tokens):
             return None
         slots.append(slot)
         heapq.heappush(bins, (tokens, number, slots))
-    return bins
+    bins.sort(key=lambda bin: (-bin[0], bin[1]))
+    return [sorted(slots) for _tokens, _number, slots in bins]
 
 
 def plan_padded(lengths, world_size, max_tokens):
-    """Split a step into padded microbatches, as plan() does. lengths: tokens that each example takes, with padding, if alone."""
-    # fill bin after bin with slots, the longest first: a microbatch pads all its examples to its longest, so those are alike
-    bins = [[]]
+    """Split a step into padded microbatches. lengths: tokens of each example, padded. Returns [rank][microbatch] -> slots, as plan()."""
+    # a microbatch pads all its examples to its longest: fill bin after bin, the longest first, so that those in a bin are alike
+    bins = [[]]  # slots
     longest_first = sorted(range(len(lengths)), key=lambda slot: -lengths[slot])
     for slot in longest_first:
         last_bin = bins[-1]
@@ -87,15 +86,15 @@ def plan_padded(lengths, world_size, max_tokens):
         middle = max(1, len(fullest) // 2)
         bins.append(fullest[middle:])
         del fullest[middle:]
-    # deal them out by size, so that all ranks run their heaviest microbatches at the same time
-    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)  # the largest first, empty ones last
+    # deal them out, heaviest first and empty ones last, so that all ranks run their heaviest microbatches at the same time
+    bins.sort(key=lambda slots: -len(slots) * lengths[slots[0]] if slots else 0)
     return [[sorted(slots) for slots in bins[rank::world_size]] for rank in range(world_size)]
 
 
 def tokens_taken(widths, share_prefix=True, pad=False):
     """Return the tokens that each example takes in a microbatch, (n,). widths: (n, 1 + answers), tokens of prompt and answers.
 
-    share_prefix: the answers share one copy of the prompt. pad: each answer has a row of its own, all as wide as the example's widest."""
+    share_prefix: the answers share one copy of the prompt. pad: each answer has its own row, as wide as the example's widest."""
     prompts, answers = widths[:, 0], widths[:, 1:]
     n_answers = answers.shape[1]
     if pad:
@@ -105,9 +104,7 @@ def tokens_taken(widths, share_prefix=True, pad=False):
 
 
 def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, share_prefix=True, pad=False, device='cpu'):
-    """Pack a step, the given rows of examples. Returns (this rank's Batches, tokens on all ranks, tokens plus padding).
-
-    A slot is the index of an example in the step: the example at rows[slot]. Prompts that are not shared count for each answer."""
+    """Pack a step, these rows of examples. Returns (this rank's Batches, number of tokens on all ranks, that number with padding)."""
     widths = examples.widths[rows]  # (n, 1 + answers): tokens of the prompt and of each answer
     n_answers = widths.shape[1] - 1
     lengths = tokens_taken(widths, share_prefix and not pad)  # (n,): tokens of each example, without padding
@@ -116,8 +113,8 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     if pad:
         padded_lengths = tokens_taken(widths, pad=True)
         plans = plan_padded(padded_lengths, world_size, max_tokens)
-        # the microbatches of all ranks: each example is as long as their longest
         not_empty = [slots for microbatches in plans for slots in microbatches if slots]
+        # in a microbatch, each example is as long as the longest
         n_allocated = sum(len(slots) * int(padded_lengths[slots].max()) for slots in not_empty)
     else:
         plans = plan(lengths, world_size, max_tokens)
@@ -126,7 +123,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     for slots in plans[rank]:
         items = [examples[row] for row in rows[slots]]  # (prompt ids, [ids of each answer]) each
         batch = pack(items, slots, share_prefix=share_prefix, pad=pad, filler=n_answers, device=device)
-        # the reference's log-probs, if cached; pack has put a filler, which has none, into an empty microbatch
+        # the reference's log-probs, if --cache_ref has read them. The filler of an empty microbatch has none
         if examples.ref is not None:
             ref = examples.ref[rows[slots]] if slots else np.zeros(n_answers, np.float32)
             batch.ref = move(torch.from_numpy(ref.flatten()), device)
@@ -146,6 +143,7 @@ class Step:
     labels: dict  # name -> column of the step: good (KTO) or margin (reward.py)
     examples: Examples  # the training or held-out examples
     max_tokens: int  # limit of its microbatches
+    new_state: dict | None = None  # of the loss's statistic after this step, see dpo.py
 
     @property
     def seen(self):
@@ -171,30 +169,26 @@ class Batch:
     position: torch.Tensor | None = None  # packed: (1, T) position of each token in its own sequence
     mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
     groups: list = field(default_factory=list)  # packed: (tokens of a prompt, (tokens of each answer that shares it))
+    blocks: list = field(default_factory=list)  # packed: the groups as Blocks, which attention computes one by one
     varlen: Varlen | None = None  # packed on a GPU: the groups in the format of the CUDA kernel
     ref: torch.Tensor | None = None  # (A,) cached log-probs of the reference
 
-    @functools.cached_property
-    def blocks(self):
-        """The groups as Blocks, which attention computes one by one on a CPU."""
-        return blocks_of(self.groups)
-
     def sum(self, values):
         """Sum values (N,), one per predicted token, over the tokens of each answer. Returns (A,)."""
-        # (A, longest), a row for each answer, padded with zeros: other answers do not change its order of additions
+        # (A, longest), a row for each answer, padded with zeros: so a sum does not depend on the other answers, not even by rounding
         table = values.new_zeros(len(self.n), self.longest)
         return table.index_put((self.answer, self.offset), values).sum(1)
 
 
 def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu'):
-    """Make a Batch of a list of examples, (prompt, [answer, ...]) each, token ids. slots: index of each example in the step.
+    """Make a Batch of examples, a list of (prompt, [answer, ...]) in token ids, with these slots.
 
-    pad: a padded row for each answer. share_prefix=False: a copy of the prompt for each answer. filler: number of answers of the
-    dummy example that replaces an empty list. A rank without data must still run its passes, because the others wait for it."""
+    share_prefix=False: each answer has its own copy of the prompt. pad: and a row of its own, padded to the longest. filler: number
+    of answers of a dummy example, slot -1, that replaces an empty list: others wait for a rank without data, so it runs, too."""
     if not examples:
         one_token = np.array([0])
         examples, slots = [(one_token, [one_token] * filler)], [-1]
-    # a group is a copy of a prompt with the answers that share it
+    # a group is a copy of a prompt with the answers that share it, such as a whole example
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
@@ -218,6 +212,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=longest)
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
+        batch.blocks = blocks_of(batch.groups)
         if torch.device(device).type == 'cuda':
             batch.varlen = Varlen(batch.groups)
     return move(batch, device)
@@ -239,13 +234,14 @@ def _concatenate(groups):
             # tokens that are context only, such as the user's later turns, are stored as ~id, which is negative
             is_predicted = answer >= 0
             offset = np.flatnonzero(is_predicted)
-            place = end + np.arange(len(answer))
             # a token is predicted at the token before it, an answer's first one at the prompt's last
-            predict_at = np.append(prompt_last, place)[:-1]
+            place_before = end - 1 + np.arange(len(answer))
+            place_before[:1] = prompt_last
             parts['ids'].append(np.where(is_predicted, answer, ~answer))
             parts['position'].append(len(prompt) + np.arange(len(answer)))
-            parts['predict_at'].append(predict_at[offset])
+            parts['predict_at'].append(place_before[offset])
             parts['target'].append(answer[offset])
+            # its number: so many answers have an n by now
             parts['answer'].append(np.full(len(offset), len(parts['n'])))
             parts['offset'].append(offset)
             parts['n'].append([len(offset)])

@@ -25,7 +25,7 @@ from hf import lora, reference
 from hf.load import check_same_tokens, load_model
 from hf.probe import check_heads
 from rl.divergences import divergence_of
-from runtime import errors, metrics, ranks
+from runtime import errors, metrics
 from runtime.objective import objective_of
 from runtime.prefetch import move
 
@@ -86,8 +86,7 @@ divergence = divergence_of(loss, risk, mu) if objective.has_divergence else None
 
 # ---- set-up ----
 
-# process group and out_dir; then data and policy
-run = training.Run(config)
+run = training.Run(config)  # process group, out_dir, tokenizer
 if ref_model and needs_ref:
     check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_examples
@@ -99,9 +98,9 @@ is_loaded = needs_ref and not cache_ref and not is_policy
 run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
-ref_options = {'adapters': lora.reference_options(config, run.adapters), **run.model_options()}
-build_ref = partial(load_model, ref_model or model, **ref_options)
-make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref, longest)
+ref_adapters = lora.reference_options(config, run.adapters)
+build_ref = partial(load_model, ref_model or model, adapters=ref_adapters, **run.model_options())
+make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref)
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
@@ -129,7 +128,7 @@ def measure(batch, as_pairs=paired):
     ref_hidden, ref_logps = None, batch.ref  # batch.ref: log-probs read from a file by cache_ref, else None
     with torch.no_grad(), lora.adapters_off(ref):  # ref may be the policy itself, without its adapters
         if divergence:
-            ref_hidden = ref.hidden_and_head(batch)
+            ref_hidden = ref.hidden_and_head(batch)  # response_logps makes log-probs of it, position by position
         elif ref is not None:
             (ref_logps,) = ref.response_logps(batch)
 
@@ -143,28 +142,29 @@ def measure(batch, as_pairs=paired):
     if not as_pairs:
         return columns
     # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
-    chosen = {f'{name}_w': values[0::2] for name, values in columns.items()}
-    rejected = {f'{name}_l': values[1::2] for name, values in columns.items()}
-    return chosen | rejected
+    of_pairs = {}
+    for name, values in columns.items():
+        of_pairs[f'{name}_w'] = values[0::2]
+        of_pairs[f'{name}_l'] = values[1::2]
+    return of_pairs
 
 
 def step_statistic(step, parts=None):
-    """Compute what a loss needs to know of the whole step: for beta_dpo, say, a beta from the mean margin of its pairs.
+    """Call the loss's statistic on the whole step. Returns (more columns for the loss, (examples,) each; the statistic's new state).
 
-    parts: the columns of this rank's microbatches, if measured already. Returns (columns of the step, which the loss takes as
-    further arguments; the new state, a dict, such as a running mean): beta_dpo's are {'beta': ..., 'weight': ...}, (examples,) each."""
-    batches, suffix = step.batches, ''
-    # kto estimates its KL on the step's prompts, each with an answer to another one (if need be of more): pi_kl, ref_kl
+    Those of beta_dpo are beta and weight, and its state is the running mean and spread of margins, {'mean': 0.2, 'std': 1.1}.
+    parts: the columns of this rank's microbatches, if measured already."""
+    measured_step, suffix = step, ''
+    # kto's statistic asks for other columns, pi_kl and ref_kl: those of the step's prompts, each with an answer to another prompt
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
-        batches = run.make_step(mismatched, np.arange(len(mismatched))).batches
-        suffix = '_kl'
+        measured_step, suffix = run.make_step(mismatched, np.arange(len(mismatched))), '_kl'
     if parts is None:
         with torch.no_grad():
-            parts = [measure(batch) for batch in batches]
+            parts = [measure(batch) for batch in measured_step.batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
-    gathered = fsdp.gather(parts, batches, len(step.rows))
+    gathered = fsdp.gather(parts, measured_step)
     inputs = {f'{name}{suffix}': values for name, values in gathered.items()}
     inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     inputs['state'] = run.state['statistic']
@@ -175,12 +175,11 @@ def step_statistic(step, parts=None):
 def loss_and_weight(measured, step_columns, slots):
     """Return loss and weight of each example in a microbatch, (examples,) each.
 
-    measured: the microbatch's columns; step_columns: columns of the whole step (statistic, labels); slots: index in the step of
-    each example in the microbatch, or -1 for a filler, which gets any number here: run_step masks its loss."""
+    measured: columns of measure(batch). step_columns: columns of the whole step (statistic, labels). slots: index in the step of
+    each example in the microbatch; -1 for a filler, which takes those of the step's last example: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
     # the formula of losses.py, called with what its signature names: columns, options, log-ratios (ratio_w = pi_w - ref_w)
     loss = objective.call(objective.fn, columns)
-    # optional terms on top of it
     if objective.options['importance']:
         loss = loss * objective.call(losses.importance, columns)
     if objective.options['sft_coef']:
@@ -189,17 +188,17 @@ def loss_and_weight(measured, step_columns, slots):
 
 
 def run_step(step, backward=False, shift=None):
-    """Run forward, and optionally backward, on one step. Returns (its columns in step order, new state of the statistic).
+    """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
 
     After backward and fsdp.average_gradients, gradients are sum_i w_i grad loss_i over the step's examples, divided by the number
     of ranks; w is the column step_weight. shift: of Dr. DPO's weights, see below; None: the smallest loss of the first microbatch."""
     # 1. columns of the whole step: the statistic, and the labels of single answers
-    step_columns, new_state, measured_before = {}, run.state['statistic'], None
+    step_columns, measured_before = {}, None
     if objective.statistic:
         # a single microbatch is measured once, for statistic and gradient (kto's statistic has microbatches of its own)
         if backward and len(step.batches) == 1 and not is_mixed:
             measured_before = [measure(step.batches[0])]
-        step_columns, new_state = step_statistic(step, measured_before)
+        step_columns, step.new_state = step_statistic(step, measured_before)
     if not paired:
         step_columns['good'] = step.labels['good']
 
@@ -211,7 +210,7 @@ def run_step(step, backward=False, shift=None):
             loss, weight = loss_and_weight(measured, step_columns, batch.slot)
         step_weight = weight
         if beta_prime:
-            # Dr. DPO: weights exp((shift - loss) / beta'). The shift avoids overflow, and cancels in the weighted mean
+            # Dr. DPO: weights exp((shift - loss) / beta'). A shift common to the step avoids overflow, and cancels in its mean
             if shift is None:
                 shift = fsdp.smallest(torch.where(batch.real, loss.detach(), torch.inf))
             step_weight = weight * losses.drdpo_weight(loss, shift, beta_prime=beta_prime)
@@ -220,15 +219,15 @@ def run_step(step, backward=False, shift=None):
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
     # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = step_columns | fsdp.gather(parts, step.batches, len(step.rows))
+    columns = step_columns | fsdp.gather(parts, step)
 
-    # rare: a later loss is so far below the shift that its weight exceeds e^20. The squared gradient norm could overflow, so
-    # discard the gradients and rerun the step with its smallest loss as the shift
+    # rare: the loss of a later microbatch is so far below the shift that its weight exceeds e^20. The squared gradient norm could
+    # overflow: discard the gradients, and run the step again with its smallest loss as the shift
     smallest = columns['loss'].min()
     if backward and beta_prime and smallest < shift.cpu() - 20 * beta_prime:
         run.optimizer.zero_grad(set_to_none=True)
         return run_step(step, backward, shift=smallest.to(shift))
-    return columns, new_state
+    return columns
 
 
 # ---- evaluation ----
@@ -238,26 +237,25 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 
 def log_ratios(examples):
     """Return the 'logratio' (log-probs of policy minus reference) and 'tokens' (lengths) of Examples of n answers, (n,) each."""
-    batches = run.make_step(examples, np.arange(len(examples))).batches
-    with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
-        parts = [measure(batch, as_pairs=False) for batch in batches]
-    columns = fsdp.gather(parts, batches, len(examples))
+    step = run.make_step(examples, np.arange(len(examples)))
+    with torch.no_grad(), errors.memory_of(step.batches, run.max_tokens):
+        parts = [measure(batch, as_pairs=False) for batch in step.batches]
+    columns = fsdp.gather(parts, step)
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 
 def sample(seen):
-    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples.
+    """Append answers of policy and reference to held-out prompts to samples.jsonl, after `seen` examples. Returns metrics.
 
-    With a reference, each answer there has its log-ratio; returns the policy's KL metrics, {} without a reference."""
+    With a reference, the file has the log-ratio of each answer, and the metrics are the KL estimated from the policy's answers."""
     if not ref:
-        return run.sample({'policy': run.policy}, seen)
+        return run.sample({'policy': run.policy}, seen)  # {}
+    # name of the model -> what log_ratios has returned; {} after a stop signal
     measured = run.sample({'policy': run.policy, 'reference': ref}, seen, measure=log_ratios)
-    # after a stop signal nothing was measured
     return metrics.of_samples(**measured['policy']) if measured else {}
 
 
-# an evaluation drops the second result of run_step, the statistic's state
-evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summary=summary, sample=sample)
+evaluate = partial(run.evaluate, run_step=run_step, summary=summary, sample=sample)
 
 # ---- training ----
 
@@ -265,13 +263,13 @@ evaluate = partial(run.evaluate, run_step=lambda step: run_step(step)[0], summar
 @torch.no_grad()
 def check_first_step():
     """Log and print loss and rewards of the first step before training, and what they should be. UserError if no loss is finite."""
-    columns, _ = run.within_memory(run_step, next(run.steps()))  # the new state is dropped: training repeats it
+    columns = run.within_memory(run_step, next(run.steps()))  # training will take this step again
     if not columns['loss'].isfinite().any():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
     metrics.say_first_step(objective, columns, found)
-    run.policy.reshard()  # its parameters are weights again, of which somebody may take a mean
+    run.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
 
 
 run.start(loss)
@@ -280,14 +278,13 @@ if not run.seen:
 if run.eval_due_at_start():
     evaluate(run.seen)
 for step in run.steps():  # data.py: steps, then make_batches
-    columns, new_state = run.within_memory(run_step, step, backward=True)
-    if run.update(step, columns, weight=columns['step_weight'].sum()):  # fsdp.py: update, by gradient / weight
-        run.state['statistic'] = new_state
+    columns = run.within_memory(run_step, step, backward=True)
+    is_good = run.update(step, columns, weight=columns['step_weight'].sum())  # fsdp.py: update, by gradient / weight
+    if is_good and objective.statistic:
+        run.state['statistic'] = step.new_state
     run.log_step(step, summary(columns, 'train'))
     if run.eval_due(step):
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

@@ -25,13 +25,12 @@ from runtime.rmsprop import RMSprop
 # ---- numbers of a step: every rank has to call these ----
 
 
-def gather(parts, batches, total):
-    """Gather the columns of a step over all ranks: name -> (total,), in step order, the same on every rank.
-
-    parts: one dict of columns per microbatch of this rank; batches: those microbatches; total: examples of the step."""
-    slots = [slot for batch in batches for slot in batch.slot]  # index in the step of each example, -1 for a filler
+def gather(parts, step):
+    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. parts: columns of each of step.batches."""
+    # index in the step of each example, -1 for a filler
+    slots = [slot for batch in step.batches for slot in batch.slot]
     of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
-    return gather_columns(of_this_rank, slots, total)
+    return gather_columns(of_this_rank, slots, len(step.rows))
 
 
 def gather_columns(columns, slots, total):
@@ -66,37 +65,38 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     """Load a model on rank 0 and replicate or shard it over all ranks. Raises UserError if it then computes other log-probs.
 
     build(empty): make the transformers model on the CPU, without weights if empty. dtype: compute dtype; weights that train stay
-    float32. train=False: freeze it. mode: none, grads, full or auto (training.py's option shard). cpu_offload: keep weights and
-    optimizer on the CPU. device_map: build(device_map=...) spreads it over this process's GPUs. options: activation_checkpointing."""
+    float32. train=False: freeze it. mode: none (replicas), grads, full or auto (training.py's option shard). cpu_offload: weights and
+    optimizer stay on the CPU. device_map: spread it over the GPUs of this only process. options: activation_checkpointing."""
     half = dtype == 'bfloat16'
-    by_fsdp = False
-    loaded_outputs = None  # what the loaded model computes for a made-up example; None: it is used as it was loaded
+    # 1. load it. loaded_outputs: of rank 0's model for a made-up example, to compare with; None: that model is used itself
+    loaded_outputs = None
     if device_map is not None:
         mode, model = 'none', build(device_map=device_map)
     else:
-        # loaded: the model with its weights on rank 0, None on all other ranks
+        # loaded: the model with its weights on rank 0, None on the other ranks, which hear mode, tied and outputs from rank 0
         loaded = ranks.on_one_rank(partial(build, empty=False))
         mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
         # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
         tied = ranks.shared(partial(ties, loaded))
-        by_fsdp = mode != 'none'
-        if by_fsdp or (half and train) or dist.get_world_size() > 1:
+        if mode != 'none' or (half and train) or dist.get_world_size() > 1:
             loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
-        # FSDP shards an empty model and then fills it (_distribute); replicas on other ranks start empty, too
-        model = build(empty=True) if by_fsdp or loaded is None else loaded
+        # FSDP shards an empty model and then fills it (_distribute); replicas on the other ranks start empty, too
+        model = build(empty=True) if mode != 'none' or loaded is None else loaded
         tie_as(model, tied)
+    # 2. freeze it, and let backward recompute activations, if wanted
     if not train:
         model.requires_grad_(False)
     lean.recompute(model, **options)
+    # 3. divide it among the ranks, or copy it to them
     model.shard_mode = mode
-    model.half_copies = None
-    if by_fsdp:
+    if mode != 'none':
         _distribute(model, loaded, device, half, cpu_offload)
     elif device_map is None:
         _replicate(model, device, tied, half)
+    # 4. make these functions its methods, in which FSDP gathers weights, and compare it with the model that rank 0 loaded
     model.reshard = types.MethodType(reshard, model)
-    for method in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
-        add_method(model, method)
+    for function in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
+        add_method(model, function)
     if loaded_outputs is not None:
         probe.compare(model, loaded_outputs, device, half)
     set_attention(model, packed=True)  # until Run.set_batching has tried whether the model can do it
@@ -104,7 +104,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
 
 
 def _replicate(model, device, tied, half):
-    """Move a model to the device, in place, and broadcast rank 0's tensors. half: compute in bfloat16. tied: see shard()."""
+    """Move a model to the device and broadcast rank 0's tensors. half: compute in bfloat16. tied: name -> name of the shared tensor."""
     if half:
         round_to_half(model)
     if dist.get_rank() == 0:
@@ -118,7 +118,8 @@ def _replicate(model, device, tied, half):
         dist.broadcast(tensor.data, 0)
     if half and any(p.requires_grad for p in model.parameters()):
         model.half_copies = HalfCopies(model)
-        for each in {model, core(model)}:  # PEFT's wrapper, and the model in it, which generates
+        # a forward puts copies in the place of the weights, also one of the model inside of PEFT's wrapper, which generates
+        for each in {model, core(model)}:
             each.register_forward_pre_hook(model.half_copies.swap_in)
 
 
@@ -128,33 +129,31 @@ def _distribute(model, loaded, device, half, cpu_offload):
 
     mesh = _mesh(device.type, ranks.tp_size(), group=dist.group.WORLD)
     settings = {'mesh': mesh['dp']}
-    shard_device = device  # where the shards of the weights are kept
     if half:
-        # to compute, to sum gradients; what is float32 in a block, such as OLMo's rotary angles, stays so, as in a replica
+        # compute in bfloat16, sum gradients in float32. Inputs are not cast: OLMo's rotary angles, say, stay float32, as in a replica
         settings['mp_policy'] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        # the empty model gets its dtypes from it, and its weights from loaded
-        for each in (model, loaded):
-            if each is not None:
-                round_to_half(each)
+        round_to_half(model)
+        if loaded is not None:
+            round_to_half(loaded)
     if cpu_offload:
         settings['offload_policy'] = CPUOffloadPolicy(pin_memory=device.type == 'cuda')
-        shard_device = torch.device('cpu')
     if ranks.tp_size() > 1:
         tensor_parallel(model, mesh['tp'], mesh['dp'].size())
-    # FSDP gathers the weights of a block together; those outside of the blocks, too, and they stay so: backward needs them first
+    # FSDP gathers the weights of a block for its forward, and frees them after it, but in mode grads keeps them for backward
     model.stays_gathered = model.shard_mode == 'grads'
     for block in blocks(model):
         fully_shard(block, **settings, reshard_after_forward=not model.stays_gathered)
+    # weights outside of the blocks stay gathered, because backward needs them first
     home = type(model).__module__
     fully_shard(model, **settings, reshard_after_forward=False)
-    # FSDP gives the model a class of its own. In a class's module transformers looks whether it takes attention from outside
+    # FSDP has given it another class. transformers reads in the module of its class whether it takes attention from outside
     type(model).__module__ = home
-    _fill(model, loaded, device, shard_device)
+    _fill(model, loaded, device, shard_device=torch.device('cpu') if cpu_offload else device)
 
 
 @cache
 def _mesh(device_type, tp, group):
-    """Return a DeviceMesh of all ranks, (dp 8) or with tp=2 (dp 4, tp 2): FSDP shards over dp. group: a key of the cache."""
+    """Return a DeviceMesh of all ranks, (dp 8) or with tp=2 (dp 4, tp 2): FSDP shards over dp. group is but a key of the cache."""
     sizes = {'dp': dist.get_world_size() // tp}
     if tp > 1:
         sizes['tp'] = tp
@@ -162,13 +161,13 @@ def _mesh(device_type, tp, group):
 
 
 def _fill(model, loaded, device, shard_device):
-    """Copy the weights of loaded (None on all ranks but 0) into an empty sharded model on shard_device. Buffers go to device."""
+    """Copy loaded, a model on rank 0, None elsewhere, into an empty sharded model: weights to shard_device, buffers to device."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     model.to_empty(device=shard_device)
     weights = {} if loaded is None else loaded.state_dict()
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # the state dict lacks non-persistent buffers, such as rotary frequencies: broadcast all buffers
+    # a state dict lacks some buffers, such as rotary frequencies: broadcast them all
     for name, buffer in model.named_buffers():
         if loaded is not None:
             buffer.copy_(loaded.get_buffer(name))
@@ -193,10 +192,10 @@ def make_optimizer(name, model, lr, weight_decay):
 
 def average_gradients(model):
     """Average a step's gradients over all ranks, in place, and return the list of them: tensors, or DTensors if sharded."""
-    # after this, model.parameters() are the shards, which have the gradients
+    # gathered weights have no gradients: free them, and model.parameters() are this rank's shards, which have
     model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    # shards: FSDP has averaged their gradients in backward
+    # sharded, not replicas: FSDP has averaged them in backward
     if model.shard_mode != 'none':
         return grads
     if dist.get_world_size() > 1:
@@ -227,8 +226,9 @@ def update(model, optimizer, lr, scale, max_norm):
         for grads in grads_by_mesh.values():
             torch._foreach_mul_(grads, factor)
         for group in optimizer.param_groups:
-            # a group with a rate of its own keeps its share of the optimizer's
-            group['lr'] = lr * group.setdefault('share', group['lr'] / (optimizer.defaults['lr'] or 1.0))
+            # share, set in the first step: 1, or of a group made with a rate of its own, that rate over the optimizer's
+            group.setdefault('share', group['lr'] / (optimizer.defaults['lr'] or 1.0))
+            group['lr'] = lr * group['share']
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total_norm

@@ -245,7 +245,10 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = np.array([[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]).reshape(-1, 2)
+lengths = []
+for i in clear:
+    lengths.append([len(output.strip()) for output in pairs[i]['outputs']])
+lengths = np.array(lengths).reshape(-1, 2)  # also without any
 first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
 if first_name == second_name:
     first_name, second_name = 'the first answer', 'the second'

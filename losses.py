@@ -7,8 +7,7 @@ A loss maps columns, one number per example (B,), to (B,) losses; keyword argume
   div_w, div_l            divergence of the policy from the reference, summed over the answer's positions (rl/divergences.py)
   ratio, pi, n, good      the same for single answers, with a label: good, or bad (good = False)
 Below, a = ratio_w, r = ratio_l, d = a - r, S = sigmoid, L(x) = -log S(x), e = label_smoothing; sg: no gradient. A step
-minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES.
-"""
+minimises sum_i w_i loss_i / sum_i w_i over all its examples; w has no gradient, and is 1 unless said. Add yours to LOSSES."""
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -134,24 +133,24 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
     """The implicit reward of an answer, from whatever of these its loss itself uses: what it compares is reported."""
     return beta * (ratio + alpha * div) / n
 
-# ---- statistics of a whole step: (columns in its order, state, generator) -> (columns, new state), no gradient ----
+# ---- statistics of a whole step: (its columns, the last step's state or {}, generator) -> (more columns, new state), no gradient ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
-    """beta_t = max(beta (1 + a (mean of the kept d - mean)), 1e-3); weight 1 for kept pairs, else 0. arXiv:2407.08639.
-    The state, mean and std of d, is 0.9 times the last step's plus 0.1 times this step's; at first, its own."""
+    """beta of the step: max(0.001, beta (1 + a (mean of the kept d - mean))), for the pairs that keep_near keeps. arXiv:2407.08639.
+    state: running mean and std of d, 0.9 times the last step's plus 0.1 times this one's; at first, its own."""
     d = (ratio_w - ratio_l).detach()
     now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
     state = {name: 0.9 * state[name] + 0.1 * now[name] for name in now} if state else now
-    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)  # with std 0: all
+    keep = keep_near(d, state['mean'], state['std'] if now['std'] else 0.0, generator, rho=rho)
     beta_t = beta * (1 + a * (d[keep].mean() - state['mean']))
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask of round(B (1 - rho)) >= 1 of B pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
+    """Mask (B,) of round(B (1 - rho)) >= 1 pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
-    # the pairs with the largest log weight + Gumbel noise are such a draw, and cannot underflow
-    uniform = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
-    score = -(((d.double() - mean) / std) ** 2) / 2 - (-uniform.log()).log()
+    # the k largest log weights, each plus Gumbel noise -log(-log u), are such a draw, in which no weight underflows
+    u = torch.rand(d.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)  # log(0) is infinite
+    score = -(((d.double() - mean) / std) ** 2) / 2 - (-u.log()).log()
     kept = score.topk(max(1, round(len(d) * (1 - rho)))).indices
     return torch.zeros_like(d, dtype=torch.bool).index_fill(0, kept, True)
 
@@ -160,9 +159,10 @@ def kto_statistic(ratio_kl, state, generator):
     return {'z': ratio_kl.detach().mean().clamp(min=0).expand_as(ratio_kl)}, state
 
 def aot_statistic(pi_w, pi_l, ratio_w, ratio_l, state, generator):
-    """shift: from a pair's own reference margin to the one that has the same rank as its policy margin."""
+    """shift: a pair's reference margin minus the one that has the rank of its policy margin. A margin is pi_w - pi_l.
+    Policy margins (3, 1), reference margins (10, 30): the larger 30 goes to the first pair, so shift = (10 - 30, 30 - 10)."""
     ref_margin = (pi_w - ratio_w - (pi_l - ratio_l)).detach()  # pi - ratio: the reference's log-prob
-    rank = (pi_w - pi_l).argsort().argsort()  # of each pair: 0 for the smallest policy margin
+    rank = (pi_w - pi_l).argsort().argsort()  # (B,): 0 for the pair with the smallest policy margin
     return {'shift': ref_margin - ref_margin.sort().values[rank]}, state
 
 LOSSES = {f.__name__: f for f in (dpo, cdpo, robust, ipo, tdpo1, tdpo2, aot, hinge, dpop, exo, nca, bco, sppo, apo_zero,

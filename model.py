@@ -7,6 +7,7 @@ import torch
 
 from hf.attention import packed_layout
 from hf.parts import core, trunk
+from runtime.prefetch import move
 
 
 def response_logps(model, batch, divergence=None, reference=None):
@@ -14,33 +15,27 @@ def response_logps(model, batch, divergence=None, reference=None):
 
     divergence: a function of rl/divergences.py; reference: the reference model's hidden_and_head(batch). With both, the result is
     (3, A): log-probs under this model, summed divergences from the reference, log-probs under the reference."""
-    hidden, (weight, bias) = hidden_and_head(model, batch)
+    hidden, weight, bias = hidden_and_head(model, batch)
     # a model spread over several GPUs (--device_map) may have its head on another one than the batch and the reference
-    device = hidden.device
-    if reference is not None:
-        ref_hidden, (ref_weight, ref_bias) = reference
-        reference = [x if x is None else x.to(device) for x in (ref_hidden, ref_weight, ref_bias)]
-    target = batch.target.to(device)
+    target, reference = move((batch.target, reference), hidden.device)
     # (1 or 3, N): the same numbers for each token
     token_values = Head.apply(hidden, weight, bias, target, core(model).config, divergence, reference)
     return torch.stack([batch.sum(row) for row in token_values.to(batch.ids.device)])
 
 
 def hidden_and_head(model, batch):
-    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head: (weight (V, d), bias or None)."""
+    """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head's weight (V, d) and bias or None."""
     # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (sharded.add_method)
     head = core(model).get_output_embeddings()
     hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch
-    return hidden[predict_at], (head.weight, head.bias)
+    return hidden[predict_at], head.weight, head.bias
 
 
 def body(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
-    layout = {'attention_mask': batch.mask}
     # only a packed batch has groups; transformers hands it on to packed_attention (hf/attention.py): each answer sees its prompt and itself
-    if batch.groups:
-        layout = packed_layout(model, batch)
+    layout = packed_layout(model, batch) if batch.groups else {'attention_mask': batch.mask}
     return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
@@ -76,13 +71,13 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def logits(policy, reference, config):
-        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice, the policy's logits (n, V), pieces.
+        """Yield (rows, logits, pieces) for each chunk of the N positions: a slice of them, the policy's logits (n, V), its pieces.
 
-        policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. pieces: [(slice of the N positions, policy's
-        logits, reference's logits or None)]. The caller may overwrite logits; the next chunk reuses their memory."""
+        policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. A piece is (slice of the N positions, policy's
+        logits, reference's logits or None), views of the chunk's. Logits may be overwritten: the next chunk reuses their memory."""
         hidden, weight, _bias = policy
         vocab_size = len(weight)
-        # a chunk is as large as one matrix product may be; the caller needs copies of a piece's logits, so pieces are smaller
+        # a chunk is as large as one matrix product may be; its pieces are smaller, because the caller computes with copies of them
         max_of_piece = 2**24 if hidden.is_cuda else 2**19
         chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]
@@ -106,7 +101,7 @@ class Head(torch.autograd.Function):
         hidden (N, d), weight (V, d), bias (V,) or None, target (N,). reference: its (hidden, weight, bias), or None."""
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = config, divergence, reference
-        ctx.tails = []  # of each piece: what divergence.mass has searched for, so that backward need not
+        ctx.tails = []  # of each piece: what divergence.mass has found by a search, so that backward need not search again
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
         for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
@@ -115,7 +110,7 @@ class Head(torch.autograd.Function):
                 if divergence:
                     mass, tail = divergence.mass(logits, ref_logits)
                     ctx.tails.append(tail)
-                log_pi = torch.log_softmax(logits, 1, out=logits)
+                log_pi = torch.log_softmax(logits, 1, out=logits)  # in place
                 values[0, rows] = log_pi.gather(1, piece_target).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
@@ -125,21 +120,19 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of forward's arguments.
-
-        grad (1 or 3, N), of its result: log-probs and, with a divergence, divergences; the third row is of the reference, not used."""
+        """Return the gradients of forward's arguments. grad (1 or 3, N): of its result, whose third row, of the reference, has none."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)
-        _hidden_trains, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # as forward's arguments
+        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # a bool for each argument of forward, hidden first
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
-            # pieces are views of chunk_logits, which thereby become the gradient
+            # turn the chunk's logits into their gradient, piece by piece, in place
             for piece_rows, logits, ref_logits in pieces:
-                mass = None  # the divergence's part of the gradient, see _to_gradient
+                mass = None  # a divergence adds h (pi * mass.sum() - mass) to the gradient, with h that of its value
                 if divergence:
                     mass, _tail = divergence.mass(logits, ref_logits, next(tails))
                 _to_gradient(logits, target[piece_rows], grad[:, piece_rows], config, mass)
@@ -171,12 +164,12 @@ def _write_logits(out, hidden, weight, bias, config):
 
 
 def _to_gradient(logits, target, grad, config, mass):
-    """Replace logits (n, V), in place, by the loss gradient of the head's output (before scale and cap). Overwrites mass.
+    """Replace logits (n, V), in place, by the loss gradient of the head's output, that before scale and soft cap.
 
-    grad (1 or 3, n): loss gradients g of the targets' log-probs, and h of the divergences if any. The gradient of the logits is
-    g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass: Divergence.mass (n, V), or None."""
+    grad (1 or 3, n): its row 0 is the loss gradient g of the targets' log-probs, row 1 that of the divergences, h. The gradient of the
+    logits is g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass (n, V): of the divergence, overwritten here; or None."""
     scale, cap = _scale_and_cap(config)
-    # derivative of the soft cap, before logits are overwritten
+    # of logits = cap tanh(x / cap), the derivative by x; computed before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]
     pi = torch.softmax(logits, 1, out=logits)  # logits and pi are one tensor now, which becomes the gradient

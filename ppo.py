@@ -35,7 +35,7 @@ from hf import generate
 from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
-from runtime import errors, log, ranks
+from runtime import errors
 from runtime.prefetch import move
 
 # model and data
@@ -113,7 +113,6 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 # ---- set-up ----
 
 run = training.Run(config)  # initialises torch.distributed and claims out_dir
-tokenizer = run.tokenizer
 
 # examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
@@ -129,14 +128,14 @@ if not total:
 
 # reference and critic must use the policy's token ids
 if ref_model:
-    check_same_tokens(tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
+    check_same_tokens(run.tokenizer, ref_model, f'the reference {ref_model}', model, training.trust_remote_code)
 if loss == 'ppo' and critic not in ('head', 'own'):
-    check_same_tokens(tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
+    check_same_tokens(run.tokenizer, critic, f'the critic {critic}', model, training.trust_remote_code)
 build_policy = partial(load_model, model, adapters=run.adapters, **run.model_options())
 
 
 def build(**options):
-    """Load the policy, for ppo with its critic inside, so that one optimizer and checkpoint cover both. options: of fsdp.shard's build."""
+    """Load the policy, for ppo with its critic inside: one optimizer and checkpoint for both. options: from fsdp.shard, such as empty."""
     language_model = build_policy(**options)
     if loss == 'grpo':
         return language_model
@@ -150,52 +149,54 @@ def build(**options):
 
 run.load_policy(build)
 policy = run.policy
-stop_ids = generate.stop_tokens(policy, tokenizer)  # token ids that end an answer
+stop_ids = generate.stop_tokens(policy, run.tokenizer)  # token ids that end an answer
 
 # longest prompt plus answer, sampled or (offline) from the data
 longest = max(examples.longest_prompt() + max_new_tokens for examples in (train, held_out))
 if offline:
     longest = max(longest, train.longest())
-what = 'prompts with their answers'  # for error messages
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-run.set_batching(longest, what, share_prefix, forward=policy.token_logps, n_frozen=int(has_own_ref))
+run.set_batching(longest, 'prompts with their answers', share_prefix, forward=policy.token_logps, n_frozen=has_own_ref)
 ref = policy
 if has_own_ref:
-    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()), longest, what)
+    ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()))
 
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
-scorer = Reward(reward_parts, config, run.max_tokens, tokenizer, run.device, longest)
+scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
-run.check_room(ref, *(reward_model for reward_model, _ in scorer.reward_models.values()))
+reward_models = [reward_model for reward_model, _tokenizer in scorer.reward_models.values()]
+run.check_room(ref, *reward_models)
 
 
 def make_round(first, rows):
     """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: training-set indices of its prompts, the same on all ranks, which call it together."""
+    first: number of answers before the round. rows: indices of its prompts in train, the same on all ranks, which call it together."""
     # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
         examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
-        # a signal has cut answers short: save and exit. The resumed run repeats this round; before the first there is nothing to save
+        # a signal cuts answers short: save and exit here, and the resumed run repeats the round. Before the first, nothing is to be saved
         run.obey_signals(first, saved=first == 0)
 
-    # columns of all tokens (log-probs pi and ref, values) and of all answers: name -> (tokens,), name -> (answers,)
+    # name -> (tokens,), of all answer tokens: log-probs pi and ref, with a critic value. name -> (answers,): n (tokens), ended, start
     tokens, answers = rollout.measure(run, ref, examples, stop=stop_ids)
     # old: log-probs under the policy that wrote the answers; offline it is unknown, and the reference stands in for it
     tokens['old'] = tokens['ref'] if offline else tokens['pi']
 
     # 2. scores, (answers,): offline the labels
     if offline:
-        scores = answers['score'] = torch.from_numpy(np.where(examples.good, 1.0, -1.0))
+        labels = np.where(examples.good, 1.0, -1.0)
+        scores = answers['score'] = torch.from_numpy(labels)
         metrics = {'length/train': answers['n'].double().mean().item(), 'score/train': scores.mean().item()}
     else:
-        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)  # adds score, and more
+        # adds score, and score_NAME of each reward if there are several
+        answers |= scorer.score_columns(examples, 'train', train.uid[rows], ends=stop_ids)
         metrics = rollout.describe(run, examples, tokens, answers, 'train')
-        # the logged scores are without the penalty
+        # in the columns, which are logged, scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
 
     # 3. advantages, (tokens,)
@@ -207,9 +208,10 @@ def make_round(first, rows):
         metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
     else:
         tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, answers['n'])
-        variance = tokens['target'].var(correction=0).item()
-        residual = (tokens['target'] - tokens['value']).var(correction=0).item()
-        metrics['explained_variance/train'] = 1 - residual / variance if variance else 0.0
+        # of value as a prediction of target: 1 is perfect, 0 as good as a constant
+        variance = tokens['target'].var(correction=0)
+        residual = (tokens['target'] - tokens['value']).var(correction=0)
+        metrics['explained_variance/train'] = (1 - residual / variance).item() if variance else 0.0
     return rollout.Round(first, rows, examples, tokens, answers, metrics)
 
 
@@ -240,7 +242,7 @@ def run_minibatch(step, this_round):
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in step.batches:
-        # (N,): where the microbatch's answer tokens are in round_columns. Filler tokens have -1: they get some numbers, and weight 0
+        # (N,): where the microbatch's answer tokens are in round_columns. A filler's have -1: they take the last token's, and weight 0
         indices = rollout.token_indices(batch, step.rows, this_round.answers['start'], answers_per_prompt)
         is_real = indices >= 0
         columns = {name: column[indices] for name, column in round_columns.items()}
@@ -251,10 +253,9 @@ def run_minibatch(step, this_round):
         policy_loss, value_loss = token_losses(pi, value, columns)
 
         # all tokens weigh the same, or with per_answer all answers
-        weight = torch.ones_like(pi)
+        weight = is_real.to(pi.dtype)
         if per_answer:
-            weight = 1 / batch.n[batch.answer]
-        weight = weight * is_real
+            weight = weight / batch.n[batch.answer]
         (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
 
         # how far the policy has moved since sampling; approx_kl is formulas.kl_penalty(old, pi)
@@ -265,7 +266,7 @@ def run_minibatch(step, this_round):
         terms |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
         for name, column in terms.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
-    # add up over ranks: each rank fills in its own entry of a (world_size,) column
+    # add up over ranks: each rank's sum is one number of a column, (ranks,)
     by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
@@ -279,25 +280,25 @@ def train_round(this_round):
     n_tokens = 0  # of all good steps
     totals = Counter()  # sums over these tokens, of what run_minibatch returns
     grad_norm = math.nan
-    # minibatches consist of examples: a prompt with all its answers
+    # rows: indices in this_round.examples, each of which is a prompt with all its answers
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for number, rows in enumerate(minibatches, start=steps_before):
         step = run.make_step(this_round.examples, rows, this_round.first)
         with errors.memory_of(step.batches, run.max_tokens):
             sums = run_minibatch(step, this_round)
-        # (answers,) each; the loss is known for the whole step only
+        # what bad_step.jsonl shows of each answer, (answers,); the loss is known for the whole step only
         columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n
-        # (answers,), like the columns: the training row of each answer's prompt
+        # (answers,): index of each answer's prompt in train
         train_rows = np.repeat(this_round.rows[rows], answers_per_prompt)
         if not run.update(step, columns, total_weight, number=number, rows=train_rows):
             continue
 
         grad_norm = run.norm
         n_tokens += n
-        # with per_answer the sum over the total weight is a mean over answers: times n, it counts like a sum over tokens
+        # divided by total_weight, the weighted sums are the step's means: these count once for each of its n tokens
         for name in ('loss', 'value_loss'):
             sums[name] = sums[name] * n / total_weight
         totals.update(sums)  # Counter.update adds
@@ -314,15 +315,15 @@ def evaluate(seen):
     seen: number of answers trained on so far. No-op without held-out prompts, or if a run before a resume logged it already."""
     if not len(held_out) or seen <= run.state['evaluated']:
         return
-    # measure() fills it; it stays empty after a stop signal, and is then not logged
-    metrics = {}
+    metrics = {}  # filled by measure(), which is not called after a stop signal: then nothing is logged
 
     def measure(examples):
-        """Fill in metrics. Return more fields for samples.jsonl, of Examples of n answers: logratio, scores."""
+        """Fill in metrics of Examples of n answers. Return more fields for samples.jsonl, (n,) each: logratio and scores."""
         tokens, columns = rollout.measure(run, ref, examples, stop=stop_ids)
         if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
+        # of each answer, the sum over its tokens, which lie one after the other
         by_answer = (tokens['pi'] - tokens['ref']).split(columns['n'].tolist())
         logratio = torch.stack([of_tokens.sum() for of_tokens in by_answer])
         scores = {name: column for name, column in columns.items() if name.startswith('score')}
@@ -347,22 +348,14 @@ prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)
     run.obey_signals(this_round.first, saved=this_round.first == 0)  # the scores may have taken minutes
-    sampled = time.perf_counter()
+    sampling_seconds = time.perf_counter() - run.clock
     metrics = this_round.metrics | train_round(this_round)
-    # log the round; speeds include everything since the previous row
-    now = time.perf_counter()
-    n = this_round.answers['n']
-    metrics |= log.speeds(len(n), int(n.sum()), now - run.clock, sampling_share=sampled - run.clock)
-    run.clock = now
-    if training.skip_bad_steps:
-        metrics['counters/bad_steps'] = run.state['bad_steps']
-    run.logger.row('train', this_round.seen, metrics)
+    n = this_round.answers['n']  # tokens of each answer
+    run.log_row(metrics, this_round.seen, len(n), int(n.sum()), sampling_share=sampling_seconds)
     if run.eval_due(this_round):
         evaluate(this_round.seen)
     run.finish_step(this_round)
 evaluate(total)
 
 # export the language model without its critic
-run.finish(build_policy)
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(build_policy, leave=__name__ == '__main__')

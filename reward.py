@@ -21,7 +21,7 @@ import training
 from configurator import UserError, configure
 from hf.load import load_reward, separate_pad
 from rl import formulas
-from runtime import metrics, ranks
+from runtime import metrics
 from runtime.prefetch import move
 
 # model and data
@@ -66,8 +66,7 @@ run.check_room()
 def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (pairs,) each, in step order.
 
-    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs, divided by the number
-    of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
+    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's pairs / number of ranks."""
     # target gap between the two scores, (pairs,)
     step_margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
@@ -79,9 +78,9 @@ def run_step(step, backward=False):
             margin = move(step_margin[batch.slot], run.device)
             loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
-            (loss * batch.real).sum().backward()
+            (loss * batch.real).sum().backward()  # real: False for the filler of a rank without examples
         parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return fsdp.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step)
 
 
 def summary(columns, split):
@@ -107,6 +106,4 @@ for step in run.steps():  # data.py: steps, then make_batches
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

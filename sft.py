@@ -19,7 +19,7 @@ import losses
 import training
 from configurator import UserError, configure
 from hf.load import load_model
-from runtime import metrics, ranks
+from runtime import metrics
 
 # model and data
 model = 'toy'  # hub id, local folder, or 'toy'
@@ -81,19 +81,18 @@ run.check_room()
 def run_step(step, backward=False):
     """Run forward, and optionally backward, on one step. Returns its columns, (examples,) each, in step order.
 
-    After backward and fsdp.average_gradients, gradients are those of the loss summed over the step's answer tokens on all ranks,
-    divided by the number of ranks. batch.real is 0 for the fillers of ranks that have no examples."""
+    After backward and fsdp.average_gradients, gradients are those of the loss summed over all answer tokens / number of ranks."""
     # microbatch by microbatch: log-probs, loss, gradient
     parts = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             (pi,) = run.policy.response_logps(batch)  # (A,): log-prob of each answer
             loss = losses.sft(pi, batch.n)
-        # losses are per token, so weight each answer by its number of tokens
+        # losses are per token, so weight each answer by its number of tokens, and a filler (batch.real is False) by 0
         if backward:
             (batch.n * loss * batch.real).sum().backward()
         parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return fsdp.gather(parts, step.batches, len(step.rows))
+    return fsdp.gather(parts, step)
 
 
 def summary(columns, split):
@@ -120,6 +119,4 @@ for step in run.steps():  # data.py: steps, then make_batches
         evaluate(step.seen)
     run.finish_step(step)
 evaluate(run.total)
-run.finish()
-if __name__ == '__main__':
-    ranks.leave()
+run.finish(leave=__name__ == '__main__')

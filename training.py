@@ -3,15 +3,14 @@
     run = training.Run(config)                 # ranks, signals, out_dir, tokenizer
     run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
     run.start('dpo')                           # from the newest checkpoint, or afresh
-    for step in run.steps():                   # microbatches, made ahead in a thread
+    for step in run.steps():                   # a data.Step: microbatches, made ahead in a thread
         columns = run.within_memory(run_step, step)  # the script's own run_step, backward=True for training
         run.update(step, columns, weight)      # one optimizer step
         run.finish_step(step)                  # saves where that is due, and obeys signals
     run.finish()                               # the exported model
 
 The constants below are options of every script that imports this file; a script may redeclare one to change its default. The
-functions read them as globals, and the script's own options as config.NAME. Runs are counted in examples over all ranks.
-"""
+functions read them as globals, and the script's own options as config.NAME. Runs are counted in examples over all ranks."""
 
 import math
 import time
@@ -84,8 +83,8 @@ class Run:
     """State of a training run on one rank. Many methods communicate, so all ranks must call them together.
 
     total: examples of the run; seen: those before its start, above 0 after a resume. state: what a checkpoint holds besides weights
-    and optimizer, such as evaluated: the number of examples seen at the last evaluation. norm, rate: gradient norm and learning
-    rate of the last update. clock: when the last step was logged; waited: seconds that the loop then waited for data."""
+    and optimizer, a dict. Its 'evaluated' is the number of examples seen at the last evaluation. norm, rate: gradient norm and
+    learning rate of the last update. clock: when the last row was logged; waited: seconds that the loop then waited for data."""
 
     def __init__(self, config):
         """Check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
@@ -108,33 +107,33 @@ class Run:
     # ---- set-up, in this order ----
 
     def load_data(self, *, train=None, held_out=None, **options):
-        """Load run.train and run.held_out, the training and evaluation examples.
-
-        options: of load_examples, for both. train, held_out: dicts of options that override them for one of the two."""
+        """Load the examples run.train and run.held_out. options: of load_examples, for both; train, held_out: those for one of the two."""
         config = self.config
         names = 'seed max_length max_prompt_length truncation num_turns columns chat system skip_bad_rows'
-        common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer}
+        common = {name: config[name] for name in names.split()} | {'tokenizer': self.tokenizer} | options
         common['undivided'] = eval_data is not None  # then no part of data is held out
-        # enough: examples of each split to tokenise, if the run takes at most a tenth of the first ENOUGH; None: all
-        fractions = (data_fraction, config.get('frac_good', 1), config.get('frac_bad', 1))
-        fraction = math.prod(share for share in fractions if share > 0)  # what these leave of ENOUGH, at least
-        is_short = config.n_examples and 10 * config.n_examples <= fraction * ENOUGH
-        enough = {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
-        for_train = common | options | {'data_fraction': data_fraction} | (train or {})
-        for_eval = common | options | (held_out or {})
-        # of several sources, all of these examples would be of the first
-        for_train['enough'] = None if '+' in config.data else enough
-        for_eval['enough'] = None if '+' in (eval_data or config.data) else enough
+        test_data = eval_data or config.data
+        for_train = common | {'data_fraction': data_fraction, 'enough': self.enough(config.data)} | (train or {})
+        for_test = common | {'enough': self.enough(test_data)} | (held_out or {})
         self.task = for_train['task']
         # one process per host tokenises, the others read its cache
         self.train = ranks.first_of_host(lambda: load_examples(config.data, 'train', **for_train))
-        test_split = ranks.first_of_host(lambda: load_examples(eval_data or config.data, 'test', **for_eval))
+        test_split = ranks.first_of_host(lambda: load_examples(test_data, 'test', **for_test))
         self.held_out = test_split.select(slice(n_eval_examples))
 
-    def count_data(self, answers_each=1):
-        """Set run.total, the number of examples to train on over all epochs, and print a summary of the data.
+    def enough(self, source):
+        """Return how many examples of each split of a source a short run tokenises, {'train': ..., 'test': ...}; None: all of them."""
+        # of 'hh+shp', the first examples would all be of hh
+        if '+' in source or not self.config.n_examples:
+            return None
+        # a run is short if it takes at most a tenth of what these options leave, at least, of the first ENOUGH examples
+        fractions = (data_fraction, self.config.get('frac_good', 1), self.config.get('frac_bad', 1))
+        fraction = math.prod(share for share in fractions if share > 0)
+        is_short = 10 * self.config.n_examples <= fraction * ENOUGH
+        return {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
 
-        answers_each: in ppo.py, whose examples are sampled answers, their number per prompt; run.total is a multiple of it."""
+    def count_data(self, answers_each=1):
+        """Set run.total, the examples of all epochs, and print a summary of the data. ppo.py's are answers: answers_each to a prompt."""
         in_epochs = self.config.n_epochs * len(self.train) * answers_each
         n_examples = min(in_epochs, self.config.n_examples or in_epochs)
         self.total = n_examples // answers_each * answers_each  # rounded down to whole prompts
@@ -146,38 +145,39 @@ class Run:
         return {'tokenizer': self.tokenizer, 'trust_remote_code': trust_remote_code, 'seed': self.config.seed}
 
     def _load(self, build, **options):
-        """Build a model on all ranks with this run's options (mode is the option shard), see fsdp.shard."""
+        """Return the model that build(empty) makes, on all ranks, with this run's options. options: more of fsdp.shard's."""
         options |= {'dtype': dtype, 'mode': shard, 'cpu_offload': cpu_offload, 'device_map': device_map}
         return fsdp.shard(build, self.device, **options)
 
     def load_policy(self, build):
-        """Set run.policy and run.optimizer. build(empty) makes the transformers model on the CPU, see fsdp.shard."""
-        self.build = build  # finish() needs it again
+        """Set run.policy and run.optimizer. build(empty): make the transformers model on the CPU, without weights if empty."""
+        self.build = build  # for finish(), which exports such a model
         self.policy = self._load(build, activation_checkpointing=activation_checkpointing)
         if self.adapters:
             log.say(lora.describe(self.policy))
         # torch's global generator is used by the adapters' dropout only
         torch.manual_seed(self.config.seed * 1_000_003 + self.rank)
-        # by default the model is saved in the dtype of its input files (rank 0 reads them), and with 4-bit weights in bfloat16
+        # default: save the model in the dtype of the files that it came in, but bfloat16 if these weights have become 4-bit ones
         if save_dtype is None:
             read_dtype = partial(stored_dtype, self.config.model)
             self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(read_dtype)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
-    def load_frozen(self, build, longest, what='the examples'):
-        """Build and return a frozen model, such as the reference. UserError if it cannot read `longest` tokens (what: their name)."""
+    def load_frozen(self, build):
+        """Build and return a frozen model, such as the reference, for the batches that set_batching has chosen. Raises UserError."""
         model = self._load(build, train=False)
-        check_positions(model, longest, what)
-        set_attention(model, self.packed, attn)  # the same as the policy's
+        check_positions(model, *self.longest)
+        set_attention(model, self.packed, attn)
         return model
 
     def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
         """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
 
-        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix:
-        compute the prompt of a pair once. forward: the training pass, if not response_logps. n_frozen: models yet to be loaded."""
+        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix: pairs
+        compute their prompt once. forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
         policy = self.policy
-        # ppo.py's policy may hold a critic, a whole model
+        self.longest = longest, what  # for load_frozen
+        # with ppo.py's --critic, the policy holds a critic, which is a whole model
         critic = getattr(core(policy), 'critic', None)
         with_attention = [policy] if critic is None else [policy, critic]
         for model in with_attention:
@@ -188,53 +188,53 @@ class Run:
         self.packed = can_pack(policy, self.train, self.device, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
+        # options of data.make_batches
         self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
-        # () -> bytes of activations that a token takes; cache: it is measured at the first call only
         forward = forward or policy.response_logps
+        # () -> bytes of activations that a token takes. They are measured at the first call: not at all if nobody asks
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
             per_token = self.bytes_per_token()
             self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, n_frozen)
-        policy.reshard()  # its parameters are weights again, of which somebody may make an optimizer
+        policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may make an optimizer
 
     def check_room(self, *frozen):
-        """Raise UserError if the disk lacks room for the model or the checkpoints of --save_every; log notes on memory and long
-        examples. frozen: the models in memory besides the policy; None counts as none."""
-        checkpoints_fit = room.check_room(self, frozen)
-        # with save_every='auto', save no checkpoints if only the final model fits on the disk
-        if save_every == 'auto' and not checkpoints_fit:
+        """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None."""
+        # False: checkpoints do not fit, and save_every is 'auto', which then does without them
+        if not room.check_room(self, frozen):
             self.save_every = 0
 
-    def start(self, method=None, units=None, n_steps=None):
+    def start(self, method='', units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: words of the line 'training dpo on 1 rank: 160 examples, 64 a step'; units=None: examples, batch_size. n_steps:
-        optimizer steps of the run; None: one for batch_size examples. UserError for a checkpoint of other weights, data or options."""
+        method, units: words of the line that is printed last, see below. n_steps: optimizer steps of the run; None: one for batch_size
+        examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         sharded.check_trained(self.policy, self.optimizer)
-        # hashes and options, to reject a checkpoint of another run; fingerprints are the hashes of the models
+        # what tells this run from others: options, hashes of the data, and fingerprints, hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
-        # where a run stands, from its beginning or from the checkpoint
+        # where a run stands at its beginning; evaluated=-1: not even at 0 examples
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if newest:
             # checkpoints of older versions lack 'warmup', which then was always the option
             self.state['warmup'] = config.warmup_steps
             self.state |= checkpoint.load(newest, self.policy, self.optimizer)
-        self.seen = self.state.pop('examples')  # save() takes it as an argument
+        self.seen = self.state.pop('examples')  # save() takes the number as an argument
         # after a resume, the same microbatches as before, for bitwise equal sums
         if max_tokens == 'auto' and self.max_tokens != self.state['max_tokens']:
             self.max_tokens = self.state['max_tokens']
             advice = '--max_tokens=NUMBER if it does not fit here'
             log.say(f'memory: going on with max_tokens={self.max_tokens}, as before: {advice}')
 
+        # write config.json, and delete rows of logs that this run will write again
         ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
-        verb = 'resuming' if self.seen else 'training'
-        what = f'{verb} {method}' if method else verb
+        # 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'
+        what = f'{"resuming" if self.seen else "training"} {method}'.strip()
         n_epochs = self.total / len(self.train)
         epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
@@ -245,7 +245,7 @@ class Run:
     # ---- steps ----
 
     def make_step(self, examples, rows, first=0, max_tokens=None):
-        """Return the Step of these rows of examples. first: examples taken before. max_tokens: if not the run's."""
+        """Return the Step of these rows of Examples. first: examples taken before it. max_tokens: of a microbatch, if not the run's."""
         labels = {'good': torch.from_numpy(examples.good[rows])}
         if examples.margin is not None:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
@@ -257,32 +257,29 @@ class Run:
 
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
-        self.clock = time.perf_counter()  # log_step, evaluations and checkpoints reset it
+        self.clock = time.perf_counter()  # log_row, evaluations and checkpoints reset it
         starts = data.steps(len(self.train), self.config.batch_size, self.total, self.config.seed, start=self.seen)
         for step in prefetch(self.make_step(self.train, rows, first) for first, rows in starts):
             self.waited = time.perf_counter() - self.clock
             yield step
 
     def within_memory(self, run_step, step, **options):
-        """Return run_step(step, **options), the forward (and backward) pass over a step's microbatches.
-
-        If memory runs out, one process with max_tokens='auto' halves it and tries again; others raise UserError."""
+        """Return run_step(step, **options). If memory runs out, halve max_tokens='auto' in a single process, else raise UserError."""
         while True:
-            # a step made ahead, before max_tokens was halved: divide it anew, in place, since the caller has it, too
+            # divide a step anew that was made for a larger max_tokens, and overwrite it, since the caller's loop uses it, too
             if step.max_tokens > self.max_tokens:
                 remade = self.make_step(step.examples, step.rows, step.first)
-                step.batches = remade.batches
-                step.allocated = remade.allocated
-                step.max_tokens = remade.max_tokens
+                vars(step).update(vars(remade))
             try:
                 with errors.memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)
             except UserError as error:
-                may_halve = max_tokens == 'auto' and self.world * tp == 1  # other ranks would hang in a collective
+                # not on several ranks, tp of which hold one model: the others would wait forever in a collective
+                may_halve = max_tokens == 'auto' and self.world * tp == 1
                 # can_split: memory ran out, and in a microbatch of several examples
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
-            # clean up, outside of the except block: there the traceback would still keep the activations alive
+            # clean up, outside of the except block, in which the traceback would still keep the activations alive
             with errors.memory_of(step.batches, self.max_tokens):
                 sharded.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
@@ -295,36 +292,38 @@ class Run:
         """Apply the gradients of a Step. Returns False if it is bad and was skipped. UserError after more than skip_bad_steps of them.
 
         columns: name -> (n,), of the examples; weight: the sum of their weights in the gradient. A step is bad if a column or the
-        gradient norm is not finite, or if weight is 0. ppo.py gives number, of the optimizer step in the run, and rows, (n,) in run.train."""
+        gradient norm is not finite, or if weight is 0. From ppo.py: number of the optimizer step; rows, (n,): of prompts in run.train."""
         config = self.config
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
         self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
-        # gradients are (sum of weighted gradients) / world; scale turns them into the weighted mean over the step.
-        # In a bad step it is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
-        weight = float(weight)
-        scale = self.world / weight if weight != 0 and guard.finite(columns) else math.nan
+        # fsdp.update gets gradients that are (sum of weighted gradients) / world: times scale, they are the weighted mean
+        # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
+        scale = self.world / float(weight) if weight != 0 and guard.finite(columns) else math.nan
         with errors.memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
             return True
-        # count it in run.state, and write its examples to bad_step.jsonl
-        guard.bad_step(self, step.first, rows, columns)
+        guard.bad_step(self, step.first, rows, columns)  # counts it, and writes its examples to bad_step.jsonl
         return False
 
     def log_step(self, step, metrics):
-        """Log a training row: metrics plus gradient norm, learning rate and speeds."""
-        # time since the last step, without evaluations and checkpoints, which reset the clock
+        """Log a training row: metrics plus gradient norm, learning rate, share of padding, and what log_row adds."""
+        padding_share = 1 - step.tokens / step.allocated
+        row = metrics | {'grad_norm': self.norm, 'lr': self.rate, 'padding_share': padding_share}
+        self.log_row(row, step.seen, len(step.rows), step.tokens, data_wait_per_second=self.waited)
+
+    def log_row(self, row, seen, n, tokens, **parts):
+        """Log a training row after `seen` examples, plus the speed at which its n examples and these tokens went; parts: see log.speeds."""
+        # time since the last row, without evaluations and checkpoints, which reset the clock
         elapsed = time.perf_counter() - self.clock
-        speeds = log.speeds(len(step.rows), step.tokens, elapsed, data_wait_per_second=self.waited)
+        row |= log.speeds(n, tokens, elapsed, **parts)
         self.clock = time.perf_counter()
-        padding = {'padding_share': 1 - step.tokens / step.allocated}
-        row = metrics | {'grad_norm': self.norm, 'lr': self.rate} | padding | speeds
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
             row['counters/bad_steps'] = self.state['bad_steps']
-        self.logger.row('train', step.seen, row)
+        self.logger.row('train', seen, row)
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
@@ -339,8 +338,7 @@ class Run:
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):
-        """Return whether the step from `first` to `seen` examples crosses a multiple of `every`. Not at the end, which is due anyway."""
-        # 'auto' is replaced by a number after a few steps
+        """Return whether a step, `first` to `seen` examples, crosses a multiple of `every`. False if 'auto', or at the end, always due."""
         if not every or every == 'auto' or seen >= self.total:
             return False
         return seen // every > first // every
@@ -357,7 +355,7 @@ class Run:
     # ---- evaluation ----
 
     def eval_due_at_start(self):
-        """Return whether to evaluate before the first step; after a resume, only if the step before it had one due."""
+        """Return whether to evaluate before the first step. After a resume: whether it was due after the step before that."""
         if self.seen:
             return self.crossed(eval_every, first=self.seen - self.config.batch_size, seen=self.seen)
         return do_first_eval
@@ -390,7 +388,9 @@ class Run:
 
     @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
-        """Sample answers of models (name -> model) into samples.jsonl, after `seen` examples. See sample_held_out."""
+        """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
+
+        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
@@ -403,22 +403,25 @@ class Run:
         if not guard.stop_asked():
             self.logger.row('eval', seen, metrics)
             self.state['evaluated'] = seen
-        self.policy.reshard()  # its parameters are weights again, of which somebody may take a mean
-        self.clock = time.perf_counter()  # log_step counts no time of evaluations
+        self.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
+        self.clock = time.perf_counter()  # log_row counts no time of evaluations
 
     # ---- the end ----
 
-    def finish(self, build=None):
-        """Export the model with its card to out_dir/model. build: makes it, if it is not the trained one (ppo.py: no value head)."""
+    def finish(self, build=None, leave=False):
+        """Export the model with its card to out_dir/model, made by build(empty) if not as for load_policy (ppo.py). leave: then exit."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
         write_card = partial(export.write_card, self.config.out_dir)
-        # config: load_policy has set save_dtype there; the global may still be None
+        # not the global save_dtype, which may be None: load_policy has set that of config
         how = {'build': build or self.build, 'folder': folder, 'card': write_card, 'dtype': self.config['save_dtype']}
         write = partial(export.write_model, self.policy, self.tokenizer, **how)
+        # the dtype that was written. If write() fails, guard.export saves a checkpoint
         written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()
         guard.end()
         note = f', rounded to {written} (a new run with --save_dtype=float32 keeps all bits)'
         log.say(f'done: {folder}{note if written != "float32" else ""}')
+        if leave:
+            ranks.leave()

@@ -79,8 +79,9 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     model = fsdp.shard(build, device, dtype=dtype, train=False, device_map=device_map)
     # pack batches if that scores as padding does: tried on pairs (prompt, [chosen, rejected]) of random tokens
     a, b, c = np.random.default_rng(0).integers(len(tokenizer), size=(3, 20))
-    pairs = Examples.of([(a, [b, c[:5]]), (b[:7], [c[:9], a])])
-    set_attention(model, can_pack(model, pairs, device))
+    long_pair = a, [b, c[:5]]
+    short_pair = b[:7], [c[:9], a]
+    set_attention(model, can_pack(model, Examples.of([long_pair, short_pair]), device))
     return model, tokenizer
 
 

@@ -416,8 +416,10 @@ def model_hashes(name):
     pattern = r'.+\.(safetensors|json|model|txt|jinja|py)'
     if not os.path.isdir(name):
         pattern = r'(adapter_)?(config\.json|model.*\.safetensors)|.+\.py'
-    files = sorted(folder.iterdir()) if folder else []
-    hashes = {file.name: file_hash(file) for file in files if re.fullmatch(pattern, file.name) and file.is_file()}
+    hashes = {}
+    for file in sorted(folder.iterdir()) if folder else []:
+        if re.fullmatch(pattern, file.name) and file.is_file():
+            hashes[file.name] = file_hash(file)
     saved, base = lora.adapter_and_base(name)
     if saved:
         hashes |= {f'base/{file}': digest for file, digest in model_hashes(base).items()}

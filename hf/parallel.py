@@ -59,9 +59,9 @@ def choose_arithmetic(config, device):
         slow = 'packed attention in float32 computes each answer by itself'
         say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
     if not on_gpu and not in_float32:
-        costs = room.bfloat16_costs()
-        if costs > 2:
-            say(f'note: this CPU takes {costs:.0f} times as long for bfloat16 as for float32: --dtype=float32')
+        slowdown = room.bfloat16_slowdown()
+        if slowdown > 2:
+            say(f'note: this CPU takes {slowdown:.0f} times as long for bfloat16 as for float32: --dtype=float32')
 
 
 def tensor_parallel(model, mesh, n_meshes):

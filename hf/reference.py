@@ -93,12 +93,12 @@ def _compute(run, model, examples):
     # 512 examples at a time
     for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger
-        batches = run.make_step(examples, rows, max_tokens=4 * run.max_tokens).batches
+        step = run.make_step(examples, rows, max_tokens=4 * run.max_tokens)
         # response_logps returns (1, answers of the batch), in the order of its examples
         with adapters_off(model):
-            tables = [model.response_logps(batch).view(-1, num_answers) for batch in batches]
+            tables = [model.response_logps(batch).view(-1, num_answers) for batch in step.batches]
         # a column for the first answer of each example, one for the second ...; gather() puts those of all ranks together
-        columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], batches, len(rows))
+        columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], step)
         for number, column in columns.items():
             result[rows, number] = column
         bar.update(len(rows))

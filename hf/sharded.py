@@ -1,6 +1,6 @@
 """A model that fsdp.py has sharded by FSDP2, or replicated: which weights are gathered, and methods that gather them.
 
-model.half_copies: a replica that trains in bfloat16 has HalfCopies (half.py), swapped in where FSDP gathers weights; others None."""
+A replica that trains in bfloat16 has half_copies, HalfCopies (half.py), which are swapped in where FSDP gathers weights."""
 
 import contextlib
 import types
@@ -15,8 +15,8 @@ def add_method(model, function):
     """Make function(model, ...) a method of the model. It runs with the weights gathered, or the bfloat16 copies in, as forward does."""
 
     def method(model, *args, **options):
-        if model.half_copies:
-            model.half_copies.swap_in()
+        if copies := getattr(model, 'half_copies', None):
+            copies.swap_in()
         return function(model, *args, **options)
 
     setattr(model, function.__name__, types.MethodType(method, model))

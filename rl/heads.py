@@ -15,7 +15,7 @@ def token_logps(model, batch, values=True):
     (1, N), log-probs only, if `values` is False or if load.add_value_head() has added neither a critic nor a value head."""
     inner = core(model)
     device = batch.ids.device
-    hidden, (weight, bias) = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
+    hidden, weight, bias = hidden_and_head(model, batch)  # hidden: (N, hidden_size)
     target = batch.target.to(hidden.device)
     # None, None: without a divergence, and without the reference that it would be from
     logps = Head.apply(hidden, weight, bias, target, inner.config, None, None).to(device)  # (1, N)

@@ -23,7 +23,7 @@ def path_of(kind, key):
 
 
 def read(file):
-    """Return (arrays, extra) as written to a cache file, or None if it is missing, damaged or copied from another name."""
+    """Return the (arrays, extra) that write() was given for a file, or None if it is missing, damaged or copied from another name."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
         # 'pt': torch's reader memory-maps the file; the reader of numpy would copy it
         with safe_open(file, 'pt') as content:
@@ -36,12 +36,10 @@ def read(file):
 
 
 def write(file, arrays, extra=None):
-    """Write a cache file atomically. Returns None, or the reason if that failed: a run goes on without its cache.
-
-    arrays: {name: contiguous numpy array}. extra: a JSON-serializable value to keep beside them."""
-    # in one entry: of several, safetensors varies the order, and so the bytes of the file
+    """Write a cache file atomically; return None, or why that failed. arrays: {name: contiguous numpy array}; extra: a JSON value."""
+    # a single entry, since safetensors writes several in any order: the same contents shall give the same file
     metadata = {'extra': json.dumps([extra, _checksum(file, arrays, extra)])}
-    # other processes, of other machines too, may write the same file
+    # a name of its own: other processes, also of other machines, may write the same file
     temporary = file.with_suffix(f'.{uuid.uuid4().hex}')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +48,7 @@ def write(file, arrays, extra=None):
         return None
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         return getattr(error, 'strerror', None) or str(error)
 
 

@@ -6,14 +6,12 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.objective import inputs, objective_of, table
+from runtime.objective import inputs, objective_of, try_out
 
 
 def main(losses, statistics):
-    """Check the loss named on the command line and print its table. losses, statistics: name -> function.
-
-    Other arguments are options of dpo.py. Raises UserError if no loss is named, or if the loss or a slope is not finite."""
-    guard.watch('__main__')
+    """Print values and slopes of the loss named on the command line; UserError if one is not finite. Arguments: name -> function."""
+    guard.watch('__main__')  # losses.py, which calls this, is the script
     words = sys.argv[1:]  # such as my_loss --beta=0.2
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
@@ -24,19 +22,19 @@ def main(losses, statistics):
     if name is None:
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
-    # the loss with its own defaults; options that exclude one another are refused
     objective = objective_of(config, losses, statistics)
     unused = [option for option in config if option not in inputs(objective.fn, objective.statistic)]
     config.report_unused(unused, 'the table is of the loss alone')
-    rows = table(name, objective.fn, objective.statistic, objective.options)
-    # losses of pairs have two slopes: rows are [margin, loss, slope, slope]
-    slopes = 'slope chosen  slope rejected' if len(rows[0]) == 4 else 'slope'
+    rows = try_out(name, objective.fn, objective.statistic, objective.options)
+    # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]
+    slopes = 'slope chosen  slope rejected' if objective.paired else 'slope'
     print(f'    margin         loss {slopes}')
     for margin, *numbers in rows:
         values = ' '.join(f'{value:12.5g}' for value in numbers)
         print(f'{margin:10.1f} {values}')
     broken = [row[0] for row in rows if not all(map(math.isfinite, row))]
     if broken:
-        hint = f'at a margin of {broken[0]:.0f} nats: see losses.log1mexp'
-        raise UserError(f'the loss {name} or its slope is not finite {hint}')
+        raise UserError(
+            f'the loss {name} or its slope is not finite at a margin of {broken[0]:.0f} nats: see losses.log1mexp'
+        )
     print(f'{name} can train: python dpo.py --loss={name}')

@@ -31,35 +31,35 @@ _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gl
 
 
 def identify(config, hash_models, train, held_out):
-    """Return a JSON-serializable dict by which a run recognizes its own checkpoints. Collective; the same on all ranks.
+    """Return a JSON-serializable dict by which a run recognizes its checkpoints, see check_same(). UserError if ranks' data differ.
 
-    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Keys of the result: 'script' (file name),
-    'options' (Config without the NEUTRAL ones), 'contents' (hashes of models and data). UserError if ranks' data differ."""
+    hash_models(): returns option -> hashes of its model; train, held_out: Examples. Collective; the same on all ranks."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
-    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):  # a list of all ranks' values
+    for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
-            ranks = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
-            raise UserError(f'{ranks}: all hosts must see the same files')
+            raise UserError(
+                f'rank {other_rank} has read other data than rank {dist.get_rank()}: all hosts must see the same files'
+            )
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
-    options.origin = config.origin  # tells check_same() which options are defaults
+    # check_same() wants to know which options are defaults
+    options.origin = config.origin
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}
 
 
 def _live_tensors(model, optimizer):
-    """Return name -> tensor of trainable weights, optimizer state and model.kept: no copies, so that load() can write into them.
+    """Return name -> tensor of the optimizer's weights (tied ones by their first name) and state: no copies, load() writes into them.
 
-    Tied weights appear once, under their first name. kept: a dict of tensors that somebody has added, such as an EMA."""
+    Also of model.kept, a dict of tensors that somebody has added, such as an EMA."""
     # after a forward without backward the root module shows unsharded parameters, which the optimizer does not own
     model.reshard()
     tensors = {f'kept.{name}': tensor for name, tensor in getattr(model, 'kept', {}).items()}
-    # also what was trained and then frozen
     trained = {p for group in optimizer.param_groups for p in group['params']}
     for name, p in model.named_parameters():
         if p not in trained:
             continue
         tensors[f'model.{name}'] = p.detach()
         for key, value in optimizer.state[p].items():
-            # an optimizer of the user's may count steps in a Python number, into which load() could not write
+            # an optimizer of the user's may count steps in a Python number: make it a tensor, into which load() can write
             if isinstance(value, int | float):
                 value = optimizer.state[p][key] = torch.tensor(float(value), dtype=torch.float64)
             # a tensor without dimensions (AdamW's step count) cannot be saved: use a view of shape (1,)
@@ -70,16 +70,15 @@ def _live_tensors(model, optimizer):
 
 
 def save(out_dir, examples, model, optimizer, state, keep_last):
-    """Start writing a checkpoint; returns once all data is copied. Collective: call it on all ranks.
+    """Start writing a checkpoint to out_dir/checkpoints; return once all data is copied. Collective.
 
-    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states.
-    Once complete, out_dir/latest names the checkpoint, and all but the newest keep_last are deleted. Raises UserError
-    if the previous checkpoint failed; if this one fails, wait() or the next save() raises."""
+    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
+    newest keep_last checkpoints are deleted. UserError if the previous one failed; if this one fails, wait() or the next save() raises."""
     global _pending
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
 
-    # delete the N.tmp folders of checkpoints that were interrupted, and leave *.tmp of other names alone
+    # delete the N.tmp folders of checkpoints that were interrupted
     def remove_unfinished():
         with writing(folder):
             for unfinished in list(folder.parent.glob('*.tmp')):
@@ -88,8 +87,8 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 
     on_one_rank(remove_unfinished)
     tensors = _live_tensors(model, optimizer)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # replicas hold identical tensors: divide them between the ranks, alternating by size to balance the load
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    # replicas hold the same tensors: each rank saves some of them, dealt out by size to balance the load
     if model.shard_mode == 'none':
         by_size = sorted(tensors, key=lambda name: tensors[name].numel())
         tensors = {name: tensors[name] for name in by_size[dist.get_rank() :: dist.get_world_size()]}
@@ -104,7 +103,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
 def _saved_shapes(reader):
     """Return name -> shape of the tensors in a checkpoint. reader: a HuggingFaceStorageReader of its folder."""
     saved = reader.read_metadata().state_dict_metadata
-    return {name: tuple(tensor.size) for name, tensor in saved.items()}
+    return {name: tensor.size for name, tensor in saved.items()}
 
 
 def failed():
@@ -124,9 +123,9 @@ def wait():
 
 
 def _write(folder, copies, shapes, state_text, keep_last, group):
-    """Write the checkpoint, in a background thread on every rank: all save their tensors, then rank 0 completes it. Raises UserError.
+    """Write a checkpoint to folder: all ranks save their tensors, then rank 0 completes it. Runs in a background thread of each rank.
 
-    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; group: of the writer threads."""
+    copies: name -> CPU tensor, emptied once written; shapes: of all ranks' tensors; state_text: state.json; group: of these threads."""
     temporary = folder.with_suffix('.tmp')
     is_first_rank = dist.get_rank() == 0
     try:
@@ -136,13 +135,14 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         copies.clear()
         if not is_first_rank:
             return
+        # each host may have a disk of its own
         if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
             raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
         (temporary / 'state.json').write_text(state_text)
         (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-        # flush the logs first (raises on a full disk): a resumed run does not rewrite rows from before its checkpoint
+        # flush the logs first, since a resumed run does not write the rows from before its checkpoint again
         out_dir = folder.parent.parent
-        append_kept()
+        append_kept()  # UserError on a full disk
         for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
             sync(out_dir / name)
         move_folder(temporary, folder)
@@ -156,11 +156,10 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
     except BaseException as error:
         if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        # CheckpointException.failures: rank -> (error, traceback); report one of these errors
-        causes = [failure for failure, _traceback in getattr(error, 'failures', {}).values()]
-        cause = causes[-1] if causes else error
-        first_line, _, _ = str(cause).partition('\n')
-        reason = getattr(cause, 'strerror', None) or first_line
+        # a CheckpointException has failures, rank -> (error, traceback): give the reason of one of them
+        causes = [error, *(failure for failure, _traceback in getattr(error, 'failures', {}).values())]
+        first_line, _, _ = str(causes[-1]).partition('\n')
+        reason = getattr(causes[-1], 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'
         raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
 
@@ -211,36 +210,33 @@ def latest(out_dir, run=None):
         if run and recorded_run:
             check_same(f'{out_dir} holds', recorded_run, run)
 
-        newest = None
-        problems = []
+        problems = []  # of the checkpoints that are newer than the one to return
         for folder in _folders(out_dir):
             damage = _damage(folder)
-            if damage is None:
-                newest = folder
-                break
-            problems.append(f'{folder} is damaged ({damage})')
+            if damage:
+                problems.append(f'{folder} is damaged ({damage})')
+                continue
+            if run:
+                # checkpoints of older versions do not describe their run: fall back to config.json
+                state = json.loads((folder / 'state.json').read_text())
+                check_same(f'the checkpoint {folder} is of', state.get('run', recorded_run), run)
+            for problem in problems:
+                say(f'warning: the checkpoint {problem}: going back to {folder.name}')
+            return folder
         # do not silently start over
-        if newest is None and problems:
+        if problems:
             raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
-
-        if newest and run:
-            # checkpoints of older versions do not describe their run: fall back to config.json
-            state = json.loads((newest / 'state.json').read_text())
-            check_same(f'the checkpoint {newest} is of', state.get('run', recorded_run), run)
-        for problem in problems:
-            say(f'warning: the checkpoint {problem}: going back to {newest.name}')
-        return newest
+        return None
 
     return shared(look_on_disk)
 
 
 def load(folder, model, optimizer):
-    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. Collective.
+    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. UserError if its tensors differ. Collective.
 
-    Returns the state passed to save(), plus 'examples' and minus 'run'. RNG states are kept as they are if the number
-    of ranks has changed. Raises UserError if names or shapes of tensors do not match."""
-    # have the optimizer allocate its state tensors, which it does in its first step; what that does to the weights is overwritten
+    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
     model.reshard()
+    # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
     for group in optimizer.param_groups:
         for p in group['params']:
             p.grad = torch.zeros_like(p)
@@ -249,13 +245,13 @@ def load(folder, model, optimizer):
 
     reader = HuggingFaceStorageReader(str(folder))
     saved_shapes = _saved_shapes(reader)
-    # the optimizer has state for all parameters now: drop it for those that had none in the checkpoint, as layers that never run
+    # now all parameters have state, but layers that never run had none when they were saved: drop theirs
     with_state = {name.rpartition('.')[0] for name in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
     tensors = _live_tensors(model, optimizer)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if saved_shapes != shapes:
         raise UserError(f'the checkpoint {folder} is of another model or optimizer: choose another --out_dir')
     dcp.load(tensors, storage_reader=reader)

@@ -14,12 +14,12 @@ from runtime.values import printable
 
 
 def report(kind, error, trace):
-    """The sys.excepthook: print a UserError or full memory as one sentence (exit code 2), others as a traceback."""
-    # turn out-of-memory errors into a UserError with this advice, and then some others, too
+    """Print a UserError or full memory as one sentence (exit code 2), other errors as a traceback. The arguments of sys.excepthook."""
+    # these two return a UserError for errors that they know, and others as they are
     error = explained(error, 'lower max_tokens or batch_size, or use a smaller model or a larger machine')
     error = _of_circumstances(error)
     is_explained = isinstance(error, UserError)
-    # tell torchrun what ends this process, by the file that it asks for; it expects the text in a nested 'message'
+    # tell torchrun what ends this process, in the form that it expects
     torchrun_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if torchrun_file:
         name = 'error' if is_explained else type(error).__name__
@@ -42,21 +42,22 @@ def report(kind, error, trace):
 
 
 def _of_circumstances(error):
-    """Return a UserError for an error of print(), of another rank or of a library in Rust; others as they are."""
-    # print() on a full disk: such an error names no file
+    """Return a UserError in place of an error of the disk, the file system, another rank or a library in Rust, or else error."""
+    # print() to a full disk: the error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return UserError(f'cannot print: {error.strerror}')
-    # a folder that may not be looked into, or a name that is too long, which exists() raises
+    # exists() raises these: a folder without permission, or a name that is too long
     if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
         return UserError(f'cannot use {error.filename}: {error.strerror}')
-    # what gloo and NCCL say where another rank has ended, which prints its own reason meanwhile
+    # words of gloo and NCCL when another rank has ended
     of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
     if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':
+        # let that rank print its own error first
         time.sleep(2)
         reason, _, _ = str(error).partition('\n')
         way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
         return UserError(f'another rank has ended: {way_out} ({reason[:300]})')
-    # a library in Rust has given up, such as tokenizers on a pattern of a tokenizer.json that takes too many tries
+    # such as tokenizers, on a pattern of a tokenizer.json that takes too many tries
     if type(error).__name__ == 'PanicException':
         reason = ' '.join(str(error).split())[:200]
         return UserError(f'a library cannot go on ({reason}): see to the files that it reads, such as tokenizer.json')
@@ -75,17 +76,16 @@ def out_of_memory(error):
 
 
 def explained(error, advice):
-    """Translate an out-of-memory or non-determinism error into a UserError; return any other error unchanged.
+    """Return a UserError in place of an error of full memory or of --deterministic; return any other error as it is.
 
-    advice: what did not fit and what to lower; ends the message. Out-of-memory errors get of_this_rank = True: this
-    rank must print its error itself, since other ranks may have enough memory."""
-    # 'OPERATION does not have a deterministic implementation, but ...'; the second part is '' if the text is not found
-    operation, is_about_determinism, _ = str(error).partition(' does not have a deterministic implementation')
-    if is_about_determinism:
+    advice: what did not fit and what to lower. With full memory, of_this_rank = True: print it here, as others may have enough."""
+    # torch says 'OPERATION does not have a deterministic implementation, but ...'
+    operation, found, _ = str(error).partition(' does not have a deterministic implementation')
+    if found:
         mistake = f'--deterministic: on a GPU torch has no {operation} that gives the same bits each time'
         return UserError(f'{mistake}; leave it out (samples with top_p below 1 cannot have it)')
     full_memory = out_of_memory(error)  # 'the GPU', 'this machine' or None
-    # a UserError is readable already
+    # a UserError may quote such an error, but has its advice already
     if full_memory and not isinstance(error, UserError):
         error = UserError(f'{full_memory} is out of memory: {advice}')
         error.of_this_rank = True
@@ -110,11 +110,10 @@ def can_split(error, batches):
 
 
 def memory_of(batches, max_tokens):
-    """Return a memory_for() context for work on these microbatches, with advice on which option to lower."""
+    """Return a memory_for() context for work on these data.Batches, with advice on which option to lower."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
-    # lowering max_tokens cannot shrink a microbatch of a single example; batch.slot has a number for each
-    to_lower = 'max_tokens, which changes no result'
-    if all(len(batch.slot) == 1 for batch in batches):
-        to_lower = 'max_length, since one example fills it'
+    # a microbatch of a single example cannot be split; slot has an entry for each example
+    are_single = all(len(batch.slot) == 1 for batch in batches)
+    to_lower = 'max_length, since one example fills it' if are_single else 'max_tokens, which changes no result'
     advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {to_lower}'
     return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

@@ -20,7 +20,7 @@ _append_lock = threading.RLock()  # append() is also called from the checkpoint 
 
 
 def say(text):
-    """Print a line on the main rank only. If that fails, for stdout is a file on a full disk, the run goes on."""
+    """Print a line on the main rank only. An error, such as that of a full disk behind stdout, is ignored."""
     if main_rank():
         with contextlib.suppress(OSError):
             print(printable(text), flush=True)
@@ -44,9 +44,7 @@ def writing(path):
 
 
 def lock(folder):
-    """Create folder if needed and lock it against other processes, until unlock() or the end of this process.
-
-    Raises UserError if another process holds the lock. Prints a note if the file system does not support locks."""
+    """Lock a folder, made if needed, until unlock() or the end of this process. UserError if another process holds the lock."""
     global _lock
     unlock()
     with writing(f'to {folder}'):
@@ -76,10 +74,10 @@ def unlock():
 
 
 def append(path, text):
-    """Append whole rows to a file. If it cannot be written (a full disk), warn and keep them in memory, for the next call to retry."""
+    """Append text, rows that end in a line break, to a file. If that fails (a full disk), warn, and keep them for the next call."""
     path = Path(path)
     with _append_lock:
-        # rows of earlier calls that are still in memory come first
+        # rows that earlier calls could not write come first
         waiting = _kept.pop(path, b'')
         rest = waiting + text.encode()
         try:
@@ -96,18 +94,17 @@ def append(path, text):
 
 
 def append_kept():
-    """Retry the appends that wait in memory. Raises UserError if the disk is still full; the rows stay in memory."""
+    """Write the rows that append() has kept in memory. Raises UserError if the disk is still full; then they stay there."""
     for path in list(_kept):
+        # nothing new: append() writes what is kept for path, and keeps again what it cannot write
         append(path, '')
-        if path in _kept:  # append() has put unwritten rows back
+        if path in _kept:
             rows = _kept[path].count(b'\n')
             raise UserError(f'cannot write {path}: rows that wait for room: {rows}')
 
 
 def cut_rows(path, keep):
-    """Rewrite a .jsonl file with only the rows for which keep(row) is true. No-op if there is no file.
-
-    Drops an incomplete last line, left by a killed run. Raises UserError if any other line is invalid."""
+    """Rewrite a .jsonl file, if there is one, with only the rows for which keep(row) is true. UserError if a line is damaged."""
     if not path.exists():
         return
     lines = path.read_text(errors='replace').splitlines()
@@ -117,6 +114,7 @@ def cut_rows(path, keep):
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
+            # a killed run may leave an incomplete last line: drop it
             if number < len(lines):
                 raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
     replace_text(path, ''.join(line + '\n' for line in kept))
@@ -149,7 +147,7 @@ def move_folder(temporary, folder):
 
 
 def clear_path(path):
-    """Free this path for a new folder: delete a folder there; rename a file or symlink, which is not of this run. Raises OSError."""
+    """Make way for a new folder at path: delete an old folder; rename a file or symlink, which is not ours. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     # lexists: includes broken symlinks

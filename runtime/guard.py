@@ -1,9 +1,8 @@
 """What can end a run early (signals, full disks, NaN), and how it ends without losing progress. errors.py has its messages.
 
 A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
-code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once.
-
-Scripts import this module first and call watch(), so torch etc. are imported inside the functions."""
+code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once. Scripts import this module first, and
+call watch(): torch etc. are imported inside the functions."""
 
 import ast
 import contextlib
@@ -32,14 +31,11 @@ _code = 0  # exit code requested by the signals so far; 0: no signal
 _progress = None  # for scripts without steps: function that returns a sentence about what is kept
 
 
-# ---- startup and signals ----
-
-
 def watch(name):
-    """Set up signal handling and validate the command line before heavy imports; no-op unless name is '__main__'."""
+    """Set up a script before its heavy imports: streams, signals, and a check of its command line. No-op unless name is '__main__'."""
     if name != '__main__':
         return
-    # open a stream that the shell has closed (>&-): the next file would get its number, and all that is printed
+    # replace a stream that the shell has closed (>&-): the next open file would get its number, and all that is printed
     for stream_name in ('stdin', 'stdout', 'stderr'):
         if getattr(sys, stream_name) is None:
             stream = open(os.devnull, 'r' if stream_name == 'stdin' else 'w')
@@ -49,14 +45,20 @@ def watch(name):
     # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
+    _listen()
+    # python -c has no file to read options from
+    script = getattr(sys.modules['__main__'], '__file__', None)
+    if script:
+        check_early(script)
 
-    # nohup: a run that outlives its terminal
+
+def _listen():
+    """Have a thread call on_signal(): the main thread may be in C code for minutes (a rendezvous), where Python runs no handlers."""
     global SIGNALS
+    # nohup ignores SIGHUP, the last of SIGNALS, so that a run outlives its terminal
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         SIGNALS = SIGNALS[:3]
 
-    # a thread waits for the SIGNALS (SIGTERM, SIGUSR1, SIGINT, SIGHUP), which all others block: the main thread may be in C code for
-    # minutes (such as a rendezvous), where Python runs no handlers
     def listen():
         while True:
             on_signal(signal.sigwait(SIGNALS))
@@ -67,21 +69,17 @@ def watch(name):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    # these handlers are for user code inside unblocked() only
+    # these handlers run inside unblocked() only
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: on_signal(received))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=listen, daemon=True).start()
     os.register_at_fork(after_in_child=restore_defaults)
-    # python -c has no file to read options from
-    script = getattr(sys.modules['__main__'], '__file__', None)
-    if script:
-        check_early(script)
 
 
 @contextlib.contextmanager
 def unblocked():
-    """Context manager that unblocks the signals that watch() has blocked, around user code: its child processes would inherit that."""
+    """Context manager for user code: unblock SIGNALS, since the child processes that it may start would inherit blocked ones."""
     blocked_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
@@ -90,32 +88,33 @@ def unblocked():
 
 
 def on_signal(number):
-    """Handle a stop signal: exit at once, or set _code, an exit code, so that the training loop stops after this step."""
+    """Handle a stop signal: exit at once, or set the exit code with which the training loop stops after this step."""
     global _code
-    if _stage == 'over':  # all is written
+    if _stage == 'over':
         return
-    # an earlier Ctrl-C has set _code. torchrun forwards the second one as SIGTERM; the others come from a scheduler or a terminal
-    is_second_interrupt = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
-    exits_now = is_second_interrupt or _stage == 'loading'  # nothing to lose yet
+    # _code is still that of earlier signals. torchrun forwards a second Ctrl-C as SIGTERM
     is_first_signal = _code == 0
-    _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)  # 130 or 75
+    is_second_interrupt = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
+    exits_now = is_second_interrupt or _stage == 'loading'
+    _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)
     message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
         message = 'stopped at once: steps since the last checkpoint are lost'
     elif exits_now:
         message = 'stopped'
-    # os.write, because print could deadlock if the main thread holds the lock of stderr. A terminal or a reader may be gone
+    # os.write: print could deadlock, if the main thread holds the lock of stderr. OSError: nobody reads any more
     with contextlib.suppress(OSError):
-        if main_rank() and (exits_now or is_first_signal):
-            os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
-        if exits_now and main_rank() and _progress:
-            os.write(1, f'{_progress()}\n'.encode())
+        if main_rank():
+            if exits_now or is_first_signal:
+                os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+            if exits_now and _progress:
+                os.write(1, f'{_progress()}\n'.encode())
     if exits_now:
         os._exit(_code)
 
 
 def on_stop(progress):
-    """Set progress(), which returns the sentence to print when a signal ends a script that has no training steps."""
+    """Have a signal print the sentence that progress() returns before it ends the script. For scripts without training steps."""
     global _progress
     _progress = progress
 
@@ -130,37 +129,33 @@ def stop_asked():
     from runtime import checkpoint, ranks
 
     code, any_failed = ranks.largest([_code, int(checkpoint.failed())])
+    # wait() raises the failed checkpoint's error, on all ranks
     if any_failed:
-        checkpoint.wait()  # raises the error, on all ranks
+        checkpoint.wait()
     return code
 
 
 def check_early(script):
     """Validate the command line of a script without running its slow imports. Exits on --help; raises UserError."""
     source = Path(script).read_text('utf-8')
-    # the script's own call: configure(globals()) or configure(globals(), shared=training). Scripts that pass other arguments
+    # find the script's own call: configure(globals()) or configure(globals(), shared=training). Scripts that pass other arguments
     # (plot.py, report.py) check their command line later
     call = re.search(r'configure\(globals\(\)(?:, shared=(\w+))?\)', source)
     if not call:
         return
-    # make that call with stand-ins for globals() and for the shared module: configure() only reads the source at their __file__
+    # make the same call here. configure() parses the source at __file__, so neither the script nor the shared module has to run
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
-    name = call[1]  # of the shared module; None if there is none
-    shared = name and types.SimpleNamespace(__file__=Path(script).with_name(f'{name}.py'))
+    shared = types.SimpleNamespace(__file__=Path(script).with_name(f'{call[1]}.py')) if call[1] else None
     configure(script_globals, shared=shared, early=True)
 
 
-# ---- a run and its folder ----
-
-
 def begin(out_dir, config, resume):
-    """Reset the signal state and lock out_dir. resume: it may hold an unfinished run. Collective."""
+    """Prepare for a run: forget signals, check and lock out_dir. resume: it may hold this run, unfinished. Collective."""
     from runtime import ranks
 
     # one process may do several runs in a row
     global _code, _stage
-    _code = 0
-    _stage = 'loading'
+    _code, _stage = 0, 'loading'
 
     def take():
         log.check_out_dir(out_dir, config, resume)
@@ -173,13 +168,14 @@ def begin(out_dir, config, resume):
 
 
 def boundary(save, close, already_started=False):
-    """If a signal has asked for it, save, close the trackers and exit. Collective; call it after every step.
+    """Call this after every step: if a signal has asked for it, save, close the trackers and exit. Collective.
 
-    save(): starts a checkpoint of this step; already_started: save() has been called; close(): flushes the trackers."""
+    save(): starts a checkpoint of this step; already_started: it was due, so save() has been called; close(): closes the trackers."""
     from runtime import ranks
 
     global _stage
-    _stage = 'training'  # from now on a signal waits for the end of the step
+    # from now on a signal waits for the end of a step
+    _stage = 'training'
     code = stop_asked()
     if code:
         keep(save, already_started)
@@ -191,12 +187,11 @@ def boundary(save, close, already_started=False):
 def keep(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
-    save(): starts a checkpoint; already_started: the caller has called it, for the first try. During the retries the first signal,
-    and after others the first Ctrl-C, leaves one last try: raises UserError if that fails."""
+    save(): starts a checkpoint; already_started: it was called. A signal (after others: Ctrl-C) leaves one last try; then UserError."""
     from runtime import checkpoint, ranks
 
-    # largest exit code of a signal so far, on any rank: 0, SAVED or INTERRUPTED. Not stop_asked(): it would raise the error of an
-    # earlier checkpoint, which is to be caught below, by save() or wait()
+    # exit code of earlier signals, as from stop_asked(). That function would raise the error of a failed checkpoint here, and not
+    # below, where it is caught
     (code_before,) = ranks.largest([_code])
     is_last_try = has_warned = False
     while True:
@@ -204,6 +199,7 @@ def keep(save, already_started=False):
             if not already_started:
                 save()
             already_started = False
+            # raises UserError if the checkpoint fails
             checkpoint.wait()
             return
         except UserError as error:
@@ -213,7 +209,7 @@ def keep(save, already_started=False):
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
                 say(f'warning: {error}. What was trained is kept in memory: {hint}')
             has_warned = True
-        # sleep for PAUSE seconds, or until a signal with a larger exit code (stop_asked() returns that of all ranks)
+        # sleep, but no longer than until a signal with a larger exit code
         for _second in range(PAUSE):
             time.sleep(1)
             is_last_try = stop_asked() > code_before
@@ -222,9 +218,7 @@ def keep(save, already_started=False):
 
 
 def export(model, write, save):
-    """Write log rows that wait for disk space, then export the model by write(), and return what that returns. Collective.
-
-    If write() fails, write a checkpoint, which save() starts, and raise UserError."""
+    """Write waiting log rows, then return write(), which exports the model. If one fails, save() a checkpoint, then UserError."""
     from hf.load import without_value_head
     from runtime import ranks
 
@@ -244,9 +238,6 @@ def end():
     files.unlock()
 
 
-# ---- errors and bad numbers ----
-
-
 def finite(columns):
     """Return whether no tensor in columns (name -> tensor) holds NaN or infinity."""
     return all(bool(values.isfinite().all()) for values in columns.values())
@@ -255,13 +246,12 @@ def finite(columns):
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
 
-    first: examples before this step. Of its examples: rows (indices in run.train) and columns (name -> tensor). Appends those that
-    are not finite, or all if only the gradient is not, to out_dir/bad_step.jsonl. UserError after more than --skip_bad_steps."""
+    first: examples before it; rows (n,): indices in run.train; columns: name -> (n,). UserError if more than --skip_bad_steps."""
     import torch
 
-    # without step_weight: Dr. DPO's weights of all examples are no numbers where one loss is none
+    # step_weight is NaN for all examples of a step if the loss of one is: it does not say which
     own = columns.keys() - {'step_weight'}
-    is_bad = torch.stack([~columns[name].isfinite() for name in own]).any(0)  # (examples,)
+    is_bad = torch.stack([~columns[name].isfinite() for name in own]).any(0)  # (n,)
     quantity = 'loss' if is_bad.any() else 'gradient'
     # a gradient cannot be traced to single examples: record them all
     places = is_bad.nonzero().flatten().tolist() or range(len(rows))
@@ -270,11 +260,9 @@ def bad_step(run, first, rows, columns):
     for place in places:
         index = int(rows[place])
         row = {'examples': last, 'what': quantity, 'place': place, 'index': index, 'uid': int(run.train.uid[index])}
-        numbers = {name: values[place].item() for name, values in columns.items()}
-        numbers['grad_norm'] = run.norm
+        numbers = {name: values[place].item() for name, values in columns.items()} | {'grad_norm': run.norm}
         # JSON has no NaN or infinity: write them as strings
-        for name, number in numbers.items():
-            row[name] = number if math.isfinite(number) else str(number)
+        row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():
             files.append(file, json.dumps(row) + '\n')
     run.state['bad_steps'] += 1
@@ -283,6 +271,7 @@ def bad_step(run, first, rows, columns):
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{file} has {len(places)} of its examples'
     if count > allowed:
-        hint = f'lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        raise UserError(f'{sentence}; {written}: look at them, {hint}')
+        raise UserError(
+            f'{sentence}; {written}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'
+        )
     say(f'warning: {sentence}; {written}: skipped, {count} of {allowed} allowed')

@@ -24,7 +24,7 @@ def reachable():
     # the exception type depends on the HTTP library and on what fails (network, DNS, proxy)
     except Exception as error:
         reason = first_line(error)[:100]
-    # libraries read the environment variable when they are imported; in this one, which is already, set its constant
+    # the variable is for libraries that are imported later; huggingface_hub has read it already, into this constant
     os.environ['HF_HUB_OFFLINE'] = '1'
     constants.HF_HUB_OFFLINE = True
     say(f'note: the hub cannot be reached ({reason}): only what is in its cache can be used')
@@ -32,7 +32,7 @@ def reachable():
 
 
 def first_line(error):
-    """Return the message of an exception as one line of at most 200 characters."""
+    """Return the message of an exception, joined to one line, cut to 200 characters."""
     text = ' '.join(str(error).split())[:200]
     # a single word, such as the key of a KeyError, needs the exception's name
     return text if ' ' in text else f'{type(error).__name__} {text}'.strip()
@@ -45,6 +45,8 @@ def _may_be_hub_id(name):
 
 def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
+    # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
+    where = looked_in(name).strip() or 'on this machine'
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
         file = Path(name, 'config.json')
@@ -60,29 +62,26 @@ def check_there(name):
         for key, value in read_dict(name, 'config.json').items():
             if 'layer' in key and isinstance(value, int) and value > 10_000:
                 raise UserError(f'the config.json of {name!r} has a {key} of {value:,}: mend it')
-        return
-    # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
-    where = looked_in(name).strip() or 'on this machine'
-    if not _may_be_hub_id(name):
+    elif not _may_be_hub_id(name):
         # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command
         run = Path(name).parent.name
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        way_out = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
-        raise UserError(f'there is no model folder {name!r} {where}: {way_out}')
-    if folder_of(name) is not None:
-        return
-    # offline, file_of() finds only what is in the cache
-    if not reachable():
-        reason = 'the hub cannot be reached, and its cache does not have it'
-        raise UserError(f'there is no folder {name!r} {where}, {reason}: name a model folder')
-    # a repo of a tokenizer or an adapter has no such file, and that is fine
-    is_there(name, 'config.json')
+        raise UserError(
+            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        )
+    elif folder_of(name) is None:
+        if not reachable():
+            raise UserError(
+                f'there is no folder {name!r} {where}, the hub cannot be reached, and its cache does not have it: name a model folder'
+            )
+        # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
+        is_there(name, 'config.json')
 
 
 def is_there(name, file):
-    """Return whether a hub repo has a file; downloads it, but for weights. Raises UserError if the hub refuses it or does not answer."""
+    """Return whether a hub repo has a file, which is downloaded unless it has weights. UserError if the hub does not give the repo."""
     import huggingface_hub
 
     try:
@@ -109,7 +108,7 @@ def refusal(error, address):
 
 
 def folder_of(name):
-    """Return the folder of a model as a Path, which is in the cache for a hub id, or None if there is none."""
+    """Return the folder of a model as a Path, or None if there is none. For a hub id it is in the cache, filled if needed."""
     if os.path.isdir(name):
         return Path(name)
     file = file_of(name, 'config.json') or file_of(name, 'adapter_config.json')
@@ -123,10 +122,12 @@ def file_of(name, file):
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        reachable()  # turns offline mode on if the hub does not answer
-    # cached_file returns None for these, and raises OSError for an invalid hub id, which the reader of its config will report
+        # called for what it does: if the hub does not answer, only the cache counts from now on
+        reachable()
+    # have cached_file return None for these, too
     quiet = ('gated_repo', 'missing_entries', 'connection_errors')
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
+    # OSError: an invalid hub id, which whoever reads its config reports
     with contextlib.suppress(OSError):
         return cached_file(name, file, **options)
     return None
@@ -134,8 +135,9 @@ def file_of(name, file):
 
 def read_dict(name, file):
     """Return the dict in a JSON file of a folder or hub repo, or {} if the file is missing or invalid."""
-    content = {}
     # TypeError: Path(None), if the file is missing
     with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
         content = json.loads(Path(file_of(name, file)).read_text('utf-8'))
-    return content if isinstance(content, dict) else {}
+        if isinstance(content, dict):
+            return content
+    return {}

@@ -28,13 +28,11 @@ WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl 
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward', 'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped',
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
-
-
 IS_LINK = '{} is a symbolic link, and a run would write through it: remove the link'
 
 
 def check_names(out_dir):
-    """Raise UserError for names in out_dir that a run writes to: symlinks, and files of an unknown run, without a config.json."""
+    """Raise UserError if a file that a run would write in out_dir is a symlink, or is there without the config.json of its run."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
     for name in ('.lock', 'config.json', *WRITTEN):
@@ -48,9 +46,7 @@ def check_names(out_dir):
 
 
 def recorded(out_dir):
-    """Return the run described by out_dir/config.json: a dict as for check_same().
-
-    Returns None if config.json is missing, or if nothing else was written: then out_dir is free. Raises UserError if it is damaged."""
+    """Return the run in config.json, as for check_same(), or None if out_dir has no config.json, or only that. UserError if damaged."""
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
@@ -68,12 +64,23 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
-    examples': hash}, say. Ignored: options in neutral, those of recorded_run alone, those of run alone that are at their default.
-    place: start of the message, such as 'FOLDER holds'; it names three differences, as in 'lr 1e-06 there and 5e-07 here'."""
-    differences = []
+    examples': hash}, say. Options in neutral may differ. place: start of the message, such as 'FOLDER holds'."""
+    found = _differences(recorded_run, run, neutral)
+    if found:
+        raise UserError(
+            f'{place} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
+        )
+    unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
+    if unhashed:
+        say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
+
+
+def _differences(recorded_run, run, neutral):
+    """Return the differences of two runs as phrases, such as 'lr 1e-06 there and 5e-07 here'. Arguments: see check_same()."""
+    found = []
     # '': an older version recorded no script
     if recorded_run['script'] not in ('', run['script']):
-        differences.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
+        found.append(f'of {recorded_run["script"]} there and of {run["script"]} here')
 
     there = recorded_run['options']
     here = run['options']
@@ -82,38 +89,37 @@ def check_same(place, recorded_run, run, neutral=NEUTRAL):
         # an option that is newer than the recorded run
         is_new_default = name not in there and origin.get(name) == 'default'
         if name not in neutral and not is_new_default and _in_full(here[name]) != _in_full(there.get(name)):
-            differences.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
+            found.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
+        # what an older version did not record counts as equal
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
-        difference = f'the {name} have changed since: their tokens, labels or order'
         if isinstance(hashes, dict):
-            # the files of a model: name the first that differs; ^: (file, hash) of only one of the two
+            # the files of a model: ^ are the (file, hash) that only one of the two has
             file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            difference = f'{name} {here.get(name)!r} has changed since: {file}'
-        differences.append(difference)
-
-    if differences:
-        advice = 'put back what it began with, or choose another --out_dir'
-        raise UserError(f'{place} a different run ({", ".join(differences[:3])}): {advice}')
-    unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
-    if unhashed:
-        say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
+            found.append(f'{name} {here.get(name)!r} has changed since: {file}')
+        else:
+            found.append(f'the {name} have changed since: their tokens, labels or order')
+    return found
 
 
 def _in_full(value):
     """Return an option's value in which existing paths, also those in hh:PATH and A+B, are absolute: for comparison only."""
     if not isinstance(value, str):
         return value
-    return re.sub('[^+:]+', lambda part: os.path.realpath(part[0]) if os.path.exists(part[0]) else part[0], value)
+    parts = re.split('([+:])', value)  # with the separators
+    for i, part in enumerate(parts):
+        if os.path.exists(part):
+            parts[i] = os.path.realpath(part)
+    return ''.join(parts)
 
 
 def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     """Raise UserError if a run with these options cannot use out_dir, or if its tracker (wandb, tensorboard) is not installed.
 
-    out_dir must be writable, and either new or of the same run: all options but neutral equal, unfinished, and resume on."""
+    out_dir must be writable, and either new, or of the same run, unfinished, with resume on. neutral: options that may differ."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
@@ -122,14 +128,14 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
     for path in (folder / 'samples.jsonl', folder / 'verdicts.jsonl'):
         if path.is_symlink():
             raise UserError(IS_LINK.format(path))
-    # test the nearest existing folder for write access
     with writing(f'to out_dir {out_dir}'):
+        # out_dir may have to be made: try to write to the nearest folder that exists
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=nearest).close()
         recorded_run = recorded(out_dir)
     if not recorded_run:
         return
-    # hashes are compared later, when models and data are loaded
+    # no contents: their hashes are compared later, when models and data are loaded
     run = {'script': Path(sys.argv[0]).name, 'options': config, 'contents': {}}
     check_same(f'{out_dir} holds', recorded_run, run, neutral)
     is_finished = (folder / 'model').exists()
@@ -139,7 +145,7 @@ def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
 
 
 def claim_out_dir(out_dir, config, contents=None):
-    """Write out_dir/config.json: options, command, git commit, versions, and hashes of contents. Raises UserError."""
+    """Write out_dir/config.json: options, command, git commit, versions, contents (hashes of models and data). Raises UserError."""
     # shell=True: if git is missing, the shell returns an exit code, where run() would raise
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {name: version(name) for name in ('torch', 'transformers')}
@@ -186,16 +192,15 @@ def key_of(metric, split):
 
 
 def cut_back(out_dir, start, evaluated):
-    """Delete rows that a run will write again from the files of out_dir. Raises UserError for damaged files or a full disk.
-
-    start: examples done before a resume, or 0; evaluated: examples at the last complete evaluation, or -1."""
+    """Delete rows that a run will write again. start: examples before a resume, or 0; evaluated: at the last evaluation, or -1."""
     folder = Path(out_dir)
+    # evaluations write samples, training steps write bad_step.jsonl, and both write metrics
     cut_rows(folder / 'samples.jsonl', lambda row: row['examples'] <= evaluated)
     cut_rows(folder / 'bad_step.jsonl', lambda row: row['examples'] <= start)
 
-    # whether to keep a row of metrics.jsonl. A new run keeps none, not even that of an evaluation at 0 examples
     def is_kept(row):
         last = evaluated if row['split'] == 'eval' else start
+        # a new run keeps none, not even that of an evaluation at 0 examples
         return start > 0 and row['counters/examples'] <= last
 
     cut_rows(folder / 'metrics.jsonl', is_kept)
@@ -205,22 +210,24 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers. wandb: project or None.
-
-        total: examples of the run; start: those before a resume; every: examples between lines on the screen."""
-        self.total, self.start, self.every = total, start, every
+        """Open the logs and the trackers. wandb: project or None. The next three are numbers of examples."""
+        self.total = total  # of the run
+        self.start = start  # before a resume
+        self.every = every  # between lines on the screen
         self.began = time.perf_counter()
         if not main_rank():
             return
         folder = Path(out_dir)
         self.path = folder / 'metrics.jsonl'
-        self.trackers = {}  # name -> (write(row), close()), or None if opening failed
         self.failed = set()  # names of trackers that have raised an error
+        opened = {}
         if wandb:
-            self.trackers['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
+            opened['wandb'] = self._attempt('wandb', _open_wandb, wandb, folder)
         if tensorboard:
-            self.trackers['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
-        # the hook of configurator.py ends the process after an uncaught error: flush the trackers first
+            opened['tensorboard'] = self._attempt('tensorboard', _open_tensorboard, folder, start)
+        # name -> (write(row), close()) of the trackers that could be opened
+        self.trackers = {name: functions for name, functions in opened.items() if functions}
+        # after an uncaught error the hook, errors.report(), ends the process: close the trackers first
         hook_before = sys.excepthook
 
         def close_and_report(*error):
@@ -243,24 +250,25 @@ class Log:
             return None
 
     def row(self, split, examples, metrics):
-        """Write a row of metrics (name -> number). split: 'train', 'eval', or 'check' (before the first step).
+        """Write a row of metrics: {key: number}, where keys are like loss/train. Print it if it is of an evaluation or due.
 
-        Prints the metrics in SHOWN of evaluations, and of steps that cross a multiple of self.every examples."""
+        split: 'train', 'eval', or 'check' (before the first step). A step is due if it crosses a multiple of self.every examples."""
         if not main_rank():
             return
         row = {'split': split, 'counters/examples': examples}
         # leave NaN and infinity out, which JSON has not
-        row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
-        append(self.path, json.dumps(row, default=float) + '\n')  # float: of tensors
-        # failed names trackers that could not be opened, too
+        row |= {key: value for key, value in metrics.items() if math.isfinite(value)}
+        append(self.path, json.dumps(row, default=float) + '\n')  # default: for tensors
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
         before_step = examples - metrics.get('counters/step_examples', 0)
         is_due = examples // self.every > before_step // self.every
-        if split != 'eval' and not is_due:
-            return
+        if split == 'eval' or is_due:
+            self._print(row, split, examples)
 
+    def _print(self, row, split, examples):
+        """Print those metrics of a row that are in SHOWN, and for a training step its speed and the time left."""
         parts = [f'{split:5s} {examples:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
             key = key_of(metric, split)  # loss -> loss/train
@@ -281,19 +289,15 @@ class Log:
         try:
             append_kept()
         except UserError as error:
-            # such as: cannot write FILE: rows that wait for room: 3
+            # the sentence ends in: rows that wait for room: 3
             say(f'warning: {error}, and are lost')
         while self.trackers:
-            name, functions = self.trackers.popitem()
-            if functions:  # None: opening failed
-                _write, close = functions
-                self._attempt(name, close)
+            name, (_write, close) = self.trackers.popitem()
+            self._attempt(name, close)
 
 
 def progress(total, unit, description, **options):
-    """Return a tqdm progress bar for the main rank. If stderr is not a terminal, it prints a line every 30 seconds.
-
-    total: number of items, or None if unknown; unit: with a leading space, such as ' rows'; options: passed to tqdm."""
+    """Return a tqdm progress bar; in a file it is a line every 30 seconds. total: may be None; unit: such as ' rows'."""
     from tqdm import tqdm
 
     options = {'total': total, 'unit': unit, 'desc': description, 'disable': not main_rank()} | options
@@ -312,9 +316,7 @@ def progress(total, unit, description, **options):
 
 
 def speeds(n, tokens, elapsed, **parts):
-    """Return the metrics of a step or round of n examples and so many tokens on size and speed. elapsed: the seconds that it took.
-
-    parts: metric -> how many of these went into something, such as waiting for data; logged as a share."""
+    """Return a step's metrics of size and speed. parts: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
     amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates
@@ -326,23 +328,22 @@ def per_second(amount, seconds):
 
 
 def warmup_steps(config, n_steps):
-    """Return the number of warm-up steps of a run of n_steps: the option, but if left at its default at most a tenth."""
+    """Return the number of warm-up steps: the option warmup_steps, or at most a tenth of n_steps if nobody has set it."""
     wanted = config.warmup_steps
     tenth = n_steps // 10
-    is_default = config.origin['warmup_steps'] == 'default'
-    if not is_default and wanted >= max(1, n_steps):
-        never = f'the learning rate never reaches {config.lr}'
-        say(f'note: warmup_steps={wanted}, and the run has {n_steps} step{"s" * (n_steps != 1)}: {never}')
-    if not is_default or wanted <= tenth:
+    if config.origin['warmup_steps'] != 'default':
+        if wanted >= max(1, n_steps):
+            never = f'the learning rate never reaches {config.lr}'
+            say(f'note: warmup_steps={wanted}, and the run has {n_steps} step{"s" * (n_steps != 1)}: {never}')
         return wanted
-    say(f'note: warm-up takes a tenth of this short run ({tenth} / {n_steps} steps), in place of warmup_steps={wanted}')
-    return tenth
+    if wanted > tenth:
+        of_run = f'a tenth of this short run ({tenth} / {n_steps} steps)'
+        say(f'note: warm-up takes {of_run}, in place of warmup_steps={wanted}')
+    return min(wanted, tenth)
 
 
 def schedule(step, steps, warmup, shape):
-    """Return the factor, 0 to 1, of the learning rate in a step (0 to steps - 1): linear warmup, then decay.
-
-    warmup: number of warmup steps; shape: 'constant', or 'linear' or 'cosine' decay to zero."""
+    """Return the learning rate's factor in a step, 0 to steps - 1. shape after the warmup: constant, or linear or cosine decay to 0."""
     # share of the steps after the warmup that remain: 1 at the end of the warmup, 0 after the last step
     remaining = min(1.0, max(0.0, (steps - step) / max(1, steps - warmup)))
     cosine = (1 - math.cos(math.pi * remaining)) / 2

@@ -10,15 +10,16 @@ from runtime.log import key_of
 def of_preferences(split, loss, chosen, rejected, is_right):
     """Return the metrics of a training step or an evaluation as name -> float.
 
-    split: 'train' or 'eval', part of the names; loss: scalar tensor; chosen, rejected: name -> tensor (examples,) with
-    reward, n (answer tokens), and optionally pi, ref (log-probs) and div; is_right: mask of correctly ranked examples."""
+    split: 'train' or 'eval', part of the names; loss: scalar; is_right: mask of correctly ranked examples. chosen, rejected: name ->
+    tensor (examples,): reward, n (tokens), and if there are any, pi, ref (log-probs of policy and reference), div (divergence)."""
     metrics = {'loss': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
         # means over examples; *_per_token: means over all tokens
         n = columns['n']
         metrics[f'rewards/{side}'] = columns['reward'].mean()
         metrics[f'length/{side}'] = n.mean()
-        if 'pi' in columns:  # reward models have no log-probs
+        # reward models have no log-probs
+        if 'pi' in columns:
             metrics[f'logps/{side}'] = columns['pi'].mean()
         # estimates of KL(reference || policy), as if the answers were samples of the reference
         if 'ref' in columns:
@@ -35,18 +36,17 @@ def of_preferences(split, loss, chosen, rejected, is_right):
 
 
 def of_dpo(objective, columns, split):
-    """Return dpo.py's metrics (name -> float) from the columns of a step or evaluation. split: 'train' or 'eval'."""
+    """Return dpo.py's metrics, name -> float. columns: name -> tensor (examples,), of a step or evaluation; split: 'train' or 'eval'."""
     if objective.paired:
-        # a pair is right if the chosen answer has the higher reward
         chosen = answers_of(objective, columns, '_w')
         rejected = answers_of(objective, columns, '_l')
         is_right = chosen['reward'] > rejected['reward']
     else:
-        # a good answer is right if its reward is above the threshold (that of kto's z; other losses: 0), a bad one below
         answers = answers_of(objective, columns, '')
         is_good = columns['good']
         chosen = {name: values[is_good] for name, values in answers.items()}
         rejected = {name: values[~is_good] for name, values in answers.items()}
+        # good answers shall have a reward above this, bad ones below; z is kto's estimate of the KL
         threshold = objective.options['beta'] * columns.get('z', 0.0)
         is_right = (answers['reward'] > threshold) == is_good
     # what a step minimises: the weighted mean loss, or with a beta_prime Dr. DPO's -beta' log mean exp(-loss / beta')
@@ -59,7 +59,7 @@ def of_dpo(objective, columns, split):
     else:
         mean_loss = (weight * loss).sum() / weight.sum()
     metrics = of_preferences(split, mean_loss, chosen, rejected, is_right)
-    # unlike rewards, plain log-ratios are comparable across losses
+    # the rewards of losses differ in their formulas; plain log-ratios can be compared
     if objective.paired and objective.needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
         metrics |= numbers({f'logratio_{split}/accuracies': accuracy})
@@ -67,20 +67,16 @@ def of_dpo(objective, columns, split):
 
 
 def of_samples(logratio, tokens):
-    """Return the KL of policy and reference (name -> float): the mean log-ratio of the policy's own samples.
-
-    logratio, tokens: log-prob under the policy minus that under the reference, and length, of n samples, (n,) each."""
-    per_token = logratio.sum() / tokens.sum()
-    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token.item()}
+    """Return the KL from n samples of the policy. logratio (n,): their log-prob less that of the reference; tokens (n,): lengths."""
+    per_token = (logratio.sum() / tokens.sum()).item()
+    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token}
 
 
 def answers_of(objective, columns, side):
-    """Return the columns of one side, pi_w as 'pi' and so on, plus log-ratios ('ratio') and implicit rewards ('reward').
-
-    side: '_w' for chosen answers, '_l' for rejected ones, '' for single answers."""
+    """Return the columns of a side ('_w': chosen answers, '_l': rejected, '': single), pi_w as 'pi', say, plus 'ratio' and 'reward'."""
     answers = {name.removesuffix(side): values for name, values in columns.items() if name.endswith(side)}
     answers['ratio'] = answers['pi'] - answers.get('ref', 0.0)
-    # the implicit reward: of the log-ratio and those of beta, alpha, divergence and length that the loss's formula has
+    # the arguments of reward() besides the log-ratio: those that the loss's own formula has
     terms = {name: objective.options[name] for name in ('beta', 'alpha') if objective.uses[name]}
     if objective.has_divergence:
         terms['div'] = answers['div']
@@ -97,24 +93,24 @@ def numbers(metrics):
 
 
 def say_first_step(objective, columns, metrics):
-    """Print loss and rewards before the first step, and what this loss should be. columns, metrics: of the first step.
-
-    Warns if rewards are not 0 where policy and reference are the same model."""
-    # a step of single answers may have no rejected one, and then no such metric
+    """Print loss and rewards before the first step, and what this loss should be. Warns if rewards should be 0, and are not."""
+    # a step of single answers may have no chosen or no rejected one, and then no such metric
     chosen = metrics.get('rewards_train/chosen', 0.0)
     rejected = metrics.get('rewards_train/rejected', 0.0)
     sentence = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
     if objective.needs_ref:
         sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
     say(sentence)
-    # what acc and margin on the screen mean, where they are not of pairs and a reference
+    # say what acc and margin on the screen mean, if they are not of pairs or not relative to a reference
     notes = []
     if not objective.paired:
-        acc = 'acc is the share of answers on the right side'
-        notes.append(f'{acc}, margin the mean reward of good less that of bad ones')
+        notes.append(
+            'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
+        )
     if not objective.needs_ref:
-        policy_alone = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        notes.append(f'{objective.name} has no reference: {policy_alone}')
+        notes.append(
+            f'{objective.name} has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0'
+        )
     if notes:
         say(f'note: {"; ".join(notes)}')
     options = objective.options

@@ -35,9 +35,7 @@ def move(value, device):
             value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, list | tuple):
-        # a NamedTuple's constructor takes no list, but its _make does
-        make = getattr(value, '_make', type(value))
-        return make([move(part, device) for part in value])
+        return type(value)(move(part, device) for part in value)
     # other values, such as numbers, have no parts
     parts = value if isinstance(value, dict) else getattr(value, '__dict__', {})
     for name, part in parts.items():

@@ -21,25 +21,11 @@ _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the 
 def setup(tp=1, options=()):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
-    tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value. UserError if ranks have different
-    options, if their number is no multiple of tp, or if this machine has fewer GPUs than processes."""
+    tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value; UserError if ranks differ in them."""
     global _tp_size
     device = _own_device()
     if not dist.is_initialized():
-        store, rank, world_size = dist.HashStore(), 0, 1  # without torchrun
-        if 'RANK' in os.environ:
-            missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
-            if missing:
-                error = UserError(f'RANK is set, and {missing[0]} is not: start with torchrun, or unset RANK')
-                error.of_this_rank = True  # nobody else may be there to print it
-                raise error
-            store, rank, world_size = next(rendezvous('env://'))
-            # after a restart, torchrun of torch 2.13 keeps its store, where this process would read the addresses of dead ones,
-            # and hang: each restart has its own key prefix. On several hosts the counts of restarts can differ: all use start0,
-            # and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
-            is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
-            restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
-            store = dist.PrefixStore(f'start{restarts}', store)
+        store, rank, world_size = _meeting_place()
         backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     # each host has a command line and config file of its own: with two values of lr, say, copies of a model would drift apart
@@ -56,10 +42,28 @@ def setup(tp=1, options=()):
     return *data_rank(), device
 
 
-def _own_device():
-    """Return this process's device: a GPU, made current, or the CPU, whose cores a machine's processes divide.
+def _meeting_place():
+    """Return (store by which the processes of a group find one another, rank, number of processes)."""
+    # without torchrun
+    if 'RANK' not in os.environ:
+        return dist.HashStore(), 0, 1
+    missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if missing:
+        error = UserError(f'RANK is set, and {missing[0]} is not: start with torchrun, or unset RANK')
+        error.of_this_rank = True  # nobody else may be there to print it
+        raise error
+    # a generator, whose first item is what the environment says now
+    store, rank, world_size = next(rendezvous('env://'))
+    # when torchrun (torch 2.13) restarts the processes, it keeps its store, where they would find the addresses of dead ones, and
+    # hang. So each restart has a key prefix of its own. With several hosts the counts of restarts can differ, so there the prefix
+    # is the same, and the user sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for a new store
+    is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
+    return dist.PrefixStore(f'start{restarts}', store), rank, world_size
 
-    Raises UserError if this machine has fewer GPUs than processes."""
+
+def _own_device():
+    """Return this process's device: a GPU, made current (UserError if there are too few), or the CPU, whose cores processes divide."""
     # of this process on its own machine, as torchrun says
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
@@ -71,7 +75,7 @@ def _own_device():
     if local_world_size > gpus:
         problem = f'each of {local_world_size} processes needs its own GPU, and the GPUs of this machine are {gpus}'
         error = UserError(f'{problem}: start with --nproc_per_node={gpus}')
-        # of_this_rank: print the error here. Normally only rank 0 prints, but it may be on another host
+        # errors.report() prints an error of_this_rank. Those of rank 0 are printed anyway, but it may be on another host
         error.of_this_rank = local_rank == 0
         raise error
     device = torch.device('cuda', local_rank)
@@ -135,8 +139,9 @@ def shared(fn):
 def first_of_host(fn):
     """Return fn() on every rank. One rank of each host runs first, so that the others find what fn has cached."""
     is_first = int(os.environ.get('LOCAL_RANK', 0)) == 0
-    results = [on_ranks(is_first, fn), on_ranks(not is_first, fn)]  # None on ranks where fn does not run
-    return results[0] if is_first else results[1]
+    of_first = on_ranks(is_first, fn)
+    of_others = on_ranks(not is_first, fn)
+    return of_first if is_first else of_others
 
 
 def largest(numbers):

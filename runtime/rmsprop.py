@@ -12,26 +12,24 @@ class RMSprop(torch.optim.RMSprop):
     def step(self):
         """Update the weights in place from their gradients."""
         for group in self.param_groups:
-            # _init_group fills these lists; the two empty ones are for momentum and centered
+            # torch fills these lists; the two empty ones are for momentum and centered
             params, grads, squares, steps = [], [], [], []
             self._init_group(group, params, grads, squares, [], [], steps)
-            # on a CPU, or without gradients, fall back to torch's step, which handles all groups
+            # on a CPU, or without gradients, torch's step does all groups
             if not params or not params[0].is_cuda:
                 super().step()
                 return
-            # only checkpoints use the count
+            # only checkpoints need this count of steps
             torch._foreach_add_(steps, 1)
             # this rank's shards of FSDP tensors
-            params = [local(x) for x in params]
-            grads = [local(x) for x in grads]
-            squares = [local(x) for x in squares]
+            shards = [[local(x) for x in tensors] for tensors in (params, grads, squares)]
             options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}
-            rmsprop_(params, grads, squares, **options)
+            rmsprop_(*shards, **options)
 
 
 def rmsprop_(params, grads, squares, *, lr, alpha, eps, weight_decay):
-    """Do an RMSprop step in place with Adam's fused kernel. squares: running means of the squared gradients."""
-    # with beta1 = 0, Adam's running mean equals the gradient, so both can share memory
+    """Do an RMSprop step in place with Adam's fused kernel. squares: running means of the squared gradients; alpha: their decay."""
+    # Adam's running means of the gradients are the gradients themselves if beta1 = 0: one memory for both
     means = grads
     # a huge step count disables Adam's bias correction, 1 - beta2 ** steps, which RMSprop does not have
     many_steps = torch.full((), 1e9, device=params[0].device)

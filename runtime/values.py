@@ -37,7 +37,7 @@ CHOICES = {
 SECRETS = 'NANOPREF_API_KEY OPENAI_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN WANDB_API_KEY'.split()
 MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur in texts
 
-# option (with a remark on differences) -> its names in other projects
+# option (with a value, or a remark on differences) -> its names in other projects
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name', 'n_epochs': 'num_train_epochs num_epochs epochs',
     'n_examples (steps times batch_size)': 'max_steps', 'model': 'model_name_or_path model_name pretrained model_id',
@@ -73,21 +73,18 @@ def hint(name, options):
     """Return a phrase that suggests an option for an unknown name, such as 'here it is lr' for learning_rate."""
     # loss.beta -> beta, max-length -> max_length
     plain = name.rpartition('.')[2].replace('-', '_')
-    theirs = names_elsewhere(options)  # such as {'learning_rate': 'lr'}
-    # how alike names must be: 0.6 for ours, but 0.7 for those of other projects, or reward_name would be exp_name
-    close_theirs = difflib.get_close_matches(plain, theirs, cutoff=0.7)
+    ours_of = names_elsewhere(options)  # name in another project -> ours, such as {'learning_rate': 'lr'}
+    # names of other projects must be more alike than ours (0.6), or reward_name would be exp_name
+    close_theirs = difflib.get_close_matches(plain, ours_of, cutoff=0.7)
+    # the best match comes first
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
         return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
-        return f'here it is {theirs.get(plain, plain)}'
-
+        return f'here it is {ours_of.get(plain, plain)}'
     # several may be equally near: bata is beta or data
-    def similarity(match):
-        return difflib.SequenceMatcher(None, match, plain).ratio()
-
-    nearest = [match for match in matches if similarity(match) == similarity(matches[0])]
-    ours = {theirs.get(match, match) for match in nearest}
+    ratio_of = {match: difflib.SequenceMatcher(None, match, plain).ratio() for match in matches}
+    ours = {ours_of.get(match, match) for match in matches if ratio_of[match] == ratio_of[matches[0]]}
     return f'did you mean {" or ".join(sorted(ours))}?'
 
 
@@ -99,7 +96,7 @@ def did_you_mean(word, known):
 
 
 def names_elsewhere(options):
-    """Return {name of such an option in other projects: what to write here}, such as {'bf16': 'dtype=bfloat16'}."""
+    """Return {name in another project: what to write here} for these options, such as {'bf16': 'dtype=bfloat16'} for dtype."""
     found = {}
     for ours, theirs in ELSEWHERE.items():
         option = re.match(r'\w+', ours)[0]  # dtype of dtype=bfloat16
@@ -113,7 +110,7 @@ def problem(name, value):
     is_number = type(value) in (int, float)
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if is_number and not low <= value <= high:
-        least = 'above 0' if low == 1e-9 else f'at least {low}'  # see RANGES
+        least = 'above 0' if low == 1e-9 else f'at least {low}'  # 1e-9 in RANGES stands for it
         most = '' if high == math.inf else f' and at most {high}'
         return f'must be {least}{most}, not {value}'
     # infinity is invalid even if the range has no upper end; but max_grad_norm=inf turns clipping off
@@ -127,8 +124,7 @@ def problem(name, value):
     named = 'model data answers out_dir out eval_data ref_model against reward endpoint columns wandb'.split()
     if value == '' and name in named:
         return 'is empty: give it a name, or leave it out'
-    # options that are not in CHOICES may have any value
-    if value not in CHOICES.get(name, (value,)):
+    if name in CHOICES and value not in CHOICES[name]:
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
     # a text must hold no key and no bad character; the message does not quote it
@@ -157,15 +153,17 @@ def settle(config):
     """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []
     for name, value in config.items():
+        # the shell leaves the ~ of --out_dir=~/x as it is
         if str(value).startswith('~/'):
-            config[name] = os.path.expanduser(value)  # the shell leaves the ~ of --out_dir=~/x as it is
-    # --model=out/dpo, the out_dir of a run, means out/dpo/model; but not if out/dpo has weights itself
-    for name in MODELS:  # model, ref_model ...
+            config[name] = os.path.expanduser(value)
+    # --model=out/dpo, the out_dir of a run, means out/dpo/model
+    for name in MODELS:
         folder = config.get(name)
-        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):  # NO_MODEL: None, 'toy' ...
+        # special values, such as 'toy', are no folders
+        if folder in NO_MODEL or not os.path.exists(f'{folder}/model/config.json'):
             continue
-        has_weights = re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder)))
-        if not has_weights:
+        # out/dpo may also be a model itself, with weights
+        if not re.search(r'\.(safetensors|bin)\b', ' '.join(os.listdir(folder))):
             config[name] = f'{folder}/model'
             notes.append(f'{name} is {config[name]}, the model that the run in {folder} has left')
     # max_prompt_length=None means half of max_length; some scripts have neither
@@ -178,15 +176,18 @@ def settle(config):
 
 
 def without_effect(config):
-    """Return [(names of options, why they have no effect)] for the options of training.py and of samples."""
+    """Return [(names of options, why setting them has no effect)] for a training script's options on data and evaluation."""
     found = []
-    if 'sharegpt' not in f'{config.data} {config.eval_data}':  # only its reader in text/sources.py takes num_turns
+    # only the reader of sharegpt takes num_turns
+    if 'sharegpt' not in f'{config.data} {config.eval_data}':
         found.append((['num_turns'], 'it is for sharegpt'))
     if not config.n_eval_examples:
-        names = [name for name in ('eval_every', 'sample_during_eval') if config.get(name)]
-        found.append((names, 'there is nothing to evaluate on (n_eval_examples is 0)'))
-    if not config.get('sample_during_eval', True):  # scripts that cannot sample have no such option
-        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')  # those on the command line
+        switched_on = [name for name in ('eval_every', 'sample_during_eval') if config.get(name)]
+        found.append((switched_on, 'there is nothing to evaluate on (n_eval_examples is 0)'))
+    # scripts that cannot sample have no such option
+    if not config.get('sample_during_eval', True):
+        # a config file may set these for when sampling is on, so only those on the command line count
+        given = config.given('n_eval_model_samples max_new_tokens temperature top_p')
         found.append((given, 'sample_during_eval is off'))
     elif config.get('temperature') == 0:
         found.append((['top_p'], 'temperature 0 takes the likeliest token'))
@@ -195,16 +196,19 @@ def without_effect(config):
 
 def conflict(config):
     """Return a sentence about options that exclude each other, or None."""
-    # ppo.py uses these lengths only with answers from the data (offline), not with sampled ones
+    # ppo.py cuts answers of the data (its option offline), but not sampled ones
+    if not config.get('offline', True):
+        return None
     length = config.get('max_length')
     of_prompt = config.get('max_prompt_length')
-    has_both = None not in (length, of_prompt) and config.get('offline', True)
-    if has_both and length < of_prompt + 2:  # an answer has at least a token and its end token
+    # + 2: an answer has at least a token and its end token
+    if None not in (length, of_prompt) and length < of_prompt + 2:
         return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}'
     return None
 
 
 def printable(text):
-    """Return a text for a terminal: control characters, which could move its cursor or change its title, are written as \\x1b."""
-    # kept: tabs, line breaks, and the two colours of text/show.py
-    return re.sub(r'(?!\x1b\[(?:32|0)m)[^\t\n\x20-\x7e\xa0-\U0010ffff]', lambda found: f'\\x{ord(found[0]):02x}', text)
+    """Return a text for a terminal, with control characters, which could move its cursor, replaced by codes such as \\x1b."""
+    # tabs and line breaks stay, and so do the two colours of text/show.py
+    control = r'(?!\x1b\[(?:32|0)m)[^\t\n\x20-\x7e\xa0-\U0010ffff]'
+    return re.sub(control, lambda found: f'\\x{ord(found[0]):02x}', text)

@@ -240,7 +240,10 @@ def is_trained(turn):
 
 def is_empty(answer):
     """Return whether an answer, text or chat, has no content, and no field of BESIDE in its place: a thought or tool call."""
-    return not any(turn['content'].strip() or any(turn.get(key) for key in BESIDE) for turn in said(answer))
+    for turn in said(answer):
+        if turn['content'].strip() or any(map(turn.get, BESIDE)):
+            return False
+    return True
 
 
 def alternating(texts):

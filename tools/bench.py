@@ -83,8 +83,7 @@ LOSS_OPTIONS = {'beta': 0.1, 'label_smoothing': 0.1, 'average': True, 'alpha': 0
 # lengths of synthetic prompts, chosen and rejected answers, log-normal as in HH: (median, sigma, maximum) in tokens
 LENGTHS = [(85, 0.8, 256), (27, 0.9, 200), (33, 0.9, 200)]
 
-# ---- check the options ----
-
+# check the options
 names = variants.split()
 has_trl = any(name.startswith('trl') for name in names)
 loss_fn = losses.LOSSES.get(loss)
@@ -116,9 +115,7 @@ if threads:
 
 
 def build(empty=False):
-    """Return the model in eval mode: a published shape with random weights, or a model folder.
-
-    empty: create it on the meta device, without weights."""
+    """Return the model in eval mode: a published shape with random weights, or a model folder. empty: on the meta device."""
     if model not in SHAPES:
         return load.load_model(model, empty=empty)
     attention.register_attention()
@@ -136,12 +133,14 @@ def build(empty=False):
 
 
 def full_head(net, batch):
-    """Return the log-probs (A,) of A answers the way the original DPO code does: from logits at every position."""
+    """Return the log-probs (A,) of the A answers of a data.Batch as the original DPO code does: from logits at every position."""
     head = models.core(net).get_output_embeddings()
     hidden = models.body(net, batch).flatten(0, 1)  # (positions, hidden_size)
     logps = head(hidden).float().log_softmax(-1)  # (positions, vocab_size)
+    # of the answer tokens: the position before each, and its id
     token_logps = logps[batch.predict_at].gather(1, batch.target[:, None])
-    return batch.sum(token_logps.squeeze(1))  # sum over the tokens of each answer
+    # batch.sum adds them up for each answer
+    return batch.sum(token_logps.squeeze(1))
 
 
 class Variant:
@@ -158,19 +157,16 @@ class Variant:
         # measured in all rounds so far
         self.times = []  # seconds of each timed step
         self.passes = []  # if cached: seconds of the reference's forward pass for each of these steps
-        self.tokens, self.allocated = 0, 0  # of all batches, without and with padding
+        self.tokens, self.allocated = 0, 0  # tokens of all batches, without and with padding
         self.peak, self.estimate = 0.0, 0.0  # measured and estimated memory of the largest step, in GB
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):
-        """Build policy, reference and optimizer, with the same weights in each round.
-
-        steps (num_steps, batch_size): indices into examples. If cached, times and stores the reference log-probs, too."""
+        """Build policy, reference and optimizer. Time the reference if its log-probs are cached. steps: rows of examples of each step."""
         self.policy = self.build_model(train=True)
         self.ref = self.build_model(train=False)
         self.torch_optimizer = fsdp.make_optimizer(optimizer, self.policy, lr=LEARNING_RATE, weight_decay=0.0)
         forward = partial(self.logps, self.policy)
-        # bytes of activations, for the estimate of memory in the table
         self.per_token = room.bytes_per_token(self.policy, forward, examples, packed=not self.pad)
         self.ref_logps = {}  # indices of a step -> [log-probs (A,) of each microbatch]
         if not self.cached:
@@ -185,9 +181,9 @@ class Variant:
         release()
 
     def build_model(self, train):
-        """Build and shard the policy (train=True) or the reference."""
+        """Build and shard the policy (train=True) or the reference, in the dtype and mode of the options."""
         built = fsdp.shard(build, device, dtype=dtype, mode=shard, train=train)
-        # the log-probs of variants without `head`, from logits at every position
+        # as built.full_head(batch), also of a sharded model
         sharded.add_method(built, full_head)
         attention.set_attention(built, packed=not self.pad)
         return built
@@ -198,13 +194,10 @@ class Variant:
 
     def logps(self, net, batch):
         """Return the log-probs (A,) of the A answers of a microbatch."""
-        if not self.head:
-            return net.full_head(batch)
-        (logps,) = net.response_logps(batch)
-        return logps
+        return net.response_logps(batch)[0] if self.head else net.full_head(batch)
 
     def batches(self, examples, rows):
-        """Return this rank's microbatches of the step on examples[rows]; adds to self.tokens and self.allocated."""
+        """Return this rank's microbatches of the step on examples[rows], and count their tokens."""
         # padded: a fixed number of pairs at a time, of any length; packed: as many tokens as allowed
         num_pairs = PADDED_PAIRS if self.pad else len(rows)
         token_limit = 10**9 if self.pad else max_tokens
@@ -219,9 +212,7 @@ class Variant:
         return batches
 
     def columns(self, batch, ref_logps):
-        """Return the arguments of the loss for a microbatch: {name: (pairs,)}, *_w for chosen and *_l for rejected answers.
-
-        ref_logps (A,): cached log-probs of the reference, or None to run it here if the loss needs it."""
+        """Return the loss's arguments, {name: (pairs,)}: *_w of chosen, *_l of rejected answers. ref_logps: cached ones (A,), or None."""
         values = {'n': batch.n.float()}  # name -> (A,)
         if has_divergence:
             with torch.no_grad():
@@ -236,19 +227,14 @@ class Variant:
         if ref_logps is not None:
             values['ratio'] = values['pi'] - ref_logps
         # answers alternate: chosen, rejected, chosen, rejected, ...
-        columns = {}
-        for name, value in values.items():
-            columns[f'{name}_w'] = value[0::2]
-            columns[f'{name}_l'] = value[1::2]
-        return columns
+        chosen = {f'{name}_w': value[0::2] for name, value in values.items()}
+        rejected = {f'{name}_l': value[1::2] for name, value in values.items()}
+        return chosen | rejected
 
     @errors.memory_for('lower batch_size or max_tokens')
     def step(self, examples, rows):
-        """Run and measure one optimizer step (forward, backward, update) on examples[rows].
-
-        Appends the seconds to self.times; self.peak and self.estimate (GB) keep the maximum over all steps."""
+        """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and its memory if the largest so far."""
         batches = self.batches(examples, rows)
-        # None: columns() runs the reference if the loss needs it
         ref_logps = self.ref_logps[tuple(rows)] if self.cached else [None] * len(batches)
         reset_peak()
         start = clock()
@@ -264,13 +250,7 @@ class Variant:
         # the estimate, for the largest microbatch; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)
         frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
-        options = {
-            'world_size': world_size,
-            'shard': self.policy.shard_mode,
-            'frozen': frozen,
-            'is_step': len(batches) == 1,
-        }
-        needs = room.estimate(self.policy, self.per_token, largest, optimizer=optimizer, dtype=dtype, **options)
+        needs = room.estimate(config, self.policy, self.per_token, frozen, largest, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
@@ -347,7 +327,7 @@ else:
     examples = pairs.select(np.resize(rng.permutation(len(pairs)), steps.size))
 # memory of the process itself; on a GPU only tensors count
 gb_without_model = 0.0 if on_gpu else peak_memory()
-card = torch.cuda.get_device_name() if on_gpu else 'this CPU'
+card = torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'
 # card_tflops is None for an unknown card: then there is no MFU
 card_tflops, tflops_source = (peak_tflops, '--peak_tflops') if peak_tflops else limits.peak_of(card)
 trl_options = {'step_pairs': min(PADDED_PAIRS, batch_size), 'tools': (clock, reset_peak, peak_memory), 'threads': threads,
@@ -357,8 +337,8 @@ rounds = min(rounds, n_steps) if len(runs) > 1 else 1
 bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
 for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
     steps_of_round = np.concatenate([steps[:1], timed_steps])
-    runs_in_order = runs[::-1] if number % 2 == 1 else runs
-    for run in runs_in_order:
+    # every other round runs backwards
+    for run in runs[::-1] if number % 2 == 1 else runs:
         bar.set_description_str(run.name, refresh=False)
         run.load(examples, steps_of_round)
         for rows in steps_of_round:
@@ -372,14 +352,13 @@ for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
         release()
 bar.close()
 
-# ---- the table ----
-
+# the table
 lengths = examples.widths[batch_size:].astype(float)  # (timed pairs, 3): tokens of prompt, chosen and rejected answer
 table = []  # {column: value} of each variant: medians over its timed steps; TRL's have fewer columns
 for run in runs:
     seconds = statistics.median(run.times)
     # per_second(a, b) is a / b, or NaN if the clock stood still
-    speedups = [per_second(first, own) for first, own in zip(runs[0].times, run.times, strict=True)]
+    speedups = map(per_second, runs[0].times, run.times)
     row = {'pairs_per_second': per_second(batch_size, seconds), 'ratio': statistics.median(speedups)}
     row['tokens_per_second'] = per_second(lengths.sum() / n_steps, seconds)
     row['peak_memory_gb'] = run.peak
@@ -396,7 +375,7 @@ for run in runs:
         if card_tflops:
             row['mfu'] = per_second(flops_per_pair * batch_size, seconds) / world_size / card_tflops / 1e12
         if run.cached:
-            with_pass = [sum(both) for both in zip(run.times, run.passes, strict=True)]
+            with_pass = map(sum, zip(run.times, run.passes, strict=True))
             row['pairs_per_second_with_cache_pass'] = per_second(batch_size, statistics.median(with_pass))
     # JSON cannot hold other values
     finite = {name: float(value) for name, value in row.items() if math.isfinite(value)}
@@ -404,25 +383,24 @@ for run in runs:
 
 # upper bound: a step that takes only the time of its matrix products, with logits at answer tokens
 prompts, chosen, rejected = lengths.sum(0) / n_steps / world_size  # tokens per step and rank
-tokens = int(prompts + chosen + rejected)
-seconds = limits.products_alone(meta_model, tokens, int(chosen + rejected), getattr(torch, dtype), device, clock)
+tokens, predicted = int(prompts + chosen + rejected), int(chosen + rejected)
+seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dtype), device, clock)
 limit = per_second(batch_size, seconds)
 
 if main_rank():
-    machine = card if on_gpu else f'CPU, {torch.get_num_threads()} threads'
-    setting = f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}'
-    print(f'{setting}, {machine}, {dtype}, torch {torch.__version__}')
+    print(
+        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
+    )
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
     formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
                'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
     for row in table:
-        print(f'{row["variant"]:11s}', end='')
+        cells = [f'{row["variant"]:11s}']
         for name, form in formats.items():
             width = int(form.partition('.')[0])  # 9 for 9.2f
-            cell = f'{row[name]:{form}}' if name in row else '-'
-            print(f' {cell:>{width}s}', end='')
-        print()
+            cells.append(f'{row[name]:{form}}' if name in row else '-'.rjust(width))
+        print(' '.join(cells))
         with_pass = row.get('pairs_per_second_with_cache_pass')
         if with_pass:
             print(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')

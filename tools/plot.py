@@ -35,7 +35,7 @@ def entitle(axis, title, subtitle, xlabel):
     axis.set(xlabel=xlabel)
     # no power of ten above the axis, where it would overlap the subtitle
     axis.ticklabel_format(useOffset=False, scilimits=(-9, 9))
-    # a long subtitle must not reach into the next panel
+    # a long subtitle must not reach into the next panel: wrap it, by the option --width
     subtitle = textwrap.fill(subtitle, round(5 * width))
     axis.set_title(title, loc='left', pad=17 + 10 * subtitle.count('\n'))
     text = axis.text(0, 1.025, subtitle, transform=axis.transAxes, fontsize=8, color='0.4', va='bottom')

@@ -34,7 +34,7 @@ folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
 
 
 def cut(text):
-    """Return a text cut to max_letters, with a note of how much is missing."""
+    """Return a text cut to the option max_letters, with a note of how much is missing."""
     missing = len(text) - max_letters
     return f'{text[:max_letters]} … ({missing} more characters)' if missing > 0 else text
 

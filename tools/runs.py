@@ -41,8 +41,7 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
-    far: outliers that are not drawn; gaps: number of values that are not finite. metric: index among the metrics of the panel;
-    run: index of the run. extra: how much wider than the last run's it is drawn, so that it is seen under an equal one."""
+    far: outliers, not drawn; gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
 
     split: str
     examples: list
@@ -78,9 +77,7 @@ def read_options(folder):
 
 
 def read_rows(file, types):
-    """Return the rows of a .jsonl file, or [] if it does not exist. types: {field: type} that every row must have.
-
-    Skips an incomplete last line, with a note. Raises UserError with the line number for any other damaged line."""
+    """Return the rows of a .jsonl file, [] if there is none. types: {field: type} of every row. UserError if a line is damaged."""
     if not file.exists():
         return []
     rows = []
@@ -100,16 +97,15 @@ def read_rows(file, types):
 
 
 def value_of(row, split, metric):
-    """Return a metric (group/name) of a row of metrics.jsonl: None if it is missing, NaN if it is not a drawable number."""
+    """Return a metric, such as rewards/margins, of a row of metrics.jsonl: None if it is missing, NaN if it cannot be drawn."""
     value = row.get(key_of(metric, split))
-    if value is None:
-        return None
-    is_drawable = isinstance(value, int | float) and abs(value) < 1e300
-    return value if is_drawable else math.nan
+    if value is None or (isinstance(value, int | float) and abs(value) < 1e300):
+        return value
+    return math.nan
 
 
 def gold(row):
-    """Return the gold reward of a row of samples.jsonl, or None if its prompt is not of the toy world."""
+    """Return the gold reward of a row of samples.jsonl, or None if its prompt is not of the toy world, a review of a place."""
     prompt = row['prompt']
     return toy.gold(prompt, row['response']) if toy.place_of(prompt) in toy.PLACES else None
 
@@ -136,8 +132,7 @@ def labels(runs):
     for run in runs:
         # the full path if the folder name is ambiguous
         label = str(run.folder) if folders.count(run.folder.name) > 1 else run.folder.name
-        values = {name: run.options.get(name) for name in names}
-        options = [f'{name}={value}' for name, value in values.items() if value is not None]
+        options = [f'{name}={run.options[name]}' for name in names if run.options.get(name) is not None]
         # more would not fit into the legend
         if len(options) > 5:
             options[5:] = ['...']
@@ -150,7 +145,7 @@ def panels_of(runs):
     panels = []
     for title, subtitle, metrics in PANELS:
         curves = curves_of(metrics, runs)
-        # the KL on samples comes before the KL on chosen answers, which is less accurate
+        # the KL on chosen answers is less accurate: leave it out if there is the panel of the KL on samples, which comes before
         has_better = metrics == ['kl/chosen'] and any(earlier == 'KL' for earlier, *_ in panels)
         if not curves or has_better:
             continue
@@ -172,12 +167,11 @@ def curves_of(metrics, runs):
     # added line widths, from at most 3 for the first run down to 0 for the last, which is drawn on top of the others
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
-        by_split = {split: [curve(run, split, metric) for run in runs] for split in ('train', 'eval')}
+        train, evaluations = ([curve(run, split, metric) for run in runs] for split in ('train', 'eval'))
         # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
-        has_evaluations = any(len(one.examples) > 1 for one in by_split['eval'])
-        if metric.startswith('logps') and has_evaluations:
-            by_split['train'] = []
-        for curves in by_split.values():
+        if metric.startswith('logps') and any(len(one.examples) > 1 for one in evaluations):
+            train = []
+        for curves in (train, evaluations):
             for i, one in enumerate(curves):
                 if one.examples or one.gaps:
                     found.append(one._replace(metric=number, run=i, extra=extras[i]))
@@ -185,28 +179,18 @@ def curves_of(metrics, runs):
 
 
 def curve(run, split, metric):
-    """Return the Curve of a metric of one run; its fields metric, run and extra are left at their defaults."""
-    gaps = 0  # how many values are NaN or infinite
-    points = []  # (training examples so far, value)
-    rows = [row for row in run.rows if row['split'] == split]
-    for row in rows:
-        value = value_of(row, split, metric)
-        if value is None:
-            continue
-        if math.isfinite(value):
-            points.append((row['counters/examples'], value))
-        else:
-            gaps += 1
+    """Return the Curve of a metric of one run. The caller sets its fields metric, run and extra."""
+    # rows without this metric have no point
+    rows = [row for row in run.rows if row['split'] == split and value_of(row, split, metric) is not None]
+    # (training examples so far, value)
+    points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
+    finite = [(x, value) for x, value in points if math.isfinite(value)]
     # leave out outliers, which would flatten the rest of the curve
-    low, high = bounds([value for _, value in points])
-    drawn = Curve(split, examples=[], values=[], far=[], gaps=gaps)
-    for examples, value in points:
-        if low <= value <= high:
-            drawn.examples.append(examples)
-            drawn.values.append(value)
-        else:
-            drawn.far.append(value)
-    return drawn
+    low, high = bounds([value for _, value in finite])
+    drawn = [(x, value) for x, value in finite if low <= value <= high]
+    far = [value for _, value in finite if not low <= value <= high]
+    num_gaps = len(points) - len(finite)
+    return Curve(split, [x for x, _ in drawn], [value for _, value in drawn], far, num_gaps)
 
 
 def bounds(values):

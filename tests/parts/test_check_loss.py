@@ -11,7 +11,7 @@ from ties import same_runs
 import losses
 from configurator import UserError
 from runtime import metrics, objective
-from runtime.objective import MARGINS, objective_of, table
+from runtime.objective import MARGINS, objective_of, try_out
 from tests import forks
 
 
@@ -19,7 +19,7 @@ from tests import forks
 def test_every_loss_is_ready(name, monkeypatch):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
     found = objective_of(parse(f'dpo.py --loss={name}', monkeypatch), losses.LOSSES, losses.STATISTICS)
-    rows = table(name, found.fn, found.statistic, found.options)
+    rows = try_out(name, found.fn, found.statistic, found.options)
     assert all(math.isfinite(value) for row in rows for value in row)
     assert [row[0] for row in rows] == MARGINS == [-margin for margin in reversed(MARGINS)]
     assert found.call(lambda ratio_w: ratio_w, {'pi_w': 2.0}) == 2  # no reference
@@ -107,7 +107,7 @@ def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):
 def test_a_column_that_somebody_adds_is_tried(monkeypatch):
     """docs/code.md: its name goes into PAIRS."""
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
-    rows = table('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
+    rows = try_out('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
     assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
 
 

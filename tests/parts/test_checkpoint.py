@@ -770,8 +770,8 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
 
     # the estimate is of the microbatch and the frozen models that are asked about
     layer = torch.nn.Linear(2, 2)
-    layer.get_output_embeddings = lambda: None
-    needs = room._estimate_for({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
+    layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
+    needs = room.estimate({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
     assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
     def estimated(config, policy, per_token, frozen, tokens, is_step):
@@ -779,7 +779,7 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
 
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: (max_tokens, False))
-    monkeypatch.setattr(room, '_estimate_for', estimated)
+    monkeypatch.setattr(room, 'estimate', estimated)
     assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, n_frozen=2) == chosen
 
 
@@ -796,11 +796,11 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, environ, free, mod
 
 @pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
 def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
-    assert 0.001 < room.bfloat16_costs() < 10_000  # a ratio, not seconds
+    assert 0.001 < room.bfloat16_slowdown() < 10_000  # a ratio, not seconds
     with monkeypatch.context() as patch:  # as if others had the processor meanwhile
         patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
-        assert room.bfloat16_costs() < 100
-    monkeypatch.setattr(room, 'bfloat16_costs', lambda: costs)
+        assert room.bfloat16_slowdown() < 100
+    monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
     config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
     parallel.choose_arithmetic(config, torch.device('cpu'))
     assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted

@@ -802,8 +802,9 @@ def test_pack(groups, layout):
 @given(GROUPS, st.sampled_from([None, 1, 2, 5]), st.sampled_from([0, 30, 10_000]))
 def test_blocks(groups, window, small):
     """Blocks cut the row into its groups; a mask lets a token see its prompt and its own answer so far."""
-    batch, before = packed(groups), attention.MAX_BLOCK_TOKENS
+    before = attention.MAX_BLOCK_TOKENS
     attention.MAX_BLOCK_TOKENS = small
+    batch = packed(groups)
     blocks = batch.blocks
     attention.MAX_BLOCK_TOKENS = before
     assert [group for block in blocks for group in block.groups] == batch.groups

@@ -697,32 +697,39 @@ def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
     calls = [call.args[2:] for call in spy.call_args_list]
     assert len(calls) >= 2 and all(arguments or options for arguments, options in calls)
     policy.reshard()
-    estimate = partial(room.estimate, policy, 0, 1, optimizer='SGD', dtype='bfloat16')
-    gathered, kept, copies = (estimate(shard=how)['buffers'] for how in ('full', 'grads', 'none'))
+    found = []
+    for policy.shard_mode in ('full', 'grads', 'none'):
+        found.append(
+            room.estimate({'optimizer': 'SGD', 'dtype': 'bfloat16'}, policy, 0, 0, 1, is_step=False)['buffers']
+        )
+    gathered, kept, copies = found
     in_blocks = [sum(p.numel() for p in each.parameters()) for each in sharded.fsdp_modules(policy)[1:]]
     assert kept - gathered == 2 * sum(in_blocks) and kept - copies == 2 * 3 * max(in_blocks)
     # somebody's own optimizer is taken for one with two moments
-    own, known = (estimate(optimizer=name, shard='none') for name in ('Lion', 'AdamW'))
+    configs = ({'optimizer': name, 'dtype': 'float32'} for name in ('Lion', 'AdamW'))
+    own, known = (room.estimate(config, policy, 0, 0, 1, is_step=False) for config in configs)
     assert own == known
 
 
 def test_memory_by_hand(saved, device, monkeypatch):
     """A model whose embeddings are frozen, on four ranks: weights, gradients and two moments in float32, a reference in bfloat16."""
-    net = saved('llama')()
+    net = fsdp.shard(saved('llama'), device, mode='full')
     net.get_input_embeddings().requires_grad_(False)
     vocab, width = net.get_input_embeddings().weight.shape
     n = sum(p.numel() for p in net.parameters() if p.requires_grad)
     fixed = 4 * vocab * width + sum(x.nbytes for x in net.buffers())
-    options = {'optimizer': 'AdamW', 'dtype': 'bfloat16', 'world_size': 4, 'frozen': 100}
-    needs = room.estimate(net, 10, 7, shard='full', **options)
-    sizes = [sum(p.numel() for p in block.parameters()) for block in parts.blocks(net)]
+    monkeypatch.setattr(room.dist, 'get_world_size', lambda: 4)
+    config = {'optimizer': 'AdamW', 'dtype': 'bfloat16'}
+    estimate = partial(room.estimate, config, net, 10, 100)
+    needs = estimate(7, is_step=False)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in sharded.fsdp_modules(net)[1:]]
     gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
     assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
     assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
     # backward of a step's only microbatch frees activations while it makes gradients
-    alone = (room.estimate(net, 10, tokens, shard='full', is_step=True, **options)['gradients'] for tokens in (7, n))
-    assert list(alone) == [n - 70, 0]
-    needs = room.estimate(net, 10, 7, **options | {'dtype': 'float32'})
+    assert [estimate(tokens, is_step=True)['gradients'] for tokens in (7, n)] == [n - 70, 0]
+    net.shard_mode, config['dtype'] = 'none', 'float32'
+    needs = estimate(7, is_step=False)
     assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
     # on the disk: the model as it came in, checkpoints of what trains
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
@@ -885,7 +892,7 @@ def test_the_head_of_the_file_is_the_head(name, how, adapters, with_own_head, de
 def test_the_head_of_the_file_grows_beside_the_embedding(how, with_own_head, device):
     build, expected = with_own_head('llama')
     net = fsdp.shard(partial(build, tokenizer=range(VOCAB + 2), grow=True), device, **SHARDED[how])
-    hidden, (weight, _) = net.hidden_and_head(pack(PAIRS))
+    hidden, weight, _ = net.hidden_and_head(pack(PAIRS))
     weight = weight.detach()
     assert len(weight) == VOCAB + 2
     assert_close(weight[VOCAB:], weight[:VOCAB].mean(0).expand(2, -1))
