@@ -89,7 +89,7 @@ if offline:
 else:
     config.report_unused(['noise_rate', 'max_length'], 'answers are sampled, not taken from the data')
 if loss == 'grpo':
-    config.report_unused(['critic', 'vf_coef', 'value_clip', 'gamma', 'lam', 'whiten'], 'grpo has no critic')
+    config.report_unused('critic vf_coef value_clip gamma lam whiten'.split(), 'grpo has no critic')
 else:
     config.report_unused(['per_answer'], 'it belongs to grpo')
 if group_size == 1:

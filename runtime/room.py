@@ -112,7 +112,9 @@ def _check_memory(run, frozen):
     available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
     if is_step:
-        parts = parts.replace('activations', 'activations, then gradients in their place', 1)
+        # 'gradients' are those beyond the activations
+        parts = parts.replace('gradients', 'more gradients')
+        parts = parts.replace('activations', 'activations, then gradients in their place')
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
     sizes = f'takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
     text = f'memory: {choice}a microbatch of up to {tokens:,} tokens {sizes}'

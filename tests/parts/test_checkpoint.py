@@ -317,7 +317,7 @@ def test_a_save_that_fails_surfaces_at_the_next_step(tmp_path, monkeypatch, whol
 
 ON_A_SMALL_DISK = """
 import ctypes, os, runpy, shutil, subprocess, sys, time
-from runtime import guard
+from runtime import guard, log
 folder, size, meanwhile, *flags = sys.argv[1:]
 small = folder + '/small'
 os.makedirs(small)
@@ -328,6 +328,9 @@ if ctypes.CDLL(None).unshare(0x20000) or any(subprocess.run(words.split()).retur
 shell = meanwhile.replace('SAID', f'/proc/{os.getpid()}/fd/1')
 subprocess.Popen(['timeout', '60', 'sh', '-c', shell], cwd=small, stderr=subprocess.DEVNULL)
 sleep, time.sleep = time.sleep, lambda seconds: sleep(seconds / 10)
+# the first row that is written fills the disk
+fill = f'mkdir {folder}/once && cat /dev/zero > {small}/fill'
+row, log.Log.row = log.Log.row, lambda *what: [row(*what), subprocess.run(fill, shell=True, capture_output=True)]
 guard.PAUSE, sys.argv = 1, ['dpo.py', *flags, f'--out_dir={small}/run']
 try:
     runpy.run_path('dpo.py', run_name='__main__')
@@ -339,9 +342,8 @@ finally:
 def test_what_was_trained_outlives_a_full_disk(tmp_path):
     """The disk is full from the first step on, until two tries to save have failed; no checkpoint was asked for."""
     flags = [flag for flag in FLAGS if not flag.startswith('--save_every')]
-    full = 'until [ -s run/metrics.jsonl ]; do sleep 0.01; done; cat /dev/zero > fill; until grep -q kept.in.memory:.make SAID; '
-    full += 'do sleep 0.1; done; sleep 0.5; rm fill'
-    done = forks.python('-c', ON_A_SMALL_DISK, tmp_path, 20, full, *flags)
+    make_room = 'until grep -q kept.in.memory:.make SAID; do sleep 0.1; done; sleep 0.5; rm fill'
+    done = forks.python('-c', ON_A_SMALL_DISK, tmp_path, 20, make_room, *flags)
     if done.returncode == 99:
         pytest.skip('mounts are not permitted here')
     said, kept = done.stdout + done.stderr, tmp_path / 'kept'
