@@ -133,25 +133,9 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         dcp.save(copies, storage_writer=writer, process_group=group)
         # free the copies, as large as the model, before rank 0 spends seconds on hashing
         copies.clear()
-        if not is_first_rank:
-            return
-        # each host may have a disk of its own
-        if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
-            raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
-        (temporary / 'state.json').write_text(state_text)
-        (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
-        # flush the logs first, since a resumed run does not write the rows from before its checkpoint again
-        out_dir = folder.parent.parent
-        append_kept()  # UserError on a full disk
-        for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
-            sync(out_dir / name)
-        move_folder(temporary, folder)
-        replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
-        # keep the newest. Those of more examples do not count: the run has resumed from before them, so they are damaged
-        newest_first = [path for path in _folders(out_dir) if path.name <= folder.name]
-        for old in newest_first[keep_last:]:
-            # best effort: a symlink cannot be removed this way
-            shutil.rmtree(old, ignore_errors=True)
+        if is_first_rank:
+            _complete(temporary, folder, shapes, state_text)
+            _delete_old(folder, keep_last)
     # BaseException: DCP's CheckpointException is not a subclass of Exception
     except BaseException as error:
         if is_first_rank:
@@ -162,6 +146,31 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
         reason = getattr(causes[-1], 'strerror', None) or first_line
         advice = 'older ones are kept, and the same command continues from the newest of them'
         raise UserError(f'cannot write the checkpoint {folder}: {reason}; {advice}') from None
+
+
+def _complete(temporary, folder, shapes, state_text):
+    """Check the tensors that all ranks have saved in a temporary folder, add the other files, and rename it to folder: it is a checkpoint."""
+    # each host may have a disk of its own
+    if _saved_shapes(HuggingFaceStorageReader(str(temporary))) != shapes:
+        raise OSError('it lacks what other ranks have written: all hosts must see one out_dir')
+    (temporary / 'state.json').write_text(state_text)
+    (temporary / 'manifest.json').write_text(json.dumps(_manifest_of(temporary), indent=1))
+    # first put the logs on the disk: a run that resumes from here does not write their rows again
+    out_dir = folder.parent.parent
+    append_kept()  # rows that a full disk has held back; UserError if it is still full
+    for name in ('metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'):
+        sync(out_dir / name)
+    move_folder(temporary, folder)
+    replace_text(out_dir / 'latest', f'checkpoints/{folder.name}\n')
+
+
+def _delete_old(folder, keep_last):
+    """Delete all checkpoints but folder and the newest before it, keep_last together."""
+    # those of more examples (their names have as many digits) do not count: the run has resumed from before them, so they are damaged
+    newest_first = [path for path in _folders(folder.parent.parent) if path.name <= folder.name]
+    for old in newest_first[keep_last:]:
+        # best effort: a symlink cannot be removed this way
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _manifest_of(folder):
