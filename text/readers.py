@@ -6,6 +6,7 @@ import json
 import re
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from configurator import UserError
@@ -181,15 +182,29 @@ def _without_inner_nulls(raw):
 
 
 def _read_json(file):
-    """Yield the Rows of a .json file: a list of objects, or one object per line (as in SHP)."""
+    """Yield the Rows of a .json file: a list of objects, an object with such a list, a single one, or one per line (as in SHP)."""
     with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
-        if is_list:
-            for number, raw in enumerate(json.loads(stream.read().decode('utf-8-sig')), 1):
-                yield Row.of(raw, f'{file}, row {number}')
-        else:
-            yield from _read_lines(file)
+    # the first line of an object over several lines is none by itself
+    first_lines = [] if is_list else list(islice(_read_lines(file), 2))
+    is_object = len(first_lines) == 1 or any(row.error for row in first_lines[:1])
+    if not is_list and not is_object:
+        yield from _read_lines(file)
+        return
+    with _open(file) as stream:
+        value = json.loads(stream.read().decode('utf-8-sig'))
+    for number, raw in enumerate(value if is_list else _rows_of(value), 1):
+        yield Row.of(raw, f'{file}, row {number}')
+
+
+def _rows_of(value):
+    """Return the only list of objects (but for messages) that a JSON object has in it, or else the value as the only row."""
+    values = value.values() if isinstance(value, dict) else []
+    lists = [inner for inner in values if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if len(lists) == 1 and lists[0][0].keys().isdisjoint(('role', 'from')):
+        return lists[0]
+    return [value]
 
 
 def _read_lines(file):
@@ -246,7 +261,7 @@ def _cells(file, delimiter):
         table = csv.reader((line for _, line in _lines(stream)), delimiter=delimiter, strict=True)
         names = next(table, [])
         if len(set(names)) < len(names) or _utf8_error(''.join(names)):
-            raise UserError(f'{file}, line 1: two columns have one name, or a name is not valid UTF-8: rename them')
+            raise UserError(f'{file}, line 1: two columns have one name: rename them; or it is {NOT_UTF8}')
         # the first line of the next row; line_num counts the lines read so far, of which a quoted cell may take several
         line = table.line_num + 1
         try:

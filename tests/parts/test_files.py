@@ -111,6 +111,7 @@ OF_ROWS = [  # what is wrong with a row, or all of them
         ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'margin': 'big'}, "'margin' is missing or of the wrong type"),
         ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
     ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
+    *(('a.json', text, 'row 1: not an object with named fields') for text in (b'3', b'null', b'"a"')),
 ]  # fmt: skip
 OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     *((f'a.{end}', b'text\n' + b'x' * 1000, 'line 2 is longer than 999 characters') for end in ('txt', 'csv')),
@@ -121,7 +122,7 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
     ('a.csv', b'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
     ('a.csv', b'text,b,b\nx,y,z\n', 'line 1: two columns have one name'),
-    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .*a name is not valid UTF-8'),
+    ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .* or it is not valid UTF-8: save the file as UTF-8'),
     ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
     ('a.arrow', b'', 'cannot read .*a.arrow: .*cut short'), ('a.parquet', b'', 'cannot read'), ('a.parquet', b'PAR1 not really', 'cannot read'),
     *((name, b'{"text": "a"}', f'/{name}: data files end in .jsonl, .*: convert it to one of them') for name in ('a.zip', 'a')),
@@ -144,7 +145,22 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
     for line in (2, 1):
         refused(write_jsonl(tmp_path / 'data.jsonl', rows[2 - line :]), says.format(line))
     (tmp_path / 'a.json').write_text('{"data": []}')
-    refused(tmp_path / 'a.json', "a.json, line 1: .*found: 'data' .list.")
+    refused(tmp_path / 'a.json', "a.json, row 1: .*found: 'data' .list.")
+
+
+@pytest.mark.parametrize('indent', [None, 2])
+def test_an_object_that_holds_the_rows(tmp_path, indent):
+    """Whole, or a single row; of two lists none is meant, and messages are no rows."""
+    chat = {'messages': [user('q'), assistant('a')], 'id': ['x']}
+    two = {'train': ROWS, 'test': ROWS}
+    for content, rows in (
+        ({'data': ROWS, 'tags': ['x']}, ROWS),
+        (chat, [chat]),
+        (two, [two]),
+        ({'data': []}, [{'data': []}]),
+    ):
+        (tmp_path / 'a.json').write_text(json.dumps(content, indent=indent))
+        assert list(sources.read_rows(None, 'train', str(tmp_path / 'a.json'))) == rows
 
 
 @pytest.mark.parametrize('ending', '.jsonl .json .jsonl.gz .jsonl.bz2 .jsonl.xz .jsonl.zst .parquet .arrow'.split())
