@@ -283,7 +283,8 @@ def _answers_for(row, task, left_out):
     if is_taken and answer is not None:
         return [answer]
     have = 'a prompt and a response' if 'response' in row else 'a prompt'
-    left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}'] += 1
+    advice = ': --loss=kto takes labelled answers' if task == 'pairs' and 'good' in row else ''
+    left_out[f'rows with {have} only, where {task} needs {NEEDS[task]}{advice}'] += 1
     return []
 
 

@@ -198,7 +198,8 @@ ROWS += [{'prompt': 'p', 'response': ' e'}, {'prompt': 'p'}]
 ONLY = 'rows with {} only, where {} needs {}'
 TAKEN = {  # task -> (answers, good, margins, what is left out) of ROWS
     'pairs': ([' a', ' b', ' best', ' b'], [True] * 2, [0.5, 0.0], {
-        ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected'): 3,
+        ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected'): 1,
+        ONLY.format('a prompt and a response', 'pairs', 'chosen and rejected: --loss=kto takes labelled answers'): 2,
         ONLY.format('a prompt', 'pairs', 'chosen and rejected'): 1, 'pairs without a margin, taken as 0': 1}),
     'singles': ([' a', ' b', ' best', ' b', ' c', ' d'], [True, False] * 3, None, {
         ONLY.format('a prompt and a response', 'singles', tokenise.NEEDS['singles']): 1,

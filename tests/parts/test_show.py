@@ -74,6 +74,7 @@ def test_what_is_shown(show, rows, flags, count, words):
     ([], '', 'no examples are left in .*data.jsonl', 'read as: nothing, there are no rows in '),
     *((PAIRS[5:], flag, 'no examples are left in .*data.jsonl', shown) for flag, shown in (('', 'read as: pair, told by chosen'), ('--json', ''))),
     ([TIE], '', 'no examples are left in .*data.jsonl', 'left out or changed: 1 tie'),
+    ([{'prompt': 'p', 'response': 'a', 'good': True}], '--task=pairs', 'no examples are left', 'needs chosen and rejected: --loss=kto takes labelled answers'),
     (PAIRS, '--colums=x', "unknown option 'colums'; did you mean columns", ''),
     (PAIRS, '--MEASURED=3', 'unknown option', ''),  # names in capitals are no options
 ])  # fmt: skip
