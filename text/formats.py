@@ -31,7 +31,7 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
 ABOUT = ('context history options choices article passage starter_code chat_history conversation_history dialogue_history '
-         'dialog_history previous_messages').split()
+         'dialog_history previous_messages instructions').split()
 # columns that are each one of a question's options: A and B, option_a, opb, choice1
 OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
@@ -39,7 +39,7 @@ DOCUMENTS = 'document documents passages contexts ctxs body story paragraph prem
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
 # columns with an answer that may be meant in place of another one
-BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_(response|output|completion)|expected|ideal')
+BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_?([Rr]esponse|[Oo]utput|completion)|expected|ideal')
 # columns with the thought behind the answer
 THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')
 # an unknown column whose name contains one of these may be an answer
@@ -51,13 +51,14 @@ COLUMNS = ('prompt question system chosen rejected response label messages text 
            'response_a response_b response_0 response_1 response_2 winner').split()
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
 SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject'),
-         ('preferred', 'dispreferred'), ('winning', 'losing')]
+         ('preferred', 'dispreferred'), ('winning', 'losing'), ('win', 'lose'), ('better', 'worse'), ('best', 'worst'), ('y_w', 'y_l')]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
 RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'response_j=chosen response_k=rejected', 'pos_resp=chosen neg_resp=rejected', 'response=chosen rejected_response=rejected',
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
+    'answer=chosen rejected_answer=rejected', 'real=chosen generated=rejected',
     'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
@@ -75,6 +76,21 @@ SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
+YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
+# what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
+UNUSED = 'rows that a flag marks as not to be used'
+STATES = 'status review_status state'.split()
+JUDGED = [*VERDICTS, *STATES, *'outcome result majority human_choice human_preference'.split()]
+MARKS = [
+    (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
+    (UNUSED, 'valid is_valid usable keep include'.split(), NO),
+    (UNUSED, STATES, 'discarded skipped invalid'.split()),
+    (UNUSED, STATES, ['rejected']),
+    ('tie', 'tie is_tie tied draw equal is_equal no_preference'.split(), YES),
+    ('tie', JUDGED, ['tie']),
+    ('', 'flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better'.split(), YES),
+    ('', JUDGED, ['rejected']),
+]
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
@@ -122,9 +138,22 @@ def parse_any(row, task=None, columns=None):
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
+    check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
     is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
     return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
+
+
+def check_flags(row, is_pair):
+    """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
+    for reason, columns, words in MARKS if is_pair else MARKS[:3]:
+        for column in columns:
+            if str(row.get(column)).strip().lower() not in words:
+                continue
+            if reason:
+                raise LeftOut(reason)
+            doubt = f'{column!r} may mean that the two answers have changed places'
+            raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
 
 
 def _completed(example, row):
@@ -206,9 +235,10 @@ def _find_chat(row):
     if system and all(isinstance(part, dict) for part in parts):
         turns = [messages.read_message({'role': 'system'} | part) for part in parts]
         row['system'] = '\n'.join(turn['content'] for turn in turns)
-    # OpenAI's preference format has the chat and its tools in 'input'
-    if isinstance(row.get('input'), dict):
-        row |= unified(row.pop('input'))
+    # OpenAI's preference format has the chat and its tools in 'input', NeMo Gym in the other one
+    for name in ('input', 'responses_create_params'):
+        if isinstance(row.get(name), dict):
+            row |= unified(row.pop(name))
     for name, our_name in RENAMED_CHATS.items():
         if isinstance(row.get(name), list) and row[name] and our_name not in row:
             row[our_name] = row.pop(name)
@@ -317,6 +347,8 @@ def prompt_of(row, given_answer=None):
     if column is None:
         raise ValueError("'prompt' is missing")
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
+    if prompt == '-':
+        raise LeftOut("questions that are only '-', in place of one that is elsewhere")
     # a 'prompt' that ends with the given answer is a whole text: another column asks
     if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
         return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
@@ -494,9 +526,6 @@ def _split_off_prompt(row, answers):
 
 def read_pair(row, task):
     """Read two answers, 'chosen' and 'rejected', to one prompt: a column, or the common beginning of both."""
-    # distilabel's verdict
-    if row.get('status') == 'tie':
-        raise LeftOut('tie')
     # RewardBench 2 has lists of good and bad answers: every good one with every bad one, without {'drop': 'tie'} of two good
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
         scored = [(1, said(text)) for text in row['chosen']]
@@ -879,7 +908,12 @@ def read_chat(row, task):
 
 
 def _check_no_choice(turns):
-    """Raise BadValue if a question has two answers in a row, and a flag (a field that is true of one) tells which counts."""
+    """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
+    answers = [turn for turn in turns if turn['role'] == 'assistant']
+    for name in filter(messages.MASK.search, chain(*answers)):
+        flags = [turn.get(name) for turn in answers]
+        if 0 < flags.count(True) < len(flags):
+            raise messages.BadValue(f"{name!r} may tell which answers to train on: write 'weight' instead, 1 or 0")
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
             continue
@@ -956,13 +990,17 @@ def read_turns(row, task):
 
 def unread_texts(rows, layout):
     """Return the columns that may ask or answer and that no example shows: texts in most rows, all different. (A category or
-    an id has fewer than four words, or the same ones in many rows.) The columns of `layout` are read."""
+    an id has fewer than four words, or the same ones in many rows.) Flags, true and false, too. The columns of `layout` are read."""
     found = defaultdict(set)  # column -> its different texts
+    flags = defaultdict(set)  # column -> its different numbers, of which true is 1
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
+            is_label = name in LABELS and 'good' in examples[0]
+            if isinstance(value, NUMBER) and not is_label:
+                flags[name].add(value)
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
@@ -971,7 +1009,9 @@ def unread_texts(rows, layout):
             is_part = any(text in part or part in text for text in texts[:5] for part in shown)
             if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
-    return [name for name, texts in found.items() if len(texts) > len(rows) / 2 and name not in layout.columns]
+    unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
+    unread += [name for name, values in flags.items() if values == {0, 1}]
+    return [name for name in unread if name not in (*layout.columns, 'rejected')]
 
 
 # fmt: off

@@ -16,7 +16,9 @@ SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|a
 # fields for a message's thoughts
 REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
-TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask'.split()
+TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
+# fields with such names may say so, too, but not whether true or false is trained on
+MASK = re.compile('mask|loss|train|learn|ignore|supervis|target', re.IGNORECASE)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
@@ -24,8 +26,8 @@ MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|at
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
-    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call',
-    'tool': 'tool observation',
+    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call',
+    'tool': 'tool observation tool_response',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # dialogues in one text: how the text begins -> a pattern of the markers that begin its turns, with the speaker as group 1

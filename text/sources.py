@@ -36,7 +36,7 @@ TEXT = str | list  # a list of messages
 TYPES = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'good': int, 'margin': int | float | None}
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
-    "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME', "
+    "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME, label=NAME', "
     "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME' or 'messages=NAME'"
 )
 
@@ -232,7 +232,7 @@ def _parsed(rows, parse, task, columns):
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
         if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
-            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, {SAY_WHICH}')
+            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {SAY_WHICH}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 

@@ -266,7 +266,8 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
     ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
     ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
         'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
-        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected, question chosen_conversations rejected_conversations',
+        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected, question chosen_conversations rejected_conversations, '
+        'instruction win lose, question best_response worst_response, question y_w y_l, question answer rejected_answer',
 }
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
@@ -288,7 +289,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}, {'DeepSpeed-Chat': {'prompt': '\n\nHuman: q?\n\n', 'chosen': 'Assistant: a', 'rejected': 'Assistant: b'}}),
     (None, {'prompt': '', 'response': 'The sky is blue.'}, {'text': {'text': 'The sky is blue.'}}),
     ('pairs', PAIR, {
-        'CValues': {'question': 'q?', 'pos_resp': 'a', 'neg_resp': 'b'}, 'dispreferred': {'question': 'q?', 'preferred': 'a', 'dispreferred': 'b'},
+        'SPIN': {'generated': [user('q?'), assistant('b')], 'real': QA}, 'CValues': {'question': 'q?', 'pos_resp': 'a', 'neg_resp': 'b'}, 'dispreferred': {'question': 'q?', 'preferred': 'a', 'dispreferred': 'b'},
         'PKU-SafeRLHF, safety': {'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'safer_response_id': 1},
         'Arena, texts as in csv': {'prompt': '["q?"]', 'response_a': '["b"]', 'response_b': '["a"]', 'winner_model_a': '0', 'winner_model_b': '1'},
         'Arena, content in parts': {'winner': 'model_a', **{f'conversation_{x}': [{'role': r, 'content': [{'type': 'text', 'text': t, 'image': None}]} for r, t in (('user', 'q?'), ('assistant', y))] for x, y in ('aa', 'bb')}},
@@ -377,6 +378,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', {'prompt': [user('x'), assistant('y'), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}, {'OpenAI, one of three not trained on': {'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}}),
     ('sft', SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}, {'XTuner, answers not trained on': {'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}}),
     ('sft', SFT | {'prompt': [user('q?') | {'replies': 3}]}, {'a number of replies': {'messages': [QA[0] | {'replies': 3}, QA[1]]}}),
+    ('sft', SFT | {'response': [assistant('a') | {'mask': True}]}, {'a mask of the only answer': {'messages': [user('q?'), assistant('a') | {'mask': True}]}}),
     ('sft', SFT | {'response': [assistant('a') | {'loss': 0.3}]}, {'a number called loss': {'messages': [user('q?'), assistant('a') | {'loss': 0.3}]}}),
     ('sft', SFT | {'response': [assistant('<think>so</think>a')]}, {'a thought in both': {'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}}),
     ('sft', SFT | {'prompt': [user('a b c d e. q?')]}, {'documents that are asked about': {'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}}),
@@ -393,9 +395,9 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('prompts', {'prompt': [user('q?')]}, {
         'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
         'prompts of questions': {'prompt': [user('q?')], 'solution': '4'}, 'a chat as query': {'query': [user('q?')], 'idx': '4'}}),
-    ('prompts', PAIR, {'prompts beside a verdict': {'question': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': -2}}),
+    ('prompts', PAIR, {'prompts beside a verdict': {'question': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': -2}, 'prompts of ties': {'question': 'q?', **ANSWERS, 'tie': True, 'flipped': True}}),
     ('prompts', SFT, {'prompts beside an answer that may be better': {'question': 'q?', 'output': 'a', 'expected': 'b'}}),
-    ('prompts', {'prompt': ASKS}, {'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
+    ('prompts', {'prompt': ASKS}, {'NeMo Gym': {'responses_create_params': {'input': ASKS, 'temperature': 1.0}, 'question': 'q?'}, 'RLHFlow, prompts': {'context': 'q?', 'context_messages': ASKS}}),
 ]
 
 WHOLE = '<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>'
@@ -419,7 +421,16 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
-       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0, False, 0, 0), strict=True)),
+       [SFT | {'prompt': ASKS}], {}) for flag, no in zip(messages.TRAINS, (False, 0, 0.0, False, 0, False, 0, 0, False, 0), strict=True)),
+    *(('ties by a flag', 'pairs', [{'prompt': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', name: x} for x in flags], [PAIR], {'tie': 1})
+      for name, flags in (('tie', (True, False)), ('is_tie', ('no', 'Yes')), ('no_preference', (0, 1)), ('result', ('tie', 'win')))),
+    *(('pairs of which one is left out', 'pairs', [pair('p', 'a', 'b') | {name: x, 'flipped': False, 'swapped': 0} for x in flags], [pair('p', 'a', 'b')], {reason: 1})
+      for name, flags, reason in (('tie', (None, True), 'tie'), ('winner', ('chosen', 'tie'), 'tie'), ('status', ('APPROVED', 'REJECTED'), formats.UNUSED))),
+    *(('rows not to be used', 'sft', [{'messages': x, name: flag} for x, flag in zip((TWO_TURNS, QA), flags, strict=True)], [SFT], {formats.UNUSED: 1})
+      for name, flags in (('skip', (True, False)), ('deleted', (1, 0)), ('is_valid', ('false', 'true')), ('keep', (0, 1)), ('status', ('DISCARDED', 'done')))),
+    ('ms-swift, tools', 'prompts', [{'messages': [*ASKS, {'role': 'tool_call', 'content': 'f'}, {'role': 'tool_response', 'content': '8'}]}], [{'prompt': [*ASKS, assistant('f'), {'role': 'tool', 'content': '8'}]}], {}),
+    ('a draw that is no tie', 'sft', [{'prompt': 'p', 'response': 'a', 'draw': True, 'result': 'tie', 'reversed': True, 'status': 'rejected'}], [{'prompt': 'p', 'response': 'a'}], {}),
+    ('OpenCodeReasoning, questions elsewhere', 'sft', [{'question': '-', 'solution': 'a'}], [], {"questions that are only '-', in place of one that is elsewhere": 1}),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
     *(('NeMo RL', task, [{'context': [user('q?')], 'completions': [{'rank': n, 'completion': [assistant(x)]} for n, x in ((1, 'b'), (0, 'a'))]}], [example], {})
       for task, example in (('pairs', PAIR), ('sft', SFT))),
@@ -490,6 +501,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
         *((name, {'question': 'q', name: [['a', 'b']], 'answer': 'a'}) for name in ('chat_history', 'dialogue_history', 'dialog_history')), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
+        ('instructions', {'instructions': 'Be brief.', 'input': 'q', 'output': 'a'}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
@@ -497,7 +509,12 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
         ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
     'may be the better answer': [
-        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'})],
+        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'}), ('expectedOutput', {'input': 'q', 'output': 'b', 'expectedOutput': 'a'})],
+    'may mean that the two answers have changed places': [
+        ('flipped', pair('p', 'a', 'b') | {'flipped': True}), *((name, pair('p', 'a', 'b') | {name: 'Rejected'}) for name in ('winner', 'majority')),
+        ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
+    'may tell which answers to train on': [
+        *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True)))],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
@@ -683,6 +700,12 @@ def test_columns_that_may_ask_or_answer(row):
     for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
         rows = [sources.Row(other | {'question': f'{other["question"]}{i}'}) for i in range(9)]
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
+    rows = [sources.Row(pair(f'Q: {i}?\nA:', f'Q: {i}?\nA: yes', f'Q: {i}?\nA: no')) for i in range(9)]
+    assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
+    # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1
+    for answers, unread in (({'response': 'a'}, ['ok']), (ANSWERS, ['ok', 'label'])):
+        rows = [sources.Row({'prompt': 'p', **answers, 'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i}) for i in range(3)]
+        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
