@@ -186,9 +186,9 @@ def _read_json(file):
     with _open(file) as stream:
         # skip a byte order mark and white space
         is_list = stream.peek(100).lstrip(b'\xef\xbb\xbf \t\r\n').startswith(b'[')
-    # the first line of an object over several lines is none by itself
+    # the first lines of an object over several lines, such as {"data": [, are no rows by themselves
     first_lines = [] if is_list else list(islice(_read_lines(file), 2))
-    is_object = len(first_lines) == 1 or any(row.error for row in first_lines[:1])
+    is_object = len(first_lines) == 1 or [bool(row.error) for row in first_lines] == [True, True]
     if not is_list and not is_object:
         yield from _read_lines(file)
         return

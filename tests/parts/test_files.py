@@ -161,6 +161,9 @@ def test_an_object_that_holds_the_rows(tmp_path, indent):
     ):
         (tmp_path / 'a.json').write_text(json.dumps(content, indent=indent))
         assert list(sources.read_rows(None, 'train', str(tmp_path / 'a.json'))) == rows
+    # a row a line, of which the first is broken
+    (tmp_path / 'a.json').write_text('{"a": 1,\n{"a": 2}\n')
+    assert [bool(row.error) for row in sources.read_rows(None, 'train', str(tmp_path / 'a.json'))] == [True, False]
 
 
 @pytest.mark.parametrize('ending', '.jsonl .json .jsonl.gz .jsonl.bz2 .jsonl.xz .jsonl.zst .parquet .arrow'.split())
