@@ -800,6 +800,8 @@ def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted
     with monkeypatch.context() as patch:  # as if others had the processor meanwhile
         patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
         assert room.bfloat16_slowdown() < 100
+        patch.setattr(room.time, 'thread_time', lambda: 0.01)  # a clock that counts in ticks
+        assert str(room.bfloat16_slowdown()) == 'nan'
     monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
     config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
     parallel.choose_arithmetic(config, torch.device('cpu'))
