@@ -818,7 +818,7 @@ def test_bytes_saved_are_what_autograd_holds(whole):
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
     """The smallest limit on the way up counts, in both versions; 'max' is none."""
-    files = {'/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n'}
+    files = {'/proc/self/cgroup': '3:cpu:/x\n2:cpuacct,memory:/a/b\n0::/c\n'}
     files['/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes'] = '9223372036854771712\n'
     files['/sys/fs/cgroup/memory/a/memory.limit_in_bytes'] = '70000\n'
     files |= {'/sys/fs/cgroup/c/memory.max': 'max\n', '/sys/fs/cgroup/memory.max': '60000\n'}
