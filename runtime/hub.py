@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 from configurator import UserError
@@ -49,18 +50,18 @@ def check_there(name):
     where = looked_in(name).strip() or 'on this machine'
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
-        file = Path(name, 'config.json')
+        file = f'{name}/config.json'
+        if not os.path.exists(file):
+            return
         try:
-            if file.exists() and not file.is_file():  # a pipe would never end
+            if not os.path.isfile(file):  # a pipe would never end
                 raise ValueError('it is no file')
-            json.loads(file.read_text('utf-8'))
+            content = json.loads(Path(file).read_text('utf-8'))
         except (OSError, ValueError, RecursionError) as error:
-            if file.exists():
-                reason = first_line(error)
-                raise UserError(f'the config.json of {name!r} is not valid JSON ({reason}): mend it') from None
-        # transformers would make them all
-        for key, value in read_dict(name, 'config.json').items():
-            if 'layer' in key and isinstance(value, int) and value > 10_000:
+            raise UserError(f'the config.json of {name!r} is not valid JSON ({first_line(error)}): mend it') from None
+        # num_hidden_layers, n_layer, ...: transformers would make them all
+        for key, value in content.items() if isinstance(content, dict) else ():
+            if re.search('layers?$', key) and isinstance(value, int) and value > 10_000:
                 raise UserError(f'the config.json of {name!r} has a {key} of {value:,}: mend it')
     elif not _may_be_hub_id(name):
         # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command

@@ -21,7 +21,8 @@ _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the 
 def setup(tp=1, options=()):
     """Join torchrun's process group, or create a group of one process. Returns (data rank, number of data ranks, device).
 
-    tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value; UserError if ranks differ in them."""
+    tp: this many neighbouring ranks count as one data rank. options: of the script, name -> value. UserError if ranks differ in them,
+    if tp does not divide the number of ranks, or if this machine has fewer GPUs than processes."""
     global _tp_size
     device = _own_device()
     if not dist.is_initialized():

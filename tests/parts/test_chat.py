@@ -143,6 +143,7 @@ THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
     (CHATML, {'prompt': 'hi', 'response': [assistant('yes')]}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
     (CHATML, {'prompt': [user('hi')], 'response': 'yes'}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
     (CHATML, {'prompt': 'hi', 'response': ' yes'}, 'sft', ['hi', ' yes<|im_end|>'], {NO_CHAT: 1}),
+    (CHATML, {'prompt': '', 'response': ' yes'}, 'sft', ['<|im_end|>', ' yes<|im_end|>'], {}),
     # without a template; one note, however many chats
     (None, pair([SYSTEM, *PROMPT]), 'pairs', [HUMAN, ' yes<|im_end|>', ' no<|im_end|>'], {NO_TEMPLATE: 1}),
 ])  # fmt: skip

@@ -802,6 +802,8 @@ def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted
     with monkeypatch.context() as patch:  # as if others had the processor meanwhile
         patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
         assert room.bfloat16_slowdown() < 100
+        patch.setattr(room.time, 'thread_time', lambda: 0.01)  # a clock that counts in ticks
+        assert str(room.bfloat16_slowdown()) == 'nan'
     monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
     config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
     parallel.choose_arithmetic(config, torch.device('cpu'))
@@ -818,7 +820,7 @@ def test_bytes_saved_are_what_autograd_holds(whole):
 
 def test_memory_of_a_control_group(tmp_path, monkeypatch):
     """The smallest limit on the way up counts, in both versions; 'max' is none."""
-    files = {'/proc/self/cgroup': '3:cpu:/x\n2:memory:/a/b\n0::/c\n'}
+    files = {'/proc/self/cgroup': '3:cpu:/x\n2:cpuacct,memory:/a/b\n0::/c\n'}
     files['/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes'] = '9223372036854771712\n'
     files['/sys/fs/cgroup/memory/a/memory.limit_in_bytes'] = '70000\n'
     files |= {'/sys/fs/cgroup/c/memory.max': 'max\n', '/sys/fs/cgroup/memory.max': '60000\n'}

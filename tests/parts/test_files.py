@@ -237,7 +237,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out, capsys):
     'data/train_sft-00000-of-00001 data/test_sft-00000-of-00001', 'math-00000-of-00001 code-00000-of-00001',
     'train test', 'train eval extra', 'a b', 'train/a train/b test/a', 'my_train my_dev', 'training-set testing',
     'helpful/train helpful/test harmless/train', 'latest values trainer', 'train2 test2', 'train/data validation/data',
-    'x-train-1 x-valid-1', 'latest_train train-00000 test', 'test', 'dev/train', 'train/test', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
+    'x-train-1 x-valid-1', 'latest_train train-00000 test', 'test', 'dev/train', 'train/test', 'train/data/easy-00000-of-00001 test/data/easy-00000-of-00001', 'default/train/0000 default/test/0000', 'part-00000 part-00001',
 ])  # fmt: skip
 def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     data_files = pytest.importorskip('datasets.data_files')

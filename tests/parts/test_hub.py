@@ -49,6 +49,16 @@ def test_the_hub_is_asked_once(cut_off, capsys):
     assert len(cut_off) == 1
 
 
+def test_what_is_here_is_not_asked_for(tmp_path, monkeypatch):
+    """A file, which is no owner's repo, and a vocabulary for each layer, as of Gemma 3n, which is no number of layers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, 'file_of', lambda *_: pytest.fail('asked'))
+    os.mkdir('a')
+    for file, text in {'a/b': '', 'a/config.json': '{"vocab_size_per_layer_input": 262144}'}.items():
+        (tmp_path / file).write_text(text)
+    assert hub.check_there('a/b') is None is hub.check_there('a')
+
+
 REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/b, and set HF_TOKEN', 'RepositoryNotFoundError': 'correct the name, or',
             'HfHubHTTPError': 'the hub: 503 for you', 'RemoteEntryNotFoundError': None}  # fmt: skip
 

@@ -515,6 +515,9 @@ def test_what_is_longer_than_a_reward_model_reads_is_cut(reward_folder, monkeypa
     write_samples([0], n=3, answer='word ' * 9 + '{k} {i}')
     assert label(f'--reward_model={reward_folder}', '--out_dir=three')[0]['cut']['answers cut'] == 3
     assert '; answers cut for the judge: 3 prompts cut, 3 answers cut' in capsys.readouterr().out
+    monkeypatch.setattr(probe, 'max_sequence_length', lambda model: 64)
+    write_samples([0], answer='{i:0{k}00d}')  # only the second is too long
+    assert label(f'--reward_model={reward_folder}', '--out_dir=two')[0]['cut']['answers cut'] == 1
 
 
 # ---- a real server ----

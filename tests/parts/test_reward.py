@@ -126,6 +126,10 @@ def test_exported_folder_is_plain_transformers(folders, name, tmp_path, capsys):
     assert again.dtype == np.float32 and again[::-1].tolist() == same
     with pytest.raises(UserError, match='item 1: .*60 . 6 tokens.*64'):
         score.scores(scorer, tokenizer, [items()[0], (range(60), range(5))], 4096)
+    # a rank without an answer takes part, and adds nothing to what the others have
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, 'data_rank', lambda: (1, 2))
+        assert score.scores(scorer, tokenizer, items()[:1], 4096).tolist() == [0]
     attention.set_attention(scorer, packed=False)
     assert score.scores(scorer, tokenizer, items(), 40).tolist() == same
 
