@@ -105,7 +105,7 @@ make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
-if cache_ref:
+if cache_ref and needs_ref:
     reference.use_cache(run, build_ref, make_ref, every_row=not paired)
 
 # label flips and fractions depend on a hash of each example, so they are the same in every run

@@ -8,7 +8,6 @@ chat = True
 dtype = 'bfloat16'
 loss = 'drdpo'
 beta = 0.1
-beta_prime = 1.0  # the paper's
 batch_size = 32
 max_length = 1024
 max_prompt_length = 512

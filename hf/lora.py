@@ -162,7 +162,10 @@ def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=F
 
     saved: the SavedAdapter whose options it gets, or None for those of adapters, a dict from options(). With both, the dropout is
     that of adapters. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None. with_frozen_copy: add a second adapter, FROZEN_COPY, to be loaded."""
-    import peft
+    try:
+        import peft
+    except ImportError:
+        raise UserError('adapters need a package that is not installed: pip install peft') from None
 
     lora_config = peft.LoraConfig.from_pretrained(str(saved.folder)) if saved else _new_config(model, adapters)
     lora_config.task_type = task_type

@@ -146,7 +146,7 @@ def _settled(config, uses):
 def _check_options(config, objective):
     """Raise UserError for options without effect (of a config file: print a note), and for those that make no sense together."""
     name, options, needs_ref = objective.name, objective.options, objective.needs_ref
-    importance, cache = options['importance'], options['cache_ref']
+    importance, cache = options['importance'], options['cache_ref'] and needs_ref
     unused = [option for option in config if not objective.uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
     if not importance:
@@ -154,7 +154,7 @@ def _check_options(config, objective):
     if not objective.paired:
         config.report_unused(['share_prefix'], 'there is one answer to a prompt')
     if not needs_ref:
-        config.report_unused(['ref_model'], 'there is no reference')
+        config.report_unused(['ref_model', 'cache_ref'], 'there is no reference')
 
     smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
@@ -167,7 +167,6 @@ def _check_options(config, objective):
         (bad_smoothing, f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}'),
         (bad_mu, f'mu must lie between 0 and 1 for the risk {risk}, not {mu}'),
         (importance and not needs_ref, '--importance is a ratio to the reference: leave out --reference_free'),
-        (cache and not needs_ref, f'--cache_ref: the loss {name} has no reference to cache'),
         (cache and not_in_cache, f'--cache_ref: the loss {name} needs the live reference'),
         (is_alone, f'{name} compares examples of a step with one another: batch_size must be 2 or more'),
     ]

@@ -263,3 +263,9 @@ def test_sentences(tmp_path, monkeypatch, flags, words):
     monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
+
+
+def test_without_peft(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)  # as if it were not installed
+    with pytest.raises(UserError, match='adapters need a package that is not installed: pip install peft'):
+        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', '--lora_rank=2')

@@ -146,7 +146,7 @@ def test_which_losses_are_per_token(flags, per_token, monkeypatch):
     ('exo --label_smoothing=0', 'exo: above 0'), ('exo --label_smoothing=0.4', {'label_smoothing': 0.4}),
     ('drdpo', {'beta_prime': 1.0, 'sft_coef': 0.0}), ('drdpo --beta_prime=2 --sft_coef=3', {'beta_prime': 2.0, 'sft_coef': 3.0}),
     ('radpo1 --mu=1', {'mu': 1.0}), ('radpo1 --mu=1.5', 'for the risk cvar, not 1.5'), ('radpo1 --risk=erm --mu=1.5', {'mu': 1.5}),
-    ('simpo --cache_ref', 'simpo has no reference to cache'), ('kto_zero --cache_ref', {'cache_ref': True}),
+    ('simpo --cache_ref', '--cache_ref has no effect: there is no reference'), ('kto_zero --cache_ref', {'cache_ref': True}),
     *((f'{name} --cache_ref', 'needs the live reference') for name in ('kto', 'tdpo1')),
     ('dpo --importance --reference_free', 'leave out --reference_free'), ('dpo --importance', {'importance': True}),
 ])  # fmt: skip

@@ -260,7 +260,7 @@ def test_what_is_counted(run, script, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('loss, line', [
-    ('kto', 'importance = True\nsft_coef = 0.1'), ('tdpo2', 'reference_free = True'), ('simpo', "ref_model = 'nowhere'"),
+    ('kto', 'importance = True\nsft_coef = 0.1'), ('tdpo2', 'reference_free = True'), ('simpo', "ref_model = 'nowhere'\ncache_ref = True"),
     ('dpo', 'gamma = 2.0'), ('kto_zero', 'label_smoothing = 0.7'),
 ])  # fmt: skip
 def test_what_is_said_to_have_no_effect_has_none(run, tmp_path, capsys, loss, line):

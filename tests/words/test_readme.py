@@ -109,7 +109,7 @@ def test_configs_of_papers(monkeypatch):
     paper |= dict(beta=0.1, n_epochs=1, dtype='bfloat16', noise_rate=0.2, max_grad_norm=10.0)
     assert {k: config[k] for k in paper} == paper
     # beta' weights any loss when it is set, so these configs leave it to the loss: with --loss=dpo they are the plain baseline
-    for name in ('drdpo_hh', 'drdpo_hh_noise20', 'drdpo_toy'):
+    for name in [path.stem for path in CONFIGS if path.stem.startswith('drdpo')]:
         for loss, beta_prime in (('dpo', None), ('drdpo', 1.0)):
             config = parse(f'dpo.py config/{name}.py --loss={loss}', monkeypatch)
             assert objective_of(config, losses.LOSSES, losses.STATISTICS).options['beta_prime'] == beta_prime
