@@ -116,6 +116,9 @@ DPO = [
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
     ('--loss=DPO', "not 'DPO'; did you mean dpo"),
+    ('--loss=sigmoid', "not 'sigmoid'; here it is dpo$"),  # of TRL; sigmoid_norm is another loss
+    ('--loss=sft', "not 'sft'; here it is sft.py$"),
+    ('--data=ultrabin', '; here it is ultrafeedback$'),
     ('--data=hhh', "'hhh' is no file .*, ultrafeedback_hybrid; did you mean hh"),
     ('--gamma=2', '--gamma has no effect: the loss dpo'),
     ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
