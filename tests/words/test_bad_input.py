@@ -44,6 +44,9 @@ def world(tmp_path_factory):
     lines = (folder / 'good.jsonl').read_text().splitlines()
     (folder / 'broken.jsonl').write_text('\n'.join([*lines[:2], '{"prompt": "p", "chosen": ', *lines[2:]]))
     (folder / 'no_data').mkdir()
+    (folder / 'checkpoint').mkdir()
+    for name in ('manifest.json', 'state.json'):
+        (folder / 'checkpoint' / name).write_text('{}')
     config = toy.model_config()
     config.vocab_size = 100  # the toy tokenizer has more ids
     model, tokenizer = transformers.LlamaForCausalLM(config), toy.tokenizer()
@@ -102,6 +105,8 @@ DPO = [
     ('--model={world}/nothing', 'nothing'),
     ('--model={world}/no_tokenizer', 'tokenizer'),
     ('--model={world}/only_tokenizer', 'only_tokenizer. has no config.json'),
+    ('--model={world}/good.jsonl', 'good.jsonl. is a file: a model is a folder'),
+    ('--model={world}/checkpoint', 'is a checkpoint, .* in out_dir/model$'),
     ('--model={world}/damaged', 'cannot load the model'),
     ('--model={world}/shapes', r'other shapes than its config says: .* is \(.*\) in the file and \(.*\) by its config.json'),
     ('--model={world}/no_eos', 'eos_token'),
