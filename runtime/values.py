@@ -67,7 +67,8 @@ ELSEWHERE = {
     'frac_good': 'frac_unique_desirable', 'frac_bad': 'frac_unique_undesirable', 'mu': 'confidence_level',
     'sft_coef': 'sft_reg rpo_alpha', 'label_smoothing': 'robust_eps', 'importance': 'importance_correction',
     'max_grad_norm': 'clip_grad gradient_clipping', 'kl_coef': 'init_kl_coef',
-    'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt',
+    'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt', 'tau': 'discopop_tau',
+    'sample_during_eval': 'generate_during_eval', 'shard (under torchrun)': 'fsdp deepspeed',
 }  # fmt: skip
 # losses and data of other projects whose names are not near to ours, or nearer to the wrong one -> what to write here
 NAMES_ELSEWHERE = {

@@ -426,6 +426,7 @@ ELSEWHERE = {
     '--dataset_path=x': 'did you mean data.$', '--reward_name=x': '--help lists the options ', '--system_pro=x': 'did you mean system.$',
     '--n_prompt=1': 'did you mean n_examples.$', '--bf16': 'here it is dtype=bfloat16$', '--loss.beta=1': 'here it is beta$',
     '--loss.mode_weight=1': r'here it is beta_prime \(beta-DPO: rho\)$', '--model.archive=x': 'here it is model$',
+    '--deepspeed=x': r'here it is shard \(under torchrun\)$',
     '--trainer=x': r'here it is device_map=balanced .* tp=2 .* torchrun', '--prefs_path=x': 'here it is data$',
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
     '--beta 0.1': '--beta needs a value: --beta=value$',
