@@ -48,6 +48,12 @@ def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
     where = looked_in(name).strip() or 'on this machine'
+    # an archive of other code, such as policy.pt
+    if os.path.isfile(name):
+        raise UserError(f'{name!r} is a file: a model is a folder with config.json, tokenizer and .safetensors files')
+    if Path(name, 'manifest.json').exists() and Path(name, 'state.json').exists():
+        problem = 'is a checkpoint, from which its own run goes on'
+        raise UserError(f'{name!r} {problem}: a model is what a run leaves at its end, in out_dir/model')
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
         file = f'{name}/config.json'

@@ -7,7 +7,7 @@ import torch
 
 from configurator import UserError
 from runtime.hub import first_line
-from runtime.values import did_you_mean
+from runtime.values import NAMES_ELSEWHERE, did_you_mean
 
 # column arguments of losses of pairs and of single answers, described in losses.py
 PAIRS = set('ratio_w ratio_l pi_w pi_l n_w n_l div_w div_l'.split())
@@ -31,7 +31,8 @@ def _find(name, losses, statistics, options):
     if name not in losses:
         hint = did_you_mean(name, losses)
         in_file = next(iter(losses.values())).__globals__  # names of losses.py
-        if inspect.isfunction(in_file.get(name)):
+        # not for sft, a function there that is a script here
+        if name not in NAMES_ELSEWHERE and inspect.isfunction(in_file.get(name)):
             hint = f': the function {name} of losses.py has to be in LOSSES to be one'
         raise UserError(f'loss must be one of {", ".join(losses)}, not {name!r}{hint}')
     fn = losses[name]

@@ -40,29 +40,41 @@ MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur 
 # option (with a value, or a remark on differences) -> its names in other projects
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name', 'n_epochs': 'num_train_epochs num_epochs epochs',
-    'n_examples (steps times batch_size)': 'max_steps', 'model': 'model_name_or_path model_name pretrained model_id',
+    'n_examples (steps times batch_size)': 'max_steps',
+    'model': 'model_name_or_path model_name pretrained model_id name_or_path load_from archive',
     'n_examples': 'num_examples n_prompts num_prompts max_samples max_train_samples',
-    'model (its folder has the tokenizer)': 'tokenizer_name', 'ref_model': 'ref_model_name_or_path',
-    'data': 'dataset_name dataset datasets train_file train_data', 'eval_data': 'eval_dataset val_data eval_file',
+    'model (its folder has the tokenizer)': 'tokenizer_name', 'model (its blocks are found)': 'block_name',
+    'ref_model': 'ref_model_name_or_path', 'data': 'dataset_name dataset datasets train_file train_data prefs_path',
+    'eval_data': 'eval_dataset val_data eval_file',
     'reward_model': 'reward_model_path reward_model_name_or_path', 'reward': 'reward_funcs reward_function custom_reward_function',
-    'loss': 'loss_type loss_fn mode_loss',
+    'loss': 'loss_type loss_fn mode_loss', 'loss (tdpo1 or tdpo2, radpo1 or radpo2)': 'if_tdpo2 if_ra_dpo2',
+    'device_map=balanced (BasicTrainer), tp=2 (TensorParallelTrainer) or torchrun (FSDPTrainer)': 'trainer',
     'batch_size (of all GPUs and microbatches together)': 'per_device_train_batch_size train_batch_size global_batch_size',
     'max_tokens (tokens of a microbatch; batch_size is the whole step)':
         'per_device_eval_batch_size eval_batch_size micro_batch_size gradient_accumulation_steps',
-    'dtype=bfloat16': 'bf16 fp16', 'dtype': 'torch_dtype precision', 'dtype=float32': 'fp32',
+    'dtype=bfloat16': 'bf16 fp16', 'dtype': 'torch_dtype precision fsdp_policy_mp', 'dtype=float32': 'fp32',
     'activation_checkpointing': 'gradient_checkpointing', 'attn': 'attn_implementation flash_attn', 'optimizer': 'optim',
     'lr_schedule': 'lr_scheduler_type lr_scheduler', 'warmup_steps (a number of steps)': 'warmup_ratio',
     'max_length': 'max_seq_length max_seq_len cutoff_len sequence_len', 'max_prompt_length': 'max_prompt_len',
     'max_new_tokens': 'max_completion_length response_length', 'group_size': 'num_generations', 'n': 'num_samples num_samples_per_prefix',
-    'log_every (examples)': 'logging_steps', 'save_every (examples)': 'save_steps', 'eval_every (examples)': 'eval_steps',
-    'keep_last': 'save_total_limit', 'wandb (a project), or tensorboard': 'report_to', 'wandb': 'wandb_project',
-    'resume (on by default)': 'resume_from_checkpoint', 'lora_rank': 'lora_r use_peft use_lora', 'lora_targets': 'lora_target_modules',
-    'quantize=4bit (with lora_rank)': 'load_in_4bit', 'cache_ref': 'precompute_ref_log_probs cache_reference_logprobs',
-    'gamma': 'simpo_gamma', 'beta_prime': 'mode_weight', 'w_good': 'desirable_weight', 'w_bad': 'undesirable_weight',
+    'log_every (examples)': 'logging_steps', 'save_every (examples)': 'save_steps intermediate_checkpoints',
+    'eval_every (examples)': 'eval_steps', 'keep_last': 'save_total_limit', 'wandb (a project), or tensorboard': 'report_to',
+    'wandb': 'wandb_project', 'resume (on by default)': 'resume_from_checkpoint', 'lora_rank': 'lora_r use_peft use_lora',
+    'lora_targets': 'lora_target_modules target_modules', 'quantize=4bit (with lora_rank)': 'load_in_4bit',
+    'cache_ref': 'precompute_ref_log_probs cache_reference_logprobs load_reference_logprobs',
+    'gamma': 'simpo_gamma', 'beta_prime (beta-DPO: rho)': 'mode_weight', 'pack (on by default)': 'padding_free packing',
+    'w_good': 'desirable_weight', 'w_bad': 'undesirable_weight',
     'frac_good': 'frac_unique_desirable', 'frac_bad': 'frac_unique_undesirable', 'mu': 'confidence_level',
     'sft_coef': 'sft_reg rpo_alpha', 'label_smoothing': 'robust_eps', 'importance': 'importance_correction',
     'max_grad_norm': 'clip_grad gradient_clipping', 'kl_coef': 'init_kl_coef',
-    'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt',
+    'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt', 'tau': 'discopop_tau',
+    'sample_during_eval': 'generate_during_eval', 'shard (under torchrun)': 'fsdp deepspeed',
+}  # fmt: skip
+# losses and data of other projects whose names are not near to ours, or nearer to the wrong one -> what to write here
+NAMES_ELSEWHERE = {
+    'sigmoid': 'dpo', 'exo_pair': 'exo', 'nca_pair': 'nca', 'bco_pair': 'bco', 'sppo_hard': 'sppo', 'aot_pair': 'aot',
+    'sft': 'sft.py', 'csft': 'sft.py --control_tokens', 'ppo': 'ppo.py', 'grpo': 'ppo.py --loss=grpo',
+    'ultrabin': 'ultrafeedback', 'ultrafeedback_binarized': 'ultrafeedback', 'hh_pairwise_noise': 'hh with --noise_rate',
 }  # fmt: skip
 # options that hold a model's folder or hub id, and their special values
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
@@ -89,7 +101,11 @@ def hint(name, options):
 
 
 def did_you_mean(word, known):
-    """Return '; did you mean NAME?' for the name in known that is nearest to a word, or ''. Case and folders do not count."""
+    """Return '; did you mean NAME?' for the name in known that is nearest to a word, or ''. Case and folders do not count.
+
+    For a name of another project: '; here it is NAME'."""
+    if word in NAMES_ELSEWHERE:
+        return f'; here it is {NAMES_ELSEWHERE[word]}'
     names = {os.path.basename(name).lower(): name for name in known}
     near = difflib.get_close_matches(os.path.basename(str(word)).lower(), names, 1)
     return f'; did you mean {names[near[0]]}?' if near else ''

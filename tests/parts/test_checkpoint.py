@@ -92,6 +92,14 @@ full_disk = MagicMock(side_effect=OSError(28, 'No space left on device'))
 not_written = MagicMock(side_effect=UserError('cannot write it'))
 
 
+def test_a_shorter_run_leaves_the_model_of_a_checkpoint(whole, tmp_path):
+    """As docs/coming-from.md says: data, warm-up and a constant learning rate do not depend on n_examples."""
+    run(tmp_path / 'short', '--n_examples=48', '--save_every=0')
+    saved = tensors(whole / 'checkpoints/0000000048')
+    left = tensors(tmp_path / 'short/model')
+    assert left and all(torch.equal(saved[f'model.{name}'], weight) for name, weight in left.items())
+
+
 # ---- damage, leftovers, files of somebody else ----
 
 # fmt: off

@@ -44,6 +44,9 @@ def world(tmp_path_factory):
     lines = (folder / 'good.jsonl').read_text().splitlines()
     (folder / 'broken.jsonl').write_text('\n'.join([*lines[:2], '{"prompt": "p", "chosen": ', *lines[2:]]))
     (folder / 'no_data').mkdir()
+    (folder / 'checkpoint').mkdir()
+    for name in ('manifest.json', 'state.json'):
+        (folder / 'checkpoint' / name).write_text('{}')
     config = toy.model_config()
     config.vocab_size = 100  # the toy tokenizer has more ids
     model, tokenizer = transformers.LlamaForCausalLM(config), toy.tokenizer()
@@ -102,6 +105,8 @@ DPO = [
     ('--model={world}/nothing', 'nothing'),
     ('--model={world}/no_tokenizer', 'tokenizer'),
     ('--model={world}/only_tokenizer', 'only_tokenizer. has no config.json'),
+    ('--model={world}/good.jsonl', 'good.jsonl. is a file: a model is a folder'),
+    ('--model={world}/checkpoint', 'is a checkpoint, .* in out_dir/model$'),
     ('--model={world}/damaged', 'cannot load the model'),
     ('--model={world}/shapes', r'other shapes than its config says: .* is \(.*\) in the file and \(.*\) by its config.json'),
     ('--model={world}/no_eos', 'eos_token'),
@@ -116,6 +121,9 @@ DPO = [
     # of the loss
     ('--loss=dop', "loss must be one of .*'dop'; did you mean dpo"),
     ('--loss=DPO', "not 'DPO'; did you mean dpo"),
+    ('--loss=sigmoid', "not 'sigmoid'; here it is dpo$"),  # of TRL; sigmoid_norm is another loss
+    ('--loss=sft', "not 'sft'; here it is sft.py$"),
+    ('--data=ultrabin', '; here it is ultrafeedback$'),
     ('--data=hhh', "'hhh' is no file .*, ultrafeedback_hybrid; did you mean hh"),
     ('--gamma=2', '--gamma has no effect: the loss dpo'),
     ('--loss=simpo --reference_free', '--reference_free has no effect: the loss simpo'),
