@@ -197,8 +197,11 @@ def read():
     left_out = Counter()
     keep_data(data, out)
     # old scores are replaced, but no other file that is not empty
-    if os.path.isfile(out) and not re.match(rb'$|\{"id": .*score": ', Path(out).read_bytes()):
-        raise UserError(f'--out={out} is there, and holds no scores: name another file')
+    if os.path.isfile(out):
+        with open(out, 'rb') as stream:
+            first_line = stream.readline(10**6)
+        if not re.match(rb'$|\{"id": .*score": ', first_line):
+            raise UserError(f'--out={out} is there, and holds no scores: name another file')
     part = split or 'test'
     # undivided: without --split, data without a test split is read whole
     options = {'undivided': split is None, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
