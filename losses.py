@@ -135,7 +135,7 @@ def reward(ratio, n=1.0, div=0.0, *, beta=1.0, alpha=1.0):
 
 # ---- statistics of a whole step: (its columns, the last step's state or {}, generator) -> (more columns, new state), no gradient ----
 def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
-    """beta of the step: max(0.001, beta (1 + a (mean of the kept d - mean))), for the pairs that keep_near keeps. arXiv:2407.08639.
+    """beta of the step: max(0.001, beta (1 + a (mean of the kept d - mean))); weight: 1 if keep_near keeps a pair. arXiv:2407.08639.
     state: running mean and std of d, 0.9 times the last step's plus 0.1 times this one's; at first, its own."""
     d = (ratio_w - ratio_l).detach()
     now = {'mean': d.mean().item(), 'std': d.std().item() if d.min() < d.max() else 0.0}  # 0: one pair, or equal ones
@@ -145,7 +145,7 @@ def beta_dpo_statistic(ratio_w, ratio_l, state, generator, *, beta, a, rho):
     return {'beta': beta_t.clamp(min=1e-3).expand_as(d), 'weight': keep.to(d.dtype)}, state
 
 def keep_near(d, mean, std, generator, *, rho):
-    """Mask (B,) of round(B (1 - rho)) >= 1 pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2)."""
+    """Mask (B,) of round(B (1 - rho)) >= 1 pairs, drawn without replacement, weights exp(-((d - mean) / std)^2 / 2); std 0: of all."""
     if std == 0:
         return torch.ones_like(d, dtype=torch.bool)
     # the k largest log weights, each plus Gumbel noise -log(-log u), are such a draw, in which no weight underflows

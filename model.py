@@ -120,7 +120,7 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients of forward's arguments. grad (1 or 3, N): of its result, whose third row, of the reference, has none."""
+        """Return the gradients of forward's arguments. grad (1 or 3, N): of its result; row 2 is for the reference, which is frozen."""
         hidden, weight, bias, target = ctx.saved_tensors
         config, divergence, reference = ctx.rest
         tails = iter(ctx.tails)

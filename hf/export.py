@@ -49,7 +49,7 @@ def score(prompt, answer):  # the prompt as in training, a text or a list of mes
 
 
 def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
-    """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes.
+    """Write a sharded model to a Hugging Face folder, replacing any older one. All ranks call this; rank 0 writes. Raises UserError.
 
     build(empty): builds the same model unsharded on the CPU, or without weights. card(folder): writes the model card. With adapters,
     folder has the merged model, and `adapter` beside it the adapter alone. Returns the dtype written: float32 if `dtype` overflows."""

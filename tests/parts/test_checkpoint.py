@@ -586,6 +586,14 @@ def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, wh
     assert [row['index'] for row in bad] == wanted[[row['place'] for row in bad]].tolist() and len(bad) == 2
 
 
+def test_a_skipped_step_leaves_the_statistic(tmp_path, monkeypatch, whole):
+    poison(monkeypatch, 'dpo', [4], [0])
+    monkeypatch.setitem(losses.LOSSES, 'beta_dpo', losses.dpo)
+    run(tmp_path / 'run', '--loss=beta_dpo', '--skip_bad_steps=1')
+    means = [row['state/mean'] for row in metrics(tmp_path / 'run', 'train')]
+    assert means[2] == means[1] and len(set(means)) == 4
+
+
 def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(formulas, 'grpo', lambda pi, *rest, **options: pi * torch.nan)
     flags = '--loss=grpo --group_size=3 --reward_model=gold --max_new_tokens=4 --minibatch_size=6'.split()
@@ -679,7 +687,7 @@ def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place):
 
 
 @pytest.mark.parametrize('script, flags, training', [  # training: memory runs out in the passes that train, or in those before
-    ('dpo.py', ['--loss=drdpo'], False), ('dpo.py', ['--loss=kto'], True), ('sft.py', [], True),
+    ('dpo.py', ['--loss=drdpo'], False), ('dpo.py', ['--loss=kto'], True), ('sft.py', ['--pack=False'], True),
 ])  # fmt: skip
 def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, script, flags, training):
     """The first and the third microbatch do not fit: the step begins anew, and the run is the one of a smaller number."""
@@ -703,7 +711,8 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, script, f
     monkeypatch.undo()
     run(tmp_path / 'number', *flags, f'--max_tokens={number}', script=script)
     rows = [metrics(tmp_path / name, 'train') for name in ('auto', 'number')]
-    found, expected = (np.array([[row['loss/train'], row['grad_norm']] for row in run]) for run in rows)
+    names = 'loss/train grad_norm padding_share'.split()
+    found, expected = (np.array([[row[name] for name in names] for row in run]) for run in rows)
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -125,6 +125,20 @@ def test_a_reward_model_has_positions_for_the_longest_answer_and_its_end(monkeyp
     assert 'where the reward model out/rm takes 12' in refused('ppo.py', *flags, f'--out_dir={tmp_path}/run')
 
 
+def test_answers_go_to_their_prompts(monkeypatch):
+    """Answer k of a round has seed first_seed + k, and comes after those to the prompts before its own."""
+
+    def answer(policy, tokenizer, prompts, seeds, **settings):
+        return [[*prompt, seed] for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    monkeypatch.setattr(rollout.generate, 'sample', answer)
+    source = Examples.of([(np.array([n]), [np.array([0])]) for n in range(4)])
+    run = SimpleNamespace(policy=None, tokenizer=None, config=Config({'max_new_tokens': 4, 'sample_batch': 2}))
+    found = rollout.sample(run, source, np.array([3, 1]), answers_each=2, first_seed=10)
+    by_prompt = [(prompt.tolist(), [a.tolist() for a in answers]) for prompt, answers in found]
+    assert by_prompt == [([3], [[3, 10], [3, 11]]), ([1], [[1, 12], [1, 13]])]
+
+
 def test_slots_and_speeds_of_a_round():
     """Two answers to each of three prompts; the microbatch has the third prompt, first of its step, and a filler."""
     answer, offset = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 0, 1, 2, 0]])
