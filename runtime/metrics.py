@@ -97,7 +97,7 @@ def say_first_step(objective, columns, metrics):
     # a step of single answers may have no chosen or no rejected one, and then no such metric
     chosen = metrics.get('rewards_train/chosen', 0.0)
     rejected = metrics.get('rewards_train/rejected', 0.0)
-    sentence = f'step 0: rewards {chosen:.6f}, {rejected:.6f}; loss {columns["loss"].mean():.6f}'
+    sentence = f'step 0: rewards {chosen:z.6f}, {rejected:z.6f}; loss {columns["loss"].mean():.6f}'
     if objective.needs_ref:
         sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
     say(sentence)
