@@ -56,7 +56,9 @@ def test_what_is_here_is_not_asked_for(tmp_path, monkeypatch):
     os.mkdir('a')
     for file, text in {'a/b': '', 'a/config.json': '{"vocab_size_per_layer_input": 262144}'}.items():
         (tmp_path / file).write_text(text)
-    assert hub.check_there('a/b') is None is hub.check_there('a')
+    assert hub.check_there('a') is None
+    with pytest.raises(UserError, match="'a/b' is a file"):
+        hub.check_there('a/b')
 
 
 REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/b, and set HF_TOKEN', 'RepositoryNotFoundError': 'correct the name, or',
