@@ -209,7 +209,7 @@ def attack_file(name, content, path, index):
     written = ' '.join(['Human Assistant user assistant', *texts(parsed)])
     for example in examples:
         check_example(example, written, name)
-    found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith('note: '))
+    found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith(('note: ', 'messages behind')))
     least, most = total, total
     if name in ('se', 'sharegpt'):  # a row is several examples
         most = found
