@@ -65,18 +65,22 @@ VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached'
 
 
 class Clock:
-    """The time since the start, and about how much is left: what the rest is expected to take, at the pace so far."""
+    """The time since the start, and about how much is left: what the rest is expected to take, at the pace of the stages that are over."""
 
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take, in order."""
         self.began, self.spoke = time.time(), 0.0
         self.left, self.total = dict(stages), sum(stages.values())  # without the stages that are over; of all
         self.stage, self.share = None, 0.0  # the present stage, and how much of it is done
+        self.pace = 1.0  # seconds for an expected one
 
     def begin(self, stage):
         """Begin a stage; the one before it is over."""
         self.left.pop(self.stage, None)
         self.stage, self.share = stage, 0.0
+        over = self.total - sum(self.left.values())
+        if over > 60:  # the first minute says too little
+            self.pace = (time.time() - self.began) / over
 
     def say(self, text):
         """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
@@ -85,10 +89,7 @@ class Clock:
         self.spoke = time.time()
         passed = self.spoke - self.began
         left = sum(self.left.values()) - self.left.get(self.stage, 0) * self.share
-        over = self.total - left
-        # the first minute says too little about the pace
-        pace = passed / over if over > 60 else 1.0
-        print(f'[{minutes(passed)}, about {minutes(pace * left)} left] {text}', flush=True)
+        print(f'[{minutes(passed)}, about {minutes(self.pace * left)} left] {text}', flush=True)
 
     def tick(self):
         """Print a line every half minute if nothing else is said."""

@@ -209,10 +209,9 @@ def attack_file(name, content, path, index):
     written = ' '.join(['Human Assistant user assistant', *texts(parsed)])
     for example in examples:
         check_example(example, written, name)
-    found = len(examples) + sum(n for reason, n in left_out.items() if not reason.startswith(('note: ', 'messages behind')))
-    least, most = total, total
-    if name in ('se', 'sharegpt'):  # a row is several examples
-        most = found
+    rows = [n for reason, n in left_out.items() if not reason.startswith(('note: ', 'messages behind'))]
+    found = len(examples) + sum(rows)
+    least, most = total, found if name in ('se', 'sharegpt') else total  # there a row is several examples
     if name == 'oasst':  # what is asked, and the best answers, are part of other examples
         english = [row for row in parsed if isinstance(row, dict) and row.get('lang') == 'en']
         least -= sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
