@@ -198,7 +198,9 @@ if not endpoint:
     # prompts are cut to the positions that the answer leaves
     positions = max_sequence_length(net)
     if positions <= max_new_tokens:
-        raise UserError(f'the model has {positions} positions: give a smaller --max_new_tokens than {max_new_tokens}')
+        raise UserError(
+            f'the model has {positions} positions for prompt and answer: give --max_new_tokens={positions // 2}, say'
+        )
     max_prompt = min(max_prompt_length or math.inf, positions - max_new_tokens)
     # token ids per prompt; None if the chat template rejects it
     ids = tokenise.tokenise_prompts(prompts, tokenizer, max_prompt, truncation, left_out, skip_bad_rows)

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -107,10 +108,18 @@ def python(clock, *command, quiet=False):
     """Run a command of this Python from the repository's root, its lines with the time before them; stop here if it fails."""
     clock.say('$ python ' + ' '.join(map(str, command)))
     command = [sys.executable, *map(str, command)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # a signal is for the child, which saves and stops: SIGTERM is handed on to it, and Ctrl-C it has from the terminal
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGINT, lambda *_: None)
+    with child:
         for line in child.stdout:
             if not quiet and line.strip():
                 clock.say(line.rstrip())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # in work of this process
+    if child.returncode in (75, 130):  # stopped by a signal (docs/runs.md): the same command goes on
+        sys.exit(child.returncode)
     if child.returncode:
         raise UserError(f'{" ".join(command[1:3])} ... stopped: the lines above say why')
 
@@ -258,7 +267,8 @@ def load_results(out, settings):
 def train(run, out, method, folder, pairs, held_out):
     """Train with one loss, unless that is done. Returns the numbers of the last evaluation."""
     # the same pairs, steps and reference for both; before the first step all rewards are 0
-    options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128 --warmup_steps=2
+    options = f"""--batch_size={batch_size} --lr={lr} --beta={beta} --chat --max_length=256 --max_prompt_length=128
+                  --warmup_steps={min(2, n_pairs // batch_size // 4)}
                   --cache_ref --eval_every=none --do_first_eval=false --dtype=float32 --max_tokens=768"""
     files = f'--model={folder}', f'--data={pairs}', f'--eval_data={held_out}', f'--out_dir={out / method}'
     before, _ = used()
