@@ -264,7 +264,7 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
 
 
 def test_the_clock_of_real(capsys):
-    """Time left goes by stages done, and by the share of the present one, at the pace so far."""
+    """Time left goes by stages done, and by the share of the present one, at the pace of those done."""
     clock = real.Clock({'model': 100, 'dpo': 200, 'answers': 100})
 
     def said(passed, text=''):
@@ -274,9 +274,12 @@ def test_the_clock_of_real(capsys):
 
     clock.begin('model')
     assert said(10) == '[0:10, about 6:40 left'
+    clock.began = time.time() - 200
     clock.begin('dpo')
     assert said(200) == '[3:20, about 10:00 left'  # 100 of 400 took 200
+    assert said(300) == '[5:00, about 10:00 left'  # its reference's pass, before training
     assert said(400, 'train      32/64  loss 0.69') == '[6:40, about 6:40 left'
+    clock.began = time.time() - 600
     clock.begin('answers')
     assert said(600) == '[10:00, about 3:20 left'
 
