@@ -855,3 +855,12 @@ def test_memory_of_a_control_group(tmp_path, monkeypatch):
     assert room.machine_memory(free=True) == 40960 and room.machine_memory() == 70000
     files.clear()
     assert room.machine_memory() > 10**8
+
+
+def test_which_old_checkpoints_are_deleted(tmp_path):
+    """The newest before this one stay; those of more examples, which the run has gone back from, do not count, and stay, too."""
+    folders = [tmp_path / 'checkpoints' / f'{examples:010d}' for examples in (8, 16, 24, 32)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    checkpoint._delete_old(folders[2], keep_last=2)
+    assert sorted((tmp_path / 'checkpoints').iterdir()) == folders[1:]

@@ -74,5 +74,5 @@ def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
     options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
     of_step = SINGLES if name == 'kto' else PAIRS | REF  # the z of its reference is 0
     asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
-    metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen})
+    metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen, 'rewards_train/rejected': -1e-9})
     assert re.fullmatch(f'step 0: rewards {chosen:.6f}, 0.000000{printed}', capsys.readouterr().out)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from helpers import ROOT, refused, run_script, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -241,6 +242,10 @@ def test_the_limit():
     model = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in ((3, 4), (4, 3), (3, 4))))
     model.config = SimpleNamespace(vocab_size=4)
     assert limits.products_alone(model, 5, 2, torch.float32, 'cpu', itertools.count().__next__) == 3 * (2 * 1 + 1)
+    # GPT-2's layers are Conv1D: four in a block, and the head is Linear
+    settings = transformers.GPT2Config(vocab_size=7, n_embd=4, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(settings)
+    assert limits.products_alone(model, 5, 2, torch.float32, 'cpu', itertools.count().__next__) == 9 * (2 * 1 + 1)
 
 
 def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
