@@ -147,8 +147,8 @@ def parse_any(row, task=None, columns=None):
 def check_flags(row, is_pair):
     """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
     for reason, columns, words in MARKS if is_pair else MARKS[:3]:
-        for column in columns:
-            if str(row.get(column)).strip().lower() not in words:
+        for column in filter(row.__contains__, columns):
+            if str(row[column]).strip().lower() not in words:
                 continue
             if reason:
                 raise LeftOut(reason)
