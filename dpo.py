@@ -94,14 +94,14 @@ run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_e
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
 longest = min(max_length, max(run.train.longest(mixed=is_mixed), run.held_out.longest(mixed=is_mixed)))
 # a policy with adapters is its own reference while they are switched off
-is_policy = run.adapters and ref_model is None
-is_loaded = needs_ref and not cache_ref and not is_policy
-run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
+ref_is_policy = run.adapters and ref_model is None
+ref_is_loaded = needs_ref and not cache_ref and not ref_is_policy
+run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(ref_is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
 ref_adapters = lora.reference_options(config, run.adapters)
 build_ref = partial(load_model, ref_model or model, adapters=ref_adapters, **run.model_options())
-make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref)
+make_ref = (lambda: run.policy) if ref_is_policy else partial(run.load_frozen, build_ref)
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
@@ -153,7 +153,7 @@ def measure(batch, as_pairs=paired):
 def step_statistic(step, parts=None):
     """Call the loss's statistic on the whole step. Returns (more columns for the loss, (examples,) each; the statistic's new state).
 
-    Those of beta_dpo are beta and weight, and its state is the running mean and spread of margins, {'mean': 0.2, 'std': 1.1}.
+    Those of beta_dpo are beta and weight, and its state is the running mean and std of margins, {'mean': 0.2, 'std': 1.1}.
     parts: the columns of this rank's microbatches, if measured already."""
     measured_step, suffix = step, ''
     # kto's statistic asks for other columns, pi_kl and ref_kl: those of the step's prompts, each with an answer to another prompt
@@ -219,7 +219,7 @@ def run_step(step, backward=False, shift=None):
             (step_weight.detach() * loss * batch.real).sum().backward()
         parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
-    # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
+    # 3. columns of the whole step, for metrics and for the sum of weights, by which run.update divides
     columns = step_columns | fsdp.gather(parts, step)
 
     # rare: the loss of a later microbatch is so far below the shift that its weight exceeds e^20. The squared gradient norm could

@@ -114,11 +114,11 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 run = training.Run(config)  # initialises torch.distributed and claims out_dir
 
-# examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
+# examples of the task 'prompts' have a placeholder for an answer: 2 leaves room for its token and the end token
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
-    run.train.left_out.pop('answers cut', None)  # only dummy answers were cut
+    run.train.left_out.pop('answers cut', None)  # only placeholders were cut
 else:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
@@ -165,20 +165,20 @@ if has_own_ref:
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
 scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
-reward_models = [reward_model for reward_model, _tokenizer in scorer.reward_models.values()]
+reward_models = [loaded for loaded, _tokenizer in scorer.reward_models.values()]
 run.check_room(ref, *reward_models)
 
 
 def make_round(first, rows):
     """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: indices of its prompts in train, the same on all ranks, which call it together."""
+    first: number of answers before the round. rows: of its prompts in train, the same on all ranks, which call it together."""
     # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
-        examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
+        examples = rollout.sample(run, rows, answers_each=answers_per_prompt, first_seed=first_seed)
         # a signal cuts answers short: save and exit here, and the resumed run repeats the round. Before the first, nothing is to be saved
         run.obey_signals(first, saved=first == 0)
 
@@ -267,7 +267,7 @@ def run_minibatch(step, this_round):
         for name, column in terms.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
     # add up over ranks: each rank's sum is one number of a column, (ranks,)
-    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
+    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world_size)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
 

@@ -90,9 +90,9 @@ def tensor_parallel(model, mesh, n_meshes):
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
     tp = mesh.size()
 
-    def check_divides(size, what, parts=tp):
+    def check_divides(size, noun, parts=tp):
         if size % parts:
-            raise UserError(f'tp={tp} on {tp * n_meshes} ranks: the {size} {what} of {name} do not divide by {parts}')
+            raise UserError(f'tp={tp} on {tp * n_meshes} ranks: the {size} {noun} of {name} do not divide by {parts}')
 
     check_divides(config.num_attention_heads, 'attention heads')
     check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')

@@ -31,7 +31,7 @@ _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gl
 
 
 def identify(config, hash_models, train, held_out):
-    """Return a JSON-serializable dict by which a run recognizes its checkpoints, see check_same(). UserError if ranks' data differ.
+    """Return a JSON-serializable dict by which a run recognises its checkpoints, see check_same(). UserError if ranks' data differ.
 
     hash_models(): returns option -> hashes of its model; train, held_out: Examples. Collective; the same on all ranks."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}

@@ -60,19 +60,19 @@ def recorded(out_dir):
     return run if other_files else None
 
 
-def check_same(place, recorded_run, run, neutral=NEUTRAL):
+def check_same(subject, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
-    examples': hash}, say. Options in neutral may differ. place: start of the message, such as 'FOLDER holds'."""
+    examples': hash}, say. Options in neutral may differ. subject: the message begins with it: 'FOLDER holds'."""
     found = _differences(recorded_run, run, neutral)
     if found:
         raise UserError(
-            f'{place} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
+            f'{subject} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
         )
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
-        say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
+        say(f'note: {subject} a run of an older version, which kept no hash of {unhashed}: not checked')
 
 
 def _differences(recorded_run, run, neutral):
@@ -315,9 +315,9 @@ def progress(total, unit, description, **options):
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 
-def speeds(n, tokens, elapsed, **parts):
-    """Return a step's metrics of size and speed. parts: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
-    amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
+def speeds(n, n_tokens, elapsed, **seconds):
+    """Return a step's metrics of size and speed. seconds: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
+    amounts = {'examples_per_second': n, 'tokens_per_second': n_tokens} | seconds
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates
 

@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def no_pause(monkeypatch):
-    """guard.keep tries again at once."""
+    """guard.save_persistently tries again at once."""
     monkeypatch.setattr(guard, 'PAUSE', 1)
     monkeypatch.setattr(guard, 'time', SimpleNamespace(sleep=lambda seconds: None))
 
@@ -375,7 +375,7 @@ def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_paus
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     not_written.reset_mock()
     with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
-        guard.keep(not_written)
+        guard.save_persistently(not_written)
     assert not_written.call_count == 3
 
 
@@ -412,7 +412,7 @@ def test_a_save_that_has_failed_ends_the_step_and_does_not_cost_what_was_trained
     with pytest.raises(UserError, match='no room'):
         guard.stop_asked()
     monkeypatch.setattr(checkpoint, '_pending', failed)
-    guard.keep(lambda: checkpoint.wait() or tries.append(1))
+    guard.save_persistently(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
 
 
@@ -467,8 +467,8 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(ranks, 'leave', code.append)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
+    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
+    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
 
