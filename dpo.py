@@ -77,7 +77,7 @@ temperature = 1.0  # of the samples; 0: greedy
 top_p = 1.0  # of the samples
 config = configure(globals(), shared=training)
 
-# ---- what the loss asks for: its signature says ----
+# ---- the loss: its signature says what it asks for ----
 
 objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
 paired, needs_ref = objective.paired, objective.needs_ref

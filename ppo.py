@@ -286,8 +286,9 @@ def train_round(this_round):
         step = run.make_step(this_round.examples, rows, this_round.first)
         with errors.memory_of(step.batches, run.max_tokens):
             sums = run_minibatch(step, this_round)
-        # what bad_step.jsonl shows of each answer, (answers,); the loss is known for the whole step only
-        columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+        # numbers of each answer for bad_step.jsonl, (answers,); the loss is known for the whole step only
+        tables = {name: this_round.answers[name].view(-1, answers_per_prompt) for name in ('score', 'n')}
+        columns = {name: table[rows].double().flatten() for name, table in tables.items()}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n

@@ -1,4 +1,4 @@
-"""What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
+"""Everything around a step, which all training scripts share: set-up, resuming, logging, evaluation, checkpoints, export.
 
     run = training.Run(config)                 # ranks, signals, out_dir, tokenizer
     run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
@@ -214,11 +214,11 @@ class Run:
         examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         sharded.check_trained(self.policy, self.optimizer)
-        # what tells this run from others: options, hashes of the data, and fingerprints, hashes of the models
+        # this tells the run from others: options, hashes of the data, and fingerprints, hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
-        # where a run stands at its beginning; evaluated=-1: not even at 0 examples
+        # the state at the beginning of a run; evaluated=-1: not even at 0 examples
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if newest:

@@ -1,4 +1,4 @@
-"""What only a GPU can show, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
+"""Checks that only a GPU can make, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
 
     python -m experiments.gpu_check --only='versions kernel models resume every_loss scripts memory step'
     python -m experiments.gpu_check --only='checkpointing speed'
@@ -65,7 +65,7 @@ SHAPES = {
     'triples': [(150, 30, 4, 260), (1, 2, 1, 1)],
     'long': [(256, 256, 200)] * 3,
 }
-# what is special about an architecture's attention
+# architectures, and options that make the attention of each special
 ARCHITECTURES = {
     'GPTNeoX': {'hidden_size': 320, 'num_attention_heads': 4},  # heads of 80, as Pythia-2.8B has
     'Llama': {'hidden_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 2},

@@ -36,10 +36,6 @@ class Round:
         """Number of answers up to the end of this round."""
         return self.first + len(self.answers['n'])
 
-    def by_example(self, name):
-        """Return an answer column as a table (examples, answers per prompt)."""
-        return self.answers[name].view(len(self.examples), -1)
-
     def minibatches(self, size, passes, seed):
         """Yield arrays of `size` example indices, the last of a pass perhaps smaller; every pass has all, in an order of its own."""
         n_examples = len(self.examples)

@@ -245,7 +245,7 @@ def load(folder, model, optimizer):
 
     Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
     model.reshard()
-    # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
+    # an optimizer makes its state tensors in its first step, whose change of the weights is overwritten below
     for group in optimizer.param_groups:
         for p in group['params']:
             p.grad = torch.zeros_like(p)

@@ -1,4 +1,4 @@
-"""What can end a run early (signals, full disks, NaN), and how it ends without losing progress. errors.py has its messages.
+"""End a run early, at a signal, a full disk or NaN, without losing progress. errors.py has its messages.
 
 A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
 code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once. Scripts import this module first, and
@@ -206,10 +206,10 @@ def save_persistently(save, already_started=False):
             return
         except UserError as error:
             if is_last_try:
-                raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
+                raise UserError(f'{error}. Given up: the training since the last checkpoint is lost') from None
             if not has_warned:
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
-                say(f'warning: {error}. What was trained is kept in memory: {hint}')
+                say(f'warning: {error}. The training is kept in memory: {hint}')
             has_warned = True
         # sleep, but no longer than until a signal with a larger exit code
         for _second in range(PAUSE):
@@ -230,7 +230,7 @@ def export(model, write, save):
             return write()
     except UserError as error:
         save_persistently(save)
-        raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None
+        raise UserError(f'{error}. The training is in a checkpoint: the same command writes the model') from None
 
 
 def end():

@@ -92,7 +92,7 @@ def _differences(recorded_run, run, neutral):
             found.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
-        # what an older version did not record counts as equal
+        # hashes that an older version did not record count as equal
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue

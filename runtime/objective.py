@@ -1,4 +1,4 @@
-"""What a loss of losses.py asks for, with the options of a run: columns, a reference, a statistic, terms on top of it."""
+"""The needs of a loss of losses.py, with the options of a run: columns, a reference, a statistic, terms on top of it."""
 
 import inspect
 from typing import NamedTuple
@@ -229,7 +229,7 @@ def try_out(name, fn, statistic, options):
         for i in range(len(MARGINS)):
             example = {key: x[i : i + 1].detach() for key, x in columns.items()}
             alone.append(call(fn, options | example))
-    # whatever a mistake in somebody's formula raises
+    # a mistake in somebody's formula may raise anything
     except Exception as error:
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)

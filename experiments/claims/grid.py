@@ -1,4 +1,4 @@
-"""Which trials experiments/claims makes. A trial is described in trial.py.
+"""The trials that experiments/claims makes. A trial is described in trial.py.
 
 Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the paper changes. Both tuned:
 each side has the best of twelve settings, its own options (beta', a) included, for the very metric of the claim, on a seed that is not

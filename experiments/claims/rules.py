@@ -1,4 +1,4 @@
-"""What papers claim, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
+"""The papers' claims, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
 
 import statistics
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def above(ours, theirs):
 
 
 class Measured(NamedTuple):
-    """What the claims compare, ours minus theirs, for one seed at a time.
+    """The quantities that the claims compare, ours minus theirs, for one seed at a time.
 
     A method raises KeyError where a run that it needs is missing or has failed."""
 

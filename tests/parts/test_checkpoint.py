@@ -356,7 +356,7 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
         pytest.skip('mounts are not permitted here')
     said, kept = done.stdout + done.stderr, tmp_path / 'kept'
     assert done.returncode == 2 and 'Traceback' not in said, said
-    assert 'What was trained is in a checkpoint: the same command writes the model' in said and 'lost' not in said
+    assert 'The training is in a checkpoint: the same command writes the model' in said and 'lost' not in said
     assert read_jsonl(kept / 'metrics.jsonl')[-1]['counters/examples'] == 60
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
 
@@ -374,7 +374,7 @@ def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_paus
     ranks.setup()
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     not_written.reset_mock()
-    with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
+    with pytest.raises(UserError, match='cannot write it. Given up: the training since .* is lost'):
         guard.save_persistently(not_written)
     assert not_written.call_count == 3
 
@@ -394,7 +394,7 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert metrics(tmp_path / 'well', 'train')[0]['lr'] == {'dpo.py': 5e-7, 'ppo.py': 1e-6}[script]
     with monkeypatch.context() as patch:
         patch.setattr(export, 'write_model', not_written)
-        with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
+        with pytest.raises(UserError, match='cannot write it. The training is in a checkpoint: the same command'):
             run_script(*ill)
     assert names(tmp_path / 'ill') == ['0000000016']
     run_script(*ill)
@@ -413,7 +413,7 @@ def test_a_save_that_has_failed_ends_the_step_and_does_not_cost_what_was_trained
         guard.stop_asked()
     monkeypatch.setattr(checkpoint, '_pending', failed)
     guard.save_persistently(lambda: checkpoint.wait() or tries.append(1))
-    assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
+    assert len(tries) == 1 and 'warning: no room. The training is kept in memory' in capsys.readouterr().out
 
 
 def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
