@@ -38,7 +38,7 @@ n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
 batch_size = 64  # examples of one optimizer step, all ranks together
 lr = 1e-5  # learning rate
-warmup_steps = 150  # steps of linear warm-up
+warmup_steps = 150  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 seed = 0  # of the new head, the data order, the flips
 share_prefix = True  # compute the prompt of a pair once
 # output

@@ -34,7 +34,7 @@ n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
 batch_size = 64  # examples of one optimizer step, all ranks together
 lr = 5e-7  # learning rate
-warmup_steps = 150  # steps of linear warm-up
+warmup_steps = 150  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 seed = 0  # of the data order and the samples
 # output and samples
 out_dir = 'out/sft'  # everything the run leaves behind

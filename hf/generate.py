@@ -41,10 +41,10 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     return [answers[i] for i in range(len(prompts))]
 
 
-def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
+def sample_held_out(run, models, examples, seen, measure=None, n_written=None, **settings):
     """Sample answers of models, {name: sharded model}, to the prompts of held-out Examples, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run, which has trained on examples_seen examples. measure(Examples of n answers): returns {column: (n,) tensor},
+    run: a training.Run, which has trained on `seen` examples. measure(Examples of n answers): returns {column: (n,) tensor},
     more fields of the file, or is None. n_written: how many answers of each model are written, None for all. settings: options of
     generate(). Returns {name: result of measure}. After a stop signal, which cuts answers short, writes nothing and returns {}."""
     tokenizer = run.tokenizer
@@ -69,7 +69,7 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
             measured[name] = measure(Examples.of(pairs))
         stop = stop_tokens(model, tokenizer)
         for i, answer in enumerate(answers[:n_written]):
-            row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
+            row = {'examples': seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
             row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
             row['tokens'] = len(answer)
             for column, values in measured.get(name, {}).items():
@@ -138,7 +138,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
 
 def _stop_asked():
     """Return whether a signal asks this process to stop. False in tensor-parallel groups, whose ranks must stay in step."""
-    return guard.asked_here() and not ranks.tp_size() > 1
+    return guard.asked_here() and ranks.tp_size() == 1
 
 
 @contextlib.contextmanager

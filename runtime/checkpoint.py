@@ -69,14 +69,14 @@ def _live_tensors(model, optimizer):
     return tensors
 
 
-def save(out_dir, examples, model, optimizer, state, keep_last):
+def save(out_dir, seen, model, optimizer, state, keep_last):
     """Start writing a checkpoint to out_dir/checkpoints; return once all data is copied. Collective.
 
-    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
+    seen: number of examples so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
     newest keep_last checkpoints are deleted. UserError if the previous one failed; if this one fails, wait() or the next save() raises."""
     global _pending
     wait()
-    folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
+    folder = Path(out_dir) / 'checkpoints' / f'{seen:010d}'
 
     # delete the N.tmp folders of checkpoints that were interrupted
     def remove_unfinished():
@@ -96,7 +96,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
-    state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
+    state_text = json.dumps({**state, 'examples': seen, 'rng': rng_of_ranks})
     _pending = _writer.submit(_write, folder, copies, shapes, state_text, keep_last, _writer_group(dist.group.WORLD))
 
 
@@ -198,9 +198,9 @@ def _damage(folder):
             if manifest.get(name) != actual.get(name):
                 return f'{name} is not what its manifest says'
         # an intact checkpoint may have been copied into the wrong folder
-        examples = json.loads((folder / 'state.json').read_text())['examples']
-        if examples != int(folder.name):
-            return f'it is the checkpoint after {examples} examples'
+        seen = json.loads((folder / 'state.json').read_text())['examples']
+        if seen != int(folder.name):
+            return f'it is the checkpoint after {seen} examples'
         return None
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'

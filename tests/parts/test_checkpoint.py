@@ -611,7 +611,7 @@ def test_a_step_without_weight_is_bad(monkeypatch):
     monkeypatch.setattr(training.fsdp, 'update', lambda policy, optimizer, rate, scale, max_norm: scale)
     monkeypatch.setattr(training.guard, 'bad_step', lambda *details: None)
     config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0})
-    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world=1)
+    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world_size=1)
     step, columns = SimpleNamespace(first=0, rows=np.arange(2), batches=[]), {'loss': torch.ones(2)}
     assert [training.Run.update(run, step, columns, torch.tensor(weight)) for weight in (2.0, 0.0)] == [True, False]
 
@@ -737,7 +737,7 @@ def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole,
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """within_memory() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
-    run = SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
+    run = SimpleNamespace(max_tokens=64, batching={}, rank=0, world_size=1)
 
     def halves_meanwhile(examples, rows, rank, world, max_tokens, **options):
         run.max_tokens = 32
