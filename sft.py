@@ -83,7 +83,7 @@ def run_step(step, backward=False):
 
     After backward and fsdp.average_gradients, gradients are those of the loss summed over all answer tokens / number of ranks."""
     # microbatch by microbatch: log-probs, loss, gradient
-    parts = []
+    by_batch = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             (pi,) = run.policy.response_logps(batch)  # (A,): log-prob of each answer
@@ -91,8 +91,8 @@ def run_step(step, backward=False):
         # losses are per token, so weight each answer by its number of tokens, and a filler (batch.real is False) by 0
         if backward:
             (batch.n * loss * batch.real).sum().backward()
-        parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return fsdp.gather(parts, step)
+        by_batch.append({'loss': loss, 'pi': pi, 'n': batch.n})
+    return fsdp.gather(by_batch, step)
 
 
 def summary(columns, split):

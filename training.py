@@ -376,14 +376,14 @@ class Run:
         if not n or seen <= self.state['evaluated']:
             return
         # the columns of one step after the other, in the order of the examples
-        parts = []
+        by_step = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
-            parts.append(self.within_memory(run_step, step))
+            by_step.append(self.within_memory(run_step, step))
             if guard.stop_asked():
                 return
         # metrics over all examples, not means of per-step means
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns = {name: torch.cat([of_step[name] for of_step in by_step]) for name in by_step[0]}
         metrics = summary(columns, 'eval')
         if sample and self.config.sample_during_eval:
             metrics |= sample(seen)
@@ -393,7 +393,8 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
 
-        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} after a stop signal."""
+        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} without measure, or
+        after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
