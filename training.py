@@ -413,14 +413,14 @@ class Run:
     # ---- the end ----
 
     def finish(self, build=None, leave=False):
-        """Export the model with its card to out_dir/model, made by build(empty) if not as for load_policy (ppo.py). leave: then exit."""
+        """Export the model with its card to out_dir/model. build(empty): makes it in place of load_policy's (ppo.py). leave: then exit."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
-        write_card = partial(export.write_card, self.config.out_dir)
+        card = partial(export.write_card, self.config.out_dir)
         # not the global save_dtype, which may be None: load_policy has set that of config
-        how = {'build': build or self.build, 'folder': folder, 'card': write_card, 'dtype': self.config['save_dtype']}
-        write = partial(export.write_model, self.policy, self.tokenizer, **how)
+        options = {'build': build or self.build, 'folder': folder, 'card': card, 'dtype': self.config['save_dtype']}
+        write = partial(export.write_model, self.policy, self.tokenizer, **options)
         # the dtype that was written. If write() fails, guard.export saves a checkpoint
         written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()

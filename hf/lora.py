@@ -280,14 +280,14 @@ def _new_config(model, adapters):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = []
+    excluded = []
     for path, _ in model.named_modules():
         if path.rpartition('.')[2] in wanted and path not in paths:
-            others.append(path)
+            excluded.append(path)
     # Conv1D, the linear layer of GPT-2, stores its weight transposed
     is_transposed = any(isinstance(module, Conv1D) for module in linear)
-    where = {'target_modules': wanted, 'exclude_modules': others or None, 'fan_in_fan_out': is_transposed}
-    return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **where)
+    layers = {'target_modules': wanted, 'exclude_modules': excluded or None, 'fan_in_fan_out': is_transposed}
+    return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **layers)
 
 
 def _check_trainable(model, saved):

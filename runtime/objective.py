@@ -125,9 +125,9 @@ def objective_of(config, losses, statistics):
     # raises UserError if the loss fails; check_loss.py prints what it returns
     try_out(name, fn, statistic, options)
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    kind = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
-    kind |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
-    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
+    properties = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
+    properties |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
+    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **properties)
     _check_options(config, objective)
     return objective
 
