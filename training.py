@@ -172,11 +172,10 @@ class Run:
         return model
 
     def set_batching(self, longest, noun='the examples', share_prefix=True, *, forward=None, n_frozen=0):
-        """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
+        """Set run.packed (packed or padded batches) and run.max_tokens (of a microbatch). UserError if the model has too few positions.
 
-        longest: tokens of the longest sequence; UserError if the model has fewer positions. noun: of the sequences, for that message.
-        share_prefix: pairs compute their prompt once. forward: the training pass, if not response_logps. n_frozen: models to be
-        loaded after this."""
+        longest: tokens of the longest sequence; noun: of the sequences, for messages. share_prefix: pairs compute their prompt once.
+        forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
         policy = self.policy
         self.longest = longest, noun  # for load_frozen
         # with ppo.py's --critic, the policy holds a critic, which is a whole model
@@ -393,8 +392,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
 
-        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} without measure, or
-        after a stop signal."""
+        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}, {} after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
