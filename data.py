@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hf.attention import Varlen, blocks_of
+from hf.attention import Varlen, bundles_of
 from runtime.prefetch import move
 from text.examples import Examples
 
@@ -138,8 +138,8 @@ class Step:
     first: int  # number of examples taken before this step
     rows: np.ndarray  # rows of its examples in `examples`
     batches: list  # this rank's Batches
-    tokens: int  # number of tokens on all ranks
-    allocated: int  # that number plus padding
+    n_tokens: int  # on all ranks
+    n_allocated: int  # that number plus padding
     labels: dict  # name -> column of the step: good (KTO) or margin (reward.py)
     examples: Examples  # the training or held-out examples
     max_tokens: int  # limit of its microbatches
@@ -169,7 +169,7 @@ class Batch:
     position: torch.Tensor | None = None  # packed: (1, T) position of each token in its own sequence
     mask: torch.Tensor | None = None  # padded: (A, T) 1 for tokens, 0 for padding
     groups: list = field(default_factory=list)  # packed: (tokens of a prompt, (tokens of each answer that shares it))
-    blocks: list = field(default_factory=list)  # packed: the groups as Blocks, which attention computes one by one
+    bundles: list = field(default_factory=list)  # packed: the groups as Bundles, which attention computes one by one
     varlen: Varlen | None = None  # packed on a GPU: the groups in the format of the CUDA kernel
     ref: torch.Tensor | None = None  # (A,) cached log-probs of the reference
 
@@ -184,7 +184,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     """Make a Batch of examples, a list of (prompt, [answer, ...]) in token ids, with these slots.
 
     share_prefix=False: each answer has its own copy of the prompt. pad: and a row of its own, padded to the longest. filler: number
-    of answers of a dummy example, slot -1, that replaces an empty list: others wait for a rank without data, so it runs, too."""
+    of answers of the example, slot -1, that replaces an empty list: others wait for a rank without data, so it runs, too."""
     if not examples:
         one_token = np.array([0])
         examples, slots = [(one_token, [one_token] * filler)], [-1]
@@ -212,7 +212,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=longest)
     if not pad:
         batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
-        batch.blocks = blocks_of(batch.groups)
+        batch.bundles = bundles_of(batch.groups)
         if torch.device(device).type == 'cuda':
             batch.varlen = Varlen(batch.groups)
     return move(batch, device)

@@ -64,7 +64,7 @@ n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
 batch_size = 64  # examples of one optimizer step, all ranks together
 lr = 5e-7  # learning rate
-warmup_steps = 150  # steps of linear warm-up
+warmup_steps = 150  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 seed = 0  # of the data order, the flips, the statistics, the samples
 share_prefix = True  # compute the prompt of a pair once
 cache_ref = False  # reference log-probs from a file, computed once: pays from the second epoch or run on
@@ -77,7 +77,7 @@ temperature = 1.0  # of the samples; 0: greedy
 top_p = 1.0  # of the samples
 config = configure(globals(), shared=training)
 
-# ---- what the loss asks for: its signature says ----
+# ---- the loss: its signature says what it asks for ----
 
 objective = objective_of(config, losses.LOSSES, losses.STATISTICS)
 paired, needs_ref = objective.paired, objective.needs_ref
@@ -94,14 +94,14 @@ run.load_data(task='pairs' if paired else 'singles')  # text/tokenise.py: load_e
 run.load_policy(partial(load_model, model, adapters=run.adapters, **run.model_options()))
 longest = min(max_length, max(run.train.longest(mixed=is_mixed), run.held_out.longest(mixed=is_mixed)))
 # a policy with adapters is its own reference while they are switched off
-is_policy = run.adapters and ref_model is None
-is_loaded = needs_ref and not cache_ref and not is_policy
-run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(is_loaded))
+ref_is_policy = run.adapters and ref_model is None
+ref_is_loaded = needs_ref and not cache_ref and not ref_is_policy
+run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(ref_is_loaded))
 
-# the reference model, or with cache_ref its log-probs from a file; then it is loaded only if there is no such file yet
+# the reference model, or with cache_ref its log-probs from a file; then it runs only if there is no such file yet
 ref_adapters = lora.reference_options(config, run.adapters)
 build_ref = partial(load_model, ref_model or model, adapters=ref_adapters, **run.model_options())
-make_ref = (lambda: run.policy) if is_policy else partial(run.load_frozen, build_ref)
+make_ref = (lambda: run.policy) if ref_is_policy else partial(run.load_frozen, build_ref)
 ref = make_ref() if needs_ref and not cache_ref else None
 if divergence:
     check_heads(run.policy, ref)
@@ -150,22 +150,22 @@ def measure(batch, as_pairs=paired):
     return of_pairs
 
 
-def step_statistic(step, parts=None):
+def step_statistic(step, by_batch=None):
     """Call the loss's statistic on the whole step. Returns (more columns for the loss, (examples,) each; the statistic's new state).
 
-    Those of beta_dpo are beta and weight, and its state is the running mean and spread of margins, {'mean': 0.2, 'std': 1.1}.
-    parts: the columns of this rank's microbatches, if measured already."""
+    Those of beta_dpo are beta and weight, and its state is the running mean and std of margins, {'mean': 0.2, 'std': 1.1}.
+    by_batch: the columns of this rank's microbatches, if measured already."""
     measured_step, suffix = step, ''
     # kto's statistic asks for other columns, pi_kl and ref_kl: those of the step's prompts, each with an answer to another prompt
     if is_mixed:
         mismatched = step.examples.mismatched(step.rows, longest, more=run.train)
         measured_step, suffix = run.make_step(mismatched, np.arange(len(mismatched))), '_kl'
-    if parts is None:
+    if by_batch is None:
         with torch.no_grad():
-            parts = [measure(batch) for batch in measured_step.batches]
+            by_batch = [measure(batch) for batch in measured_step.batches]
 
     # all ranks see the columns of the whole step, so they compute the same statistic
-    gathered = fsdp.gather(parts, measured_step)
+    gathered = fsdp.gather(by_batch, measured_step)
     inputs = {f'{name}{suffix}': values for name, values in gathered.items()}
     inputs['generator'] = torch.Generator().manual_seed(seed * 1_000_003 + step.first)  # a different seed every step
     inputs['state'] = run.state['statistic']
@@ -204,7 +204,7 @@ def run_step(step, backward=False, shift=None):
         step_columns['good'] = step.labels['good']
 
     # 2. microbatch by microbatch: columns, loss and weight, gradient
-    parts = []
+    by_batch = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             measured = measured_before[0] if measured_before else measure(batch)
@@ -217,10 +217,10 @@ def run_step(step, backward=False, shift=None):
             step_weight = weight * losses.drdpo_weight(loss, shift, beta_prime=beta_prime)
         if backward:
             (step_weight.detach() * loss * batch.real).sum().backward()
-        parts.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
+        by_batch.append(measured | {'loss': loss, 'weight': weight, 'step_weight': step_weight})
 
-    # 3. columns of the whole step, for metrics and for normalizing by the sum of weights
-    columns = step_columns | fsdp.gather(parts, step)
+    # 3. columns of the whole step, for metrics and for the sum of weights, by which run.update divides
+    columns = step_columns | fsdp.gather(by_batch, step)
 
     # rare: the loss of a later microbatch is so far below the shift that its weight exceeds e^20. The squared gradient norm could
     # overflow: discard the gradients, and run the step again with its smallest loss as the shift
@@ -240,8 +240,8 @@ def log_ratios(examples):
     """Return the 'logratio' (log-probs of policy minus reference) and 'tokens' (lengths) of Examples of n answers, (n,) each."""
     step = run.make_step(examples, np.arange(len(examples)))
     with torch.no_grad(), errors.memory_of(step.batches, run.max_tokens):
-        parts = [measure(batch, as_pairs=False) for batch in step.batches]
-    columns = fsdp.gather(parts, step)
+        by_batch = [measure(batch, as_pairs=False) for batch in step.batches]
+    columns = fsdp.gather(by_batch, step)
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}
 
 

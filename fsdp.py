@@ -25,11 +25,11 @@ from runtime.rmsprop import RMSprop
 # ---- numbers of a step: every rank has to call these ----
 
 
-def gather(parts, step):
-    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. parts: columns of each of step.batches."""
+def gather(by_batch, step):
+    """Gather the columns of a Step over all ranks: name -> (examples,), in step order. by_batch: those of each of step.batches."""
     # index in the step of each example, -1 for a filler
     slots = [slot for batch in step.batches for slot in batch.slot]
-    of_this_rank = {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+    of_this_rank = {name: torch.cat([columns[name] for columns in by_batch]) for name in by_batch[0]}
     return gather_columns(of_this_rank, slots, len(step.rows))
 
 

@@ -70,7 +70,7 @@ batch_size = 256  # answers of one round, all ranks together
 minibatch_size = 64  # answers of one optimizer step, all ranks together
 ppo_epochs = 4  # passes over the answers of a round
 lr = 1e-6  # learning rate
-warmup_steps = 10  # optimizer steps of linear warm-up
+warmup_steps = 10  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 max_grad_norm = 1.0  # gradients are clipped to this norm
 seed = 0  # of the order of prompts, the answers, the minibatches
 share_prefix = True  # with group_size above 1: compute the prompt of a group once
@@ -114,11 +114,11 @@ kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the r
 
 run = training.Run(config)  # initialises torch.distributed and claims out_dir
 
-# examples of the task 'prompts' carry a dummy answer: 2 leaves room for one token and the end token
+# examples of the task 'prompts' have a placeholder for an answer: 2 leaves room for its token and the end token
 prompts_only = {'task': 'prompts', 'max_length': max_prompt_length + 2}
 run.load_data(train={'task': 'singles'} if offline else prompts_only, held_out=prompts_only)
 if not offline:
-    run.train.left_out.pop('answers cut', None)  # only dummy answers were cut
+    run.train.left_out.pop('answers cut', None)  # only placeholders were cut
 else:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
@@ -165,20 +165,20 @@ if has_own_ref:
 # reward functions get the data rows of the prompts; offline, only held-out answers are scored
 scorer = Reward(reward_parts, config, run.max_tokens, run.tokenizer, run.device, longest)
 scorer.read_rows(train=None if offline else train, test=held_out)
-reward_models = [reward_model for reward_model, _tokenizer in scorer.reward_models.values()]
+reward_models = [loaded for loaded, _tokenizer in scorer.reward_models.values()]
 run.check_room(ref, *reward_models)
 
 
 def make_round(first, rows):
     """Sample (offline: read) the answers of a round and compute scores and advantages. Return a rollout.Round.
 
-    first: number of answers before the round. rows: indices of its prompts in train, the same on all ranks, which call it together."""
+    first: number of answers before the round. rows: of its prompts in train, the same on all ranks, which call it together."""
     # 1. answers. Answer k of a run has seed (seed + 1) * 2**32 + k, so runs with different --seed share none
     if offline:
         examples = train.select(rows)
     else:
         first_seed = (seed + 1) * 2**32 + first
-        examples = rollout.sample(run, train, rows, answers_each=answers_per_prompt, first_seed=first_seed)
+        examples = rollout.sample(run, rows, answers_each=answers_per_prompt, first_seed=first_seed)
         # a signal cuts answers short: save and exit here, and the resumed run repeats the round. Before the first, nothing is to be saved
         run.obey_signals(first, saved=first == 0)
 
@@ -267,7 +267,7 @@ def run_minibatch(step, this_round):
         for name, column in terms.items():
             sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
     # add up over ranks: each rank's sum is one number of a column, (ranks,)
-    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world)
+    by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world_size)
     return {name: column.sum().item() for name, column in by_rank.items()}
 
 
@@ -286,8 +286,9 @@ def train_round(this_round):
         step = run.make_step(this_round.examples, rows, this_round.first)
         with errors.memory_of(step.batches, run.max_tokens):
             sums = run_minibatch(step, this_round)
-        # what bad_step.jsonl shows of each answer, (answers,); the loss is known for the whole step only
-        columns = {name: this_round.by_example(name)[rows].double().flatten() for name in ('score', 'n')}
+        # numbers of each answer for bad_step.jsonl, (answers,); the loss is known for the whole step only
+        tables = {name: this_round.answers[name].view(-1, answers_per_prompt) for name in ('score', 'n')}
+        columns = {name: table[rows].double().flatten() for name, table in tables.items()}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n

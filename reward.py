@@ -38,7 +38,7 @@ n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
 batch_size = 64  # examples of one optimizer step, all ranks together
 lr = 1e-5  # learning rate
-warmup_steps = 150  # steps of linear warm-up
+warmup_steps = 150  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 seed = 0  # of the new head, the data order, the flips
 share_prefix = True  # compute the prompt of a pair once
 # output
@@ -70,7 +70,7 @@ def run_step(step, backward=False):
     # target gap between the two scores, (pairs,)
     step_margin = step.labels.get('margin', torch.zeros(len(step.rows)))
     # microbatch by microbatch: scores, loss, gradient
-    parts = []
+    by_batch = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             scores = run.policy.response_scores(batch)  # (A,): chosen, rejected, chosen, ...
@@ -79,8 +79,8 @@ def run_step(step, backward=False):
             loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
             (loss * batch.real).sum().backward()  # real: False for the filler of a rank without examples
-        parts.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
-    return fsdp.gather(parts, step)
+        by_batch.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
+    return fsdp.gather(by_batch, step)
 
 
 def summary(columns, split):

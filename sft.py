@@ -34,7 +34,7 @@ n_epochs = 1  # passes over the data
 n_examples: int | None = None  # stop after so many examples; None: n_epochs decides
 batch_size = 64  # examples of one optimizer step, all ranks together
 lr = 5e-7  # learning rate
-warmup_steps = 150  # steps of linear warm-up
+warmup_steps = 150  # optimizer steps of linear warm-up; unless it is set, at most a tenth of the run
 seed = 0  # of the data order and the samples
 # output and samples
 out_dir = 'out/sft'  # everything the run leaves behind
@@ -83,7 +83,7 @@ def run_step(step, backward=False):
 
     After backward and fsdp.average_gradients, gradients are those of the loss summed over all answer tokens / number of ranks."""
     # microbatch by microbatch: log-probs, loss, gradient
-    parts = []
+    by_batch = []
     for batch in step.batches:
         with torch.set_grad_enabled(backward):
             (pi,) = run.policy.response_logps(batch)  # (A,): log-prob of each answer
@@ -91,8 +91,8 @@ def run_step(step, backward=False):
         # losses are per token, so weight each answer by its number of tokens, and a filler (batch.real is False) by 0
         if backward:
             (batch.n * loss * batch.real).sum().backward()
-        parts.append({'loss': loss, 'pi': pi, 'n': batch.n})
-    return fsdp.gather(parts, step)
+        by_batch.append({'loss': loss, 'pi': pi, 'n': batch.n})
+    return fsdp.gather(by_batch, step)
 
 
 def summary(columns, split):

@@ -1,4 +1,4 @@
-"""What all training scripts share around their own step: set-up, resuming, logging, evaluation, checkpoints, export.
+"""Everything around a step, which all training scripts share: set-up, resuming, logging, evaluation, checkpoints, export.
 
     run = training.Run(config)                 # ranks, signals, out_dir, tokenizer
     run.load_data(task='pairs')                # run.train, run.held_out; then load_policy, set_batching, count_data, check_room
@@ -89,14 +89,15 @@ class Run:
     def __init__(self, config):
         """Check the options, join the process group, install signal handlers, lock out_dir. Raises UserError."""
         self.config = config
-        self.adapters = lora.options(config)  # a dict, or None without --lora_rank
+        self.adapters = lora.adapter_options(config)  # a dict, or None without --lora_rank
         parallel.check(config)
         for names, why in values.without_effect(config):
             config.report_unused(names, why)
-        # rank and world count groups of tp processes: those of a group take the same examples
-        self.rank, self.world, self.device = ranks.setup(tp, config)
-        if config.batch_size < self.world:
-            raise UserError(f'batch_size {config.batch_size} is too small: one example for each of {self.world} ranks')
+        # a rank here is a group of tp processes, which take the same examples
+        self.rank, self.world_size, self.device = ranks.setup(tp, config)
+        if config.batch_size < self.world_size:
+            needed = f'one example for each of {self.world_size} ranks'
+            raise UserError(f'batch_size {config.batch_size} is too small: {needed}')
         parallel.choose_arithmetic(config, self.device)
         guard.begin(config.out_dir, config, resume)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
@@ -126,7 +127,7 @@ class Run:
         # of 'hh+shp', the first examples would all be of hh
         if '+' in source or not self.config.n_examples:
             return None
-        # a run is short if it takes at most a tenth of what these options leave, at least, of the first ENOUGH examples
+        # a run is short if the first ENOUGH examples, after these options have left some out, are ten times what it takes
         fractions = (data_fraction, self.config.get('frac_good', 1), self.config.get('frac_bad', 1))
         fraction = math.prod(share for share in fractions if share > 0)
         is_short = 10 * self.config.n_examples <= fraction * ENOUGH
@@ -170,26 +171,26 @@ class Run:
         set_attention(model, self.packed, attn)
         return model
 
-    def set_batching(self, longest, what='the examples', share_prefix=True, *, forward=None, n_frozen=0):
-        """Set run.packed (packed or padded batches) and run.max_tokens (tokens per microbatch).
+    def set_batching(self, longest, noun='the examples', share_prefix=True, *, forward=None, n_frozen=0):
+        """Set run.packed (packed or padded batches) and run.max_tokens (of a microbatch). UserError if the model has too few positions.
 
-        longest: tokens of the longest sequence; UserError if the model has fewer positions (what: its name there). share_prefix: pairs
-        compute their prompt once. forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
+        longest: tokens of the longest sequence; noun: of the sequences, for messages. share_prefix: pairs compute their prompt once.
+        forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
         policy = self.policy
-        self.longest = longest, what  # for load_frozen
+        self.longest = longest, noun  # for load_frozen
         # with ppo.py's --critic, the policy holds a critic, which is a whole model
         critic = getattr(core(policy), 'critic', None)
         with_attention = [policy] if critic is None else [policy, critic]
         for model in with_attention:
-            check_positions(model, longest, what)
+            check_positions(model, longest, noun)
         if self.config.get('sample_during_eval'):
             check_positions(policy, self.held_out.longest_prompt() + self.config.max_new_tokens, 'samples')
         # pack if the options allow it, and if the model then computes the same log-probs as on padded batches (can_pack)
         self.packed = can_pack(policy, self.train, self.device, wanted=pack and attn is None)
         for model in with_attention:
             set_attention(model, self.packed, attn)
-        # options of data.make_batches
-        self.layout = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
+        # of data.make_batches
+        self.batching = {'share_prefix': share_prefix, 'pad': not self.packed, 'device': self.device}
         forward = forward or policy.response_logps
         # () -> bytes of activations that a token takes. They are measured at the first call: not at all if nobody asks
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
@@ -202,8 +203,7 @@ class Run:
         """Raise UserError if the disk lacks room; log notes on memory and long examples. frozen: other models in memory, or None.
 
         If checkpoints do not fit, save_every='auto' becomes 0: none are written."""
-        checkpoints_fit = room.check_room(self, frozen)
-        if not checkpoints_fit:
+        if not room.check_room(self, frozen):
             self.save_every = 0
 
     def start(self, method='', units=None, n_steps=None):
@@ -213,11 +213,11 @@ class Run:
         examples. UserError for a checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         sharded.check_trained(self.policy, self.optimizer)
-        # what tells this run from others: options, hashes of the data, and fingerprints, hashes of the models
+        # this tells the run from others: options, hashes of the data, and fingerprints, hashes of the models
         self.identity = checkpoint.identify(config, partial(fingerprints, config), self.train, self.held_out)
         newest = checkpoint.latest(out_dir, self.identity) if resume else None
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
-        # where a run stands at its beginning; evaluated=-1: not even at 0 examples
+        # the state at the beginning of a run; evaluated=-1: not even at 0 examples
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
         self.state['warmup'] = log.warmup_steps(config, self.n_steps)
         if newest:
@@ -236,13 +236,13 @@ class Run:
         ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         # 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'
-        what = f'{"resuming" if self.seen else "training"} {method}'.strip()
+        action = f'{"resuming" if self.seen else "training"} {method}'.strip()
         n_epochs = self.total / len(self.train)
         epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
         units = units or f'examples{epochs}, {config.batch_size} a step'
-        processes = '1 rank' if self.world == 1 else f'{self.world} ranks'
+        processes = '1 rank' if self.world_size == 1 else f'{self.world_size} ranks'
         done = f'; going on after {self.seen:,} of them, from {newest}' if self.seen else ''
-        log.say(f'{what} on {processes}: {counted(self.total, units)}{done}')
+        log.say(f'{action} on {processes}: {counted(self.total, units)}{done}')
 
     # ---- steps ----
 
@@ -253,9 +253,9 @@ class Run:
             labels['margin'] = torch.from_numpy(examples.margin[rows])
         # read it only once, because this runs in a thread, and within_memory() may halve it at any moment
         limit = max_tokens or self.max_tokens
-        # this rank's microbatches; tokens on all ranks, without and with padding
-        batches, tokens, allocated = data.make_batches(examples, rows, self.rank, self.world, limit, **self.layout)
-        return data.Step(first, rows, batches, tokens, allocated, labels=labels, examples=examples, max_tokens=limit)
+        # (this rank's microbatches, tokens on all ranks, tokens with padding)
+        packed_step = data.make_batches(examples, rows, self.rank, self.world_size, limit, **self.batching)
+        return data.Step(first, rows, *packed_step, labels=labels, examples=examples, max_tokens=limit)
 
     def steps(self):
         """Yield the remaining Steps of the run, made ahead in a thread."""
@@ -277,7 +277,7 @@ class Run:
                     return run_step(step, **options)
             except UserError as error:
                 # not on several ranks, tp of which hold one model: the others would wait forever in a collective
-                may_halve = max_tokens == 'auto' and self.world * tp == 1
+                may_halve = max_tokens == 'auto' and self.world_size * tp == 1
                 # can_split: memory ran out, and in a microbatch of several examples
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
@@ -299,9 +299,9 @@ class Run:
         if number is None:
             number, rows = step.first // config.batch_size, step.rows
         self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
-        # fsdp.update gets gradients that are (sum of weighted gradients) / world: times scale, they are the weighted mean
+        # fsdp.update gets gradients that are (sum of weighted gradients) / ranks: times scale, they are the weighted mean
         # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
-        scale = self.world / float(weight) if weight != 0 and guard.finite(columns) else math.nan
+        scale = self.world_size / float(weight) if weight != 0 and guard.finite(columns) else math.nan
         with errors.memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
@@ -312,15 +312,15 @@ class Run:
 
     def log_step(self, step, metrics):
         """Log a training row: metrics plus gradient norm, learning rate, share of padding, and what log_row adds."""
-        padding_share = 1 - step.tokens / step.allocated
+        padding_share = 1 - step.n_tokens / step.n_allocated
         row = metrics | {'grad_norm': self.norm, 'lr': self.rate, 'padding_share': padding_share}
-        self.log_row(row, step.seen, len(step.rows), step.tokens, data_wait_per_second=self.waited)
+        self.log_row(row, step.seen, len(step.rows), step.n_tokens, data_wait_per_second=self.waited)
 
-    def log_row(self, row, seen, n, tokens, **parts):
-        """Log a training row after `seen` examples, plus the speed at which its n examples and these tokens went; parts: see log.speeds."""
+    def log_row(self, row, seen, n, n_tokens, **seconds):
+        """Log a training row after `seen` examples, and the speed of its n examples of n_tokens tokens. seconds: see log.speeds."""
         # time since the last row, without evaluations and checkpoints, which reset the clock
         elapsed = time.perf_counter() - self.clock
-        row |= log.speeds(n, tokens, elapsed, **parts)
+        row |= log.speeds(n, n_tokens, elapsed, **seconds)
         self.clock = time.perf_counter()
         row |= {f'state/{name}': value for name, value in self.state['statistic'].items()}  # a running mean, say
         if skip_bad_steps:
@@ -352,7 +352,7 @@ class Run:
 
     def obey_signals(self, seen, saved=False):
         """Exit if a signal has asked for it, after saving a checkpoint. saved: save(seen) has been called already."""
-        guard.boundary(partial(self.save, seen), self.logger.close, already_started=saved)
+        guard.obey_signals(partial(self.save, seen), self.logger.close, already_started=saved)
 
     # ---- evaluation ----
 
@@ -375,14 +375,14 @@ class Run:
         if not n or seen <= self.state['evaluated']:
             return
         # the columns of one step after the other, in the order of the examples
-        parts = []
+        by_step = []
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
-            parts.append(self.within_memory(run_step, step))
+            by_step.append(self.within_memory(run_step, step))
             if guard.stop_asked():
                 return
         # metrics over all examples, not means of per-step means
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        columns = {name: torch.cat([of_step[name] for of_step in by_step]) for name in by_step[0]}
         metrics = summary(columns, 'eval')
         if sample and self.config.sample_during_eval:
             metrics |= sample(seen)
@@ -392,7 +392,7 @@ class Run:
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
 
-        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}; {} after a stop signal."""
+        measure(Examples of n answers) -> {column: (n,)}, written beside them. Returns {name: {column: (n,)}}, {} after a stop signal."""
         config = self.config
         # kto has a good and a bad example of each prompt: one is enough. All examples of other losses are good
         good = self.held_out.select(self.held_out.good)
@@ -411,14 +411,14 @@ class Run:
     # ---- the end ----
 
     def finish(self, build=None, leave=False):
-        """Export the model with its card to out_dir/model, made by build(empty) if not as for load_policy (ppo.py). leave: then exit."""
+        """Export the model with its card to out_dir/model. build(empty): makes it in place of load_policy's (ppo.py). leave: then exit."""
         folder = f'{self.config.out_dir}/model'
         # a pending signal stops the run here, with a checkpoint
         self.obey_signals(self.total)
-        write_card = partial(export.write_card, self.config.out_dir)
+        card = partial(export.write_card, self.config.out_dir)
         # not the global save_dtype, which may be None: load_policy has set that of config
-        how = {'build': build or self.build, 'folder': folder, 'card': write_card, 'dtype': self.config['save_dtype']}
-        write = partial(export.write_model, self.policy, self.tokenizer, **how)
+        options = {'build': build or self.build, 'folder': folder, 'card': card, 'dtype': self.config['save_dtype']}
+        write = partial(export.write_model, self.policy, self.tokenizer, **options)
         # the dtype that was written. If write() fails, guard.export saves a checkpoint
         written = guard.export(self.policy, write, save=partial(self.save, self.total))
         self.logger.close()

@@ -44,9 +44,10 @@ def mean_and_error(numbers):
 
 def used():
     """Return (CPU seconds of the commands that this process ran and that have ended, GB of the largest process, this one included)."""
-    usage, own = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
+    of_children, of_this = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
     unit = 1e9 if sys.platform == 'darwin' else 1e6  # macOS counts bytes, Linux kilobytes
-    return usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss, own.ru_maxrss) / unit
+    cpu_seconds = of_children.ru_utime + of_children.ru_stime
+    return cpu_seconds, max(of_children.ru_maxrss, of_this.ru_maxrss) / unit
 
 
 def run(*command, limit=None, **environment):
@@ -55,5 +56,5 @@ def run(*command, limit=None, **environment):
     settings = {'cwd': ROOT, 'env': os.environ | environment, 'timeout': limit}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **settings)
     if done.returncode:
-        what, why = ' '.join(command[:2]), done.stderr.strip()[-2000:]
-        raise UserError(f'{what} ... ended with {done.returncode}: {why}')
+        begin, reason = ' '.join(command[:2]), done.stderr.strip()[-2000:]
+        raise UserError(f'{begin} ... ended with {done.returncode}: {reason}')

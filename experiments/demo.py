@@ -31,7 +31,7 @@ launch('sft.py', 'config/sft_toy.py', f'--out_dir={SFT}')
 sampling = '--sample_during_eval', '--n_eval_model_samples=256'
 launch('dpo.py', 'config/drdpo_toy.py', f'--model={SFT}/model', f'--out_dir={DPO}', *sampling)
 
-# what the first step, the evaluations and the last samples say
+# numbers of the first step, the evaluations and the last samples
 (check,) = (row for row in read_rows(DPO / 'metrics.jsonl') if row['split'] == 'check')
 before, *_, after = evaluations(DPO)
 answers = {'reference': [], 'policy': []}

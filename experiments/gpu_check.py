@@ -1,4 +1,4 @@
-"""What only a GPU can show, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
+"""Checks that only a GPU can make, one line a check: PASS, FAIL, SKIP or INFO, the seconds so far, a name, and numbers.
 
     python -m experiments.gpu_check --only='versions kernel models resume every_loss scripts memory step'
     python -m experiments.gpu_check --only='checkpointing speed'
@@ -65,7 +65,7 @@ SHAPES = {
     'triples': [(150, 30, 4, 260), (1, 2, 1, 1)],
     'long': [(256, 256, 200)] * 3,
 }
-# what is special about an architecture's attention
+# architectures, and options that make the attention of each special
 ARCHITECTURES = {
     'GPTNeoX': {'hidden_size': 320, 'num_attention_heads': 4},  # heads of 80, as Pythia-2.8B has
     'Llama': {'hidden_size': 512, 'num_attention_heads': 8, 'num_key_value_heads': 2},
@@ -125,10 +125,11 @@ def make_files():
     llama(MODEL, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
 
 
-def random_model(kind, **options):
-    """Return a model with random weights. kind: GPTNeoX, Llama ...; options: of its config."""
+def random_model(architecture, **options):
+    """Return a model with random weights. architecture: GPTNeoX, Llama ...; options: of its config."""
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{kind}Config')(**options)).eval()
+    model_config = getattr(transformers, f'{architecture}Config')(**options)
+    return transformers.AutoModelForCausalLM.from_config(model_config).eval()
 
 
 def llama(folder, **options):
@@ -161,32 +162,32 @@ def kernel():
         slope = torch.randn(1, n, heads, width, generator=generator).bfloat16()
         attend = partial(attention_and_gradients, inputs, slope, examples, width**-0.5, window)
         exact, half = attend('cpu', torch.float32), attend(device, torch.bfloat16)
-        for what in exact:
+        for quantity in exact:
             # a window of one token has no gradient in queries and keys
-            if exact[what].norm() > 1e-3 * slope.norm():
-                found.append((far(half[what], exact[what]), what, heads, kv, width, window, name))
+            if exact[quantity].norm() > 1e-3 * slope.norm():
+                found.append((far(half[quantity], exact[quantity]), quantity, heads, kv, width, window, name))
     off, *where = max(found)
     say(off < 0.02, 'attention in bfloat16', f'off by {off:.4f} at most, at {where}; {len(found)} compared')
 
 
-def attention_and_gradients(inputs, slope, examples, scaling, window, where, kind):
+def attention_and_gradients(inputs, slope, examples, scaling, window, on_device, dtype):
     """Return by name the output of packed_attention on a device in a dtype, and its gradients in queries, keys and values."""
-    batch = pack(examples, range(len(examples)), device=where)
-    qkv = [x.to(where, kind).requires_grad_() for x in inputs]
+    batch = pack(examples, range(len(examples)), device=on_device)
+    qkv = [x.to(on_device, dtype).requires_grad_() for x in inputs]
     out, _ = attention.packed_attention(None, *qkv, None, scaling=scaling, sliding_window=window, packed=batch)
-    out.backward(slope.to(where, kind))
+    out.backward(slope.to(on_device, dtype))
     return {'out': out} | {name: x.grad for name, x in zip(('dq', 'dk', 'dv'), qkv, strict=True)}
 
 
-def logps_and_gradient(model, examples, where, kind, packed):
+def logps_and_gradient(model, examples, on_device, dtype, packed):
     """Return the log-probs of the examples' answers, and one gradient of all weights."""
-    model = copy.deepcopy(model).to(where)
+    model = copy.deepcopy(model).to(on_device)
     for p in model.parameters():  # not the rotary frequencies
-        p.data = p.data.to(kind)
+        p.data = p.data.to(dtype)
     attention.set_attention(model, packed)
-    batch = pack(examples, range(len(examples)), pad=not packed, device=where)
+    batch = pack(examples, range(len(examples)), pad=not packed, device=on_device)
     logps = models.response_logps(model, batch)[0]
-    logps.backward(torch.linspace(-1, 1, len(logps)).to(where))
+    logps.backward(torch.linspace(-1, 1, len(logps)).to(on_device))
     return logps, torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
 
 
@@ -296,7 +297,6 @@ def resume_with(option):
     # as if it had been killed after 32 examples
     shutil.copytree(first, resumed)
     shutil.rmtree(resumed / 'model')
-    shutil.rmtree(resumed / 'checkpoints/64', ignore_errors=True)
     record = resumed / 'config.json'
     record.write_text(record.read_text().replace(f'{first}"', f'{resumed}"'))
     if not go(resumed):
@@ -340,11 +340,11 @@ def memory():
 def say_steps(shapes, ways, profiled=False):
     """Say time and memory of a step of each shape with each way of activation checkpointing. On a CPU small ones only run.
 
-    shapes: (kind, width, inner width, layers, heads). profiled: say also where the host waits, and which kernels take the time."""
-    for (kind, *shape), way in itertools.product(shapes, ways):
+    shapes: (architecture, width, inner width, layers, heads). profiled: say also where the host waits, and which kernels take the time."""
+    for (architecture, *shape), way in itertools.product(shapes, ways):
         width, inner, layers, heads = shape if gpu else (64, 128, 2, 4)
-        name = f'{kind}, width {width}, checkpointing {way}'
-        take, tokens = make_step(kind, way, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        name = f'{architecture}, width {width}, checkpointing {way}'
+        take, tokens = make_step(architecture, way, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
                                  num_attention_heads=heads)  # fmt: skip
         if not gpu:
             say('SKIP', name, 'it runs; times, memory, waits and kernels are of a GPU')
@@ -367,18 +367,18 @@ def say_steps(shapes, ways, profiled=False):
         release()
 
 
-def make_step(kind, checkpointing, **sizes):
+def make_step(architecture, checkpointing, **sizes):
     """Return (a function that takes a step of DPO with a live reference and random weights of this shape, tokens of its batch)."""
     ranks.setup()
     attention.register_attention()
 
     def build(empty=False):
         with torch.device('meta' if empty else device):  # weights drawn on the GPU: fast
-            return random_model(kind, vocab_size=50304, **sizes)
+            return random_model(architecture, vocab_size=50304, **sizes)
 
-    where = torch.device(device)
-    policy = fsdp.shard(build, where, dtype='bfloat16', activation_checkpointing=checkpointing)
-    reference = fsdp.shard(build, where, dtype='bfloat16', train=False)
+    on_device = torch.device(device)
+    policy = fsdp.shard(build, on_device, dtype='bfloat16', activation_checkpointing=checkpointing)
+    reference = fsdp.shard(build, on_device, dtype='bfloat16', train=False)
     optimizer = fsdp.make_optimizer('RMSprop', policy, 1e-7, 0.0)
     examples = random_examples(np.random.default_rng(0), 4096, [(111, 41, 51)] * (40 if gpu else 2))
     batch = pack(examples, range(len(examples)), device=device)

@@ -84,7 +84,7 @@ class Clock:
             self.pace = (time.time() - self.began) / over
 
     def say(self, text):
-        """Print a line with the time before it. What it says as `train 32/128` is the share of the stage that is done."""
+        """Print a line with the time before it. A text such as `train 32/128` tells the share of the stage that is done."""
         if found := re.match(r'train +(\d+)/(\d+)', text):
             self.share = int(found[1]) / int(found[2])
         self.spoke = time.time()

@@ -4,7 +4,7 @@
     python sft.py config/sft_sums.py
     python ppo.py config/grpo_sums.py
 
-A sum is written as it is added by hand, the units first: 47+25=27. Who wrote the demonstrations was careless: one in four is
+A sum is written as it is added by hand, the units first: 47+25=27. The demonstrations are by a careless writer: one in four is
 right, the others are too large by ten. A model of them answers as carelessly, and finds out from the reward alone which of its
 answers are right."""
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from configurator import configure
 from experiments import write_rows
 
-RIGHT, SLIP = 0.25, 10
+SHARE_RIGHT, SLIP = 0.25, 10  # of the demonstrations; by how much the others are too large
 
 
 def right(prompts, responses, rows):
@@ -35,7 +35,7 @@ def write(folder):
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(sums)
     held_out, known = sums[:256], sums[256:]
-    demonstrations = [row(*pair, 'response', 0 if rng.random() < RIGHT else SLIP) for pair in known]
+    demonstrations = [row(*pair, 'response', 0 if rng.random() < SHARE_RIGHT else SLIP) for pair in known]
     files = {'demonstrations': demonstrations}
     for name, part in (('prompts', known), ('held_out', held_out)):
         files[name] = [row(*pair, 'answer') for pair in part]  # the answer is for the reward alone

@@ -1,4 +1,4 @@
-"""Attention over a packed row, in which each answer sees its prompt and itself: in blocks, or on CUDA by a varlen kernel.
+"""Attention over a packed row, in which each answer sees its prompt and itself: in bundles, or on CUDA by a varlen kernel.
 
 A row is a list of groups, (tokens of a prompt, tokens of each answer that shares it): [prompt | answer | answer ...]."""
 
@@ -13,7 +13,7 @@ from configurator import UserError
 from hf.parts import core
 from runtime.prefetch import move
 
-MAX_BLOCK_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs
+MAX_BUNDLE_TOKENS = 96  # a larger mask wastes more work on masked entries than another attention call costs
 
 
 def register_attention():
@@ -74,19 +74,19 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     same_size = key.shape[-1] == value.shape[-1]
     if query.is_cuda and is_half_precision and softcap is None and same_size:
         return _attend_varlen(query, key, value, scaling, sliding_window, packed.varlen)[None], None
-    # otherwise block by block. Split the whole row at once: in backward, that is a single cat
-    sizes = [size for block in packed.blocks for size in block.sizes]
+    # otherwise bundle by bundle. Split the whole row at once: in backward, that is a single cat
+    sizes = [size for bundle in packed.bundles for size in bundle.sizes]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)  # (q, k, v) of each piece
     outputs = []  # (1, n, H, D) each
-    for block in packed.blocks:
+    for bundle in packed.bundles:
         q, k, v = next(pieces)
-        if block.is_one_piece:
-            mask = block.mask(sliding_window, q.device)
+        if bundle.is_one_piece:
+            mask = bundle.mask(sliding_window, q.device)
             outputs.append(_attend(q, k, v, mask, scaling, softcap))
             continue
         # the first piece is the prompt, each other one an answer, which sees the prompt's keys and its own
         prompt_q, prompt_k, prompt_v = q, k, v
-        for number in range(1, len(block.sizes)):
+        for number in range(1, len(bundle.sizes)):
             q, k, v = next(pieces)
             # the prompt's queries are computed once, with those of the first answer
             q = torch.cat((prompt_q, q), 2) if number == 1 else q
@@ -130,21 +130,21 @@ def _attend(q, k, v, mask, scaling, softcap):
     return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
-def blocks_of(groups):
-    """Split groups, in order, into Blocks of at most MAX_BLOCK_TOKENS tokens. A larger group gets its own Block."""
-    blocks = []  # a list of groups each
-    tokens = MAX_BLOCK_TOKENS  # of the last block; as if it were full, so that the first group starts a block
+def bundles_of(groups):
+    """Split groups, in order, into Bundles of at most MAX_BUNDLE_TOKENS tokens. A larger group gets its own Bundle."""
+    bundles = []  # a list of groups each
+    tokens = MAX_BUNDLE_TOKENS  # of the last bundle; as if it were full, so that the first group starts one
     for prompt, answers in groups:
         size = prompt + sum(answers)
         tokens += size
-        if tokens > MAX_BLOCK_TOKENS:
-            blocks.append([])
+        if tokens > MAX_BUNDLE_TOKENS:
+            bundles.append([])
             tokens = size
-        blocks[-1].append((prompt, answers))
-    return [Block(block) for block in blocks]
+        bundles[-1].append((prompt, answers))
+    return [Bundle(bundle) for bundle in bundles]
 
 
-class Block:
+class Bundle:
     """Consecutive groups of a packed row, cut into pieces. sizes: tokens of each piece.
 
     Several small groups are one piece, under a mask. The pieces of a single group are its prompt and each of its answers."""
@@ -184,7 +184,7 @@ class Varlen:
     groups: [(tokens of a prompt, tokens of each answer that shares it)]. The example: [(2, (1, 2))], a prompt of 2 with answers of 1
     and 2, so a row of 5 tokens. Queries are in row order. A prompt's belong to its first answer.
     cu_q, cu_k: cumulative numbers of queries and keys: [0, 3, 5] and [0, 3, 7], as the prompt's keys come twice.
-    gather (K,): indices in the row of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared. copies: _copies(gather)."""
+    key_tokens (K,): indices in the row, of the keys: [0, 1, 2, 0, 1, 3, 4]. None if no prompt is shared. copies: _copies(key_tokens)."""
 
     def __init__(self, groups):
         n_queries = []  # of each answer, which has those of its prompt if it is the first
@@ -199,36 +199,36 @@ class Varlen:
             for answer in answers:
                 tokens += [prompt_tokens, np.arange(start, start + answer)]
                 start += answer
-        self.gather, self.copies = None, []
+        self.key_tokens, self.copies = None, []
         if any(len(answers) > 1 for _, answers in groups):
-            gather = np.concatenate(tokens)
-            self.gather, self.copies = torch.from_numpy(gather), _copies(gather)
+            key_tokens = np.concatenate(tokens)
+            self.key_tokens, self.copies = torch.from_numpy(key_tokens), _copies(key_tokens)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q, self.max_k = max(n_queries), max(n_keys)
 
 
-def _copies(gather):
-    """Return [(tokens, their places in gather)]: first the first copy of every token, then all second copies, and so on.
+def _copies(key_tokens):
+    """Return [(tokens, their indices in key_tokens)]: first the first copy of every token, then all second copies, and so on.
 
     [0, 1, 2, 0, 1] -> [([0, 1, 2], [0, 1, 2]), ([0, 1], [3, 4])]. So no item has a token twice."""
     copies = []
-    left = np.arange(len(gather))  # places that are in no item yet
+    left = np.arange(len(key_tokens))  # indices that are in no item yet
     while len(left):
-        tokens, first = np.unique(gather[left], return_index=True)
+        tokens, first = np.unique(key_tokens[left], return_index=True)
         copies.append((torch.from_numpy(tokens), torch.from_numpy(left[first])))
         left = np.delete(left, first)
     return copies
 
 
-def _attend_varlen(query, key, value, scaling, sliding_window, layout):
-    """Return the attention output (T, H, D) of a packed row. query (1, H, T, D); key, value (1, H_kv, T, D); layout: a Varlen."""
+def _attend_varlen(query, key, value, scaling, sliding_window, varlen):
+    """Return the attention output (T, H, D) of a packed row. query (1, H, T, D); key, value (1, H_kv, T, D); varlen: a Varlen."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-    if layout.gather is not None:
-        k, v = Gather.apply(k, layout), Gather.apply(v, layout)
+    if varlen.key_tokens is not None:
+        k, v = CopyPrompts.apply(k, varlen), CopyPrompts.apply(v, varlen)
     # a query sees this many earlier tokens (-1: all), and 0 later ones
     n_before = -1 if sliding_window is None else sliding_window - 1
     options = {'scale': scaling, 'window_size': (n_before, 0)}
@@ -239,26 +239,26 @@ def _attend_varlen(query, key, value, scaling, sliding_window, layout):
     elif repeat > 1:
         k = k.repeat_interleave(repeat, 1)
         v = v.repeat_interleave(repeat, 1)
-    return varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, **options)
+    return varlen_attn(q, k, v, varlen.cu_q, varlen.cu_k, varlen.max_q, varlen.max_k, **options)
 
 
-class Gather(torch.autograd.Function):
-    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. layout: a Varlen with a gather."""
+class CopyPrompts(torch.autograd.Function):
+    """Keys or values (T, H, D) -> (K, H, D), where each answer has a copy of its prompt before it. varlen: with key_tokens."""
 
     @staticmethod
-    def forward(ctx, x, layout):
-        ctx.layout = layout
-        return _rows(x, layout.gather)
+    def forward(ctx, x, varlen):
+        ctx.varlen = varlen
+        return _rows(x, varlen.key_tokens)
 
     @staticmethod
     def backward(ctx, grad):
         """Return (T, H, D): the gradient (K, H, D), summed over the copies of each token. Autograd's own way would sort all keys."""
         # every token of the row has a first copy: total begins with the gradients of these, in row order
-        (_, first_places), *further_copies = ctx.layout.copies
-        total = _rows(grad.contiguous(), first_places)
-        for tokens, places in further_copies:
+        (_, first_indices), *further_copies = ctx.varlen.copies
+        total = _rows(grad.contiguous(), first_indices)
+        for tokens, indices in further_copies:
             # an assignment can add up, as tokens has none twice
-            total[tokens] = _rows(total, tokens) + _rows(grad, places)
+            total[tokens] = _rows(total, tokens) + _rows(grad, indices)
         return total, None
 
 

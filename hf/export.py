@@ -22,7 +22,7 @@ from runtime.log import check_same, recorded
 from runtime.ranks import on_one_rank
 from text.examples import bos_of
 
-SHARD = '5GB'  # maximum size of a weights file; larger models are sharded
+LARGEST_FILE = '5GB'  # larger models are written as several files of weights
 # Usage example for the card of a reward model; it reproduces the token ids of training (text/chat.py, text/tokenise.py).
 # {first} is replaced by the ids at the start of every prompt: [BOS], or [] if the tokenizer adds no BOS.
 SCORE = """The score of an answer, by transformers alone, exactly as in training. A chat template may write a line break behind the end of an
@@ -136,7 +136,7 @@ def _save_weights(model, weights, dtype, folder):
     # free the original weights, as large as the model, before writing
     weights.clear()
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
-    model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=SHARD)
+    model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=LARGEST_FILE)
     return dtype
 
 

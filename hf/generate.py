@@ -31,20 +31,20 @@ def sample(model, tokenizer, prompts, seeds, **settings):
     rank, world_size = ranks.data_rank()
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     indices = longest_first[rank::world_size]
-    own_prompts = [prompts[i] for i in indices]
-    own_seeds = [seeds[i] for i in indices]
+    prompts_here = [prompts[i] for i in indices]
+    seeds_here = [seeds[i] for i in indices]
     with sharded.unsharded(model):
-        own_answers = generate(model, tokenizer, own_prompts, own_seeds, **settings)
+        answers_here = generate(model, tokenizer, prompts_here, seeds_here, **settings)
     answers = {}  # index of the prompt -> answer
-    for rank_answers in ranks.gather_objects(dict(zip(indices, own_answers, strict=True))):
-        answers |= rank_answers
-    return [answers.get(i) for i in range(len(prompts))]
+    for answers_of_rank in ranks.gather_objects(dict(zip(indices, answers_here, strict=True))):
+        answers |= answers_of_rank
+    return [answers[i] for i in range(len(prompts))]
 
 
-def sample_held_out(run, models, examples, examples_seen, measure=None, n_written=None, **settings):
+def sample_held_out(run, models, examples, seen, measure=None, n_written=None, **settings):
     """Sample answers of models, {name: sharded model}, to the prompts of held-out Examples, and append them to out_dir/samples.jsonl.
 
-    run: a training.Run, which has trained on examples_seen examples. measure(Examples of n answers): returns {column: (n,) tensor},
+    run: a training.Run, which has trained on `seen` examples. measure(Examples of n answers): returns {column: (n,) tensor},
     more fields of the file, or is None. n_written: how many answers of each model are written, None for all. settings: options of
     generate(). Returns {name: result of measure}. After a stop signal, which cuts answers short, writes nothing and returns {}."""
     tokenizer = run.tokenizer
@@ -52,8 +52,8 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
     # the same at every evaluation; the factor exceeds the number of prompts, so that runs of another --seed share none
     first_seed = run.config.seed * 1_000_003
     seeds = range(first_seed, first_seed + len(prompts))
-    is_own = settings.get('temperature', 1) == settings.get('top_p', 1) == 1
-    if measure and not is_own:
+    is_from_policy = settings.get('temperature', 1) == settings.get('top_p', 1) == 1
+    if measure and not is_from_policy:
         why = "at this temperature and top_p the samples are not the policy's own"
         say_once(f'note: kl_eval/samples is a mean log-ratio and no KL: {why}')
     measured = {}  # stays empty without measure
@@ -69,7 +69,7 @@ def sample_held_out(run, models, examples, examples_seen, measure=None, n_writte
             measured[name] = measure(Examples.of(pairs))
         stop = stop_tokens(model, tokenizer)
         for i, answer in enumerate(answers[:n_written]):
-            row = {'examples': examples_seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
+            row = {'examples': seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
             row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
             row['tokens'] = len(answer)
             for column, values in measured.get(name, {}).items():
@@ -138,21 +138,21 @@ def _extend(answer, tokens, stop, max_new_tokens):
 
 def _stop_asked():
     """Return whether a signal asks this process to stop. False in tensor-parallel groups, whose ranks must stay in step."""
-    return guard.asked_here() and not ranks.tp_size() > 1
+    return guard.asked_here() and ranks.tp_size() == 1
 
 
 @contextlib.contextmanager
 def _generation_mode(model, **settings):
     """Within the block, the model has padded attention and a GenerationConfig of these settings."""
     inner = core(model)
-    # its own config may have a repetition penalty etc.
-    own_config = inner.generation_config
+    # that of the model may have a repetition penalty etc.
+    config_before = inner.generation_config
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
     try:
         with padded_attention(model):
             yield
     finally:
-        inner.generation_config = own_config
+        inner.generation_config = config_before
 
 
 def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors=None):
@@ -282,8 +282,8 @@ class _Draw(transformers.LogitsProcessor):
     """Draw a token for every row and mask all others, so that greedy decoding returns the sample.
 
     Gumbel-max: the argmax of scores + Gumbel noise is a sample from their softmax, and rounding changes it only at a near tie.
-    The vocabulary of V tokens is cut into about sqrt(V) blocks. A block is drawn by its total probability, then a token of this
-    block, which takes 2 sqrt(V) noises instead of V. Each noise is a hash of the row's seed and a counter."""
+    The vocabulary of V tokens is cut into about sqrt(V) sections. A section is drawn by its total probability, then a token
+    of it, which takes 2 sqrt(V) noises instead of V. Each noise is a hash of the row's seed and a counter."""
 
     def __init__(self, seeds, n_sampled):
         self.seeds = seeds  # read by tests; they may be negative or exceed 64 bits
@@ -293,20 +293,20 @@ class _Draw(transformers.LogitsProcessor):
     def __call__(self, ids, scores):
         """Return scores (rows, vocab_size), changed in place: 0 for each row's drawn token, -inf for all others."""
         n_rows, vocab_size = scores.shape
-        # view the vocabulary as `side` blocks of `side` tokens, padded with impossible tokens
+        # view the vocabulary as `side` sections of `side` tokens, padded with impossible tokens
         side = math.isqrt(vocab_size - 1) + 1  # sqrt, rounded up
         n_added = side * side - vocab_size
         padded = F.pad(scores, (0, n_added), value=-math.inf)
-        blocks = padded.view(n_rows, side, side)
+        sections = padded.view(n_rows, side, side)
         noise = self.noise(2 * side).to(scores.device, non_blocking=True)
-        block_noise, token_noise = noise.split(side, 1)  # (rows, side) each
+        section_noise, token_noise = noise.split(side, 1)  # (rows, side) each
         self.step += 1
-        # draw a block of each row, then a token of this block
-        block_scores = _checked(ids, blocks.logsumexp(2))  # (rows, side)
-        block = (block_scores + block_noise).argmax(1)  # (rows,)
-        token_scores = blocks[torch.arange(n_rows, device=block.device), block]  # (rows, side)
-        token_in_block = (token_scores + token_noise).argmax(1)  # (rows,)
-        drawn = block * side + token_in_block
+        # draw a section for each row, then a token of this section
+        section_scores = _checked(ids, sections.logsumexp(2))  # (rows, side)
+        section = (section_scores + section_noise).argmax(1)  # (rows,)
+        token_scores = sections[torch.arange(n_rows, device=section.device), section]  # (rows, side)
+        token_in_section = (token_scores + token_noise).argmax(1)  # (rows,)
+        drawn = section * side + token_in_section
         scores.fill_(-math.inf)
         return scores.scatter_(1, drawn[:, None], 0.0)
 

@@ -20,12 +20,12 @@ class HalfCopies:
         trained = [p for p in model.parameters() if p.requires_grad]
         # weight -> its copy; a tied weight has one copy
         self.copies = {weight: torch.nn.Parameter(weight.detach().bfloat16()) for weight in trained}
-        self.places = []  # (parameters of a module by name, name, weight): where a weight is used
+        self.uses = []  # (parameters of a module by name, name, weight): the weight has this name in this module
         self.are_in = False
         for module in model.modules():
             for name, weight in module._parameters.items():
                 if weight in self.copies:
-                    self.places.append((module._parameters, name, weight))
+                    self.uses.append((module._parameters, name, weight))
         self._register_hooks()
 
     def __setstate__(self, state):
@@ -60,7 +60,7 @@ class HalfCopies:
             return
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))  # destinations, sources
-        for parameters, name, weight in self.places:
+        for parameters, name, weight in self.uses:
             parameters[name] = self.copies[weight].requires_grad_(weight.requires_grad)
         self.required_grad = {weight: weight.requires_grad for weight in self.copies}  # as it is now, for swap_out
         self.are_in = True
@@ -70,7 +70,7 @@ class HalfCopies:
         if not self.are_in:
             return
         self.are_in = False
-        for parameters, name, weight in self.places:
+        for parameters, name, weight in self.uses:
             parameters[name] = weight
         # model.requires_grad_() has reached only the copies while they were in: pass on what it has changed
         for weight, copy in self.copies.items():

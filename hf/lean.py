@@ -37,11 +37,11 @@ class Recompute(torch.autograd.Function):
     """Compute a Recipe's output. Autograd saves nothing for it: backward recomputes the output."""
 
     @staticmethod
-    def forward(ctx, recipe, num_inputs, *tensors):
-        """Return the output. tensors: num_inputs inputs of recipe.function, then the parameters that it uses."""
+    def forward(ctx, recipe, n_inputs, *tensors):
+        """Return the output. tensors: n_inputs inputs of recipe.function, then the parameters that it uses."""
         ctx.recipe = recipe
-        ctx.parameters = tensors[num_inputs:]
-        return recipe.function(*tensors[:num_inputs])
+        ctx.parameters = tensors[n_inputs:]
+        return recipe.function(*tensors[:n_inputs])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -55,7 +55,7 @@ class Recompute(torch.autograd.Function):
         wanted = [x for x in tensors if x.requires_grad]
         gradients = iter(torch.autograd.grad(output, wanted, grad))
         gradients_or_none = [next(gradients) if x.requires_grad else None for x in tensors]
-        # None for recipe and num_inputs
+        # None for recipe and n_inputs
         return None, None, *gradients_or_none
 
 
@@ -86,10 +86,10 @@ class LeanBlock:
         if not torch.is_grad_enabled():
             return forward(*args, **options)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            with torch.autograd.graph.saved_tensors_hooks(self.pack_hook, self.unpack_hook):
                 return forward(*args, **options)
         finally:
-            # only pack() looks them up, and it has put those that backward needs into the graph
+            # only pack_hook() looks them up, and it has put those that backward needs into the graph
             self.recipes.clear()
 
     def recomputed(self, function, *inputs, module=None, **options):
@@ -101,7 +101,7 @@ class LeanBlock:
         recipe = Recipe(function, inputs)
         parameters = module.parameters() if module else ()
         output = Recompute.apply(recipe, len(inputs), *inputs, *parameters)
-        # pack finds the recipe by the output's address, which is not reused while the output is kept here
+        # pack_hook() finds the recipe by the output's address, which is not reused while the output is kept here
         self.recipes[output.data_ptr()] = output, recipe
         return output
 
@@ -111,7 +111,7 @@ class LeanBlock:
         product = self.recomputed(lambda gate, up: act(gate) * up, gate, up, module=mlp.act_fn)
         return mlp.down_proj(product)
 
-    def pack(self, tensor):
+    def pack_hook(self, tensor):
         """Return what autograd saves for a tensor: (recipe, shape) if it is a recipe's output, else the tensor or a copy."""
         if type(tensor) is not torch.Tensor:
             return tensor
@@ -127,8 +127,8 @@ class LeanBlock:
             return tensor.data.clone()
         return tensor
 
-    def unpack(self, saved):
-        """Return the tensor for which pack returned saved."""
+    def unpack_hook(self, saved):
+        """Return the tensor for which pack_hook() returned saved."""
         if isinstance(saved, torch.Tensor):
             return saved
         recipe, shape = saved

@@ -66,7 +66,7 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     """Load a causal LM, or a LoRA adapter with its base model, on the CPU, in float32 and eval mode. Raises UserError.
 
     tokenizer: one with ids beyond the model's embedding is a UserError; with grow=True, these ids get new rows instead
-    adapters: dict from lora.options() to train adapters; None to train the model, with a saved adapter merged
+    adapters: from lora.adapter_options(), to train adapters; None to train the model, with a saved adapter merged
     options: empty (no weights, on the meta device), trust_remote_code, seed (of new weights), device_map"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)

@@ -160,7 +160,7 @@ def _load_weights(model, saved, adapter_name='default'):
 def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=False):
     """Return a PeftModel in eval mode whose adapter has new weights, drawn from seed, and trains.
 
-    saved: the SavedAdapter whose options it gets, or None for those of adapters, a dict from options(). With both, the dropout is
+    saved: the SavedAdapter whose options it gets, or None for those of adapters, from adapter_options(). With both, the dropout is
     that of adapters. task_type: 'CAUSAL_LM', 'SEQ_CLS' or None. with_frozen_copy: add a second adapter, FROZEN_COPY, to be loaded."""
     try:
         import peft
@@ -185,7 +185,7 @@ def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=F
     return model.eval()
 
 
-def options(config):
+def adapter_options(config):
     """Return the adapter options of a run for adapt(), a dict, or None without --lora_rank. Raises UserError for conflicts.
 
     Keys: rank, alpha, dropout, targets, quantize, keeps_copy. config: the run's Config; gets the lora_alpha of a saved adapter."""
@@ -219,7 +219,7 @@ def reference_options(config, adapters):
 def adapt(model, saved, adapters, *, seed=0, empty=False, **_others):
     """Return a loaded model in eval mode with its adapters. Raises UserError if they do not fit.
 
-    saved: SavedAdapter or None. adapters: dict from options(), or None to merge a saved adapter. empty: no weights yet.
+    saved: SavedAdapter or None. adapters: from adapter_options(), or None to merge a saved adapter. empty: no weights yet.
     With adapters, the result is a PeftModel that trains the saved adapter or a new one, and a reward model's head. A new
     adapter computes layer(x) + alpha / rank * B A x, where B starts as zero and A is drawn from seed."""
     model.eval()
@@ -266,7 +266,7 @@ def _merged(model, saved, empty):
 
 
 def _new_config(model, adapters):
-    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: dict from options(). Raises UserError."""
+    """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: from adapter_options(). Raises UserError."""
     import peft
 
     modules = {module for block in blocks(model) for module in block.modules()}
@@ -280,14 +280,14 @@ def _new_config(model, adapters):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    others = []
+    excluded = []
     for path, _ in model.named_modules():
         if path.rpartition('.')[2] in wanted and path not in paths:
-            others.append(path)
+            excluded.append(path)
     # Conv1D, the linear layer of GPT-2, stores its weight transposed
     is_transposed = any(isinstance(module, Conv1D) for module in linear)
-    where = {'target_modules': wanted, 'exclude_modules': others or None, 'fan_in_fan_out': is_transposed}
-    return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **where)
+    layers = {'target_modules': wanted, 'exclude_modules': excluded or None, 'fan_in_fan_out': is_transposed}
+    return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **layers)
 
 
 def _check_trainable(model, saved):
@@ -345,6 +345,6 @@ def describe(model):
     """Return a one-line summary of a PeftModel: its trainable and total weights, and its adapted layers."""
     trained, total = model.get_nb_trainable_parameters()
     # 4-bit weights are buffers, which PEFT does not count
-    total += quantize.count_packed_weights(model)
+    total += quantize.count_4bit_weights(model)
     layers = {path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')}
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(sorted(layers))}'

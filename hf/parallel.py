@@ -80,8 +80,8 @@ def tensor_parallel(model, mesh, n_meshes):
         # a norm of each head: every rank has some of the heads of its input (B, T, heads, d)
         'replicated_with_grad_allreduce': SequenceParallel(sequence_dim=2, use_local_output=True),
     }
-    inner = core(model).base_model
-    config = inner.config
+    without_head = core(model).base_model
+    config = without_head.config
     name = type(core(model)).__name__
     # embedding and head are left to FSDP: {'layers.*.mlp.up_proj': 'colwise', ...}
     plan = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path.startswith('layers.')}
@@ -90,14 +90,14 @@ def tensor_parallel(model, mesh, n_meshes):
         raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
     tp = mesh.size()
 
-    def check_divides(size, what, parts=tp):
+    def check_divides(size, noun, parts=tp):
         if size % parts:
-            raise UserError(f'tp={tp} on {tp * n_meshes} ranks: the {size} {what} of {name} do not divide by {parts}')
+            raise UserError(f'tp={tp} on {tp * n_meshes} ranks: the {size} {noun} of {name} do not divide by {parts}')
 
     check_divides(config.num_attention_heads, 'attention heads')
     check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')
     head_shape = (getattr(config, 'head_dim', None),)
-    for path, module in inner.named_modules():
+    for path, module in without_head.named_modules():
         # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
         path_in_plan = re.sub(r'\b\d+\b', '*', path)
         style = plan.get(path_in_plan, '')
@@ -109,4 +109,4 @@ def tensor_parallel(model, mesh, n_meshes):
         # all others in the plan are norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
-    parallelize_module(inner, mesh, {path: styles[style] for path, style in plan.items()})
+    parallelize_module(without_head, mesh, {path: styles[style] for path, style in plan.items()})

@@ -118,9 +118,9 @@ def _is_of_model(error):
 
 def _transformers_numbers(model, padded):
     """Return log-probs or scores of the A answers of a padded Batch, (A,), from the forward of transformers."""
-    # transformers reads the score at the last token that is not pad_token_id; language models take any filler
-    filler = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
-    ids = padded.ids.masked_fill(padded.mask == 0, filler)
+    # transformers reads the score at the last token that is not pad_token_id; language models take any padding
+    pad_id = core(model).config.get_text_config().pad_token_id if _is_reward(model) else 0
+    ids = padded.ids.masked_fill(padded.mask == 0, pad_id)
     logits = model(input_ids=ids, attention_mask=padded.mask, use_cache=False).logits.float()
     if _is_reward(model):
         return logits[:, 0]
@@ -177,8 +177,8 @@ def compare(model, expected, device, in_bfloat16):
     say(f'warning: {text}, more than bfloat16 should cost: compare with --dtype=float32')
 
 
-def check_positions(model, length, what):
-    """Raise UserError if sequences of length tokens are too long for the model. what: their name in the message."""
+def check_positions(model, length, noun):
+    """Raise UserError if sequences of length tokens are too long for the model. noun: of the sequences, for the message."""
     inner = core(model)
     embeddings = [name for name, module in inner.named_modules() if isinstance(module, torch.nn.Embedding)]
     tables = [name for name in embeddings if re.search('wpe|position', name)]
@@ -186,7 +186,7 @@ def check_positions(model, length, what):
     tables += [name for name, _ in inner.named_buffers() if name.endswith(('embed_positions', 'pos_encoding'))]
     has_table = tables or inner.config.model_type == 'mpt'
     max_positions, max_unscaled = _length_limits(model)
-    too_long = f'{what} take {length} tokens: lower max_length or max_new_tokens'
+    too_long = f'{noun} take {length} tokens: lower max_length or max_new_tokens'
     # without a table of positions, as with rotary embeddings, a model may go beyond its max_positions
     if has_table and length > max_positions:
         raise UserError(f'{_name(model)} has {max_positions} positions, and {too_long}')

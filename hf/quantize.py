@@ -1,6 +1,6 @@
 """--quantize=4bit (QLoRA, arXiv 2305.14314): frozen linear layers of a PeftModel as 4-bit NF4, by bitsandbytes.
 
-FSDP does not shard the packed weights, as they are buffers. Embeddings, head and norms are not quantized."""
+FSDP does not shard the 4-bit weights, as they are buffers. Embeddings, head and norms are not quantized."""
 
 import logging
 import math
@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from configurator import UserError
 from hf.parts import blocks
 
-BLOCK_SIZE = 64  # weights that share a scale
-NF4_OPTIONS = {'blocksize': BLOCK_SIZE, 'quant_type': 'nf4'}
+WEIGHTS_A_SCALE = 64  # so many weights share a scale; bitsandbytes calls them a block
+NF4_OPTIONS = {'blocksize': WEIGHTS_A_SCALE, 'quant_type': 'nf4'}
 
 
 def check(config):
@@ -29,7 +29,7 @@ def check(config):
     try:
         from bitsandbytes.functional import quantize_4bit
 
-        quantize_4bit(torch.ones(BLOCK_SIZE, BLOCK_SIZE), **NF4_OPTIONS)
+        quantize_4bit(torch.ones(WEIGHTS_A_SCALE, WEIGHTS_A_SCALE), **NF4_OPTIONS)
     except Exception as error:
         wanted = f'bitsandbytes ({" ".join(str(error).split())[:100]})'
         raise UserError(f'--quantize=4bit needs {wanted}: pip install bitsandbytes, or leave it out') from None
@@ -45,14 +45,14 @@ class Linear4bit(torch.nn.Module):
         self.shape, self.bias = layer.weight.shape, layer.bias
         weight = layer.weight.data
         if weight.is_meta:
-            # buffers without values, of the same shapes: two weights per byte, one scale per block
-            packed = weight.new_empty((math.ceil(weight.numel() / 2), 1), dtype=torch.uint8)
-            scales = weight.new_empty(math.ceil(weight.numel() / BLOCK_SIZE))
+            # buffers without values, of the same shapes: two weights a byte, 64 weights a scale
+            codes = weight.new_empty((math.ceil(weight.numel() / 2), 1), dtype=torch.uint8)
+            scales = weight.new_empty(math.ceil(weight.numel() / WEIGHTS_A_SCALE))
             levels = weight.new_empty(16)
         else:
-            packed, state = quantize_4bit(weight, **NF4_OPTIONS)
+            codes, state = quantize_4bit(weight, **NF4_OPTIONS)
             scales, levels = state.absmax, state.code
-        self.register_buffer('packed', packed)
+        self.register_buffer('codes', codes)
         self.register_buffer('scales', scales)
         # the 16 values of a 4-bit code, before scaling
         self.register_buffer('levels', levels)
@@ -68,7 +68,7 @@ class Linear4bit(torch.nn.Module):
 
         # bitsandbytes needs the bias in the dtype of x
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return matmul_4bit(x, self.packed.t(), self.state(x.dtype), bias=bias)
+        return matmul_4bit(x, self.codes.t(), self.state(x.dtype), bias=bias)
 
     def dequantized(self):
         """Return a torch.nn.Linear with the unpacked weights in float32, and with the same bias."""
@@ -76,7 +76,7 @@ class Linear4bit(torch.nn.Module):
 
         out_features, in_features = self.shape
         layer = torch.nn.Linear(in_features, out_features, bias=False)
-        layer.weight.data = dequantize_4bit(self.packed, self.state(torch.float32))
+        layer.weight.data = dequantize_4bit(self.codes, self.state(torch.float32))
         layer.bias = self.bias
         return layer
 
@@ -103,6 +103,6 @@ def dequantize(model):
     return model
 
 
-def count_packed_weights(model):
+def count_4bit_weights(model):
     """Return the number of 4-bit weights of a model; as buffers they are missing from model.parameters()."""
     return sum(module.shape.numel() for module in model.modules() if isinstance(module, Linear4bit))

@@ -87,8 +87,8 @@ def _key(model, examples, dtype):
 def _compute(run, model, examples):
     """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""
     # spans has a column for the prompt and one per answer
-    num_answers = examples.spans.shape[1] - 1
-    result = np.zeros((len(examples), num_answers), np.float32)
+    n_answers = examples.spans.shape[1] - 1
+    result = np.zeros((len(examples), n_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
     # 512 examples at a time
     for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):
@@ -96,7 +96,7 @@ def _compute(run, model, examples):
         step = run.make_step(examples, rows, max_tokens=4 * run.max_tokens)
         # response_logps returns (1, answers of the batch), in the order of its examples
         with adapters_off(model):
-            tables = [model.response_logps(batch).view(-1, num_answers) for batch in step.batches]
+            tables = [model.response_logps(batch).view(-1, n_answers) for batch in step.batches]
         # a column for the first answer of each example, one for the second ...; gather() puts those of all ranks together
         columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], step)
         for number, column in columns.items():

@@ -34,14 +34,13 @@ def response_scores(model, batch):
     return scores_at(model, batch, batch.last)
 
 
-def scores_at(model, batch, positions):
-    """Return a reward model's scores at these positions of batch.ids.flatten(): (positions,), float32."""
+def scores_at(model, batch, places):
+    """Return a reward model's scores at these places, indices into batch.ids.flatten(): (places,), float32."""
     head = core(model).score
     # with a device map the head may be on another device than the batch
     hidden = body(model, batch).to(head.weight.device)
     hidden = hidden.flatten(0, 1)  # (rows * T, hidden_size)
-    chosen = hidden[positions.to(hidden.device)]
-    return _scalar_head(head, chosen).to(batch.ids.device)
+    return _scalar_head(head, hidden[places.to(hidden.device)]).to(batch.ids.device)
 
 
 def _scalar_head(head, hidden):

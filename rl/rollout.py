@@ -25,7 +25,7 @@ class Round:
     """The answers of a round of ppo.py, and all that training needs to know about them; equal on all ranks."""
 
     first: int  # number of answers before this round
-    rows: np.ndarray  # (examples,) training-set indices of the prompts
+    rows: np.ndarray  # (examples,) of its prompts in run.train
     examples: Examples  # one example is a prompt with all its answers
     tokens: dict  # token columns by name: old, pi, ref, advantage; with a critic value and target
     answers: dict  # answer columns by name: n, start, ended, score ...
@@ -35,10 +35,6 @@ class Round:
     def seen(self):
         """Number of answers up to the end of this round."""
         return self.first + len(self.answers['n'])
-
-    def by_example(self, name):
-        """Return an answer column as a table (examples, answers per prompt)."""
-        return self.answers[name].view(len(self.examples), -1)
 
     def minibatches(self, size, passes, seed):
         """Yield arrays of `size` example indices, the last of a pass perhaps smaller; every pass has all, in an order of its own."""
@@ -50,11 +46,11 @@ class Round:
                 yield order[start : start + size]
 
 
-def sample(run, source, indices, *, answers_each, first_seed):
-    """Sample `answers_each` answers to each of the prompts source[indices] from the policy. Return them as Examples.
+def sample(run, rows, *, answers_each, first_seed):
+    """Sample `answers_each` answers to each of the prompts at these rows of run.train from the policy. Return them as Examples.
 
     Answer k has seed first_seed + k, on any number of ranks and after any resume. Answers keep their end token."""
-    prompts = [prompt.tolist() for prompt, _ in source.select(indices)]
+    prompts = [prompt.tolist() for prompt, _ in run.train.select(rows)]
     repeated = [prompt for prompt in prompts for _ in range(answers_each)]  # one for each answer
     seeds = range(first_seed, first_seed + len(repeated))
     # sample_batch: how many answers a rank samples side by side
@@ -66,16 +62,16 @@ def sample(run, source, indices, *, answers_each, first_seed):
 
 
 def token_indices(batch, rows, starts, per_prompt):
-    """Return the places in the round's token columns of the N answer tokens of a microbatch: (N,) indices, -1 for filler tokens.
+    """Return the indices in the round's token columns of the N answer tokens of a microbatch: (N,), -1 for filler tokens.
 
     rows: the numbers of the step's examples in the round. starts: where each answer of the round begins in the columns, (answers,)."""
     slot = np.array(batch.slot)  # of each example of the microbatch: its index in rows; -1: a filler
     starts_by_example = starts.view(-1, per_prompt)  # (examples of the round, per_prompt)
-    own_starts = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
+    starts_here = starts_by_example[rows[slot]]  # (examples of the microbatch, per_prompt)
     # here rows[-1] has stood for a filler
-    own_starts[slot < 0] = -1
+    starts_here[slot < 0] = -1
     # batch.answer: for each token, the number of its answer in the microbatch; batch.offset: its index in that answer
-    start = move(own_starts.flatten(), batch.answer.device)[batch.answer]  # (N,)
+    start = move(starts_here.flatten(), batch.answer.device)[batch.answer]  # (N,)
     return torch.where(start >= 0, start + batch.offset, -1)
 
 

@@ -1,4 +1,4 @@
-"""The user's cache of tokenized examples and reference log-probs: memory-mapped safetensors files."""
+"""The user's cache of tokenised examples and reference log-probs: memory-mapped safetensors files."""
 
 import contextlib
 import hashlib

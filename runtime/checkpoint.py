@@ -31,7 +31,7 @@ _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gl
 
 
 def identify(config, hash_models, train, held_out):
-    """Return a JSON-serializable dict by which a run recognizes its checkpoints, see check_same(). UserError if ranks' data differ.
+    """Return a JSON-serializable dict by which a run recognises its checkpoints, see check_same(). UserError if ranks' data differ.
 
     hash_models(): returns option -> hashes of its model; train, held_out: Examples. Collective; the same on all ranks."""
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
@@ -69,14 +69,14 @@ def _live_tensors(model, optimizer):
     return tensors
 
 
-def save(out_dir, examples, model, optimizer, state, keep_last):
+def save(out_dir, seen, model, optimizer, state, keep_last):
     """Start writing a checkpoint to out_dir/checkpoints; return once all data is copied. Collective.
 
-    examples: number seen so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
+    seen: number of examples so far; state: JSON-serializable dict to save along with weights, optimizer and RNG states. All but the
     newest keep_last checkpoints are deleted. UserError if the previous one failed; if this one fails, wait() or the next save() raises."""
     global _pending
     wait()
-    folder = Path(out_dir) / 'checkpoints' / f'{examples:010d}'
+    folder = Path(out_dir) / 'checkpoints' / f'{seen:010d}'
 
     # delete the N.tmp folders of checkpoints that were interrupted
     def remove_unfinished():
@@ -96,7 +96,7 @@ def save(out_dir, examples, model, optimizer, state, keep_last):
     copies = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
     cuda_rng = torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None
     rng_of_ranks = gather_objects({'cpu': torch.get_rng_state().tolist(), 'cuda': cuda_rng})
-    state_text = json.dumps({**state, 'examples': examples, 'rng': rng_of_ranks})
+    state_text = json.dumps({**state, 'examples': seen, 'rng': rng_of_ranks})
     _pending = _writer.submit(_write, folder, copies, shapes, state_text, keep_last, _writer_group(dist.group.WORLD))
 
 
@@ -198,9 +198,9 @@ def _damage(folder):
             if manifest.get(name) != actual.get(name):
                 return f'{name} is not what its manifest says'
         # an intact checkpoint may have been copied into the wrong folder
-        examples = json.loads((folder / 'state.json').read_text())['examples']
-        if examples != int(folder.name):
-            return f'it is the checkpoint after {examples} examples'
+        seen = json.loads((folder / 'state.json').read_text())['examples']
+        if seen != int(folder.name):
+            return f'it is the checkpoint after {seen} examples'
         return None
     except OSError as error:
         return f'{Path(error.filename or folder).name}: {error.strerror}'
@@ -245,7 +245,7 @@ def load(folder, model, optimizer):
 
     Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
     model.reshard()
-    # an optimizer makes its state tensors in its first step. What that does to the weights is overwritten below
+    # an optimizer makes its state tensors in its first step, whose change of the weights is overwritten below
     for group in optimizer.param_groups:
         for p in group['params']:
             p.grad = torch.zeros_like(p)

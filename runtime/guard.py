@@ -1,4 +1,4 @@
-"""What can end a run early (signals, full disks, NaN), and how it ends without losing progress. errors.py has its messages.
+"""End a run early, at a signal, a full disk or NaN, without losing progress. errors.py has its messages.
 
 A signal exits at once while there is nothing to lose. During training the run finishes its step, saves, and exits with
 code 75 (130 after Ctrl-C); the same command resumes it. A second Ctrl-C exits at once. Scripts import this module first, and
@@ -159,17 +159,17 @@ def begin(out_dir, config, resume):
     global _code, _stage
     _code, _stage = 0, 'loading'
 
-    def take():
+    def check_and_lock():
         log.check_out_dir(out_dir, config, resume)
         log.check_names(out_dir)
         files.lock(out_dir)
         # again: the run that held the lock may have ended while this one waited
         log.check_out_dir(out_dir, config, resume)
 
-    ranks.on_one_rank(take)
+    ranks.on_one_rank(check_and_lock)
 
 
-def boundary(save, close, already_started=False):
+def obey_signals(save, close, already_started=False):
     """Call this after every step: if a signal has asked for it, save, close the trackers and exit. Collective.
 
     save(): starts a checkpoint of this step; already_started: it was due, so save() has been called; close(): closes the trackers."""
@@ -180,13 +180,13 @@ def boundary(save, close, already_started=False):
     _stage = 'training'
     code = stop_asked()
     if code:
-        keep(save, already_started)
+        save_persistently(save, already_started)
         close()
         say('saved: the same command continues from here')
         ranks.leave(code)
 
 
-def keep(save, already_started=False):
+def save_persistently(save, already_started=False):
     """Write a checkpoint, retrying every PAUSE seconds, since the latest steps exist only in memory. Collective.
 
     save(): starts a checkpoint; already_started: it was called. A signal (after others: Ctrl-C) leaves one last try; then UserError."""
@@ -206,10 +206,10 @@ def keep(save, already_started=False):
             return
         except UserError as error:
             if is_last_try:
-                raise UserError(f'{error}. Given up: what was trained since the last checkpoint is lost') from None
+                raise UserError(f'{error}. Given up: the training since the last checkpoint is lost') from None
             if not has_warned:
                 hint = f'make room; saving is tried again every {PAUSE} seconds, until a signal (Ctrl-C) gives it up'
-                say(f'warning: {error}. What was trained is kept in memory: {hint}')
+                say(f'warning: {error}. The training is kept in memory: {hint}')
             has_warned = True
         # sleep, but no longer than until a signal with a larger exit code
         for _second in range(PAUSE):
@@ -229,8 +229,8 @@ def export(model, write, save):
         with without_value_head(model):
             return write()
     except UserError as error:
-        keep(save)
-        raise UserError(f'{error}. What was trained is in a checkpoint: the same command writes the model') from None
+        save_persistently(save)
+        raise UserError(f'{error}. The training is in a checkpoint: the same command writes the model') from None
 
 
 def end():
@@ -252,26 +252,26 @@ def bad_step(run, first, rows, columns):
     import torch
 
     # step_weight is NaN for all examples of a step if the loss of one is: it does not say which
-    own = columns.keys() - {'step_weight'}
-    is_bad = torch.stack([~columns[name].isfinite() for name in own]).any(0)  # (n,)
+    telling = columns.keys() - {'step_weight'}
+    is_bad = torch.stack([~columns[name].isfinite() for name in telling]).any(0)  # (n,)
     quantity = 'loss' if is_bad.any() else 'gradient'
     # a gradient cannot be traced to single examples: record them all
-    places = is_bad.nonzero().flatten().tolist() or range(len(rows))
+    slots = is_bad.nonzero().flatten().tolist() or range(len(rows))
     file = Path(run.config.out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
-    for place in places:
-        index = int(rows[place])
-        row = {'examples': last, 'what': quantity, 'place': place, 'index': index, 'uid': int(run.train.uid[index])}
-        numbers = {name: values[place].item() for name, values in columns.items()} | {'grad_norm': run.norm}
+    for slot in slots:
+        row = int(rows[slot])
+        record = {'examples': last, 'what': quantity, 'place': slot, 'index': row, 'uid': int(run.train.uid[row])}
+        numbers = {name: values[slot].item() for name, values in columns.items()} | {'grad_norm': run.norm}
         # JSON has no NaN or infinity: write them as strings
-        row |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
+        record |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():
-            files.append(file, json.dumps(row) + '\n')
+            files.append(file, json.dumps(record) + '\n')
     run.state['bad_steps'] += 1
     count = run.state['bad_steps']
     allowed = run.config.skip_bad_steps
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
-    written = f'{file} has {len(places)} of its examples'
+    written = f'{file} has {len(slots)} of its examples'
     if count > allowed:
         raise UserError(
             f'{sentence}; {written}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'

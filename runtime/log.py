@@ -60,19 +60,19 @@ def recorded(out_dir):
     return run if other_files else None
 
 
-def check_same(place, recorded_run, run, neutral=NEUTRAL):
+def check_same(subject, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
     A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
-    examples': hash}, say. Options in neutral may differ. place: start of the message, such as 'FOLDER holds'."""
+    examples': hash}, say. Options in neutral may differ. subject: the message begins with it: 'FOLDER holds'."""
     found = _differences(recorded_run, run, neutral)
     if found:
         raise UserError(
-            f'{place} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
+            f'{subject} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
         )
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
-        say(f'note: {place} a run of an older version, which kept no hash of {unhashed}: not checked')
+        say(f'note: {subject} a run of an older version, which kept no hash of {unhashed}: not checked')
 
 
 def _differences(recorded_run, run, neutral):
@@ -92,7 +92,7 @@ def _differences(recorded_run, run, neutral):
             found.append(f'{name} {there.get(name)!r} there and {here[name]!r} here')
 
     for name, hashes in run['contents'].items():
-        # what an older version did not record counts as equal
+        # hashes that an older version did not record count as equal
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
@@ -210,7 +210,7 @@ class Log:
     """Writes a row per step and evaluation to metrics.jsonl and the trackers, and a line to the screen. Rank 0 only."""
 
     def __init__(self, out_dir, total, start, every, wandb=None, tensorboard=False):
-        """Open the logs and the trackers. wandb: project or None. The next three are numbers of examples."""
+        """Open the logs and the trackers. total, start, every: numbers of examples. wandb: project or None."""
         self.total = total  # of the run
         self.start = start  # before a resume
         self.every = every  # between lines on the screen
@@ -249,34 +249,34 @@ class Log:
             self.failed.add(name)
             return None
 
-    def row(self, split, examples, metrics):
-        """Write a row of metrics: {key: number}, where keys are like loss/train. Print it if it is of an evaluation or due.
+    def row(self, split, seen, metrics):
+        """Write a row of metrics, {key such as loss/train: number}, after `seen` examples. Print it if it is of an evaluation or due.
 
         split: 'train', 'eval', or 'check' (before the first step). A step is due if it crosses a multiple of self.every examples."""
         if not main_rank():
             return
-        row = {'split': split, 'counters/examples': examples}
+        row = {'split': split, 'counters/examples': seen}
         # leave NaN and infinity out, which JSON has not
         row |= {key: value for key, value in metrics.items() if math.isfinite(value)}
         append(self.path, json.dumps(row, default=float) + '\n')  # default: for tensors
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
-        before_step = examples - metrics.get('counters/step_examples', 0)
-        is_due = examples // self.every > before_step // self.every
+        before_step = seen - metrics.get('counters/step_examples', 0)
+        is_due = seen // self.every > before_step // self.every
         if split == 'eval' or is_due:
-            self._print(row, split, examples)
+            self._print(row, split, seen)
 
-    def _print(self, row, split, examples):
+    def _print(self, row, split, seen):
         """Print those metrics of a row that are in SHOWN, and for a training step its speed and the time left."""
-        parts = [f'{split:5s} {examples:>7d}/{self.total}']
+        parts = [f'{split:5s} {seen:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
             key = key_of(metric, split)  # loss -> loss/train
             if key in row:
                 parts.append(f'{short_name} {row[key]:.4g}')
         if split == 'train':
-            seconds_each = (time.perf_counter() - self.began) / max(1, examples - self.start)
-            left = max(0, int(seconds_each * (self.total - examples)))  # seconds
+            seconds_each = (time.perf_counter() - self.began) / max(1, seen - self.start)
+            left = max(0, int(seconds_each * (self.total - seen)))  # seconds
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
             parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
@@ -315,9 +315,9 @@ def progress(total, unit, description, **options):
     return tqdm(file=file, mininterval=30, delay=30, bar_format=bar_format, **options)
 
 
-def speeds(n, tokens, elapsed, **parts):
-    """Return a step's metrics of size and speed. parts: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
-    amounts = {'examples_per_second': n, 'tokens_per_second': tokens} | parts
+def speeds(n, n_tokens, elapsed, **seconds):
+    """Return a step's metrics of size and speed. seconds: metric -> how many of the elapsed seconds it took: 2.0 of 8 is logged as 0.25."""
+    amounts = {'examples_per_second': n, 'tokens_per_second': n_tokens} | seconds
     rates = {name: per_second(amount, elapsed) for name, amount in amounts.items()}
     return {'counters/step_examples': n} | rates
 

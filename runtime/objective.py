@@ -1,4 +1,4 @@
-"""What a loss of losses.py asks for, with the options of a run: columns, a reference, a statistic, terms on top of it."""
+"""The needs of a loss of losses.py, with the options of a run: columns, a reference, a statistic, terms on top of it."""
 
 import inspect
 from typing import NamedTuple
@@ -125,9 +125,9 @@ def objective_of(config, losses, statistics):
     # raises UserError if the loss fails; check_loss.py prints what it returns
     try_out(name, fn, statistic, options)
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    kind = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
-    kind |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
-    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **kind)
+    properties = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
+    properties |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
+    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **properties)
     _check_options(config, objective)
     return objective
 
@@ -229,7 +229,7 @@ def try_out(name, fn, statistic, options):
         for i in range(len(MARGINS)):
             example = {key: x[i : i + 1].detach() for key, x in columns.items()}
             alone.append(call(fn, options | example))
-    # whatever a mistake in somebody's formula raises
+    # a mistake in somebody's formula may raise anything
     except Exception as error:
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)

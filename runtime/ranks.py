@@ -57,9 +57,9 @@ def _meeting_place():
         raise error
     # a generator, whose first item is what the environment says now
     store, rank, world_size = next(rendezvous('env://'))
-    # torchrun (torch 2.13) keeps its store when it restarts the processes. They would hang on addresses of dead ones in there
-    # so each restart writes under a prefix of its own
-    # hosts may count restarts differently: several share one prefix, and need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart
+    # torchrun (torch 2.13) keeps its store when it restarts the processes. They would hang on addresses of dead ones in there: each
+    # restart writes under a prefix of its own. Several hosts may count restarts differently, so they share one prefix, and need
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart
     is_one_host = os.environ.get('GROUP_WORLD_SIZE') == '1'
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_host else '0'
     return dist.PrefixStore(f'start{restarts}', store), rank, world_size

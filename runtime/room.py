@@ -23,7 +23,7 @@ from configurator import UserError
 from data import pack, tokens_taken
 from hf import lean, sharded
 from hf.parts import core
-from hf.quantize import count_packed_weights
+from hf.quantize import count_4bit_weights
 from model import Head
 from runtime import ranks
 from runtime.files import say
@@ -71,7 +71,7 @@ def _file_sizes(policy, save_dtype, optimizer):
     exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if save_dtype == 'float32' else 2
     # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
-    model_bytes = bytes_each * (_count(exported) + count_packed_weights(policy))
+    model_bytes = bytes_each * (_count(exported) + count_4bit_weights(policy))
     # a checkpoint has the trained weights and their optimizer state, in float32
     numbers_each = 1 + MOMENTS.get(optimizer, 2)
     return model_bytes, 4 * numbers_each * _count(policy.parameters(), only_trained=True)
@@ -81,22 +81,22 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     """Return whether out_dir's disk has room for model and checkpoints. If not: UserError, or for the checkpoints of 'auto' a warning."""
     out_dir = config['out_dir']
     every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': chosen later
-    num_saves = 0
+    n_saves = 0
     if every == 'auto':
-        num_saves = total  # as many as there can be
+        n_saves = total  # as many as there can be
     elif every:
         # - 1: at the end of the run the model is written, and no checkpoint
-        num_saves = (total - 1) // every
-    num_present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
+        n_saves = (total - 1) // every
+    n_present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
     # + 1: an old checkpoint is deleted only after the new one is complete
-    num_at_once = min(config['keep_last'] + 1, num_saves)
-    num_to_come = max(0, num_at_once - num_present)
+    n_at_once = min(config['keep_last'] + 1, n_saves)
+    n_to_come = max(0, n_at_once - n_present)
     free = shutil.disk_usage(out_dir).free
-    if model_bytes + num_to_come * checkpoint_bytes <= free:
+    if model_bytes + n_to_come * checkpoint_bytes <= free:
         return True
     text = f'{out_dir} lies on a disk with {_size(free)} free: the model takes {_size(model_bytes)}'
-    if num_to_come:
-        text += f', and checkpoints take {_size(checkpoint_bytes)} each ({num_to_come} to come)'
+    if n_to_come:
+        text += f', and checkpoints take {_size(checkpoint_bytes)} each ({n_to_come} to come)'
     if every != 'auto' or model_bytes > free:
         raise UserError(f'{text}; make room, or choose another --out_dir')
     say(f'warning: {text}: however long this run is, it writes no checkpoint')
@@ -135,23 +135,23 @@ def estimate(config, policy, per_token, frozen, tokens, is_step):
     config: for dtype and optimizer; per_token: bytes of activations per token; frozen: number of parameters of other models, held
     in the compute dtype; tokens: of a microbatch; is_step: the microbatch is a whole step."""
     bytes_each = 2 if config['dtype'] == 'bfloat16' else 4  # of a number in the compute dtype
-    num_trained = _count(policy.parameters(), only_trained=True)
+    n_trained = _count(policy.parameters(), only_trained=True)
     # buffers: 4-bit weights, say
     not_trained = [p for p in policy.parameters() if not p.requires_grad] + list(policy.buffers())
     fixed_bytes = sum(x.nbytes for x in not_trained)
     # FSDP ('grads', 'full') divides everything but activations and buffers among the ranks
-    num_shards = 1 if policy.shard_mode == 'none' else dist.get_world_size()
-    gradients = 4 * num_trained / num_shards
+    n_shards = 1 if policy.shard_mode == 'none' else dist.get_world_size()
+    gradients = 4 * n_trained / n_shards
     activations = per_token * tokens
     # the backward of a step's only microbatch frees activations while it makes gradients, which take their place
     gradients_beside = max(0, gradients - activations) if is_step else gradients
     return {
         'activations': activations,
-        'weights': (4 * num_trained + fixed_bytes) / num_shards,
+        'weights': (4 * n_trained + fixed_bytes) / n_shards,
         'gradients': gradients_beside,
         'optimizer': MOMENTS.get(config['optimizer'], 2) * gradients,
-        'reference': bytes_each * frozen / num_shards,
-        'buffers': _head_bytes(policy, tokens, bytes_each) + _copied_bytes(policy, bytes_each, num_shards),
+        'reference': bytes_each * frozen / n_shards,
+        'buffers': _head_bytes(policy, tokens, bytes_each) + _copied_bytes(policy, bytes_each, n_shards),
     }
 
 
@@ -168,9 +168,9 @@ def _head_bytes(policy, tokens, bytes_each):
     return bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
 
 
-def _copied_bytes(policy, bytes_each, num_shards):
-    """Return the bytes of weights that replicas copy to bfloat16, or FSDP gathers. num_shards: over so many ranks it divides them."""
-    if num_shards == 1 and bytes_each == 4:
+def _copied_bytes(policy, bytes_each, n_shards):
+    """Return the bytes of weights that replicas copy to bfloat16, or FSDP gathers. n_shards: over so many ranks it divides them."""
+    if n_shards == 1 and bytes_each == 4:
         return 0
     if policy.shard_mode == 'none':
         return bytes_each * _count(policy.parameters(), only_trained=True)
@@ -191,9 +191,9 @@ def save_every_of(step_ends, step, total):
         return 'auto'
     # measured on rank 0, so that all ranks agree
     seconds_of_a_step = ranks.shared(lambda: float(np.median(np.diff(step_ends))))
-    num_steps = max(1, round(SAVE_AFTER / max(seconds_of_a_step, 1e-3)))
+    n_steps = max(1, round(SAVE_AFTER / max(seconds_of_a_step, 1e-3)))
     examples_of_a_step = step.seen - step.first
-    every = num_steps * examples_of_a_step
+    every = n_steps * examples_of_a_step
     if every >= total - step.seen:
         return 0
     say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')

@@ -36,7 +36,7 @@ tokenizer = toy.tokenizer()
 
 
 class Failure(Exception):
-    """What must not happen."""
+    """Raised for a thing that must not happen."""
 
 
 ODD_TEXTS = [
@@ -175,7 +175,7 @@ def load(source, path, in_lines, options):
             raise Failure(f'skip_bad_rows does not skip: {error}') from None
         return None
 
-    # what was refused is a bad row now, and its line was named
+    # a row that was refused is a bad row now, and its line was named
     bad = sum(n for reason, n in left_out.items() if reason.startswith('bad rows'))
     nameless = refused and in_lines and not re.search(r', line \d+: ', refused)
     if (refused is None) != (bad == 0) or nameless:
@@ -212,7 +212,7 @@ def attack_file(name, content, path, index):
     rows = [n for reason, n in left_out.items() if not reason.startswith(('note: ', 'messages behind'))]
     found = len(examples) + sum(rows)
     least, most = total, found if name in ('se', 'sharegpt') else total  # there a row is several examples
-    if name == 'oasst':  # what is asked, and the best answers, are part of other examples
+    if name == 'oasst':  # questions and the best answers are part of other examples
         english = [row for row in parsed if isinstance(row, dict) and row.get('lang') == 'en']
         least -= sum(row.get('role') == 'prompter' or row.get('rank') == 0 for row in english)
     if not least <= found <= most:
@@ -259,11 +259,11 @@ while counts['mutated rows'] < rows:
     signal.alarm(SECONDS)
     try:
         attack_file(name, content, path, index)
-    except BaseException as error:  # what readers raise must be a UserError, which is caught further in
+    except BaseException as error:  # readers may raise a UserError alone, which is caught further in
         raise Failure(f'{type(error).__name__}: {error}; {case}') from error
     signal.alarm(0)
     index += 1
 shutil.rmtree(folder)
-for what, n in sorted(counts.items()):
-    print(f'{n:>9d}  {what}')
+for reason, n in sorted(counts.items()):
+    print(f'{n:>9d}  {reason}')
 print(f'no failure; {time.process_time() - began:.0f} s of CPU')

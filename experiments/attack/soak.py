@@ -71,28 +71,28 @@ def metrics(out):
     return [{k: v for k, v in row.items() if not k.endswith('_per_second')} for row in rows]
 
 
-def difference(out, whole):
-    """Return where two runs differ, or None."""
-    for mine, right in itertools.zip_longest(metrics(out), metrics(whole)):
-        if mine != right:
-            return f'rows differ: {mine} and {right}'
+def difference(out, unbroken):
+    """Return where a run differs from the unbroken one, or None."""
+    for found, expected in itertools.zip_longest(metrics(out), metrics(unbroken)):
+        if found != expected:
+            return f'rows differ: {found} and {expected}'
     for name in ('samples.jsonl', 'model/model.safetensors'):
-        if not (out / name).exists() or (out / name).read_bytes() != (whole / name).read_bytes():
+        if not (out / name).exists() or (out / name).read_bytes() != (unbroken / name).read_bytes():
             return f'{name} differs'
     return None
 
 
 @functools.cache
-def train_whole(loss, world, base):
+def train_unbroken(loss, world, base):
     """Train without interruption. Returns (folder, seconds from the first step to the end)."""
-    whole = base / f'{loss}-{world}'
+    unbroken = base / f'{loss}-{world}'
     # a cache of its own: the reference's log-probs equal those of another number of processes to rounding only
-    process = start(loss, world, whole, base / f'cache-{loss}-{world}')
-    while process.poll() is None and not size(whole / 'metrics.jsonl'):
+    process = start(loss, world, unbroken, base / f'cache-{loss}-{world}')
+    while process.poll() is None and not size(unbroken / 'metrics.jsonl'):
         time.sleep(0.01)
     began = time.time()
-    assert process.wait() == 0, f'the uninterrupted run fails: {whole}.txt'
-    return whole, time.time() - began
+    assert process.wait() == 0, f'the uninterrupted run fails: {unbroken}.txt'
+    return unbroken, time.time() - began
 
 
 def wait_for_moment(process, work, rng, duration):
@@ -148,10 +148,10 @@ def main():
         # the run without interruption, then the one that is killed, and what it has left
         loss, world = next(kinds), int(next(worlds))
         number += 1
-        whole, duration = train_whole(loss, world, base)
+        unbroken, duration = train_unbroken(loss, world, base)
         work = base / f'run{number}'
         hits, code = train_killed(loss, world, work, rng, duration)
-        wrong = f'exit code {code}' if code else difference(work / 'out', whole)
+        wrong = f'exit code {code}' if code else difference(work / 'out', unbroken)
         done += len(hits)
         print(f'{loss:9s} {world} processes, killed after {", ".join(hits) or "no examples"}: '
               f'{wrong or "as if nothing had happened"}', flush=True)  # fmt: skip

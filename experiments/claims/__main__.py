@@ -61,11 +61,11 @@ def run(trials, file, work):
             result = future.result()
             append(file, json.dumps(result) + '\n')
             options = result['options'] or {}
-            what = ' '.join(f'{name}={value}' for name, value in options.items())
+            setting = ' '.join(f'{name}={value}' for name, value in options.items())
             said = result.get('error') or 'gold {gold:+.3f}  acc {accuracy:.3f}  kl {kl:.3f}'.format(**result)
             minutes = (time.time() - began) / i * (len(left) - i) / 60
             done = f'{i:4d}/{len(left)}  seed {result["seed"]}'
-            print(f'{done}  {what:60s}  {said}  {minutes:.0f} min left', flush=True)
+            print(f'{done}  {setting:60s}  {said}  {minutes:.0f} min left', flush=True)
     append_kept()  # raises UserError if the disk is still full
 
 

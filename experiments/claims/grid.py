@@ -1,4 +1,4 @@
-"""Which trials experiments/claims makes. A trial is described in trial.py.
+"""The trials that experiments/claims makes. A trial is described in trial.py.
 
 Like for like: both sides have the same beta, learning rate, pairs and flips, and differ in the one thing that the paper changes. Both tuned:
 each side has the best of twelve settings, its own options (beta', a) included, for the very metric of the claim, on a seed that is not
@@ -140,10 +140,10 @@ class Grid(SimpleNamespace):
 
     def pull(self, method, strength, seed):
         """Return the trial of a point on a frontier. strength: beta for losses on pairs, kl_coef online."""
-        own = {'beta': strength, 'lr': self.frontier_lr}
+        options = {'beta': strength, 'lr': self.frontier_lr}
         if method in ONLINE:
-            own = {'kl_coef': strength}
-        return make(seed, METHODS[method] | own, self.cut)
+            options = {'kl_coef': strength}
+        return make(seed, METHODS[method] | options, self.cut)
 
     def pulls(self, method):
         return self.kl_coefs if method in ONLINE else self.frontier_betas

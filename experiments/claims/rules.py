@@ -1,4 +1,4 @@
-"""What papers claim, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
+"""The papers' claims, as differences that can be measured on the toy world. verdict.py has the rule that decides. Fixed before any reported run."""
 
 import statistics
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def above(ours, theirs):
 
 
 class Measured(NamedTuple):
-    """What the claims compare, ours minus theirs, for one seed at a time.
+    """The quantities that the claims compare, ours minus theirs, for one seed at a time.
 
     A method raises KeyError where a run that it needs is missing or has failed."""
 
@@ -146,24 +146,24 @@ def claims(grid: Grid, results):
     """Yield the claims, in the order of the report. results: key of a trial -> result."""
     measured = Measured(grid, results)
     # one thing changed, under flips
-    what = 'accuracy, mean over settings'
+    measure = 'accuracy, mean over settings'
     settings = f'equal: beta {listed(grid.like_betas)} x lr {listed(grid.like_lrs)}'
     for ours, theirs, flips, paper in EQUAL:
         words = f'{name_of(ours)} is more accurate than {name_of(theirs)}, {flips:.0%} flips ({paper})'
-        yield Claim(words, what, settings, partial(measured.equal, ours, theirs, flips, grid.cells()), 'accuracy')
+        yield Claim(words, measure, settings, partial(measured.equal, ours, theirs, flips, grid.cells()), 'accuracy')
     words = f'{name_of("drdpo 1")} loses less than DPO from 0 to {MOST:.0%} flips (2407.07880)'
-    yield Claim(words, what, settings, measured.loses_less, 'accuracy')
+    yield Claim(words, measure, settings, measured.loses_less, 'accuracy')
 
     # beta-DPO in its own units, and over beta
     own = grid.own_units()
     settings = f'equal: beta {own[0][0]:g} x lr {listed(grid.like_lrs)}; a 0.6, rho 0.2'
     words = 'beta-DPO is more accurate than DPO, no flips (2407.08639)'
-    yield Claim(words, what, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
+    yield Claim(words, measure, settings, partial(measured.equal, 'beta_dpo', 'dpo', 0.0, own), 'accuracy')
     settings = f'equal: beta {listed(grid.mixed_betas)}, lr {grid.mixed_lr:g}; a 0.6, rho 0.2'
     words = 'beta-DPO depends less on beta than DPO (2407.08639)'
-    what = 'largest minus smallest score over beta, mixed gap'
+    measure = 'largest minus smallest score over beta, mixed gap'
     narrowness = partial(measured.mixed, lambda scores: min(scores) - max(scores))
-    yield Claim(words, what, settings, narrowness, 'score')
+    yield Claim(words, measure, settings, narrowness, 'score')
     words = 'beta-DPO beats DPO on pairs of mixed gap (2407.08639)'
     yield Claim(words, 'score, mean over beta', settings, partial(measured.mixed, statistics.mean), 'score')
 

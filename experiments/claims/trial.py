@@ -231,9 +231,9 @@ def kl_on_samples(policy, reference, prompts, answers):
     """Return KL(policy || reference) in nats an answer, the mean over the policy's own answers, one to each prompt (token ids)."""
     for either in (policy, reference):
         attention.set_attention(either, packed=True)
-    own = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
+    examples = Examples.of([(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)])
     reverse_kl = divergences.kl._replace(value=lambda log_pi, log_ref, mass: divergences.kl(log_ref, log_pi)[0])
-    return columns(policy, reference, own, reverse_kl)[1].mean().item()
+    return columns(policy, reference, examples, reverse_kl)[1].mean().item()
 
 
 def gradient_shares(policy, reference, pairs, seed, options):

@@ -5,7 +5,7 @@
     python -m experiments.speed.table --report     # the tables of what --out holds, without measuring; writes the README's
 
 Ours and TRL's microbatches are 8 pairs or 1,024 tokens. The times of a line come from one interleaved process: CPU seconds on one thread,
-wall-clock seconds on more. Each peak of memory comes from a process of its own. What stands in --out is not measured again.
+wall-clock seconds on more. Each peak of memory comes from a process of its own. Numbers that are in --out are not measured again.
 """
 
 import itertools

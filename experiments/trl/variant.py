@@ -39,8 +39,8 @@ class TrlVariant:
             import trl.trainer.utils as utils
             from trl import DPOConfig, DPOTrainer
         except ImportError as error:
-            what = f'the variant {self.name} needs trl==1.16.0 ({error})'
-            raise UserError(f'{what}; leave it out of --variants') from None
+            problem = f'the variant {self.name} needs trl==1.16.0 ({error})'
+            raise UserError(f'{problem}; leave it out of --variants') from None
         name, clock, variant, model = self.name, self.clock, self, self.build()
         self.go, self.done, self.error = threading.Event(), threading.Event(), None
 

@@ -25,14 +25,14 @@ def test_layer(bias):
     """Forward and backward of the layer that it stands for, whose weights are near those that it was made from."""
     torch.manual_seed(0)
     whole, x = torch.nn.Linear(40, 24, bias=bias), torch.randn(7, 40, requires_grad=True)
-    packed = quantize.Linear4bit(whole)
-    same = packed.dequantized()
+    layer = quantize.Linear4bit(whole)
+    same = layer.dequantized()
     error = (same.weight - whole.weight).norm() / whole.weight.norm()
-    assert 0.02 < error < 0.15 and packed.packed.numel() == whole.weight.numel() / 2
-    ours, expected = packed(x), same(x)
+    assert 0.02 < error < 0.15 and layer.codes.numel() == whole.weight.numel() / 2
+    ours, expected = layer(x), same(x)
     (grad,), (expected_grad,) = (torch.autograd.grad(out.square().sum(), x) for out in (ours, expected))
     assert ours.allclose(expected, atol=1e-6) and grad.allclose(expected_grad, atol=1e-5)
-    assert packed(x.bfloat16()).dtype == torch.bfloat16
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_log_probs(tmp_path):
@@ -42,7 +42,7 @@ def test_log_probs(tmp_path):
         load_model(tiny_model(tmp_path / 'gpt2', 'gpt2'), adapters=ADAPTERS | {'targets': None})
     base = tiny_model(tmp_path / 'llama', 'llama')
     loaded = trained(load_model(base, adapters=ADAPTERS))
-    assert quantize.count_packed_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
+    assert quantize.count_4bit_weights(loaded) == sum(v.numel() for k, v in tensors(base).items() if 'proj' in k)
     whole = quantize.dequantize(copy.deepcopy(loaded))
     batch = data.pack([(torch.arange(5, 9).numpy(), [torch.arange(9, 20).numpy(), torch.arange(30, 34).numpy()])], [0])
     found = []

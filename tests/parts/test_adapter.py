@@ -232,7 +232,7 @@ def test_a_model_of_the_same_shape_is_another(capsys):
     unset = 'quantize', 'lora_alpha', 'lora_dropout', 'lora_targets'
     options = dict.fromkeys(unset) | {'model': 'toy', 'lora_rank': 2}
     for ref_model, keeps in (({'ref_model': None}, True), ({'ref_model': 'base'}, False), ({}, False)):
-        assert lora.options(Config(options | ref_model))['keeps_copy'] == keeps
+        assert lora.adapter_options(Config(options | ref_model))['keeps_copy'] == keeps
 
 
 @pytest.mark.parametrize(('options', 'expected'), [

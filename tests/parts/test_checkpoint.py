@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def no_pause(monkeypatch):
-    """guard.keep tries again at once."""
+    """guard.save_persistently tries again at once."""
     monkeypatch.setattr(guard, 'PAUSE', 1)
     monkeypatch.setattr(guard, 'time', SimpleNamespace(sleep=lambda seconds: None))
 
@@ -356,7 +356,7 @@ def test_what_was_trained_outlives_a_full_disk(tmp_path):
         pytest.skip('mounts are not permitted here')
     said, kept = done.stdout + done.stderr, tmp_path / 'kept'
     assert done.returncode == 2 and 'Traceback' not in said, said
-    assert 'What was trained is in a checkpoint: the same command writes the model' in said and 'lost' not in said
+    assert 'The training is in a checkpoint: the same command writes the model' in said and 'lost' not in said
     assert read_jsonl(kept / 'metrics.jsonl')[-1]['counters/examples'] == 60
     assert checkpoint._damage(kept / 'checkpoints/0000000060') is None and not list(kept.glob('model*'))
 
@@ -374,8 +374,8 @@ def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_paus
     ranks.setup()
     monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
     not_written.reset_mock()
-    with pytest.raises(UserError, match='cannot write it. Given up: what was trained since .* is lost'):
-        guard.keep(not_written)
+    with pytest.raises(UserError, match='cannot write it. Given up: the training since .* is lost'):
+        guard.save_persistently(not_written)
     assert not_written.call_count == 3
 
 
@@ -394,7 +394,7 @@ def test_a_model_that_cannot_be_written_is_written_by_the_same_command(tmp_path,
     assert metrics(tmp_path / 'well', 'train')[0]['lr'] == {'dpo.py': 5e-7, 'ppo.py': 1e-6}[script]
     with monkeypatch.context() as patch:
         patch.setattr(export, 'write_model', not_written)
-        with pytest.raises(UserError, match='cannot write it. What was trained is in a checkpoint: the same command'):
+        with pytest.raises(UserError, match='cannot write it. The training is in a checkpoint: the same command'):
             run_script(*ill)
     assert names(tmp_path / 'ill') == ['0000000016']
     run_script(*ill)
@@ -412,8 +412,8 @@ def test_a_save_that_has_failed_ends_the_step_and_does_not_cost_what_was_trained
     with pytest.raises(UserError, match='no room'):
         guard.stop_asked()
     monkeypatch.setattr(checkpoint, '_pending', failed)
-    guard.keep(lambda: checkpoint.wait() or tries.append(1))
-    assert len(tries) == 1 and 'warning: no room. What was trained is kept in memory' in capsys.readouterr().out
+    guard.save_persistently(lambda: checkpoint.wait() or tries.append(1))
+    assert len(tries) == 1 and 'warning: no room. The training is kept in memory' in capsys.readouterr().out
 
 
 def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
@@ -467,8 +467,8 @@ def test_a_checkpoint_is_not_written_twice(monkeypatch):
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(ranks, 'leave', code.append)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
-    guard.boundary(lambda: said.append('save'), lambda: said.append('close'))
+    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
+    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'))
     assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
 
 
@@ -611,7 +611,7 @@ def test_a_step_without_weight_is_bad(monkeypatch):
     monkeypatch.setattr(training.fsdp, 'update', lambda policy, optimizer, rate, scale, max_norm: scale)
     monkeypatch.setattr(training.guard, 'bad_step', lambda *details: None)
     config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0})
-    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world=1)
+    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world_size=1)
     step, columns = SimpleNamespace(first=0, rows=np.arange(2), batches=[]), {'loss': torch.ones(2)}
     assert [training.Run.update(run, step, columns, torch.tensor(weight)) for weight in (2.0, 0.0)] == [True, False]
 
@@ -737,7 +737,7 @@ def test_auto_goes_on_after_a_backward_that_failed(tmp_path, monkeypatch, whole,
 def test_a_limit_that_changes_while_a_step_is_prepared(monkeypatch):
     """within_memory() halves max_tokens in one thread while another prepares a step: the step says for which limit it was made."""
     examples = Examples.of([(np.arange(3), [np.arange(2)])])
-    run = SimpleNamespace(max_tokens=64, layout={}, rank=0, world=1)
+    run = SimpleNamespace(max_tokens=64, batching={}, rank=0, world_size=1)
 
     def halves_meanwhile(examples, rows, rank, world, max_tokens, **options):
         run.max_tokens = 32

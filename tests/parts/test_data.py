@@ -803,27 +803,27 @@ def test_pack(groups, layout):
 @MANY
 @given(GROUPS, st.sampled_from([None, 1, 2, 5]), st.sampled_from([0, 30, 10_000]))
 def test_blocks(groups, window, small):
-    """Blocks cut the row into its groups; a mask lets a token see its prompt and its own answer so far."""
-    before = attention.MAX_BLOCK_TOKENS
-    attention.MAX_BLOCK_TOKENS = small
+    """Bundles cut the row into its groups; a mask lets a token see its prompt and its own answer so far."""
+    before = attention.MAX_BUNDLE_TOKENS
+    attention.MAX_BUNDLE_TOKENS = small
     batch = packed(groups)
-    blocks = batch.blocks
-    attention.MAX_BLOCK_TOKENS = before
-    assert [group for block in blocks for group in block.groups] == batch.groups
-    for block in blocks:
-        tokens = sum(prompt + sum(answers) for prompt, answers in block.groups)
-        assert sum(block.sizes) == tokens and (tokens <= small or len(block.groups) == 1)
+    bundles = batch.bundles
+    attention.MAX_BUNDLE_TOKENS = before
+    assert [group for bundle in bundles for group in bundle.groups] == batch.groups
+    for bundle in bundles:
+        tokens = sum(prompt + sum(answers) for prompt, answers in bundle.groups)
+        assert sum(bundle.sizes) == tokens and (tokens <= small or len(bundle.groups) == 1)
         # (group, answer, position) of every token; answer None: the prompt
         names = []
-        for g, (prompt, answers) in enumerate(block.groups):
+        for g, (prompt, answers) in enumerate(bundle.groups):
             names += [(g, None, i) for i in range(prompt)]
             names += [(g, a, prompt + i) for a, n in enumerate(answers) for i in range(n)]
-        for (g, a, i), row in zip(names, block.mask(window, 'cpu').tolist(), strict=True):
+        for (g, a, i), row in zip(names, bundle.mask(window, 'cpu').tolist(), strict=True):
             seen = [(h, b, j) for (h, b, j), sees in zip(names, row, strict=True) if sees]
             assert seen == [x for x in names if x[0] == g and x[1] in (None, a) and i - (window or 10**6) < x[2] <= i]
         # a device map has layers elsewhere, which ask for the same mask
-        assert block.mask(window, 'meta').device.type == 'meta'
-        assert block.mask(window, 'cpu') is block.mask(window, 'cpu')  # all layers have one
+        assert bundle.mask(window, 'meta').device.type == 'meta'
+        assert bundle.mask(window, 'cpu') is bundle.mask(window, 'cpu')  # all layers have one
 
 
 @MANY

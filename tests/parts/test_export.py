@@ -59,7 +59,7 @@ def test_random_rounding(dtype, step):
 
 def test_runs_leave_what_came_in(monkeypatch, capsys):
     """Rounded once, at the end; a run that goes on from it begins with policy and reference equal."""
-    monkeypatch.setattr(export, 'SHARD', '20KB')
+    monkeypatch.setattr(export, 'LARGEST_FILE', '20KB')
     base('base', torch.bfloat16)
     run_script('sft.py', *STEPS, '--model=base', '--out_dir=half')
     assert 'done: half/model, rounded to bfloat16 (a new run with --save_dtype=float32' in capsys.readouterr().out

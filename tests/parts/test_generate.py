@@ -207,10 +207,12 @@ def test_sharded(tmp_path, monkeypatch, capsys):
     assert generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12) == expected
     for r, mine in enumerate(([1, 0], [3], [2])):
         monkeypatch.setattr(ranks, 'data_rank', lambda r=r: (r, 3))
+        monkeypatch.setattr(ranks, 'gather_objects', lambda answers: [dict.fromkeys(range(4)), answers])
         found = generate.sample(net, TOKENIZER, PROMPTS, seeds, max_new_tokens=12)
         assert found == [answer if i in mine else None for i, answer in enumerate(expected)]
     # of two models, in a file that is not there at first
     monkeypatch.setattr(ranks, 'data_rank', lambda: (0, 1))
+    monkeypatch.setattr(ranks, 'gather_objects', lambda value: [value])
     run = types.SimpleNamespace(config=types.SimpleNamespace(seed=5, out_dir=tmp_path / 'run'), tokenizer=TOKENIZER)
     monkeypatch.setattr(generate, 'decode_answer', lambda ids, prompt_ids, tokenizer: tokenizer.decode(ids))
     switched = []

@@ -247,7 +247,7 @@ def test_what_is_not_the_fault_of_the_architecture_is_raised(error, raised, regi
 
 @pytest.mark.parametrize(('name', 'option', 'wrong', 'most'), [
     # everything is seen
-    ('llama', 'packed', lambda batch: mock.Mock(blocks=[attention.Block([(1, (batch.ids.numel() - 1,))])]), math.inf),
+    ('llama', 'packed', lambda batch: mock.Mock(bundles=[attention.Bundle([(1, (batch.ids.numel() - 1,))])]), math.inf),
     ('mistral', 'sliding_window', lambda _: None, math.inf), ('gemma2', 'softcap', lambda _: None, math.inf),
     ('llama', 'scaling', lambda scaling: 1.02 * scaling, 0.01),
 ])  # fmt: skip
@@ -792,7 +792,7 @@ def test_activation_checkpointing(name, dropout, mode, saved, device, register):
 
 def test_selective_checkpointing_copies_parts_of_activations_but_not_of_weights():
     block = lean.LeanBlock(torch.nn.Linear(2, 2))
-    pack, output = block.pack, block.recomputed(torch.exp, torch.ones(4, 8, requires_grad=True))
+    pack, output = block.pack_hook, block.recomputed(torch.exp, torch.ones(4, 8, requires_grad=True))
     assert pack(output)[1] == (4, 8) and pack(first := output[0]) is first
     weights = torch.nn.Parameter(torch.ones(4, 8))
     expert, values = weights[1], (2 * weights)[1]
@@ -950,7 +950,7 @@ def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 @pytest.mark.parametrize('window', [None, 1, 4, 100])
 @pytest.mark.parametrize(('heads', 'old'), [(2, False), (2, True), (4, False)])
 def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monkeypatch):
-    """And what it computes with every group in a block of its own. Of 4 heads of queries two share a key's, or none."""
+    """And what it computes with every group in a bundle of its own. Of 4 heads of queries two share a key's, or none."""
     calls = []
 
     def called(*args, enable_gqa=False, **kwargs):
@@ -971,7 +971,7 @@ def test_the_kernel_gets_what_the_loop_computes(heads, old, window, shape, monke
     loop, _ = attention.packed_attention(None, q, k, v, None, **options)
     assert loop.shape == (1, batch.ids.numel(), 4, 8) and not calls
     # each answer by itself, as in large groups
-    monkeypatch.setattr(attention, 'MAX_BLOCK_TOKENS', 0)
+    monkeypatch.setattr(attention, 'MAX_BUNDLE_TOKENS', 0)
     alone, _ = attention.packed_attention(None, q, k, v, None, **options | {'packed': pack(shape)})
     assert_close(alone, loop, 1e-6)
     batch.varlen = attention.Varlen(batch.groups)
@@ -991,16 +991,16 @@ def test_gathered_keys(dtype, strided, width):
     x = torch.randn(1, n, 4, 3 * width).to(dtype)
     x = x[..., 2 * width :] if strided else x[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
     ours, plain = (x[0].detach().requires_grad_() for _ in range(2))
-    gathered = attention.Gather.apply(ours, layout)
-    assert torch.equal(gathered, plain[layout.gather])
+    gathered = attention.CopyPrompts.apply(ours, layout)
+    assert torch.equal(gathered, plain[layout.key_tokens])
     slope = torch.randn_like(gathered.float()).to(dtype)
     gathered.backward(slope)
-    plain.double()[layout.gather].backward(slope.double())
+    plain.double()[layout.key_tokens].backward(slope.double())
     assert_close(ours.grad.float(), plain.grad.float(), 0.02 if dtype == torch.bfloat16 else 1e-6)
     # heads that do not begin at a word of 16 bytes, though rows do
     odd = torch.randn(n, 4, 9).to(dtype)[..., :8]
-    assert torch.equal(attention.Gather.apply(odd, layout), odd[layout.gather])
-    assert attention.Varlen([(3, (2,)), (5, (1,))]).gather is None
+    assert torch.equal(attention.CopyPrompts.apply(odd, layout), odd[layout.key_tokens])
+    assert attention.Varlen([(3, (2,)), (5, (1,))]).key_tokens is None
 
 
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])

@@ -132,9 +132,10 @@ def test_answers_go_to_their_prompts(monkeypatch):
         return [[*prompt, seed] for prompt, seed in zip(prompts, seeds, strict=True)]
 
     monkeypatch.setattr(rollout.generate, 'sample', answer)
-    source = Examples.of([(np.array([n]), [np.array([0])]) for n in range(4)])
-    run = SimpleNamespace(policy=None, tokenizer=None, config=Config({'max_new_tokens': 4, 'sample_batch': 2}))
-    found = rollout.sample(run, source, np.array([3, 1]), answers_each=2, first_seed=10)
+    train = Examples.of([(np.array([n]), [np.array([0])]) for n in range(4)])
+    config = Config({'max_new_tokens': 4, 'sample_batch': 2})
+    run = SimpleNamespace(policy=None, tokenizer=None, train=train, config=config)
+    found = rollout.sample(run, np.array([3, 1]), answers_each=2, first_seed=10)
     by_prompt = [(prompt.tolist(), [a.tolist() for a in answers]) for prompt, answers in found]
     assert by_prompt == [([3], [[3, 10], [3, 11]]), ([1], [[1, 12], [1, 13]])]
 

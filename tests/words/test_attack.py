@@ -288,7 +288,7 @@ def test_what_a_library_does_not_write_is_not_lost(monkeypatch):
     flags = '--model=toy', '--data=good.jsonl', '--eval_data=good.jsonl', '--out_dir=out', *SMALL
     with monkeypatch.context() as patch:
         patch.setattr(export, '_save_weights', MagicMock(side_effect=ValueError('no such\nchoice')))
-        with pytest.raises(UserError, match='out/model: ValueError: no such choice. What was trained is in a'):
+        with pytest.raises(UserError, match='out/model: ValueError: no such choice. The training is in a'):
             run_script('dpo.py', *flags)
     run_script('dpo.py', *flags)
     assert Path('out/model/model.safetensors').exists()

@@ -355,8 +355,8 @@ def test_a_reference_or_critic_that_reads_other_tokens(refused, run, short, tmp_
 
 
 def test_samples_where_no_answer_is_good(run, tmp_path):
-    for name, thumbs in (('mixed', [True, False]), ('bad', [False])):
-        rows = [{'prompt': f'p{i}', 'completion': ' a b', 'label': thumbs[i % len(thumbs)]} for i in range(4)]
+    for name, labels in (('mixed', [True, False]), ('bad', [False])):
+        rows = [{'prompt': f'p{i}', 'completion': ' a b', 'label': labels[i % len(labels)]} for i in range(4)]
         write_jsonl(tmp_path / f'{name}.jsonl', rows)
     data = [f'--data={tmp_path}/mixed.jsonl', f'--eval_data={tmp_path}/bad.jsonl']
     run('dpo.py', '--loss=kto', *data, '--sample_during_eval', '--max_new_tokens=3')
