@@ -61,10 +61,10 @@ class Option(NamedTuple):
     scope: dict  # globals of the module that declares it
 
 
-def configure(scope, argv=None, shared=None, early=False):
+def configure(scope, argv=None, shared=None, early=False, listed=None):
     """Override a script's constants, its globals() in scope, by config files and flags. Returns a Config; exits after --help.
 
-    shared: a module with more options. early: print no notes, since configure will be called again. Raises UserError."""
+    shared: a module with more options. early: print no notes, as a second call will. listed: what --help lists, if not all. UserError."""
     from runtime import errors  # late: it imports this file
 
     sys.excepthook = errors.report
@@ -74,7 +74,9 @@ def configure(scope, argv=None, shared=None, early=False):
     # the script's own come first in --help, and last here: they replace shared ones of the same name
     options = own_options | shared_options | own_options
     if '--help' in argv or '-h' in argv:
-        _print_help(scope.get('__doc__') or '', options)
+        _print_help(
+            scope.get('__doc__') or '', {name: options[name] for name in options if name in (listed or options)}
+        )
         sys.exit(0)
     # precedence: defaults, config files in order, flags (also those before a file)
     config = Config({name: option.default for name, option in options.items()})

@@ -273,7 +273,7 @@ def check_first_step():
     run.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
 
 
-run.start(loss)
+run.start(f'{loss}, weighted as Dr. DPO,' if beta_prime and loss != 'drdpo' else loss)
 if not run.seen:
     check_first_step()
 if run.eval_due_at_start():

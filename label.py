@@ -4,7 +4,7 @@
     python label.py --answers=ours.jsonl --against=theirs.json --reward_model=out/reward/model
 
 Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. With --answers alone, any two answers to a prompt
-are a pair, lower sample number first; with --against, the answers of both files to the same prompt are paired in order.
+are a pair, lower sample number first; of several models, two of different ones. With --against, those of both files are paired in order.
 
 Output in out_dir:
 * verdicts.jsonl: one line per verdict; a judge's reply is synced to disk at once. The same command resumes a killed run, and asks
@@ -70,11 +70,12 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    endpoint_options = 'judge_model judge_prompt request concurrency timeout retries'
-    config.report_unused(endpoint_options.split(), 'there is no --endpoint')
+    config.report_unused(
+        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
+    )
 if reward_model is None:
-    model_options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'
-    config.report_unused(model_options.split(), 'there is no --reward_model')
+    options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'.split()
+    config.report_unused(options, 'there is no --reward_model')
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
@@ -245,12 +246,12 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = []
-for i in clear:
-    lengths.append([len(output.strip()) for output in pairs[i]['outputs']])
+lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
 lengths = np.array(lengths).reshape(-1, 2)  # also without any
-first_name, second_name = [' + '.join(sorted({pair['generators'][k] for pair in pairs})) for k in (0, 1)]
-if first_name == second_name:
+names = [sorted({pair['generators'][k] for pair in pairs}) for k in (0, 1)]
+first_name, second_name = map(' + '.join, names)
+# of one model; or of three and more, of which some are first in one pair and second in another
+if set(names[0]) & set(names[1]):
     first_name, second_name = 'the first answer', 'the second'
 # prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
 cut_texts = {}
@@ -314,8 +315,9 @@ def percent(name, why_none='too few verdicts'):
 
 equal_length = percent('length_controlled', why_none='no finite fit, or an exact one')
 if n_judged < winrate.ENOUGH:
-    found = counted(n_judged, 'prompts')
-    equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
+    equal_length = (
+        f'not told: {counted(n_judged, "prompts")}, and from {winrate.ENOUGH} on length can be told from quality'
+    )
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}

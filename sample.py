@@ -24,7 +24,7 @@ import numpy as np
 
 import fsdp
 from configurator import UserError, configure
-from feedback.answers import append, collect, raise_if_missing, read_text, write_model_outputs
+from feedback.answers import append, collect, raise_if_missing, write_model_outputs
 from feedback.endpoint import ask, completions_url
 from hf import generate, sharded
 from hf.load import load_model, load_tokenizer
@@ -115,13 +115,10 @@ def read_sources():
     left_out = Counter()
     # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
-    options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows, 'columns': columns}
+    options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
     for source in sources.joined(data):
-        if source.lower().endswith('.txt'):  # one prompt per line
-            # not splitlines, which divides a prompt at U+2028 or a form feed
-            lines = read_text(source).split('\n')
-            rows += [{'prompt': line} for line in lines if line.strip()]
-            continue
+        # each line of a text file is a prompt
+        options['columns'] = 'prompt=text' if source.lower().endswith('.txt') else columns
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
         # an empty source is an error; read_prompts reports that of the only one
         if not new_rows and source != data:
@@ -198,9 +195,7 @@ if not endpoint:
     # prompts are cut to the positions that the answer leaves
     positions = max_sequence_length(net)
     if positions <= max_new_tokens:
-        raise UserError(
-            f'the model has {positions} positions for prompt and answer: give --max_new_tokens={positions // 2}, say'
-        )
+        raise UserError(f'the model has {positions} positions in all: give --max_new_tokens={positions // 2}, say')
     max_prompt = min(max_prompt_length or math.inf, positions - max_new_tokens)
     # token ids per prompt; None if the chat template rejects it
     ids = tokenise.tokenise_prompts(prompts, tokenizer, max_prompt, truncation, left_out, skip_bad_rows)
@@ -339,8 +334,7 @@ def score_answers():
     """Score all answers by the functions of --reward, write rewards.jsonl, and print the means. Raises UserError if one fails."""
     asked = [row['prompt'] for row in rows_by_key.values()]
     responses = [row['response'] for row in rows_by_key.values()]
-    # .raw: the data row with all its columns; prompts of .txt files have none
-    data_rows = [getattr(prompts[i], 'raw', prompts[i]) for i, _ in rows_by_key]
+    data_rows = [prompts[i].raw for i, _ in rows_by_key]  # with all columns of the data
     # a line has the value of each function, and in 'score' their weighted sum
     lines = [{'index': i, 'sample': sample, 'score': 0.0} for i, sample in rows_by_key]
     columns = ['score']

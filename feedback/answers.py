@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from itertools import combinations
+from math import comb
 from pathlib import Path
 
 from configurator import UserError
@@ -113,14 +114,20 @@ def write_model_outputs(out_dir, rows):
     files.replace_text(Path(out_dir) / 'model_outputs.json', json.dumps(outputs, indent=1))
 
 
-def read_answers(path):
-    """Return the answers in a samples.jsonl or model_outputs.json as a list of dicts, in file order.
+def read_answers(path, left_out):
+    """Return the answers in a samples.jsonl or model_outputs.json, or in a folder with the first, as a list of dicts in file order.
 
-    Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), generator (model name) and
-    sample (number of the answer to its prompt). Raises UserError for a row of another format, and if there are no answers."""
+    Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), model (its name), generator (the
+    name, with the temperature where the file has several) and sample (number of the answer to its prompt). left_out: Counter,
+    updated. Raises UserError for a row of another format, and if there are no answers."""
+    file = f'{path}/samples.jsonl'
+    rows = list(read_rows(None, 'train', file if os.path.exists(file) else path))
+    # a training run samples at each evaluation, after so many `examples`: the newest one counts
+    newest = max((row['examples'] for row in rows if isinstance(row.get('examples'), int)), default=None)
+    has_temperatures = len({str(row.get('temperature')) for row in rows}) > 1
     answers = []
     num_answers = Counter()  # (instruction, generator) -> answers so far
-    for row in read_rows(None, 'train', path):
+    for row in rows:
         try:
             if row.error:
                 raise ValueError(row.error)
@@ -129,14 +136,18 @@ def read_answers(path):
             else:
                 prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
             # rows without these two fields get a fixed name and the next number
-            generator = field({'generator': 'unnamed', **row}, 'generator')
+            model = field({'generator': 'unnamed', **row}, 'generator')
+            generator = f'{model} at {row.get("temperature")}' if has_temperatures else model
             key = instruction(prompt), generator
             sample = field({'sample': num_answers[key], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
+        if isinstance(row.get('examples'), int) and row['examples'] < newest:
+            left_out['answers of earlier evaluations'] += 1
+            continue
         num_answers[key] += 1
         entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response, 'tools': row.get('tools')}
-        answers.append(entry | {'generator': generator, 'sample': sample})
+        answers.append(entry | {'model': model, 'generator': generator, 'sample': sample})
     if not answers:
         raise UserError(f'there are no answers in {path}')
     return answers
@@ -156,22 +167,29 @@ def _from_model_outputs(row):
 
 
 def make_pairs(answers_file, against_file=None):
-    """Return (pairs, Counter of what is left out) of one file of answers (any two to a prompt, lower sample number first), or of two
-    (the k-th answers to a prompt in each). A pair is a dict: prompt (text or chat), instruction (the prompt as plain text),
-    question (number of the prompt), outputs (two texts), generators (two names), perhaps tools. Raises UserError without pairs."""
-    ours = read_answers(answers_file)
-    theirs = read_answers(against_file) if against_file else []
+    """Return (pairs, Counter of what is left out) of one file of answers (any two to a prompt, lower sample number first; if the file
+    has several models, of two of them, in their order there), or of two files (the k-th answers to a prompt in each, of its first model).
+
+    A pair is a dict: prompt (text or chat), instruction (the prompt as plain text), question (number of the prompt), outputs (two
+    texts), generators (two names), perhaps tools. Raises UserError without pairs."""
+    left_out = Counter()
+    ours = read_answers(answers_file, left_out)
+    theirs = read_answers(against_file, left_out) if against_file else []
     our_groups = _by_question(ours)
     their_groups = _by_question(theirs)
+    has_models = len({answer['model'] for answer in ours}) > 1
     pairs = []
     # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
     numbers = {}
     for (text, time), group in our_groups.items():
         number = numbers.setdefault(text, len(numbers))
         matches = combinations(group, 2)
-        # zip skips answers that have no counterpart
+        if has_models:
+            matches = [(first, second) for first, second in matches if first['model'] != second['model']]
+        # zip skips answers that have no counterpart, also those of other models than the first
         if against_file:
-            matches = zip(group, their_groups.get((text, time), []), strict=False)
+            both = group, their_groups.get((text, time), [])
+            matches = zip(*([row for row in side if row['model'] == side[0]['model']] for side in both), strict=False)
         for first, second in matches:
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             asked = second if is_plain(first) else first
@@ -185,21 +203,23 @@ def make_pairs(answers_file, against_file=None):
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
         raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
-    left_out = Counter()
     if against_file:
         # each pair uses one answer of each file
         left_out['answers without a counterpart'] = len(ours) - len(pairs)
         left_out['answers of --against without a counterpart'] = len(theirs) - len(pairs)
     else:
         left_out['answers without a counterpart'] = sum(len(group) == 1 for group in our_groups.values())
+        any_two = sum(comb(len(group), 2) for group in our_groups.values())
+        left_out['pairs of answers of one model'] = any_two - len(pairs)
     return pairs, left_out
 
 
 def _by_question(answers):
-    """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by sample number}.
+    """Group answers (dicts of read_answers) as {(instruction, time): answers sorted by generator, as in the file, and sample number}.
 
     A file may ask an instruction more than once; time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
+    generators = list(dict.fromkeys(row['generator'] for row in answers))
     times_seen = Counter()  # (instruction, generator, sample) -> how often
     for row in answers:
         # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
@@ -207,7 +227,7 @@ def _by_question(answers):
         groups.setdefault((row['instruction'], times_seen[key]), []).append(row)
         times_seen[key] += 1
     for group in groups.values():
-        group.sort(key=lambda row: row['sample'])
+        group.sort(key=lambda row: (generators.index(row['generator']), row['sample']))
     return groups
 
 

@@ -1,5 +1,6 @@
 """Tensor parallelism, which divides the matrices of each block among ranks, and what the options about devices mean."""
 
+import logging
 import os
 import re
 
@@ -80,6 +81,8 @@ def tensor_parallel(model, mesh, n_meshes):
         # a norm of each head: every rank has some of the heads of its input (B, T, heads, d)
         'replicated_with_grad_allreduce': SequenceParallel(sequence_dim=2, use_local_output=True),
     }
+    # it warns that the gradient norm and the export take two sums each; their order is the same on all ranks
+    logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
     without_head = core(model).base_model
     config = without_head.config
     name = type(core(model)).__name__

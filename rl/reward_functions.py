@@ -167,16 +167,26 @@ def load_function(file, name):
 
 @contextlib.contextmanager
 def _user_code():
-    """Within the block, signals are unblocked; at its end, the current folder and torch's gradient mode are again as before."""
+    """Within it, signals are unblocked, and os._exit is an error; at its end, current folder and torch's gradient mode are as before."""
     # both contexts change nothing at the start of the block: they restore at its end what the user's code has changed
     folder = contextlib.chdir('.')
     torch = sys.modules.get('torch')  # None in workers, which do not import it
     gradients = torch.set_grad_enabled(torch.is_grad_enabled()) if torch else contextlib.nullcontext()
     process = os.getpid()
+    exit_at_once = os._exit
+
+    def refuse(status):
+        # so end children that the user's code has forked, and this process after a signal; else the run would seem to be done
+        if os.getpid() != process or guard.asked_here():
+            exit_at_once(status)
+        raise SystemExit(f'os._exit({status}) would end the run')
+
+    os._exit = refuse
     try:
         with guard.unblocked(), folder, gradients:
             yield
     finally:
+        os._exit = exit_at_once
         # a child that the user's code has forked must not go on here, as a second run
         if os.getpid() != process:
             os._exit(1)
@@ -278,7 +288,7 @@ class Workers:
                 return pipe.recv()
             result = None
         except (EOFError, OSError):
-            # os._exit or a crash in the function
+            # a crash in the function
             result = Failed(f'its process has ended with code {process.wait()}')
         # only after such a call: kill the worker and its children. The next call starts a new one
         with contextlib.suppress(ProcessLookupError):
@@ -315,7 +325,7 @@ def _work(fd, folder, file, name):
         # orphans are adopted, so the parent id changes
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     # in a thread, because the function may never return
     threading.Thread(target=exit_with_parent, daemon=True).start()

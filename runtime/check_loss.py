@@ -16,9 +16,10 @@ def main(losses, statistics):
     name = next((word for word in words if not word.startswith('-')), None)
     flags = [word for word in words if word != name]
     usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
-    # the options are those of dpo.py, with this help text
+    # the options are those of dpo.py; help has this text, and lists those that the formulas of the losses have
     script = Path(__file__).parents[1] / 'dpo.py'
-    config = configure({'__file__': script, '__doc__': usage}, argv=flags)
+    listed = inputs(*losses.values(), *statistics.values())
+    config = configure({'__file__': script, '__doc__': usage}, argv=flags, listed=listed)
     if name is None:
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
@@ -34,7 +35,6 @@ def main(losses, statistics):
         print(f'{margin:10.1f} {values}')
     broken = [row[0] for row in rows if not all(map(math.isfinite, row))]
     if broken:
-        raise UserError(
-            f'the loss {name} or its slope is not finite at a margin of {broken[0]:.0f} nats: see losses.log1mexp'
-        )
+        place = f'a margin of {broken[0]:.0f} nats'
+        raise UserError(f'the loss {name} or its slope is not finite at {place}: see losses.log1mexp')
     print(f'{name} can train: python dpo.py --loss={name}')

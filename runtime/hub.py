@@ -52,7 +52,7 @@ def check_there(name):
     if os.path.isfile(name):
         raise UserError(f'{name!r} is a file: a model is a folder with config.json, tokenizer and .safetensors files')
     if Path(name, 'manifest.json').exists() and Path(name, 'state.json').exists():
-        problem = 'is a checkpoint, from which its own run goes on'
+        problem = 'is a checkpoint, from which its own run goes on (docs/runs.md makes a model of it)'
         raise UserError(f'{name!r} {problem}: a model is what a run leaves at its end, in out_dir/model')
     if os.path.exists(name):
         # its config.json must be JSON; a folder of a tokenizer or an adapter needs none

@@ -108,9 +108,8 @@ def say_first_step(objective, columns, metrics):
             'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
         )
     if not objective.needs_ref:
-        notes.append(
-            f'{objective.name} has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0'
-        )
+        of_policy = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
+        notes.append(f'{objective.name} has no reference: {of_policy}')
     if notes:
         say(f'note: {"; ".join(notes)}')
     options = objective.options

@@ -145,8 +145,12 @@ def divides(source):
 
 
 def joined(data):
-    """Return the sources that data joins by +. A file or folder with a + in its path is one source."""
-    return [data] if os.path.exists(os.path.expanduser(data)) else data.split('+')
+    """Return the sources that data joins by +. A file or folder with a + in its path, also behind hh:, is one source."""
+    with suppress(UserError):
+        _getter, path, _hub_id = locate(data)
+        if path:
+            return [data]
+    return data.split('+')
 
 
 def keep_data(data, out):

@@ -250,15 +250,11 @@ class Variant:
         fsdp.update(self.policy, self.torch_optimizer, lr=LEARNING_RATE, scale=world_size / len(rows), max_norm=10.0)
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
-        self.estimate = max(self.estimate, gb_without_model + self.estimated_gb(batches))
-
-    def estimated_gb(self, batches):
-        """Return how much memory the models, the optimizer and the largest of a step's microbatches should take, by room.estimate."""
+        # what models, optimizer and the largest microbatch should take; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)  # tokens
-        # cached variants have freed the reference
         n_frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
         needs = room.estimate(config, self.policy, self.per_token, n_frozen, largest, is_step=len(batches) == 1)
-        return sum(needs.values()) / 1e9
+        self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 
 def clock():
@@ -395,9 +391,8 @@ seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dt
 limit = per_second(batch_size, seconds)
 
 if main_rank():
-    print(
-        f'{model}, {data}, {loss}, batch {batch_size}, ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
-    )
+    machine = f'ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
+    print(f'{model}, {data}, {loss}, batch {batch_size}, {machine}')
     print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
     print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
     formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',

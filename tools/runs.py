@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
-from runtime.log import NEUTRAL, key_of
+from runtime.log import NEUTRAL, key_of, recorded
 from runtime.values import looked_in
 from text import toy
 
@@ -41,12 +41,11 @@ class Run(NamedTuple):
 class Curve(NamedTuple):
     """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
 
-    far: outliers, not drawn; gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
+    gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
 
     split: str
     examples: list
     values: list
-    far: list
     gaps: int
     metric: int = 0
     run: int = 0
@@ -68,12 +67,10 @@ def read_options(folder):
     """Return the options of a run, {name: value}, from its config.json. Raises UserError if it is missing or damaged."""
     if not folder.is_dir():
         raise UserError(f'there is no folder {folder}{looked_in(folder)}')
-    try:
-        return dict(json.loads((folder / 'config.json').read_text())['config'])
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json, so it is no run's out_dir") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{folder}/config.json is damaged, or not of a run: wanted is the --out_dir of one') from None
+    run = recorded(folder)
+    if not run:
+        raise UserError(f'{folder} holds no run: wanted is the out_dir of one')
+    return run['options']
 
 
 def read_rows(file, types):
@@ -149,8 +146,13 @@ def panels_of(runs):
         has_better = metrics == ['kl/chosen'] and any(earlier == 'KL' for earlier, *_ in panels)
         if not curves or has_better:
             continue
-        # far: values outside the axes; gaps: number of values that are nan or infinite
-        far = [value for curve in curves for value in curve.far]
+        # leave out outliers, which would flatten the rest; gaps: number of values that are nan or infinite
+        low, high = bounds([curve.values for curve in curves])
+        far = [value for curve in curves for value in curve.values if not low <= value <= high]
+        for i, curve in enumerate(curves):
+            drawn = [n for n, value in enumerate(curve.values) if low <= value <= high]
+            examples, values = ([column[n] for n in drawn] for column in (curve.examples, curve.values))
+            curves[i] = curve._replace(examples=examples, values=values)
         if far:
             farthest = max(far, key=abs)
             subtitle += f'; outside: {len(far)}, such as {farthest:.3g}'
@@ -180,34 +182,25 @@ def curves_of(metrics, runs):
 
 def curve(run, split, metric):
     """Return the Curve of a metric of one run. The caller sets its fields metric, run and extra."""
-    # rows without this metric have no point
-    rows = [row for row in run.rows if row['split'] == split and value_of(row, split, metric) is not None]
-    # (training examples so far, value)
-    points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
+    # (training examples so far, value); rows without this metric have no point
+    points = [(row['counters/examples'], value_of(row, split, metric)) for row in run.rows if row['split'] == split]
+    points = [(x, value) for x, value in points if value is not None]
     finite = [(x, value) for x, value in points if math.isfinite(value)]
-    # leave out outliers, which would flatten the rest of the curve
-    low, high = bounds([value for _, value in finite])
-    drawn = [(x, value) for x, value in finite if low <= value <= high]
-    far = [value for _, value in finite if not low <= value <= high]
-    num_gaps = len(points) - len(finite)
-    return Curve(split, [x for x, _ in drawn], [value for _, value in drawn], far, num_gaps)
+    return Curve(split, [x for x, _ in finite], [value for _, value in finite], len(points) - len(finite))
 
 
-def bounds(values):
-    """Return (low, high), the range of values to draw: infinite, unless a few outliers would flatten the rest of the curve."""
-    # too few values to call any of them an outlier
-    if len(values) < 5:
-        return -math.inf, math.inf
-    # the 10% to 90% quantile range, widened by three times its size on either side
-    first, last = np.quantile(values, [0.1, 0.9])
-    margin = 3 * (last - first)
-    low, high = first - margin, last + margin
-    # worth it only if the curve becomes more than three times as high
-    near = [value for value in values if low <= value <= high]
-    near_range = max(near) - min(near)
-    if near_range > 0 and max(values) - min(values) > 3 * near_range:
-        return low, high
-    return -math.inf, math.inf
+def bounds(curves):
+    """Return (low, high), the range of values to draw in a panel of curves, each a list of values: infinite if none is an outlier."""
+    near = []  # values of all curves without their outliers
+    for values in curves:
+        # the 10% to 90% quantile range, widened by three times its size on either side; of few values, none is an outlier
+        first, last = np.quantile(values, [0.1, 0.9]) if len(values) >= 5 else (-math.inf, math.inf)
+        margin = 3 * (last - first)
+        near += [value for value in values if first - margin <= value <= last + margin]
+    # one is left out only if the panel would become more than three times as high
+    low, high = min(near, default=0.0), max(near, default=0.0)
+    size = 3 * (high - low) or math.inf
+    return high - size, low + size
 
 
 def smoothed(values, fraction):

@@ -68,6 +68,8 @@ def runs(tmp_path_factory):
         for name in {'tp2': ('gpt2', 'three'), 'dp2tp2': ('uneven',)}.get(where, ()):
             plan += [['fails', folder / f'{name}.txt', *command(where, name, [*DPO, *ADAM, f'--model={name}'], *flags)]]
         launch(world, plan, folder)
+    # torch has nothing to say on the screen
+    assert all('sequential all_' not in said.read_text() for said in folder.glob('rank-*-of-*.txt'))
     return folder
 
 

@@ -164,6 +164,8 @@ def test_options_of_a_loss(flags, found, monkeypatch):
     ('drdpo --beta=0.5', 0, r'^    margin         loss slope chosen  slope rejected\n(?s:.*)\n +0.0 +0.69315 +-0.25 +0.25\n'),
     ('dpo --gamma=3', 2, '--gamma has no effect: the loss dpo does not use it'),
     ('dpo --lr=3', 2, '--lr has no effect: the table is of the loss alone'),
+    # help lists what is not refused
+    ('--help', 0, r'^python losses.py (?s:.*)\n\nloss\n(  --(beta|label_smoothing|average|rho|a|alpha|w_good|w_bad|delta|lam|gamma|tau) = .*\n){12}$'),
     ('', 2, '^error: name a loss: python losses.py dpo --beta=0.2'),
     ('ktoo', 2, "^error: loss must be one of dpo, .* not 'ktoo'; did you mean kto"),
     ('importance', 2, "kto_zero, not 'importance': the function importance of losses.py has to be in LOSSES to be one"),

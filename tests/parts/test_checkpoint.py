@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import cut_short, metrics, parse, read_jsonl, run_script, same_bits, sentence, shrink_toy, tensors
+from helpers import ROOT, cut_short, metrics, parse, read_jsonl, run_script, same_bits, sentence, shrink_toy, tensors
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import data
@@ -98,6 +98,36 @@ def test_a_shorter_run_leaves_the_model_of_a_checkpoint(whole, tmp_path):
     saved = tensors(whole / 'checkpoints/0000000048')
     left = tensors(tmp_path / 'short/model')
     assert left and all(torch.equal(saved[f'model.{name}'], weight) for name, weight in left.items())
+
+
+@pytest.mark.parametrize('script', ['dpo.py', 'reward.py'])
+def test_a_model_is_made_of_a_checkpoint(whole, tmp_path, monkeypatch, script):
+    """As docs/runs.md says, where the data are gone."""
+    monkeypatch.chdir(tmp_path)
+    load_model('toy', seed=5).save_pretrained('base')
+    load_tokenizer('toy').save_pretrained('base')
+    run('run', '--model=base', '--n_examples=36', script=script)
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/runs.md').read_text(), re.S)
+    for there, here in (
+        ('out/sft_hh/model', 'base'),
+        ('out/dpo_hh/checkpoints/0000019968', 'run/checkpoints/0000000024'),
+        ('out/dpo_hh_early', 'early'),
+    ):
+        assert there in code
+        code = code.replace(there, here)
+    if script == 'reward.py':
+        code = code.replace(
+            'model = load_model(base)', 'separate_pad(tokenizer)\nmodel = load_reward(base, tokenizer, new_head=True)'
+        )
+    exec(code)
+    saved, left = tensors('run/checkpoints/0000000024'), tensors('early/model')
+    assert left and all(torch.equal(saved[f'model.{name}'], weight) for name, weight in left.items())
+    words = (
+        ['feedback/score.py', '--reward_model=early', '--out=scores.jsonl']
+        if script == 'reward.py'
+        else ['sample.py', '--model=early', '--max_new_tokens=4']
+    )
+    run_script(*words, '--data=toy')
 
 
 # ---- damage, leftovers, files of somebody else ----

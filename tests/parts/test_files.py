@@ -214,7 +214,17 @@ def test_home_and_patterns(tmp_path, monkeypatch):
     refused('~/mine/none-*.jsonl', 'no file or folder')
     assert divided(write(tmp_path, {'a:b': ROWS}) + '/a:b.jsonl')
     write(tmp_path, {'a+b': ROWS})
-    assert [sources.joined(data) for data in ('~/a+b.jsonl', 'hh+shp')] == [['~/a+b.jsonl'], ['hh', 'shp']]
+    monkeypatch.chdir(tmp_path)
+    for joined in (
+        ['~/a+b.jsonl'],
+        ['hh', 'shp'],
+        ['hh:~/a+b.jsonl'],
+        ['hh:a+b.jsonl[test]'],
+        ['shp:a+*.jsonl'],
+        ['hh:a', 'b'],
+        ['hh', 'shp:mine'],
+    ):
+        assert sources.joined('+'.join(joined)) == joined
 
 
 @pytest.mark.parametrize('held_out', ['test', 'validation', 'valid', 'dev', 'val'])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -113,6 +114,69 @@ def test_pairs():
         found, left_out = make_pairs(*both)
         assert [p['prompt'] for p in found] == prompts and not +left_out
         assert found[0]['outputs'] == [' r0', ' r0']
+
+
+def test_samples_of_a_training_run():
+    """Those of its last evaluation, the policy's first, wherever they stand. Of two files the first models."""
+    Path('run').mkdir()
+    rows = []
+    for examples, who, i in itertools.product((0, 8), ('policy', 'reference'), range(3)):
+        prompt = messages.ask(f'question {i % 2}')
+        rows.append(
+            {
+                'examples': examples,
+                'generator': who,
+                'sample': i,
+                'prompt': prompt,
+                'response': f'{who[0]}{i} at {examples}',
+            }
+        )
+    file = write_jsonl('run/samples.jsonl', rows)
+    for path in (file, 'run'):
+        found, left_out = make_pairs(path)
+        pairs = [' '.join(output.removesuffix(' at 8') for output in pair['outputs']) for pair in found]
+        assert pairs == ['p0 r0', 'p0 r2', 'p2 r0', 'p2 r2', 'p1 r1']
+        assert +left_out == {'answers of earlier evaluations': 6, 'pairs of answers of one model': 2}
+        assert found[0]['generators'] == ['policy', 'reference']
+    # of two runs the policies
+    other = write_jsonl(
+        'other.jsonl', [row | {'response': row['response'].upper()} for row in rows[::-1] if row['sample'] < 2]
+    )
+    found, left_out = make_pairs('run', other)
+    assert [pair['outputs'] for pair in found] == [['p0 at 8', 'R0 AT 8'], ['p1 at 8', 'R1 AT 8']]
+    assert (
+        left_out['answers without a counterpart'] == 4 and left_out['answers of --against without a counterpart'] == 2
+    )
+    # what is no number of an evaluation leaves nothing out
+    write_jsonl(file, [row | {'examples': [row['examples']]} for row in rows])
+    assert 'answers of earlier evaluations' not in make_pairs(file)[1]
+
+
+@pytest.mark.parametrize('names, temperatures, n, said', [
+    (('a', 'b'), (None, None), 2, 'a against b'), (('b', 'a'), (1.0, 1.0), 2, 'b against a'), (('b', 'a'), (1.0, 0.7), 2, 'b at 1.0 against a at 0.7'),
+    (('a', 'a'), (0.7, 1.0), 1, 'a at 0.7 against a at 1.0'), (('a', 'a'), (0.7, 1.0), 2, 'the first answer against the second'),
+    (('a', 'a'), (None, None), 2, 'the first answer against the second'), (('a', 'b', 'c'), (None,) * 3, 1, 'the first answer against the second'),
+])  # fmt: skip
+def test_a_rate_is_of_one_model_over_another(names, temperatures, n, said, capsys):
+    """By hand: two models with two answers to each of three prompts have four pairs to each."""
+    rows = []
+    for number, (name, temperature) in enumerate(zip(names, temperatures, strict=True)):
+        sampled = {'generator': name} | ({'temperature': temperature} if temperature else {})
+        for i, k in itertools.product(range(3), range(n)):
+            rows.append({'prompt': f'Q {i}', 'response': f'{number} {k}', 'sample': k, **sampled})
+    write_jsonl('samples.jsonl', rows)
+
+    def behave(_, body):
+        first, _second = re.findall('answer . >>>\n(.) ', body['messages'][0]['content'])
+        return 'Verdict: A' if first == '0' else 'Verdict: B'
+
+    with serve(behave) as server:
+        report, annotations = label(*flags(server))
+    assert f'\n{said}, judged by m\n' in capsys.readouterr().out
+    if said[0] in 'ab':
+        pairs = {(row['generator_1'], row['generator_2']) for row in annotations}
+        assert pairs == {tuple(said.split(' against '))}
+        assert report['win_rate'] == 1 and report['pairs'] == 3 * n * n
 
 
 ENDPOINT = ['--endpoint=http://127.0.0.1:9', '--judge_model=m']

@@ -106,8 +106,12 @@ def test_one_value_does_not_flatten_the_rest(tmp_path):
     assert len(axes['loss'].lines[0].get_xdata()) == 16
     # few values, and a curve that falls steeply, are drawn whole
     for whole in ([1, 1, 1, 50], [10 * 0.8**i for i in range(30)], [0.5] * 9 + [0.9]):
-        low, high = bounds(whole)
+        low, high = bounds([whole])
         assert low <= min(whole) and max(whole) <= high
+    # so is what fits the axis of the panel all the same: beside a value far off, and beside another curve
+    flat = [0.5, 0.6] * 30
+    assert 1.3 < bounds([[*flat, 0.88, 1.3, 1e9]])[1] < 2
+    assert bounds([[*flat, 5.0]])[1] < 5 and bounds([[*flat, 5.0], [0.0, 8.0]])[1] > 5
 
 
 def test_what_a_run_has_is_drawn(tmp_path):
@@ -141,7 +145,7 @@ DEEP = '[' * 100_000
 
 
 @pytest.mark.parametrize(('file', 'text', 'message'), [
-    ('config.json', None, "has no config.json, so it is no run's out_dir"),
+    ('config.json', None, "a holds no run: wanted is the out_dir of one"),
     ('config.json', '{"model_type": "llama"}', 'or not of a run'),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
     ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),

@@ -134,6 +134,9 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
     (MIXED.format('float("nan")'), r'line 37: it returned nan, '), (MIXED.format('10**400'), 'line 37: it returned an integer beyond all floats'), (MIXED.format('10**5000'), 'beyond all floats'),
     (MIXED.format('"1"'), r"line 37: it returned '1', "),
     (MIXED.format('exit()'), 'line 37: SystemExit'),
+    # the run would end there, with code 0
+    (MIXED.format('os._exit(0)') + '\nimport os', r'line 37: SystemExit: os._exit\(0\) would end the run \(line 2: '),
+    ('import os\nos._exit(0)', r'cannot load .*os._exit\(0\) would end the run \(line 2'),
     ('def f(p, responses, rows): return 0.5', r'it returned 0\.5, where a list of 1 numbers'),
     ('def f(p, responses, rows): return None', 'it returned None, where a list'),
     ('def f(p, responses, rows): return [1.0] * 3', r'it returned \[1.0, 1.0, 1.0\], where a list of 1 numbers'),
@@ -167,6 +170,8 @@ def f(prompts, responses, rows):
     if response == '9': os._exit(4)
     if response == '11': raise KeyboardInterrupt
     if response == '13' and not os.fork(): raise OSError
+    if response == '15': os.kill(os.getpid(), 9)
+    if response == '17' and not os.fork(): os._exit(0)
     return [os.getpid()]
 """
 
@@ -189,8 +194,13 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     child = f'/proc/{(tmp_path / "child").read_text()}/stat'
     assert not os.path.exists(child) or ') Z ' in open(child).read()
     # a forked child that comes back does not answer, too
-    assert score(13, 20)[1] == [False] * 7
-    errors = {7: 'ZeroDivisionError: division by zero', 9: 'its process has ended with code 4', 11: 'KeyboardInterrupt'}
+    assert score(13, 14)[1] == [False] and score(16, 20)[1] == [False] * 4
+    errors = {
+        7: 'ZeroDivisionError: division by zero',
+        9: r'SystemExit: os._exit\(4\)',
+        15: 'its process has ended with code -9',
+        11: 'KeyboardInterrupt',
+    }
     for i, words in errors.items():
         with pytest.raises(UserError, match=f"f of .* fails at prompt 'Say {i}:': {words}"):
             score(i, i + 1)

@@ -277,7 +277,7 @@ def test_sources(folder, capsys):
     (['--temperature=0', '--top_p=0.9'], '--top_p has no effect'),
     (['--temperature=0', '--n=2'], 'at temperature 0 all 2 answers'),
     *(([f'--temperature={text}'], 'temperature') for text in ('hot', '', '0.5 -1', '1 1.0', 'nan', 'inf', '-1')),
-    (['--data=nowhere.txt'], 'cannot read nowhere.txt'),
+    (['--data=nowhere.txt'], "data 'nowhere.txt' is no file or folder in "),
     (['--data=none.txt'], 'there are no prompts'),
     (['--data_fraction=1e-9'], '6 prompts beyond n_examples or data_fraction'),
     (['--data=toy+bad.jsonl', '--skip_bad_rows'], 'no test examples are left'),

@@ -426,6 +426,8 @@ ELSEWHERE = {
     '--dataset_path=x': 'did you mean data.$', '--reward_name=x': '--help lists the options ', '--system_pro=x': 'did you mean system.$',
     '--n_prompt=1': 'did you mean n_examples.$', '--bf16': 'here it is dtype=bfloat16$', '--loss.beta=1': 'here it is beta$',
     '--loss.mode_weight=1': r'here it is beta_prime \(beta-DPO: rho\)$', '--model.archive=x': 'here it is model$',
+    '--hub_model_id=x': r'here it is out_dir \(its folder model is one for hf upload\)$', '--push_to_hub': 'here it is out_dir',
+    '--llm=x': 'here it is model$', '--prompts=x': 'here it is data$', '--dataset_train_split=x': r'here it is data \(as in OWNER/NAME\[SPLIT\]\)$',
     '--deepspeed=x': r'here it is shard \(under torchrun\)$',
     '--trainer=x': r'here it is device_map=balanced .* tp=2 .* torchrun', '--prefs_path=x': 'here it is data$',
     '--per_device_train_batch_size=4': r'here it is batch_size \(of all GPUs and microbatches together\)$',
@@ -453,8 +455,8 @@ def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch):
 
 
 def test_names_of_other_code_are_those_of_options_here():
-    known = set().union(*(re.findall(r'^(\w+)(?:: .*)? = ', (ROOT / name).read_text(), re.M)
-                          for name in ('dpo.py', 'sft.py', 'reward.py', 'ppo.py', 'sample.py', 'training.py')))  # fmt: skip
+    scripts = 'dpo.py sft.py reward.py ppo.py sample.py label.py training.py'.split()
+    known = {name for script in scripts for name in configurator._declared({'__file__': ROOT / script})}
     theirs = values.names_elsewhere(known)
     assert len(theirs) == sum(len(names.split()) for names in values.ELSEWHERE.values()) and not known & theirs.keys()
 
