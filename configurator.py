@@ -74,9 +74,8 @@ def configure(scope, argv=None, shared=None, early=False, listed=None):
     # the script's own come first in --help, and last here: they replace shared ones of the same name
     options = own_options | shared_options | own_options
     if '--help' in argv or '-h' in argv:
-        _print_help(
-            scope.get('__doc__') or '', {name: options[name] for name in options if name in (listed or options)}
-        )
+        shown = {name: options[name] for name in options if name in (listed or options)}
+        _print_help(scope.get('__doc__') or '', shown)
         sys.exit(0)
     # precedence: defaults, config files in order, flags (also those before a file)
     config = Config({name: option.default for name, option in options.items()})

@@ -123,7 +123,8 @@ def read_answers(path, left_out):
     file = f'{path}/samples.jsonl'
     rows = list(read_rows(None, 'train', file if os.path.exists(file) else path))
     # a training run samples at each evaluation, after so many `examples`: the newest one counts
-    newest = max((row['examples'] for row in rows if isinstance(row.get('examples'), int)), default=None)
+    evaluations = [row['examples'] for row in rows if isinstance(row.get('examples'), int)]
+    newest = max(evaluations, default=None)
     has_temperatures = len({str(row.get('temperature')) for row in rows}) > 1
     answers = []
     num_answers = Counter()  # (instruction, generator) -> answers so far
@@ -189,7 +190,8 @@ def make_pairs(answers_file, against_file=None):
         # zip skips answers that have no counterpart, also those of other models than the first
         if against_file:
             both = group, their_groups.get((text, time), [])
-            matches = zip(*([row for row in side if row['model'] == side[0]['model']] for side in both), strict=False)
+            of_first = ([row for row in side if row['model'] == side[0]['model']] for side in both)
+            matches = zip(*of_first, strict=False)
         for first, second in matches:
             # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
             asked = second if is_plain(first) else first

@@ -24,8 +24,8 @@ def main(losses, statistics):
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
     objective = objective_of(config, losses, statistics)
-    unused = [option for option in config if option not in inputs(objective.fn, objective.statistic)]
-    config.report_unused(unused, 'the table is of the loss alone')
+    unused = config.keys() - inputs(objective.fn, objective.statistic)
+    config.report_unused(sorted(unused), 'the table is of the loss alone')
     rows = try_out(name, objective.fn, objective.statistic, objective.options)
     # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if objective.paired else 'slope'

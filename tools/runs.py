@@ -151,7 +151,8 @@ def panels_of(runs):
         far = [value for curve in curves for value in curve.values if not low <= value <= high]
         for i, curve in enumerate(curves):
             drawn = [n for n, value in enumerate(curve.values) if low <= value <= high]
-            examples, values = ([column[n] for n in drawn] for column in (curve.examples, curve.values))
+            examples = [curve.examples[n] for n in drawn]
+            values = [curve.values[n] for n in drawn]
             curves[i] = curve._replace(examples=examples, values=values)
         if far:
             farthest = max(far, key=abs)
