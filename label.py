@@ -252,7 +252,7 @@ names = [sorted({pair['generators'][k] for pair in pairs}) for k in (0, 1)]
 first_name, second_name = map(' + '.join, names)
 # of one model; or of three and more, of which some are first in one pair and second in another
 if set(names[0]) & set(names[1]):
-    first_name, second_name = 'the first answer', 'the second'
+    first_name, second_name = (answers, against) if against else ('the first answer', 'the second')
 # prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
 cut_texts = {}
 for (i, _), row in verdicts.items():

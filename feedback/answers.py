@@ -115,13 +115,13 @@ def write_model_outputs(out_dir, rows):
 
 
 def read_answers(path, left_out):
-    """Return the answers in a samples.jsonl or model_outputs.json, or in a folder with the first, as a list of dicts in file order.
+    """Return the answers in a samples.jsonl or model_outputs.json, or in a folder's samples.jsonl, as a list of dicts in file order.
 
     Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), model (its name), generator (the
     name, with the temperature where the file has several) and sample (number of the answer to its prompt). left_out: Counter,
     updated. Raises UserError for a row of another format, and if there are no answers."""
-    file = f'{path}/samples.jsonl'
-    rows = list(read_rows(None, 'train', file if os.path.exists(file) else path))
+    file = f'{path}/samples.jsonl' if os.path.isdir(path) else path
+    rows = list(read_rows(None, 'train', file))
     # a training run samples at each evaluation, after so many `examples`: the newest one counts
     evaluations = [row['examples'] for row in rows if isinstance(row.get('examples'), int)]
     newest = max(evaluations, default=None)

@@ -31,6 +31,7 @@ HARMLESS = (
     'without finding the associated sub-model',
     'generation flags are not valid and may be ignored',
     'sequence length is longer than the specified maximum',
+    'right-padding was detected',  # in the cache of a prompt of one token
 )
 # caches of _read_config, by model name: the export at the end of a run needs them again, and the folder may be gone by then
 _configs, _generation_configs = {}, {}

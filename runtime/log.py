@@ -55,7 +55,7 @@ def recorded(out_dir):
         script = Path(record.get('command', [''])[0]).name
         run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{file} is damaged, or not of a run: choose another --out_dir') from None
+        raise UserError(f'{file} is damaged, or not of a run: choose another out_dir') from None
     other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
     return run if other_files else None
 

@@ -87,6 +87,7 @@ def test_a_loss_with_a_statistic_of_its_own_trains(tmp_path, monkeypatch, capsys
         same_runs(*(tmp_path / f'{name}-{size}' for size in (110, 4096)), rel=5e-4, abs=5e-5)
     printed = capsys.readouterr().out
     assert 'loss 0.693147 (centred of a policy that is its reference: 0.693147)' in printed
+    assert 'training centred, weighted as Dr. DPO, on 1 rank' in printed
     assert '(my_kto of a policy that is its reference: 0.' in printed and leaf.grad is None
     assert read_jsonl(tmp_path / 'centred-110/metrics.jsonl')[-1]['mine'] == 0.5
 

@@ -142,11 +142,15 @@ def test_samples_of_a_training_run():
     other = write_jsonl(
         'other.jsonl', [row | {'response': row['response'].upper()} for row in rows[::-1] if row['sample'] < 2]
     )
+    write_jsonl('gold.jsonl', [row | {'prompt': 'Review of the hotel:'} for row in rows])
+    assert label('--answers=gold.jsonl', '--gold=toy', '--against=gold.jsonl')[0]['first'] == 'gold.jsonl'
     found, left_out = make_pairs('run', other)
     assert [pair['outputs'] for pair in found] == [['p0 at 8', 'R0 AT 8'], ['p1 at 8', 'R1 AT 8']]
     assert (
         left_out['answers without a counterpart'] == 4 and left_out['answers of --against without a counterpart'] == 2
     )
+    Path('else').mkdir()
+    refused('no file or folder else/samples.jsonl', '--gold=toy', '--answers=else')
     # what is no number of an evaluation leaves nothing out
     write_jsonl(file, [row | {'examples': [row['examples']]} for row in rows])
     assert 'answers of earlier evaluations' not in make_pairs(file)[1]

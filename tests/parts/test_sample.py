@@ -12,7 +12,7 @@ import pytest
 import ties
 import torch
 import transformers
-from helpers import assistant, launch, read_jsonl, run_script, system, user, write_jsonl
+from helpers import ROOT, assistant, launch, read_jsonl, run_script, system, user, write_jsonl
 from stub import completion, serve
 
 import fsdp
@@ -22,6 +22,7 @@ from hf import generate, load, sharded
 from hf.attention import set_attention
 from runtime import ranks
 from runtime.files import lock, move_folder
+from tests import forks
 from text import messages, tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
@@ -265,6 +266,13 @@ def test_sources(folder, capsys):
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]
+
+
+def test_a_prompt_of_one_token_brings_no_warning():
+    """From transformers, which takes its cache of no tokens for padding on the right."""
+    data = write_jsonl('one.jsonl', [{'prompt': 'a'}, {'prompt': 'a b'}])
+    done = forks.python(ROOT / 'sample.py', f'--data={data}', '--max_new_tokens=2', '--out_dir=out', cwd=Path.cwd())
+    assert done.returncode == 0 and 'padding' not in done.stderr
 
 
 @pytest.mark.parametrize('flags, words', [
