@@ -134,9 +134,6 @@ MIXED = 'def f(prompts, responses, rows):\n    return [{} if row["answer"] == "3
     (MIXED.format('float("nan")'), r'line 37: it returned nan, '), (MIXED.format('10**400'), 'line 37: it returned an integer beyond all floats'), (MIXED.format('10**5000'), 'beyond all floats'),
     (MIXED.format('"1"'), r"line 37: it returned '1', "),
     (MIXED.format('exit()'), 'line 37: SystemExit'),
-    # the run would end there, with code 0
-    (MIXED.format('os._exit(0)') + '\nimport os', r'line 37: SystemExit: os._exit\(0\) would end the run \(line 2: '),
-    ('import os\nos._exit(0)', r'cannot load .*os._exit\(0\) would end the run \(line 2'),
     ('def f(p, responses, rows): return 0.5', r'it returned 0\.5, where a list of 1 numbers'),
     ('def f(p, responses, rows): return None', 'it returned None, where a list'),
     ('def f(p, responses, rows): return [1.0] * 3', r'it returned \[1.0, 1.0, 1.0\], where a list of 1 numbers'),
@@ -154,6 +151,14 @@ def test_a_mistake_names_row_and_function(text, sentence, score):
         row.where = f'data, line {i}'
     with pytest.raises(UserError, match=sentence):
         score(text, rows)
+
+
+@pytest.mark.parametrize('text', ['import os\ndef f(p, responses, rows): os._exit(0)', 'import os\nos._exit(0)'])
+def test_no_function_ends_the_run_as_if_it_were_done(text, tmp_path):
+    (tmp_path / 'own.py').write_text(text)
+    call = f'r.score(*r.parse("{tmp_path}/own.py:f"), ["p"], ["a"], [dict()])'
+    done = forks.python('-c', f'from rl import reward_functions as r; {call}')
+    assert done.returncode == 1 and 'SystemExit: os._exit(0) would end the run (line 2: ' in done.stderr
 
 
 SLOW = """
