@@ -11,6 +11,7 @@ The plan is a list of commands:
 import gc
 import hashlib
 import json
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -132,5 +133,9 @@ def rank(plan, said, environment):
     os.environ.update(environment)
     with open(said, 'w') as file:
         os.dup2(file.fileno(), 2)
+    # torch has a handler with a stream of its own
+    logging.getLogger('torch.distributed.tensor._redistribute').addHandler(
+        logging.StreamHandler(open(2, 'w', closefd=False))
+    )
     follow(plan)
     ranks.leave()
