@@ -278,8 +278,7 @@ report = {
 # rates with standard errors and 95% intervals: name -> (values per pair, prompts), clustered by prompt
 rates = {'win_rate': (wins, questions)}
 if endpoint is not None:
-    # position bias, from pairs judged in both orders: the share of a pair's two verdicts for the answer shown first, and whether
-    # both are the same
+    # position bias, of pairs judged in both orders: the share of the two verdicts for the answer shown first; are they the same?
     in_both_orders = [i for i in clear if i not in equal]
     clusters = [pairs[i]['question'] for i in in_both_orders]
     in_order = [preferences_by_order[i] for i in in_both_orders]
@@ -294,12 +293,11 @@ for name, (column, clusters) in rates.items():
 
 # length-controlled win rate; with few prompts, length cannot be told from quality
 n_judged = len(set(questions))
-rate = error = interval = effect = None
+controlled = [None] * 4
 if n_judged >= winrate.ENOUGH:
-    differences = lengths[:, 0] - lengths[:, 1]
-    rate, error, interval, effect = winrate.length_controlled(wins, differences, questions)
-report |= {'length_controlled': rate, 'length_controlled_se': error, 'length_effect': effect}
-report['length_controlled_interval'] = interval
+    controlled = winrate.length_controlled(wins, lengths[:, 0] - lengths[:, 1], questions)
+columns = 'length_controlled length_controlled_se length_controlled_interval length_effect'
+report |= zip(columns.split(), controlled, strict=True)
 report['mean_lengths'] = lengths.mean(0).tolist() if clear else None
 replace_text(Path(out_dir) / 'report.json', json.dumps(report, indent=1))
 

@@ -102,16 +102,11 @@ def say_first_step(objective, columns, metrics):
         sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
     say(sentence)
     # say what acc and margin on the screen mean, if they are not of pairs or not relative to a reference
-    notes = []
     if not objective.paired:
-        notes.append(
-            'acc is the share of answers on the right side, margin the mean reward of good less that of bad ones'
-        )
+        say('note: acc is the share of answers on the right side, margin the mean reward of good less that of bad ones')
     if not objective.needs_ref:
         of_policy = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        notes.append(f'{objective.name} has no reference: {of_policy}')
-    if notes:
-        say(f'note: {"; ".join(notes)}')
+        say(f'note: {objective.name} has no reference: {of_policy}')
     options = objective.options
     tolerance = 1e-2 if options['dtype'] == 'bfloat16' or options['tf32'] else 1e-4
     is_same_model = objective.needs_ref and options['ref_model'] is None

@@ -40,8 +40,8 @@ MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur 
 # option (with a value, or a remark on differences) -> its names in other projects
 ELSEWHERE = {
     'lr': 'learning_rate', 'out_dir': 'output_dir exp_name run_name save_dir', 'n_epochs': 'num_train_epochs num_epochs epochs',
-    'out_dir (its folder model is one for hf upload)': 'push_to_hub hub_model_id hub_token', 'n_examples (steps times batch_size)': 'max_steps',
-    'model': 'model_name_or_path model_name pretrained model_id model_path base_model sft_model_path llm policy name_or_path load_from archive',
+    'out_dir (its folder model is one for hf upload)': 'push_to_hub hub_model_id', 'n_examples (steps times batch_size)': 'max_steps',
+    'model': 'model_name_or_path model_name pretrained model_id model_path base_model llm policy name_or_path load_from archive',
     'n_examples': 'num_examples n_prompts num_prompts max_samples max_train_samples',
     'model (its folder has the tokenizer)': 'tokenizer_name', 'model (its blocks are found)': 'block_name',
     'ref_model': 'ref_model_name_or_path', 'data': 'dataset_name dataset datasets train_file train_data prefs_path prompts prompt_data',
@@ -58,22 +58,21 @@ ELSEWHERE = {
     'lr_schedule': 'lr_scheduler_type lr_scheduler', 'warmup_steps (a number of steps)': 'warmup_ratio',
     'max_length': 'max_seq_length max_seq_len cutoff_len sequence_len', 'max_prompt_length': 'max_prompt_len',
     'max_new_tokens': 'max_completion_length response_length generate_max_len', 'group_size': 'num_generations n_samples_per_prompt',
-    'n': 'num_samples num_samples_per_prefix num_return_sequences', 'endpoint': 'base_url api_base', 'concurrency': 'max_workers num_workers',
+    'n': 'num_samples num_samples_per_prefix num_return_sequences', 'endpoint': 'base_url api_base', 'concurrency': 'num_workers',
     'endpoint (its key: NANOPREF_API_KEY in the environment)': 'api_key openai_api_key', 'truncation': 'truncation_mode truncation_side',
-    'answers': 'model_outputs', 'against': 'baseline reference_outputs', 'judge_model': 'annotators_config', 'judge_prompt': 'prompt_template',
+    'answers': 'model_outputs', 'against': 'reference_outputs', 'judge_model': 'annotators_config', 'judge_prompt': 'prompt_template',
     'log_every (examples)': 'logging_steps', 'save_every (examples)': 'save_steps save_strategy intermediate_checkpoints',
-    'eval_every (examples)': 'eval_steps eval_strategy evaluation_strategy', 'keep_last': 'save_total_limit', 'wandb (a project), or tensorboard': 'report_to',
+    'eval_every (examples)': 'eval_steps eval_strategy', 'keep_last': 'save_total_limit', 'wandb (a project), or tensorboard': 'report_to',
     'wandb': 'wandb_project', 'resume (on by default)': 'resume_from_checkpoint', 'lora_rank': 'lora_r use_peft use_lora',
     'lora_targets': 'lora_target_modules target_modules', 'quantize=4bit (with lora_rank)': 'load_in_4bit load_in_8bit',
     'cache_ref': 'precompute_ref_log_probs cache_reference_logprobs load_reference_logprobs',
     'gamma': 'simpo_gamma', 'beta_prime (beta-DPO: rho)': 'mode_weight', 'pack (on by default)': 'padding_free packing',
-    'w_good': 'desirable_weight', 'w_bad': 'undesirable_weight',
+    'w_good': 'desirable_weight', 'w_bad': 'undesirable_weight', 'sample_during_eval': 'generate_during_eval',
     'frac_good': 'frac_unique_desirable', 'frac_bad': 'frac_unique_undesirable', 'mu': 'confidence_level',
     'sft_coef': 'sft_reg rpo_alpha', 'label_smoothing': 'robust_eps', 'importance': 'importance_correction',
     'max_grad_norm': 'clip_grad gradient_clipping', 'kl_coef': 'init_kl_coef kl_loss_coef', 'clip': 'cliprange epsilon clip_eps',
-    'ppo_epochs': 'num_ppo_epochs num_iterations', 'minibatch_size': 'mini_batch_size ppo_mini_batch_size',
+    'ppo_epochs': 'num_ppo_epochs num_iterations', 'minibatch_size': 'mini_batch_size', 'shard (under torchrun)': 'fsdp deepspeed',
     'chat (the template stands in the model folder)': 'chat_template', 'system': 'system_prompt', 'tau': 'discopop_tau',
-    'sample_during_eval': 'generate_during_eval', 'shard (under torchrun)': 'fsdp deepspeed',
 }  # fmt: skip
 # losses and data of other projects whose names are not near to ours, or nearer to the wrong one -> what to write here
 NAMES_ELSEWHERE = {

@@ -65,8 +65,7 @@ for run in runs:
         if reward is not None:
             sample_rewards.setdefault(sample['examples'], []).append(reward)
     points = []
-    evaluations = [row for row in run.rows if row['split'] == 'eval']
-    for row in evaluations:
+    for row in run.rows:
         kl = value_of(row, 'eval', 'kl/samples')
         reward = value_of(row, 'eval', 'gold')
         rewards = sample_rewards.get(row['counters/examples'])
