@@ -1,10 +1,8 @@
 """Find the files, or the split of a hub dataset, that a source of rows means. readers.py reads them."""
 
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import re
 from contextlib import suppress
@@ -19,11 +17,14 @@ from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
-# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
-# a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
-PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
+# suffixes of compressed files
+PACKED = ('.gz', '.bz2', '.xz', '.zst')
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
+# words in the names of two files that have better and worse answers
+SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('preferred', 'rejected'), ('preferred', 'dispreferred'),
+         ('winner', 'loser'), ('good', 'bad'), ('better', 'worse'), ('positive', 'negative'), ('pos', 'neg'),
+         ('correct', 'incorrect'), ('right', 'wrong'), ('safe', 'unsafe'), ('desirable', 'undesirable')]  # fmt: skip
 # the end of messages to users
 HELP = 'see README, "Data of your own"'
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
@@ -311,6 +312,17 @@ def _splits_by_name(path):
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
             say_once(f'note: {twice}: if they hold the same rows, name those of one format')
     return splits
+
+
+def check_no_sides(names):
+    """Raise UserError if two files of a source are called as better and worse answers are: chosen.jsonl and rejected.jsonl."""
+    for good, bad in SIDES:
+        word = re.compile(rf'(?<![a-z]){good}(?![a-z])', re.IGNORECASE)
+        for name in names:
+            other = word.sub(bad, name)
+            if other != name and other in names:
+                both = f'{name} and {other} may have the two sides of pairs, and would be read alike'
+                raise UserError(f'{both}: write pairs into one file, or name a file, or both as --data=A+B ({HELP})')
 
 
 def format_of(file):

@@ -21,7 +21,7 @@ NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
-FOR_TESTS = "note: rows that are for tests, as their column 'split' says"
+FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
@@ -76,21 +76,38 @@ SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
+# such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
+ANSWER_KINDS = 'model|response|answer|completion|conversation|assistant|output|option'
+MUCH = 'much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)'
+VERDICT = re.compile(rf'(({ANSWER_KINDS})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]({MUCH}))?[ -]better)?')
+# words of flags and of labels
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
-# what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
+GOOD, BAD = [*YES, *'good desirable chosen positive pos'.split()], [*NO, *'bad undesirable rejected negative neg'.split()]
+# values of a column that judges: both values of a flag, or any of these grades
+FLAGS = ({0, 1}, {'true', 'false'}, {'yes', 'no'})
+GRADES = {*'good bad excellent average fair poor terrible acceptable unacceptable desirable undesirable correct incorrect wrong '
+          'passed failed approved rejected safe unsafe harmful unharmful toxic'.split(), 'very good', 'very bad', 'very poor'}
+# what columns say of a row: (why it is left out, columns, words that say so). The first five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
 JUDGED = [*VERDICTS, *STATES, *'outcome result majority human_choice human_preference'.split()]
 MARKS = [
-    (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
-    (UNUSED, 'valid is_valid usable keep include'.split(), NO),
-    (UNUSED, STATES, 'discarded skipped invalid'.split()),
     (UNUSED, STATES, ['rejected']),
     ('tie', 'tie is_tie tied draw equal is_equal no_preference'.split(), YES),
     ('tie', JUDGED, ['tie']),
     ('', 'flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better'.split(), YES),
     ('', JUDGED, ['rejected']),
+    (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
+    (UNUSED, 'valid is_valid usable keep include'.split(), NO),
+    (UNUSED, STATES, 'discarded skipped invalid'.split()),
+    (FOR_TESTS, 'split set subset fold partition'.split(), 'test testing validation valid val dev eval held_out heldout holdout'.split()),
 ]
+# columns with the id of a row, of the row that it goes on from, and of the conversation that several rows may be turns of
+ROW_ID = re.compile('((message|turn|node|comment)_?)?id|uuid', re.IGNORECASE)
+PARENT = re.compile('parent|(in_)?reply_to|prev(ious)?_?(message|turn)?_?id', re.IGNORECASE)
+THREAD = re.compile('(conversation|conv|dialogue|dialog|chat|thread)_?id', re.IGNORECASE)
+# columns that tell who says a text
+SPEAKERS = 'role from speaker sender author'.split()
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
@@ -138,22 +155,26 @@ def parse_any(row, task=None, columns=None):
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
+    notes = check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
-    return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
+    return examples + notes
 
 
 def check_flags(row, is_pair):
-    """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
-    for reason, columns, words in MARKS if is_pair else MARKS[:3]:
+    """Return [{'drop': note}] for what columns say of a row. Raises LeftOut for a row that is marked as not to be used or as a
+    tie, and BadValue for a pair that a flag may turn round."""
+    notes = []
+    for reason, columns, words in MARKS if is_pair else MARKS[5:]:
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() not in words:
                 continue
-            if reason:
+            if not reason:
+                doubt = f'{column!r} may mean that the two answers have changed places'
+                raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
+            if reason != FOR_TESTS:
                 raise LeftOut(reason)
-            doubt = f'{column!r} may mean that the two answers have changed places'
-            raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
+            notes.append({'drop': FOR_TESTS.format(column)})
+    return notes
 
 
 def _completed(example, row):
@@ -571,10 +592,7 @@ def _lead_by_name(row, verdict_column, columns, task):
     """Return 1 if the verdict names the second of two columns, -1 if the first, and 0 for a tie. Raises ValueError."""
     sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
     verdict = str(row[verdict_column]).strip(' []().').lower()
-    # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-    kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-    much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
-    named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
+    named = VERDICT.fullmatch(verdict)
     # or the name of one of the models, if they are different
     models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
     if named:
@@ -777,6 +795,7 @@ def read_trees(rows, task, language=None):
     by_id = {str(row.get('message_id')): row for row in rows}
     # [parent, language, rank] as text -> row; as text, since a bad row may have lists there
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
+    has_ranks = any(row.get('rank') is not None for row in rows)
 
     def read(row):
         if language and field(row, 'lang') != language:
@@ -787,10 +806,11 @@ def read_trees(rows, task, language=None):
         # no example, and nothing to count
         if is_question or task == 'prompts':
             return []
-        if row.get('rank') is None:
+        parent, own_answer = field(row, 'parent_id'), [message('assistant', field(row, 'text'))]
+        # where no answer has a rank, each is as good as the others
+        if row.get('rank') is None and (has_ranks or task != 'sft'):
             raise LeftOut('an answer without a rank')
-        rank, parent = field(row, 'rank', NUMBER), field(row, 'parent_id')
-        own_answer = [message('assistant', field(row, 'text'))]
+        rank = field(row, 'rank', NUMBER) if has_ranks else 0
         if task == 'sft':
             if rank != 0:
                 raise LeftOut('answers that are not the best')
@@ -860,17 +880,15 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    good = 'true 1 1.0 yes good desirable chosen positive pos'.split()
-    bad = 'false 0 0.0 no bad undesirable rejected negative neg'.split()
-    if value not in good + bad:
+    if value not in GOOD + BAD:
         raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in good}
+    return {'good': value in GOOD}
 
 
 def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}."""
     column = first_of(CHATS, row)
-    turns = [messages.read_message(turn) for turn in field(row, column, list)]
+    turns = [messages.read_message(turn) for turn in _with_flags(row, field(row, column, list))]
     _check_no_choice(turns)
     check_nothing_lost(row, column, turns)
     # a conversation that ends with a question is a prompt, or its answer has another column
@@ -907,6 +925,20 @@ def read_chat(row, task):
     return [example] if kept == turns else [example, {'drop': UNASKED}]
 
 
+def _with_flags(row, turns):
+    """Return messages, each with its own of the flags that a column lists for all, such as 'loss_mask': [0, 1]. Raises BadValue."""
+    for name, flags in row.items():
+        if not isinstance(flags, list) or not flags or any(flag not in (0, 1) for flag in flags):
+            continue
+        if name not in ('weight', 'weights') and not messages.MASK.search(name):
+            continue
+        if len(flags) != len(turns):
+            raise messages.BadValue(f'{name!r} has {len(flags)} flags for {len(turns)} messages: write one for each')
+        field_name = 'weight' if name == 'weights' else name
+        turns = [{**turn, field_name: flag} for turn, flag in zip(turns, flags, strict=True)]
+    return turns
+
+
 def _check_no_choice(turns):
     """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
     answers = [turn for turn in turns if turn['role'] == 'assistant']
@@ -926,6 +958,10 @@ def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
+    for name in SPEAKERS:
+        if str(row.get(name)).lower() in messages.ROLES:
+            one = f"'text' is one message, as {name!r} says"
+            raise messages.BadValue(f"{one}: write each conversation into one row, as 'messages'")
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         # a text beside an answer may be its question
         if isinstance(row.get(other), str | list):
@@ -989,10 +1025,12 @@ def read_turns(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different. (A category or
-    an id has fewer than four words, or the same ones in many rows.) Flags, true and false, too. The columns of `layout` are read."""
+    """Return the columns that may ask, answer or judge, and that no example shows; those of `layout` are read.
+
+    They have texts in most rows, all different (a category or an id has fewer than four words, or the same ones in many rows);
+    or true and false (1 and 0); or a grade such as 'bad'; or, beside a pair, a verdict such as 2 or 'B'."""
     found = defaultdict(set)  # column -> its different texts
-    flags = defaultdict(set)  # column -> its different numbers, of which true is 1
+    values = defaultdict(set)  # column -> its different numbers, of which true is 1, and single words
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
@@ -1000,7 +1038,9 @@ def unread_texts(rows, layout):
         for name, value in row.items():
             is_label = name in LABELS and 'good' in examples[0]
             if isinstance(value, NUMBER) and not is_label:
-                flags[name].add(value)
+                values[name].add(value)
+            if isinstance(value, str) and name not in (*QUESTIONS, *ABOUT, *ANSWERS):
+                values[name].add(value.strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
@@ -1010,8 +1050,38 @@ def unread_texts(rows, layout):
             if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
-    unread += [name for name, values in flags.items() if values == {0, 1}]
-    return [name for name in unread if name not in (*layout.columns, 'rejected')]
+    for name, its_values in values.items():
+        is_verdict = name in JUDGED and any(VERDICT.fullmatch(str(value)) for value in its_values)
+        is_flag = its_values in FLAGS or not GRADES.isdisjoint(its_values)
+        if is_flag or (is_verdict and layout.read is read_pair):
+            unread.append(name)
+    return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected')]
+
+
+def part_of_another(rows):
+    """Return (row, column) of the first row that goes on from another one, as the column says, and lacks what is asked there:
+    alone it is no example. None if there is no such row."""
+    asked = {}  # (kind of id, id of a row or a conversation) -> what is asked there
+    links = []  # (row, what it asks, column, its key in asked)
+    for row, found in each(rows, parse_any):
+        if isinstance(found, ValueError) or not found or 'prompt' not in found[0]:
+            continue
+        question = '\n'.join(turn['content'] for turn in as_chat(found[0]['prompt']))
+        for name, value in row.items():
+            if value is None:
+                continue
+            if THREAD.fullmatch(name):
+                asked.setdefault((name, str(value)), question)
+                links.append((row, question, name, (name, str(value))))
+            elif PARENT.match(name):
+                links.append((row, question, name, ('id', str(value))))
+            elif ROW_ID.fullmatch(name):
+                asked['id', str(value)] = question
+    for row, question, name, key in links:
+        other = asked.get(key, question)
+        if other not in question and question not in other:
+            return row, name
+    return None
 
 
 # fmt: off

@@ -1,8 +1,10 @@
 """Read the rows of data files of any supported format and compression, or of a hub dataset. files.py chooses which."""
 
 import csv
+import gzip
 import io
 import json
+import lzma
 import re
 from datetime import datetime
 from functools import partial
@@ -49,12 +51,14 @@ def read_rows(hub_id, split, path, **options):
     options: of files.hub_files, for the hub, which must have the split."""
     if path is not None:
         chosen = path if isinstance(path, list) else files.local_files(path, split)
+        files.check_no_sides(chosen)
         for file in chosen:
             yield from read_file(file)
         return
     splits, commit = files.hub_files(hub_id, **options)
     if split not in splits:
         raise UserError(f'{hub_id!r} on the hub has no split {split!r}; there are {", ".join(splits)}')
+    files.check_no_sides(splits[split])
     for name in splits[split]:
         file = files.hub_download(hub_id, commit, name)
         for row in read_file(file):
@@ -92,13 +96,55 @@ def read_file(file):
 
 def _open(file):
     """Return a binary stream of a file's decompressed contents."""
-    # PACKED has a function to open it, or the name that pyarrow has for the compression
-    opener = PACKED.get(Path(file).suffix.lower(), open)
-    if isinstance(opener, str):
-        import pyarrow
+    suffix = Path(file).suffix.lower()
+    if suffix not in PACKED:
+        return open(file, 'rb')
+    if suffix == '.gz':
+        return gzip.open(file)
+    if suffix == '.xz':
+        return io.BufferedReader(XzStreams(file))
+    # Python < 3.14 has no zstd, and its bz2 takes a damaged stream (pbzip2 writes several) for the end of the file
+    import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(file, compression=opener))
-    return opener(file, 'rb')
+    return io.BufferedReader(pyarrow.input_stream(file, compression={'.bz2': 'bz2', '.zst': 'zstd'}[suffix]))
+
+
+class XzStreams(io.RawIOBase):
+    """The contents of an .xz file, of all its streams; lzma.open takes one that is damaged for the end of the file."""
+
+    def __init__(self, file):
+        self.packed = open(file, 'rb')  # noqa: SIM115
+        self.decoder = lzma.LZMADecompressor()
+        self.is_between = False  # whether a stream has ended and no other has begun
+
+    def readable(self):
+        return True
+
+    def close(self):
+        self.packed.close()
+        super().close()
+
+    def readinto(self, buffer):
+        """Fill the buffer or its beginning, and return the number of bytes: 0 at the end."""
+        data = b''
+        while not data:
+            block = b''
+            if self.decoder.eof:
+                block = self.decoder.unused_data
+                self.decoder, self.is_between = lzma.LZMADecompressor(), True
+            elif self.decoder.needs_input:
+                block = self.packed.read(io.DEFAULT_BUFFER_SIZE)
+                if not block and self.is_between:
+                    return 0
+                if not block:
+                    raise EOFError('the file ends within a stream')
+            # a stream may be filled up with zeros
+            if self.is_between:
+                block = block.lstrip(b'\0')
+                self.is_between = not block
+            data = self.decoder.decompress(block, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _open_text(file):

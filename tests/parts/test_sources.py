@@ -417,7 +417,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
-    ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'split': x} for x in ('TRAIN', 'TEST')], [{'prompt': 'p', 'response': 'a'}] * 2, {formats.FOR_TESTS: 1}),
+    *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
+      for name in ('split', 'set', 'subset', 'fold', 'partition')),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
@@ -439,6 +440,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: 2', 'A': 'red', 'B': 2, 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: 2')]}, SFT], {}),
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
     ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
+    *(('flags in a column', 'sft', [{'messages': TWO_TURNS, name: flags}, {'messages': TWO_TURNS, name: [type(no)(x % 2) for x in range(4)]}], [SFT | {'prompt': ASKS}, MULTI], {})
+      for name, no, flags in (('loss_mask', 0, [0, 0, 0, 1]), ('train_on_turn', False, [False, False, False, True]), ('weights', 0.0, [0.0, 0.0, 0.0, 1.0]))),
+    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]))], [MULTI] * 4, {}),
     *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
       for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
@@ -470,6 +474,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('SQuAD', 'sft', [{'question': 'i', 'context': 'c', 'answers': {'text': x, 'answer_start': [0] * len(x)}} for x in (['a', 'b'], [])], [{'prompt': [user('i\n\nc')], 'response': [assistant(x)]} for x in ('a', '')], {}),
     ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
     ('OpenAssistant, best answers', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1), ('3', '1', 'a', 'assistant', 0))], [SFT], {'answers that are not the best': 1}),
+    ('OpenAssistant, no ranks', 'sft', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r} for i, p, t, r in (('1', None, 'q?', 'prompter'), ('2', '1', 'a', 'assistant'), ('3', '1', 'b', 'assistant'))], [SFT, SFT | {'response': [assistant('b')]}], {}),
     ('OpenAssistant, prompts', 'prompts', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': None} for i, p, t, r in (('1', None, 'a', 'prompter'), ('2', '1', 'b', 'assistant'), ('3', '2', 'q?', 'prompter'))], [{'prompt': [user('a')]}, {'prompt': ASKS}], {}),
     # what follows where they part would be trained on with its questions and role markers
     ('chats that part before their last answer', 'pairs', [{'prompt': x, 'chosen': y, 'rejected': z} for x, y, z in ([ASKS[:1], *CHAT_PAIR.values()], (None, TWO_TURNS, PARTED), (None, TWO_TURNS, PARTED[:2]), (ASKS[:1], TWO_TURNS[1:], PARTED[1:]), (ASKS[:1], TWO_TURNS, PARTED))],
@@ -514,7 +519,8 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('flipped', pair('p', 'a', 'b') | {'flipped': True}), *((name, pair('p', 'a', 'b') | {name: 'Rejected'}) for name in ('winner', 'majority')),
         ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
     'may tell which answers to train on': [
-        *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True)))],
+        *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True))),
+        ('mask', {'messages': TWO_TURNS, 'mask': [0, 0, 0, 1]})],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
@@ -540,6 +546,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
+    ("'loss_mask' has 3 flags for 4 messages: write one for each", [{'messages': TWO_TURNS, 'loss_mask': [0, 1, 1]}]),
+    *((f"'text' is one message, as {name!r} says: write each conversation into one row", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
@@ -702,10 +710,45 @@ def test_columns_that_may_ask_or_answer(row):
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
     rows = [sources.Row(pair(f'Q: {i}?\nA:', f'Q: {i}?\nA: yes', f'Q: {i}?\nA: no')) for i in range(9)]
     assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
-    # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1
-    for answers, unread in (({'response': 'a'}, ['ok']), (ANSWERS, ['ok', 'label'])):
-        rows = [sources.Row({'prompt': 'p', **answers, 'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i}) for i in range(3)]
+    # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
+    # verdicts beside a pair, but no topics, strengths or states
+    judges = {
+        'quality': 'Good',
+        'winner': 'B',
+        'preference': 2,
+        'choice': 'maths',
+        'overall_preference': -3,
+        'status': 'done',
+        'lang': 'no',
+    }
+    for answers, unread in (
+        ({'response': 'a'}, ['ok', 'said', 'quality']),
+        (ANSWERS, ['ok', 'label', 'said', 'quality', 'winner', 'preference']),
+    ):
+        flags = ({'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i, 'said': ('yes', 'no')[i % 2]} for i in range(3))
+        rows = [sources.Row({'prompt': 'bad', **answers, **its_flags, **judges}) for its_flags in flags]
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+
+
+FIRST, NEXT = {'prompt': 'What is it?', 'response': 'A cat.'}, {'prompt': 'And its name?', 'response': 'Tom.'}
+WHOLE_NEXT = NEXT | {'prompt': messages.ask('What is it?') + ' A cat.' + messages.ask('And its name?')}
+SEVERAL = [('id', 'a', 'parent_id', None, 'b', 'a'), ('message_id', 1, 'parent_message_id', None, 2, 1), ('uuid', 'a', 'in_reply_to', None, 'b', 'a'),
+           ('n', 0, 'conversation_id', 'x', 1, 'x'), ('turn', 0, 'dialog_id', 3, 1, 3)]  # fmt: skip
+
+
+@pytest.mark.parametrize('own, first, link, before, later, after', SEVERAL)
+def test_turns_in_rows_of_their_own(tmp_path, own, first, link, before, later, after):
+    """A later one lacks the question that it goes on from, whichever comes first; one that has it is whole."""
+    path, one = tmp_path / 'data.jsonl', FIRST | {own: first, link: before}
+    for rows in ([one, NEXT | {own: later, link: after}], [NEXT | {own: later, link: after}, one]):
+        assert f"as '{link}' says, the row goes on from another one" in refusal(write(path, rows), skip_bad_rows=True)
+        assert len(read(path, rows, columns='prompt=prompt, response=response')[0]) == 2
+    for other in (
+        WHOLE_NEXT | {own: later, link: after},
+        NEXT | {own: later, link: 'z'},
+        FIRST | {own: later, link: after, 'response': 'A dog.'},
+    ):
+        assert len(read(path, [one, other])[0]) == len(read(path, [other, one])[0]) == 2
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
