@@ -19,6 +19,7 @@ from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, mes
 
 NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
+AGAINST = 'note: pairs of which the rejected answer has the better score'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
@@ -63,7 +64,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
+    'reasoning_content=reasoning_content content=response', 'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
@@ -73,6 +74,8 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 # columns with their scores, which tell the better one, too
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
 SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
+SCORES_OF_SIDES = [(name.format('chosen'), name.format('rejected'))
+                   for name in 'score_{} {}_score rating_{} {}_rating reward_{} {}_reward'.split()]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
@@ -82,11 +85,12 @@ MUCH = 'much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|littl
 VERDICT = re.compile(rf'(({ANSWER_KINDS})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]({MUCH}))?[ -]better)?')
 # words of flags and of labels
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
-GOOD, BAD = [*YES, *'good desirable chosen positive pos'.split()], [*NO, *'bad undesirable rejected negative neg'.split()]
+GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
+BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values of a column that judges: both values of a flag, or any of these grades
 FLAGS = ({0, 1}, {'true', 'false'}, {'yes', 'no'})
 GRADES = {*'good bad excellent average fair poor terrible acceptable unacceptable desirable undesirable correct incorrect wrong '
-          'passed failed approved rejected safe unsafe harmful unharmful toxic'.split(), 'very good', 'very bad', 'very poor'}
+          'positive negative passed failed approved rejected safe unsafe harmful unharmful toxic'.split(), 'very good', 'very bad', 'very poor'}
 # what columns say of a row: (why it is left out, columns, words that say so). The first five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -100,12 +104,12 @@ MARKS = [
     (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
     (UNUSED, 'valid is_valid usable keep include'.split(), NO),
     (UNUSED, STATES, 'discarded skipped invalid'.split()),
-    (FOR_TESTS, 'split set subset fold partition'.split(), 'test testing validation valid val dev eval held_out heldout holdout'.split()),
+    (FOR_TESTS, 'split data_split dataset_split set subset fold partition'.split(), 'test testing validation valid val dev eval held_out heldout holdout'.split()),
 ]
 # columns with the id of a row, of the row that it goes on from, and of the conversation that several rows may be turns of
 ROW_ID = re.compile('((message|turn|node|comment)_?)?id|uuid', re.IGNORECASE)
 PARENT = re.compile('parent|(in_)?reply_to|prev(ious)?_?(message|turn)?_?id', re.IGNORECASE)
-THREAD = re.compile('(conversation|conv|dialogue|dialog|chat|thread)_?id', re.IGNORECASE)
+THREAD = re.compile('(conversation|conv|dialogue|dialog|chat|thread|session)_?id', re.IGNORECASE)
 # columns that tell who says a text
 SPEAKERS = 'role from speaker sender author'.split()
 # columns where null has a meaning: not labelled, or no winner
@@ -555,7 +559,9 @@ def read_pair(row, task):
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
-    return [example]
+    scores = [[row.get(name) for name in names] for names in SCORES_OF_SIDES]
+    is_against = any(isinstance(good, NUMBER) and isinstance(bad, NUMBER) and good < bad for good, bad in scores)
+    return [example, {'drop': AGAINST}] if is_against else [example]
 
 
 def read_compared(row, task):
@@ -967,10 +973,8 @@ def read_text(row, task):
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
-    for start, turn_pattern in messages.DIALOGUES.items():
-        turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
-        if {turn['role'] for turn in turns} == {'user', 'assistant'}:
-            return read_chat({'messages': turns}, task)
+    if turns := messages.dialogue_of(text):
+        return read_chat({'messages': turns}, task)
     # a text that a chat template has written: a prompt and one answer if it has a single marker, and no turn behind it
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)

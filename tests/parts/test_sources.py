@@ -339,7 +339,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
         'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
         'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
-        'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
+        'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'OIG': {'text': '<human>: q?\n<bot>: a'}, 'lines of speakers': {'text': 'User: q?\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
+        'LangChain': {'text': 'Human: q?\nAI: a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
@@ -353,7 +354,11 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
-        'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']}}),
+        'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
+        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers in capitals': {'text': 'USER: a\nASSISTANT: b\nUSER: q?\nASSISTANT: a'},
+        'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}}),
+    *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
+    ('sft', SFT | {'prompt': [user('q?\n Bot: x')]}, {'the first who answers': {'text': 'Human: q?\n Bot: x\nAssistant: a'}}),
     ('sft', SFT | BRIEF, {
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
@@ -369,6 +374,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
         'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
         'a thought in a column, to a chat': {'prompt': [user('q?')], 'reasoning_content': 'let me think', 'answer': 'a'},
+        'R1, distilled': {'input': 'q?', 'reasoning_content': 'let me think', 'content': 'a'},
         'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
     ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
@@ -415,7 +421,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
-    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
+    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no', 'correct', 'incorrect')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False) * 3], {}),
+    *(('the rejected answer is the better one', 'pairs', [pair('p', 'a', 'b') | {good: 3, bad: x} for x in (2, 3, 4, None)], [pair('p', 'a', 'b')] * 4, {formats.AGAINST: 1}) for good, bad in (('score_chosen', 'score_rejected'), ('chosen_rating', 'rejected_rating'))),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
     *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
       for name in ('split', 'set', 'subset', 'fold', 'partition')),
