@@ -22,9 +22,8 @@ PACKED = ('.gz', '.bz2', '.xz', '.zst')
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
 # words in the names of two files that have better and worse answers
-SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('preferred', 'rejected'), ('preferred', 'dispreferred'),
-         ('winner', 'loser'), ('good', 'bad'), ('better', 'worse'), ('positive', 'negative'), ('pos', 'neg'),
-         ('correct', 'incorrect'), ('right', 'wrong'), ('safe', 'unsafe'), ('desirable', 'undesirable')]  # fmt: skip
+SIDES = [words.split('/') for words in 'chosen/rejected accepted/rejected preferred/rejected preferred/dispreferred winner/loser '
+         'good/bad better/worse positive/negative pos/neg correct/incorrect safe/unsafe desirable/undesirable'.split()]  # fmt: skip
 # the end of messages to users
 HELP = 'see README, "Data of your own"'
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file

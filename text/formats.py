@@ -106,6 +106,7 @@ MARKS = [
     (UNUSED, STATES, 'discarded skipped invalid'.split()),
     (FOR_TESTS, 'split data_split dataset_split set subset fold partition'.split(), 'test testing validation valid val dev eval held_out heldout holdout'.split()),
 ]
+MARKED = frozenset(chain.from_iterable(columns for _, columns, _ in MARKS))
 # columns with the id of a row, of the row that it goes on from, and of the conversation that several rows may be turns of
 ROW_ID = re.compile('((message|turn|node|comment)_?)?id|uuid', re.IGNORECASE)
 PARENT = re.compile('parent|(in_)?reply_to|prev(ious)?_?(message|turn)?_?id', re.IGNORECASE)
@@ -168,6 +169,8 @@ def check_flags(row, is_pair):
     """Return [{'drop': note}] for what columns say of a row. Raises LeftOut for a row that is marked as not to be used or as a
     tie, and BadValue for a pair that a flag may turn round."""
     notes = []
+    if MARKED.isdisjoint(row):
+        return notes
     for reason, columns, words in MARKS if is_pair else MARKS[5:]:
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() not in words:

@@ -17,6 +17,7 @@ from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
+BLOCK = 2**16  # bytes of an .xz file that are read at once
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
@@ -115,7 +116,6 @@ class XzStreams(io.RawIOBase):
     def __init__(self, file):
         self.packed = open(file, 'rb')  # noqa: SIM115
         self.decoder = lzma.LZMADecompressor()
-        self.is_between = False  # whether a stream has ended and no other has begun
 
     def readable(self):
         return True
@@ -130,18 +130,15 @@ class XzStreams(io.RawIOBase):
         while not data:
             block = b''
             if self.decoder.eof:
-                block = self.decoder.unused_data
-                self.decoder, self.is_between = lzma.LZMADecompressor(), True
-            elif self.decoder.needs_input:
-                block = self.packed.read(io.DEFAULT_BUFFER_SIZE)
-                if not block and self.is_between:
-                    return 0
+                # zeros may fill a stream up
+                block = self.decoder.unused_data.lstrip(b'\0') or self.packed.read(BLOCK).lstrip(b'\0')
                 if not block:
-                    raise EOFError('the file ends within a stream')
-            # a stream may be filled up with zeros
-            if self.is_between:
-                block = block.lstrip(b'\0')
-                self.is_between = not block
+                    return 0
+                self.decoder = lzma.LZMADecompressor()
+            elif self.decoder.needs_input:
+                block = self.packed.read(BLOCK)
+                if not block:
+                    raise EOFError('it ends within a stream')
             data = self.decoder.decompress(block, len(buffer))
         buffer[: len(data)] = data
         return len(data)

@@ -464,7 +464,7 @@ def test_streams_of_a_packed_file(tmp_path, ending, packed):
     """One after another, as pbzip2 and xz write them; a damaged one, or the beginning of one, is no end of the file."""
     first, second = (packed(json.dumps(row).encode() + b'\n') for row in ROWS[:2])
     file = tmp_path / f'a.jsonl.{ending}'
-    for filler in (b'', *[bytes(8), bytes(70_000)] * (ending == 'xz')):
+    for filler in (b'', *[bytes(8)] * (ending == 'xz')):
         file.write_bytes(first + filler + second + filler)
         assert answers(str(file), undivided=True) == ALL[:2]
     for damaged in (b'\1\2\3\4' + second[4:], second[:-20], second[:5], second[:20] + b'\0' + second[21:]):
