@@ -1,8 +1,10 @@
 """Find the files, or the split of a hub dataset, that a source of rows means. readers.py reads them."""
 
 import glob
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import re
 from contextlib import suppress
@@ -17,8 +19,9 @@ from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
-# suffixes of compressed files
-PACKED = ('.gz', '.bz2', '.xz', '.zst')
+# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
+# a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
+PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
 # words in the names of two files that have better and worse answers

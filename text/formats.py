@@ -61,7 +61,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'answer=chosen rejected_answer=rejected', 'real=chosen generated=rejected',
     'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
-    'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
+    'messages=messages functions=tools', 'messages=messages weights=weight', 'definition=instruction inputs=input targets=output',
     'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
     'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
     'reasoning_content=reasoning_content content=response', 'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
@@ -91,33 +91,35 @@ BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 FLAGS = ({0, 1}, {'true', 'false'}, {'yes', 'no'})
 GRADES = {*'good bad excellent average fair poor terrible acceptable unacceptable desirable undesirable correct incorrect wrong '
           'positive negative passed failed approved rejected safe unsafe harmful unharmful toxic'.split(), 'very good', 'very bad', 'very poor'}
-# what columns say of a row: (why it is left out, columns, words that say so). The first five are of pairs; '' may turn a pair round
+# what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
 JUDGED = [*VERDICTS, *STATES, *'outcome result majority human_choice human_preference'.split()]
 MARKS = [
+    (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
+    (UNUSED, 'valid is_valid usable keep include'.split(), NO),
+    (UNUSED, STATES, 'discarded skipped invalid'.split()),
     (UNUSED, STATES, ['rejected']),
     ('tie', 'tie is_tie tied draw equal is_equal no_preference'.split(), YES),
     ('tie', JUDGED, ['tie']),
     ('', 'flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better'.split(), YES),
     ('', JUDGED, ['rejected']),
-    (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
-    (UNUSED, 'valid is_valid usable keep include'.split(), NO),
-    (UNUSED, STATES, 'discarded skipped invalid'.split()),
-    (FOR_TESTS, 'split data_split dataset_split set subset fold partition'.split(), 'test testing validation valid val dev eval held_out heldout holdout'.split()),
 ]
-MARKED = frozenset(chain.from_iterable(columns for _, columns, _ in MARKS))
+# columns that tell the split of a row, and the names of those that are for tests
+SPLITS = 'split data_split dataset_split set subset fold partition'.split()
+HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
 # columns with the id of a row, of the row that it goes on from, and of the conversation that several rows may be turns of
-ROW_ID = re.compile('((message|turn|node|comment)_?)?id|uuid', re.IGNORECASE)
-PARENT = re.compile('parent|(in_)?reply_to|prev(ious)?_?(message|turn)?_?id', re.IGNORECASE)
-THREAD = re.compile('(conversation|conv|dialogue|dialog|chat|thread|session)_?id', re.IGNORECASE)
-# columns that tell who says a text
-SPEAKERS = 'role from speaker sender author'.split()
+ROW_IDS = 'id _id uuid message_id turn_id node_id'.split()
+PARENTS = 'parent parent_id parent_message_id parent_node_id reply_to in_reply_to previous_id prev_id'.split()
+THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
-MANY = 'generations responses completions outputs all_generated_responses samples'.split()
+MANY = 'generations responses completions outputs all_generated_responses samples answers'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
+# in lists of objects, fields with an answer, and with its score
+ITEM_ANSWERS = 'completion answer response text'.split()
+ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score'.split()
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]')
@@ -160,28 +162,21 @@ def parse_any(row, task=None, columns=None):
     layout = layout_of(row)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
-    notes = check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
+    check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    return examples + notes
+    return examples + [{'drop': FOR_TESTS.format(name)} for name in SPLITS if str(row.get(name)).lower() in HELD_OUT]
 
 
 def check_flags(row, is_pair):
-    """Return [{'drop': note}] for what columns say of a row. Raises LeftOut for a row that is marked as not to be used or as a
-    tie, and BadValue for a pair that a flag may turn round."""
-    notes = []
-    if MARKED.isdisjoint(row):
-        return notes
-    for reason, columns, words in MARKS if is_pair else MARKS[5:]:
+    """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
+    for reason, columns, words in MARKS if is_pair else MARKS[:3]:
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() not in words:
                 continue
-            if not reason:
-                doubt = f'{column!r} may mean that the two answers have changed places'
-                raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
-            if reason != FOR_TESTS:
+            if reason:
                 raise LeftOut(reason)
-            notes.append({'drop': FOR_TESTS.format(column)})
-    return notes
+            doubt = f'{column!r} may mean that the two answers have changed places'
+            raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
 
 
 def _completed(example, row):
@@ -314,12 +309,14 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # NeMo RL: [{'rank', 'completion'}], 0 the best, so minus the rank is the score; Gemini: [{'score', 'completion'}]
-    completions = row.get('completions')
-    for name, sign in (('rank', -1), ('score', 1)):
-        if isinstance(completions, list) and completions and all(map({name, 'completion'}.issubset, completions)):
-            row['completions'] = [messages.as_messages(item['completion']) for item in completions]
-            row['scores'] = [sign * field(item, name, NUMBER) for item in completions]
+    # a list of objects that have an answer and its score each: two lists
+    for name in MANY:
+        items = row.get(name)
+        if isinstance(items, list) and items and all(isinstance(item, dict) and first_of(ITEM_SCORES, item) for item in items):
+            # Stack Exchange, in HTML
+            if 'pm_score' in items[0] and isinstance(row.get('question'), str):
+                row['prompt'] = ask(messages.strip_html(row.pop('question')))
+            row[name], row['scores'] = map(list, zip(*map(_answer_and_score, items), strict=True))
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -708,33 +705,6 @@ def rank_answers(prompt, scored, task):
     return examples or [{'drop': 'fewer than two answers'}]
 
 
-def read_stack_exchange(row, task):
-    """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
-    scored = []
-    for item in field(row, 'answers', list):
-        score = field(item, 'pm_score', NUMBER)
-        text = messages.strip_html(field(item, 'text'))
-        scored.append((score, answer(text)))
-    question = messages.strip_html(field(row, 'question'))
-    return rank_answers(ask(question), scored, task)
-
-
-def read_nectar(row, task):
-    """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    answers = field(row, 'answers', list)
-    scored = [(-field(item, 'rank', NUMBER), answer(field(item, 'answer'))) for item in answers]
-    return rank_answers(field(row, 'prompt').rstrip(), scored, task)
-
-
-def read_completions(row, task):
-    """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
-    scored = []
-    for item in field(row, 'completions', list):
-        score_name = 'overall_score' if item.get('fine-grained_score') is None else 'fine-grained_score'
-        scored.append((field(item, score_name, NUMBER), said(field(item, 'response'))))
-    return rank_answers(as_chat(prompt_of(row)), scored, task)
-
-
 def read_scored(row, task):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     column, score_column = first_of(MANY, row), first_of(SCORES, row)
@@ -746,8 +716,27 @@ def read_scored(row, task):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
-    return rank_answers(as_chat(prompt_of(row)), scored, task)
+    prompt, write = prompt_of(row), said
+    # a dialogue in Anthropic's format, as Nectar has it, stays one
+    if isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers):
+        prompt, write = prompt.rstrip(), answer
+    else:
+        prompt = as_chat(prompt)
+    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    return rank_answers(prompt, scored, task)
+
+
+def _answer_and_score(item):
+    """Return (answer, score) of an object of Nectar, UltraFeedback, NeMo RL, Gemini, Stack Exchange or the like. Raises ValueError."""
+    name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
+    score = field(item, name, NUMBER)
+    found = item.get(first_of(ITEM_ANSWERS, item))
+    # the lowest rank is the best; Stack Exchange has HTML
+    if name == 'rank':
+        score = -score
+    if name == 'pm_score':
+        found = messages.strip_html(field(item, 'text'))
+    return messages.as_messages(found), score
 
 
 def rank_groups(rows, task, read):
@@ -939,12 +928,11 @@ def _with_flags(row, turns):
     for name, flags in row.items():
         if not isinstance(flags, list) or not flags or any(flag not in (0, 1) for flag in flags):
             continue
-        if name not in ('weight', 'weights') and not messages.MASK.search(name):
+        if name != 'weight' and not messages.MASK.search(name):
             continue
         if len(flags) != len(turns):
             raise messages.BadValue(f'{name!r} has {len(flags)} flags for {len(turns)} messages: write one for each')
-        field_name = 'weight' if name == 'weights' else name
-        turns = [{**turn, field_name: flag} for turn, flag in zip(turns, flags, strict=True)]
+        turns = [{**turn, name: flag} for turn, flag in zip(turns, flags, strict=True)]
     return turns
 
 
@@ -967,7 +955,7 @@ def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
-    for name in SPEAKERS:
+    for name in ('role', 'from', 'speaker', 'sender', 'author'):
         if str(row.get(name)).lower() in messages.ROLES:
             one = f"'text' is one message, as {name!r} says"
             raise messages.BadValue(f"{one}: write each conversation into one row, as 'messages'")
@@ -1066,28 +1054,21 @@ def unread_texts(rows, layout):
 
 
 def part_of_another(rows):
-    """Return (row, column) of the first row that goes on from another one, as the column says, and lacks what is asked there:
-    alone it is no example. None if there is no such row."""
-    asked = {}  # (kind of id, id of a row or a conversation) -> what is asked there
-    links = []  # (row, what it asks, column, its key in asked)
-    for row, found in each(rows, parse_any):
-        if isinstance(found, ValueError) or not found or 'prompt' not in found[0]:
-            continue
-        question = '\n'.join(turn['content'] for turn in as_chat(found[0]['prompt']))
-        for name, value in row.items():
-            if value is None:
-                continue
-            if THREAD.fullmatch(name):
-                asked.setdefault((name, str(value)), question)
-                links.append((row, question, name, (name, str(value))))
-            elif PARENT.match(name):
-                links.append((row, question, name, ('id', str(value))))
-            elif ROW_ID.fullmatch(name):
-                asked['id', str(value)] = question
-    for row, question, name, key in links:
-        other = asked.get(key, question)
-        if other not in question and question not in other:
-            return row, name
+    """Return (row, column) of the first row that, as the column says, goes on from another one, and lacks what is asked there."""
+    shown = []  # (row, its values as texts, what it asks)
+    asked = {}  # (kind of id, id) -> what the first row with it asks
+    for row, examples in each(rows, parse_any):
+        if isinstance(examples, list) and examples and 'prompt' in examples[0]:
+            question = '\n'.join(turn['content'] for turn in as_chat(examples[0]['prompt']))
+            texts = {name: str(value) for name, value in row.items() if value is not None}
+            shown.append((row, texts, question))
+            for name in filter(texts.get, (*ROW_IDS, *THREADS)):
+                asked.setdefault((name in THREADS, texts[name]), question)
+    for row, texts, question in shown:
+        for name in filter(texts.get, (*PARENTS, *THREADS)):
+            other = asked.get((name in THREADS, texts[name]), question)
+            if other not in question and question not in other:
+                return row, name
     return None
 
 
@@ -1096,8 +1077,6 @@ def part_of_another(rows):
 READERS = (
     ('AlpacaEval annotations', 'preference output_1', read_annotation),
     ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
-    ('Stack Exchange', 'question answers', read_stack_exchange),
-    ('Nectar', 'prompt answers', read_nectar),
     ('OpenAssistant', 'message_id text role', read_trees),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
@@ -1110,7 +1089,6 @@ READERS = (
     ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
     ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
-    ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),

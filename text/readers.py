@@ -1,7 +1,6 @@
 """Read the rows of data files of any supported format and compression, or of a hub dataset. files.py chooses which."""
 
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -17,7 +16,6 @@ from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
-BLOCK = 2**16  # bytes of an .xz file that are read at once
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
 NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
@@ -97,51 +95,17 @@ def read_file(file):
 
 def _open(file):
     """Return a binary stream of a file's decompressed contents."""
-    suffix = Path(file).suffix.lower()
-    if suffix not in PACKED:
-        return open(file, 'rb')
-    if suffix == '.gz':
-        return gzip.open(file)
-    if suffix == '.xz':
-        return io.BufferedReader(XzStreams(file))
-    # Python < 3.14 has no zstd, and its bz2 takes a damaged stream (pbzip2 writes several) for the end of the file
-    import pyarrow
+    # PACKED has a function to open it, or the name that pyarrow has for the compression
+    opener = PACKED.get(Path(file).suffix.lower(), open)
+    if isinstance(opener, str):
+        import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(file, compression={'.bz2': 'bz2', '.zst': 'zstd'}[suffix]))
-
-
-class XzStreams(io.RawIOBase):
-    """The contents of an .xz file, of all its streams; lzma.open takes one that is damaged for the end of the file."""
-
-    def __init__(self, file):
-        self.packed = open(file, 'rb')  # noqa: SIM115
-        self.decoder = lzma.LZMADecompressor()
-
-    def readable(self):
-        return True
-
-    def close(self):
-        self.packed.close()
-        super().close()
-
-    def readinto(self, buffer):
-        """Fill the buffer or its beginning, and return the number of bytes: 0 at the end."""
-        data = b''
-        while not data:
-            block = b''
-            if self.decoder.eof:
-                # zeros may fill a stream up
-                block = self.decoder.unused_data.lstrip(b'\0') or self.packed.read(BLOCK).lstrip(b'\0')
-                if not block:
-                    return 0
-                self.decoder = lzma.LZMADecompressor()
-            elif self.decoder.needs_input:
-                block = self.packed.read(BLOCK)
-                if not block:
-                    raise EOFError('it ends within a stream')
-            data = self.decoder.decompress(block, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        return io.BufferedReader(pyarrow.input_stream(file, compression=opener))
+    stream = opener(file, 'rb')
+    # by itself, lzma takes a damaged stream of several for the end of the file
+    if opener is lzma.open:
+        stream._buffer.raw._trailing_error = ()
+    return stream
 
 
 def _open_text(file):

@@ -234,9 +234,8 @@ def _parsed(rows, parse, task, columns):
         part = None if columns or needs_all_rows else formats.part_of_another(head)
         if part:
             row, column = part
-            lacks = f'as {column!r} says, the row goes on from another one, and it lacks what that one asks'
-            advice = f'write each conversation into one row; or, if each row is whole, {SAY_WHICH}'
-            raise UserError(f'{row.where}: {lacks}: {advice} ({HELP})')
+            wrong = f'as {column!r} says, the row goes on from another one, and it lacks what is asked there'
+            raise UserError(f'{row.where}: {wrong}: make one row of them; or, if it is whole, {SAY_WHICH} ({HELP})')
         if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {SAY_WHICH}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
