@@ -24,9 +24,9 @@ FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
-# words in the names of two files that have better and worse answers
-SIDES = [words.split('/') for words in 'chosen/rejected accepted/rejected preferred/rejected preferred/dispreferred winner/loser '
-         'good/bad better/worse positive/negative pos/neg correct/incorrect safe/unsafe desirable/undesirable'.split()]  # fmt: skip
+# words that tell files of better answers from those of worse ones
+SIDE = re.compile('(?<![a-z])(chosen|rejected|accepted|(dis)?preferred|winner|loser|good|bad|better|worse|(in)?correct|pos|neg|'
+                  'positive|negative|(un)?safe|(un)?desirable)(?![a-z])', re.IGNORECASE)  # fmt: skip
 # the end of messages to users
 HELP = 'see README, "Data of your own"'
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
@@ -318,13 +318,12 @@ def _splits_by_name(path):
 
 def check_no_sides(names):
     """Raise UserError if two files of a source are called as better and worse answers are: chosen.jsonl and rejected.jsonl."""
-    for good, bad in SIDES:
-        word = re.compile(rf'(?<![a-z]){good}(?![a-z])', re.IGNORECASE)
-        for name in names:
-            other = word.sub(bad, name)
-            if other != name and other in names:
-                both = f'{name} and {other} may have the two sides of pairs, and would be read alike'
-                raise UserError(f'{both}: write pairs into one file, or name a file, or both as --data=A+B ({HELP})')
+    sides = {}  # name without such words -> the first name
+    for name in names:
+        other = sides.setdefault(SIDE.sub('', name), name)
+        if other != name:
+            both = f'{other} and {name} may have the two sides of pairs, and would be read alike'
+            raise UserError(f'{both}: write pairs into one file, or name a file, or both as --data=A+B ({HELP})')
 
 
 def format_of(file):

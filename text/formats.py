@@ -19,7 +19,6 @@ from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, mes
 
 NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
-AGAINST = 'note: pairs of which the rejected answer has the better score'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
@@ -61,10 +60,10 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'answer=chosen rejected_answer=rejected', 'real=chosen generated=rejected',
     'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
-    'messages=messages functions=tools', 'messages=messages weights=weight', 'definition=instruction inputs=input targets=output',
-    'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
-    'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
-    'reasoning_content=reasoning_content content=response', 'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
+    'messages=messages functions=tools', 'inputs=input targets=output', 'input=input target=output',
+    'definition=instruction input=input output=output', 'human=instruction assistant=response',
+    'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
+    'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
@@ -74,8 +73,6 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 # columns with their scores, which tell the better one, too
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
 SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
-SCORES_OF_SIDES = [(name.format('chosen'), name.format('rejected'))
-                   for name in 'score_{} {}_score rating_{} {}_rating reward_{} {}_reward'.split()]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
@@ -87,10 +84,10 @@ VERDICT = re.compile(rf'(({ANSWER_KINDS})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ 
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
-# values of a column that judges: both values of a flag, or any of these grades
-FLAGS = ({0, 1}, {'true', 'false'}, {'yes', 'no'})
-GRADES = {*'good bad excellent average fair poor terrible acceptable unacceptable desirable undesirable correct incorrect wrong '
-          'positive negative passed failed approved rejected safe unsafe harmful unharmful toxic'.split(), 'very good', 'very bad', 'very poor'}
+# values that judge
+FLAGS = ({'0', '1'}, {'false', 'true'}, {'no', 'yes'})
+GRADES = set('good bad excellent average fair poor acceptable unacceptable desirable undesirable correct incorrect wrong positive '
+             'negative passed failed approved rejected safe unsafe harmful unharmful toxic'.split())
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -108,9 +105,8 @@ MARKS = [
 # columns that tell the split of a row, and the names of those that are for tests
 SPLITS = 'split data_split dataset_split set subset fold partition'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
-# columns with the id of a row, of the row that it goes on from, and of the conversation that several rows may be turns of
-ROW_IDS = 'id _id uuid message_id turn_id node_id'.split()
-PARENTS = 'parent parent_id parent_message_id parent_node_id reply_to in_reply_to previous_id prev_id'.split()
+# columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
+PARENTS = 'parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id'.split()
 THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
@@ -312,15 +308,23 @@ def _unpack(row):
     # a list of objects that have an answer and its score each: two lists
     for name in MANY:
         items = row.get(name)
-        if isinstance(items, list) and items and all(isinstance(item, dict) and first_of(ITEM_SCORES, item) for item in items):
-            # Stack Exchange, in HTML
-            if 'pm_score' in items[0] and isinstance(row.get('question'), str):
-                row['prompt'] = ask(messages.strip_html(row.pop('question')))
-            row[name], row['scores'] = map(list, zip(*map(_answer_and_score, items), strict=True))
+        are_objects = isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
+        if not are_objects or not all(first_of(ITEM_SCORES, item) for item in items):
+            continue
+        # Stack Exchange has HTML
+        if 'pm_score' in items[0]:
+            row['prompt'] = ask(messages.strip_html(row.pop('question')))
+            items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
+        row[name], row['scores'] = map(list, zip(*map(_answer_and_score, items), strict=True))
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
             del row[name]
+    # Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message
+    for side in 'ab' if 'full_conversation' in row else '':
+        turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
+        # as_messages makes a list of each message
+        row[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
     # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -390,10 +394,10 @@ def prompt_of(row, given_answer=None):
         options = []
     # LLaMA-Factory's history goes before a question that is a text
     continues = isinstance(prompt, str) and is_history(row.get('history'))
-    others = {name: value for name, value in row.items() if not (continues and name == 'history')}
-    check_nothing_lost(others, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
+    history = messages.alternating(chain.from_iterable(row['history'])) if continues else []
+    check_nothing_lost(row, column, history + turns + earlier, (*QUESTIONS, *ABOUT, *options))
     if continues:
-        return messages.alternating(chain.from_iterable(row['history'])) + turns
+        return history + turns
     # only these are texts to continue; other questions become a user message
     is_to_continue = column == 'prompt' or prompt.endswith(TURN_MARKERS)
     return prompt if is_to_continue else turns
@@ -559,9 +563,7 @@ def read_pair(row, task):
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
-    scores = [[row.get(name) for name in names] for names in SCORES_OF_SIDES]
-    is_against = any(isinstance(good, NUMBER) and isinstance(bad, NUMBER) and good < bad for good, bad in scores)
-    return [example, {'drop': AGAINST}] if is_against else [example]
+    return [example]
 
 
 def read_compared(row, task):
@@ -639,16 +641,6 @@ def read_votes(row, task):
     return read_compared(comparison, task)
 
 
-def read_sides(row, task):
-    """Read Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message, and the winner."""
-    comparison = {'winner': row['winner']}
-    for side in 'ab':
-        turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
-        # as_messages makes a list of each message
-        comparison[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
-    return read_compared(comparison, task)
-
-
 def read_summaries(row, task):
     """Read openai/summarize_from_feedback's pairs of summaries; the prompt has TRL's format."""
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
@@ -716,12 +708,10 @@ def read_scored(row, task):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    prompt, write = prompt_of(row), said
+    prompt = prompt_of(row)
     # a dialogue in Anthropic's format, as Nectar has it, stays one
-    if isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers):
-        prompt, write = prompt.rstrip(), answer
-    else:
-        prompt = as_chat(prompt)
+    is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
+    prompt, write = (prompt.rstrip(), answer) if is_dialogue else (as_chat(prompt), said)
     scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(prompt, scored, task)
 
@@ -729,14 +719,9 @@ def read_scored(row, task):
 def _answer_and_score(item):
     """Return (answer, score) of an object of Nectar, UltraFeedback, NeMo RL, Gemini, Stack Exchange or the like. Raises ValueError."""
     name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
-    score = field(item, name, NUMBER)
-    found = item.get(first_of(ITEM_ANSWERS, item))
-    # the lowest rank is the best; Stack Exchange has HTML
-    if name == 'rank':
-        score = -score
-    if name == 'pm_score':
-        found = messages.strip_html(field(item, 'text'))
-    return messages.as_messages(found), score
+    # the lowest rank is the best
+    sign = -1 if name == 'rank' else 1
+    return messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))), sign * field(item, name, NUMBER)
 
 
 def rank_groups(rows, task, read):
@@ -886,8 +871,8 @@ def label_of(row):
 def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}."""
     column = first_of(CHATS, row)
-    turns = [messages.read_message(turn) for turn in _with_flags(row, field(row, column, list))]
-    _check_no_choice(turns)
+    turns = [messages.read_message(turn) for turn in field(row, column, list)]
+    _check_no_choice(row, turns)
     check_nothing_lost(row, column, turns)
     # a conversation that ends with a question is a prompt, or its answer has another column
     if turns and turns[-1]['role'] != 'assistant':
@@ -923,26 +908,16 @@ def read_chat(row, task):
     return [example] if kept == turns else [example, {'drop': UNASKED}]
 
 
-def _with_flags(row, turns):
-    """Return messages, each with its own of the flags that a column lists for all, such as 'loss_mask': [0, 1]. Raises BadValue."""
-    for name, flags in row.items():
-        if not isinstance(flags, list) or not flags or any(flag not in (0, 1) for flag in flags):
-            continue
-        if name != 'weight' and not messages.MASK.search(name):
-            continue
-        if len(flags) != len(turns):
-            raise messages.BadValue(f'{name!r} has {len(flags)} flags for {len(turns)} messages: write one for each')
-        turns = [{**turn, name: flag} for turn, flag in zip(turns, flags, strict=True)]
-    return turns
-
-
-def _check_no_choice(turns):
+def _check_no_choice(row, turns):
     """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    for name in filter(messages.MASK.search, chain(*answers)):
-        flags = [turn.get(name) for turn in answers]
+    for name in filter(messages.MASK.search, chain(row, *answers)):
+        # a column may list the flags of all messages
+        flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in answers]
         if 0 < flags.count(True) < len(flags):
-            raise messages.BadValue(f"{name!r} may tell which answers to train on: write 'weight' instead, 1 or 0")
+            raise messages.BadValue(
+                f"{name!r} may tell which answers to train on: give each a 'weight' instead, 1 or 0"
+            )
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
             continue
@@ -957,15 +932,16 @@ def read_text(row, task):
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
     for name in ('role', 'from', 'speaker', 'sender', 'author'):
         if str(row.get(name)).lower() in messages.ROLES:
-            one = f"'text' is one message, as {name!r} says"
-            raise messages.BadValue(f"{one}: write each conversation into one row, as 'messages'")
+            raise messages.BadValue(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         # a text beside an answer may be its question
         if isinstance(row.get(other), str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
-    if turns := messages.dialogue_of(text):
-        return read_chat({'messages': turns}, task)
+    for start, turn_pattern in messages.DIALOGUES.items():
+        turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
+        if {turn['role'] for turn in turns} == {'user', 'assistant'}:
+            return read_chat({'messages': turns}, task)
     # a text that a chat template has written: a prompt and one answer if it has a single marker, and no turn behind it
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)
@@ -1006,11 +982,9 @@ def _check_no_answer(row, task):
 def read_turns(row, task):
     """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
     _check_no_answer(row, task)
-    turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
-    texts = []
-    for turn in turns:
-        is_object = isinstance(turn, dict) and turn.keys() == {'content'}
-        texts.append(turn['content'] if is_object else turn)
+    texts = row['turns']
+    if isinstance(texts, list) and all(isinstance(turn, dict) and turn.keys() == {'content'} for turn in texts):
+        texts = [turn['content'] for turn in texts]
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
     # only the first is a prompt: the later ones need answers to it
@@ -1023,19 +997,20 @@ def unread_texts(rows, layout):
     """Return the columns that may ask, answer or judge, and that no example shows; those of `layout` are read.
 
     They have texts in most rows, all different (a category or an id has fewer than four words, or the same ones in many rows);
-    or true and false (1 and 0); or a grade such as 'bad'; or, beside a pair, a verdict such as 2 or 'B'."""
+    or both values of a flag, or a grade; or, beside a pair, a verdict such as 2 or 'B'; or they link rows to a conversation."""
     found = defaultdict(set)  # column -> its different texts
-    values = defaultdict(set)  # column -> its different numbers, of which true is 1, and single words
+    values = defaultdict(set)  # column -> its different numbers and words
+    threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
+        for name in filter(row.get, THREADS):
+            threads[name, str(row[name])].add(str(as_chat(examples[0]['prompt'])[:1]))
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            is_label = name in LABELS and 'good' in examples[0]
-            if isinstance(value, NUMBER) and not is_label:
-                values[name].add(value)
-            if isinstance(value, str) and name not in (*QUESTIONS, *ABOUT, *ANSWERS):
-                values[name].add(value.strip().lower())
+            is_read = name in (*QUESTIONS, *ABOUT, *ANSWERS[:-1]) or (name in LABELS and 'good' in examples[0])
+            if isinstance(value, NUMBER | str) and not is_read:
+                values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
@@ -1045,31 +1020,12 @@ def unread_texts(rows, layout):
             if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
+    unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     for name, its_values in values.items():
-        is_verdict = name in JUDGED and any(VERDICT.fullmatch(str(value)) for value in its_values)
-        is_flag = its_values in FLAGS or not GRADES.isdisjoint(its_values)
-        if is_flag or (is_verdict and layout.read is read_pair):
+        is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
+        if name in PARENTS or its_values in FLAGS or is_verdict or not GRADES.isdisjoint(its_values):
             unread.append(name)
     return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected')]
-
-
-def part_of_another(rows):
-    """Return (row, column) of the first row that, as the column says, goes on from another one, and lacks what is asked there."""
-    shown = []  # (row, its values as texts, what it asks)
-    asked = {}  # (kind of id, id) -> what the first row with it asks
-    for row, examples in each(rows, parse_any):
-        if isinstance(examples, list) and examples and 'prompt' in examples[0]:
-            question = '\n'.join(turn['content'] for turn in as_chat(examples[0]['prompt']))
-            texts = {name: str(value) for name, value in row.items() if value is not None}
-            shown.append((row, texts, question))
-            for name in filter(texts.get, (*ROW_IDS, *THREADS)):
-                asked.setdefault((name in THREADS, texts[name]), question)
-    for row, texts, question in shown:
-        for name in filter(texts.get, (*PARENTS, *THREADS)):
-            other = asked.get((name in THREADS, texts[name]), question)
-            if other not in question and question not in other:
-                return row, name
-    return None
 
 
 # fmt: off
@@ -1082,7 +1038,6 @@ READERS = (
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     ('comparison', ','.join(f'{one} {two} {verdict}' for verdict in VERDICTS for one, two in COMPARED), read_compared),
     ('comparison', ','.join(map(' '.join, SCORED)), read_compared),
-    ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),

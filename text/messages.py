@@ -18,7 +18,7 @@ REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
 # fields with such names may say so, too, but not whether true or false is trained on
-MASK = re.compile('mask|loss|train|learn|ignore|supervis|target', re.IGNORECASE)
+MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
@@ -30,10 +30,16 @@ ROLES = {name: role for role, names in {
     'tool': 'tool observation tool_response',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
-HUMAN = r'\n\n(Human|Assistant):'
-# how a dialogue in one text begins: blank lines, the marks before the speaker, the speaker, the marks behind
-FIRST_TURN = re.compile(r'(?is)(?:Below is an instruction.*?)?(\n*)(### |<|)(Human|User|Instruction)(>?:)')
-REPLIES = 'Assistant|Response|Bot|AI'
+# dialogues in one text: how the text begins -> a pattern of the markers that begin its turns, with the speaker as group 1
+DIALOGUES = {
+    '\n\nHuman:': r'\n\n(Human|Assistant):',
+    '### Human:': r'### (Human|Assistant):',
+    '### Instruction:': r'### (Instruction|Response):',
+    'Below is an instruction': r'### (Instruction|Response):',
+    '<human>:': '<(human|bot)>:',
+    'Human:': r'(?:\A|\n)(Human|Assistant|AI):',
+    'User:': r'(?:\A|\n)(User|Assistant):',
+}
 
 
 class DoubtfulCode(ValueError):
@@ -250,23 +256,11 @@ def alternating(texts):
     return [message('assistant' if i % 2 else 'user', text) for i, text in enumerate(texts)]
 
 
-def dialogue_of(text):
-    """Return the messages of a text that is a dialogue such as '### Human: q### Assistant: a' or 'User: q\\nAssistant: a', or []."""
-    first = FIRST_TURN.match(text)
-    if not first:
-        return []
-    blank, before, asker, after = first.groups()
-    # between marks, a speaker may stand on any line; HH's stand behind a blank one
-    line = '' if before else blank or r'(?:\A|\n)'
-    reply = re.search(rf'{line}{before}({REPLIES}){after}', text, re.IGNORECASE)
-    return split_dialogue(text, rf'{line}{before}({asker}|{reply[1]}){after}') if reply else []
-
-
 def split_dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
     # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
-    roles = ['assistant' if re.fullmatch(REPLIES, speaker, re.IGNORECASE) else 'user' for speaker in parts[::2]]
+    roles = ['user' if speaker.lower() in ('human', 'user', 'instruction') else 'assistant' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
 
 
@@ -277,9 +271,10 @@ def as_chat(prompt):
     # HelpSteer's dialogues have no marker before the first question
     if '<extra_id_1>' in prompt:
         return split_dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
-    if not re.match(rf'\s*?{HUMAN}', prompt):
+    turn_pattern = DIALOGUES['\n\nHuman:']
+    if not re.match(rf'\s*?{turn_pattern}', prompt):
         return [message('user', prompt)]
-    turns = split_dialogue(prompt, HUMAN)
+    turns = split_dialogue(prompt, turn_pattern)
     # the marker at the end, of the answer to come, is no message
     if turns[-1] == message('assistant', ''):
         turns.pop()

@@ -50,14 +50,12 @@ def read_rows(hub_id, split, path, **options):
     options: of files.hub_files, for the hub, which must have the split."""
     if path is not None:
         chosen = path if isinstance(path, list) else files.local_files(path, split)
-        files.check_no_sides(chosen)
         for file in chosen:
             yield from read_file(file)
         return
     splits, commit = files.hub_files(hub_id, **options)
     if split not in splits:
         raise UserError(f'{hub_id!r} on the hub has no split {split!r}; there are {", ".join(splits)}')
-    files.check_no_sides(splits[split])
     for name in splits[split]:
         file = files.hub_download(hub_id, commit, name)
         for row in read_file(file):

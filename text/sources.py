@@ -118,6 +118,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
+    files.check_no_sides(splits[chosen])
     its_files = splits[chosen] if path else None  # None: read_rows downloads them
     return read_rows(hub_id, chosen, its_files, name=config), None, test is None
 
@@ -231,13 +232,8 @@ def _parsed(rows, parse, task, columns):
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        part = None if columns or needs_all_rows else formats.part_of_another(head)
-        if part:
-            row, column = part
-            wrong = f'as {column!r} says, the row goes on from another one, and it lacks what is asked there'
-            raise UserError(f'{row.where}: {wrong}: make one row of them; or, if it is whole, {SAY_WHICH} ({HELP})')
         if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
-            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {SAY_WHICH}')
+            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, judge or link, {SAY_WHICH}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
@@ -258,10 +254,8 @@ def _parse_option(columns):
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
     # each() gives an error in place of the layout for a row that fits none
-    for _row, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
-        if isinstance(layout, Layout):
-            return layout
-    return None
+    layouts = each(rows, lambda row: formats.layout_of(formats.unified(row)))
+    return next((layout for _, layout in layouts if isinstance(layout, Layout)), None)
 
 
 def describe(source):

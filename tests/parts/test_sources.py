@@ -355,7 +355,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
         'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
-        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers in capitals': {'text': 'USER: a\nASSISTANT: b\nUSER: q?\nASSISTANT: a'},
+        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers at the beginning of lines': {'text': 'User: a\nAssistant: b\nUser: q?\nAssistant: a'},
         'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}}),
     *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
     ('sft', SFT | {'prompt': [user('q?\n Bot: x')]}, {'the first who answers': {'text': 'Human: q?\n Bot: x\nAssistant: a'}}),
@@ -422,7 +422,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no', 'correct', 'incorrect')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False) * 3], {}),
-    *(('the rejected answer is the better one', 'pairs', [pair('p', 'a', 'b') | {good: 3, bad: x} for x in (2, 3, 4, None)], [pair('p', 'a', 'b')] * 4, {formats.AGAINST: 1}) for good, bad in (('score_chosen', 'score_rejected'), ('chosen_rating', 'rejected_rating'))),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
     *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
       for name in ('split', 'set', 'subset', 'fold', 'partition')),
@@ -447,9 +446,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: 2', 'A': 'red', 'B': 2, 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: 2')]}, SFT], {}),
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
     ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
-    *(('flags in a column', 'sft', [{'messages': TWO_TURNS, name: flags}, {'messages': TWO_TURNS, name: [type(no)(x % 2) for x in range(4)]}], [SFT | {'prompt': ASKS}, MULTI], {})
-      for name, no, flags in (('loss_mask', 0, [0, 0, 0, 1]), ('train_on_turn', False, [False, False, False, True]), ('weights', 0.0, [0.0, 0.0, 0.0, 1.0]))),
-    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]))], [MULTI] * 4, {}),
+    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]), ('loss_mask', [1, 1]))], [MULTI] * 5, {}),
     *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
       for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
@@ -527,7 +524,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
     'may tell which answers to train on': [
         *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True))),
-        ('mask', {'messages': TWO_TURNS, 'mask': [0, 0, 0, 1]})],
+        *((name, {'messages': TWO_TURNS, name: flags}) for name, flags in (('mask', [0, 0, 0, 1]), ('loss_mask', [False, True]), ('weights', [0.0, 1.0])))],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
@@ -553,8 +550,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
-    ("'loss_mask' has 3 flags for 4 messages: write one for each", [{'messages': TWO_TURNS, 'loss_mask': [0, 1, 1]}]),
-    *((f"'text' is one message, as {name!r} says: write each conversation into one row", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
+    *((f"'text' is one message, as {name!r} says: write a chat a row, as", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
@@ -737,25 +733,21 @@ def test_columns_that_may_ask_or_answer(row):
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
 
 
-FIRST, NEXT = {'prompt': 'What is it?', 'response': 'A cat.'}, {'prompt': 'And its name?', 'response': 'Tom.'}
-WHOLE_NEXT = NEXT | {'prompt': messages.ask('What is it?') + ' A cat.' + messages.ask('And its name?')}
-SEVERAL = [('id', 'a', 'parent_id', None, 'b', 'a'), ('message_id', 1, 'parent_message_id', None, 2, 1), ('uuid', 'a', 'in_reply_to', None, 'b', 'a'),
-           ('n', 0, 'conversation_id', 'x', 1, 'x'), ('turn', 0, 'dialog_id', 3, 1, 3)]  # fmt: skip
-
-
-@pytest.mark.parametrize('own, first, link, before, later, after', SEVERAL)
-def test_turns_in_rows_of_their_own(tmp_path, own, first, link, before, later, after):
-    """A later one lacks the question that it goes on from, whichever comes first; one that has it is whole."""
-    path, one = tmp_path / 'data.jsonl', FIRST | {own: first, link: before}
-    for rows in ([one, NEXT | {own: later, link: after}], [NEXT | {own: later, link: after}, one]):
-        assert f"as '{link}' says, the row goes on from another one" in refusal(write(path, rows), skip_bad_rows=True)
-        assert len(read(path, rows, columns='prompt=prompt, response=response')[0]) == 2
-    for other in (
-        WHOLE_NEXT | {own: later, link: after},
-        NEXT | {own: later, link: 'z'},
-        FIRST | {own: later, link: after, 'response': 'A dog.'},
+@pytest.mark.parametrize('link', ['parent_id', 'reply_to', 'conversation_id', 'dialog_id'])
+def test_columns_that_link_rows_are_named(link):
+    """Of a conversation only if its rows do not begin with the same question: then each has what was said before."""
+    first, later = pair('What is it?', 'A cat.', 'A dog.'), pair('And its name?', 'Tom.', 'Rex.')
+    whole = pair([user('What is it?'), assistant('A cat.'), user('Why?')], 'So.', 'Or so.')
+    is_parent = link in formats.PARENTS
+    for rows, unread in (
+        ([first, later], [link]),
+        ([first, whole], [link] * is_parent),
+        ([first, first], [link] * is_parent),
     ):
-        assert len(read(path, [one, other])[0]) == len(read(path, [other, one])[0]) == 2
+        rows = [sources.Row(row | {'id': f'r{i}', link: (None, 'x')[i or not is_parent]}) for i, row in enumerate(rows)]
+        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+    rows = [sources.Row(row | {link: None}) for row in (first, later)]
+    assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
