@@ -305,11 +305,12 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # a list of objects that have an answer and its score each: two lists
+    # a list of objects that have an answer and its score each, in a row without another answer: two lists
+    has_answer = first_of((*ANSWERS, *CHATS, 'chosen'), row)
     for name in MANY:
         items = row.get(name)
         are_objects = isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
-        if not are_objects or not all(first_of(ITEM_SCORES, item) for item in items):
+        if has_answer or not are_objects or not all(first_of(ITEM_SCORES, item) for item in items):
             continue
         # Stack Exchange has HTML
         if 'pm_score' in items[0]:
@@ -388,10 +389,9 @@ def prompt_of(row, given_answer=None):
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # what other columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    options = [name for name in row if OPTION.fullmatch(name)]
+    named = [name for name in row if OPTION.fullmatch(name)]
     # a single column of that form, such as 'A', is no choice between options
-    if len(options) == 1:
-        options = []
+    options = named if len(named) > 1 else []
     # LLaMA-Factory's history goes before a question that is a text
     continues = isinstance(prompt, str) and is_history(row.get('history'))
     history = messages.alternating(chain.from_iterable(row['history'])) if continues else []
@@ -841,8 +841,7 @@ def read_answer(row, task):
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
-    texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
-    thoughts = [text for text in texts if len(text.split()) > 2]
+    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
     may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
     if thoughts and not label and not may_have_own:
         # only messages have fields for thoughts

@@ -233,7 +233,8 @@ def _parsed(rows, parse, task, columns):
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
         if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
-            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, judge or link, {SAY_WHICH}')
+            advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
+            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 

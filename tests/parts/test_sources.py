@@ -313,6 +313,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
         'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
+        'ranks in objects': {'question': 'q?', 'responses': [{'text': 'b', 'rank': 2}, {'text': 'a', 'rank': 1}]}, 'scores in objects': {'question': 'q?', 'candidates': 3, 'answers': [{'answer': 'b', 'score': 2}, {'answer': 'a', 'score': 2.5}]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -342,6 +343,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'OIG': {'text': '<human>: q?\n<bot>: a'}, 'lines of speakers': {'text': 'User: q?\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
         'LangChain': {'text': 'Human: q?\nAI: a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
+        'objects beside an answer': {'question': 'q?', 'answer': 'a', 'samples': [{'text': 'b', 'score': 'high'}]},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
         'Gemini': {'contents': GEMINI}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
