@@ -322,10 +322,11 @@ def _unpack(row):
         if not isinstance(row.get(name, []), list):
             del row[name]
     # Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message
-    for side in 'ab' if 'full_conversation' in row else '':
-        turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
-        # as_messages makes a list of each message
-        row[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
+    if 'full_conversation' in row:
+        for side in 'ab':
+            turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
+            # as_messages makes a list of each message
+            row[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
     # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -717,7 +718,7 @@ def read_scored(row, task):
 
 
 def _answer_and_score(item):
-    """Return (answer, score) of an object of Nectar, UltraFeedback, NeMo RL, Gemini, Stack Exchange or the like. Raises ValueError."""
+    """Return (answer, score) of an object, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
     name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
     # the lowest rank is the best
     sign = -1 if name == 'rank' else 1
@@ -914,9 +915,7 @@ def _check_no_choice(row, turns):
         # a column may list the flags of all messages
         flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in answers]
         if 0 < flags.count(True) < len(flags):
-            raise messages.BadValue(
-                f"{name!r} may tell which answers to train on: give each a 'weight' instead, 1 or 0"
-            )
+            raise messages.BadValue(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
             continue
@@ -1007,7 +1006,8 @@ def unread_texts(rows, layout):
             threads[name, str(row[name])].add(str(as_chat(examples[0]['prompt'])[:1]))
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            is_read = name in (*QUESTIONS, *ABOUT, *ANSWERS[:-1]) or (name in LABELS and 'good' in examples[0])
+            is_label = name in LABELS and 'good' in examples[0]
+            is_read = is_label or name in {*QUESTIONS, *ABOUT, *ANSWERS}.difference(LABELS)
             if isinstance(value, NUMBER | str) and not is_read:
                 values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages

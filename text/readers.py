@@ -100,7 +100,7 @@ def _open(file):
 
         return io.BufferedReader(pyarrow.input_stream(file, compression=opener))
     stream = opener(file, 'rb')
-    # by itself, lzma takes a damaged stream of several for the end of the file
+    # by itself, lzma takes a damaged stream of several for the end of the file, without an error
     if opener is lzma.open:
         stream._buffer.raw._trailing_error = ()
     return stream
