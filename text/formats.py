@@ -160,7 +160,8 @@ def parse_any(row, task=None, columns=None):
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    return examples + [{'drop': FOR_TESTS.format(name)} for name in SPLITS if str(row.get(name)).lower() in HELD_OUT]
+    splits = filter(row.__contains__, SPLITS)
+    return examples + [{'drop': FOR_TESTS.format(name)} for name in splits if str(row[name]).lower() in HELD_OUT]
 
 
 def check_flags(row, is_pair):
@@ -306,11 +307,10 @@ def _unpack(row):
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
     # a list of objects that have an answer and its score each, in a row without another answer: two lists
-    has_answer = first_of((*ANSWERS, *CHATS, 'chosen'), row)
-    for name in MANY:
-        items = row.get(name)
-        are_objects = isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
-        if has_answer or not are_objects or not all(first_of(ITEM_SCORES, item) for item in items):
+    for name in filter(row.__contains__, MANY):
+        items = row[name]
+        scored = isinstance(items, list) and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+        if not items or not scored or first_of((*ANSWERS, *CHATS, 'chosen'), row):
             continue
         # Stack Exchange has HTML
         if 'pm_score' in items[0]:
@@ -928,7 +928,7 @@ def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
-    for name in ('role', 'from', 'speaker', 'sender', 'author'):
+    for name in 'role from speaker sender author'.split():
         if str(row.get(name)).lower() in messages.ROLES:
             raise messages.BadValue(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):

@@ -260,7 +260,7 @@ def split_dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
     # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
-    roles = ['user' if speaker.lower() in ('human', 'user', 'instruction') else 'assistant' for speaker in parts[::2]]
+    roles = ['assistant' if speaker in ('Assistant', 'Response', 'AI', 'bot') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
 
 
