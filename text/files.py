@@ -322,8 +322,7 @@ def check_no_sides(names):
     for name in names:
         other = sides.setdefault(SIDE.sub('', name), name)
         if other != name:
-            both = f'{other} and {name} may have the two sides of pairs, and would be read alike'
-            raise UserError(f'{both}: write pairs into one file, or name a file, or both as --data=A+B ({HELP})')
+            raise UserError(f'{other} and {name} may be two sides of pairs: make pairs, or name one, or A+B ({HELP})')
 
 
 def format_of(file):

@@ -77,17 +77,15 @@ SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-ANSWER_KINDS = 'model|response|answer|completion|conversation|assistant|output|option'
-MUCH = 'much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)'
-VERDICT = re.compile(rf'(({ANSWER_KINDS})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]({MUCH}))?[ -]better)?')
+VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
+                     r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 # words of flags and of labels
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values that judge
 FLAGS = ({'0', '1'}, {'false', 'true'}, {'no', 'yes'})
-GRADES = set('good bad excellent average fair poor acceptable unacceptable desirable undesirable correct incorrect wrong positive '
-             'negative passed failed approved rejected safe unsafe harmful unharmful toxic'.split())
+GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic'.split())
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -704,8 +702,7 @@ def read_scored(row, task):
     answers, scores = field(row, column, list), field(row, score_column, list)
     # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
-    all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
-    if len(answers) != len(scores) or not all_numbers:
+    if len(answers) != len(scores) or not all(isinstance(score, NUMBER | None) for score in scores):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
@@ -720,8 +717,7 @@ def read_scored(row, task):
 def _answer_and_score(item):
     """Return (answer, score) of an object, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
     name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
-    # the lowest rank is the best
-    sign = -1 if name == 'rank' else 1
+    sign = -1 if name == 'rank' else 1  # the lowest rank is the best
     return messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))), sign * field(item, name, NUMBER)
 
 
@@ -765,9 +761,8 @@ def read_rated(rows, task):
     def read(row):
         # parse_any does this for readers of one row
         row = unified(row)
-        prompt = as_chat(prompt_of(row))
-        score = field(row, 'helpfulness', NUMBER)
-        return prompt, [(score, said(field(row, 'response')))]
+        scored = [(field(row, 'helpfulness', NUMBER), said(field(row, 'response')))]
+        return as_chat(prompt_of(row)), scored
 
     return rank_groups(rows, task, read)
 
@@ -779,7 +774,6 @@ def read_trees(rows, task, language=None):
     by_id = {str(row.get('message_id')): row for row in rows}
     # [parent, language, rank] as text -> row; as text, since a bad row may have lists there
     by_rank = {str([row.get(key) for key in ('parent_id', 'lang', 'rank')]): row for row in rows}
-    has_ranks = any(row.get('rank') is not None for row in rows)
 
     def read(row):
         if language and field(row, 'lang') != language:
@@ -790,11 +784,10 @@ def read_trees(rows, task, language=None):
         # no example, and nothing to count
         if is_question or task == 'prompts':
             return []
-        parent, own_answer = field(row, 'parent_id'), [message('assistant', field(row, 'text'))]
-        # where no answer has a rank, each is as good as the others
-        if row.get('rank') is None and (has_ranks or task != 'sft'):
+        if row.get('rank') is None:
             raise LeftOut('an answer without a rank')
-        rank = field(row, 'rank', NUMBER) if has_ranks else 0
+        rank, parent = field(row, 'rank', NUMBER), field(row, 'parent_id')
+        own_answer = [message('assistant', field(row, 'text'))]
         if task == 'sft':
             if rank != 0:
                 raise LeftOut('answers that are not the best')
@@ -1006,8 +999,7 @@ def unread_texts(rows, layout):
             threads[name, str(row[name])].add(str(as_chat(examples[0]['prompt'])[:1]))
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            is_label = name in LABELS and 'good' in examples[0]
-            is_read = is_label or name in {*QUESTIONS, *ABOUT, *ANSWERS}.difference(LABELS)
+            is_read = (name in LABELS and 'good' in examples[0]) or name in {*QUESTIONS, *ABOUT, *ANSWERS} - {*LABELS}
             if isinstance(value, NUMBER | str) and not is_read:
                 values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages

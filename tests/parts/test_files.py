@@ -485,7 +485,7 @@ def test_two_sides_are_no_one_source(tmp_path, hub, names):
     for source in (tmp_path, f'{tmp_path}/**/*.jsonl'):
         refused(
             source,
-            'may have the two sides of pairs.*: write pairs into one file, or name a file, or both as --data=A.B',
+            'may be two sides of pairs: make pairs, or name one, or A.B',
         )
     assert answers(f'{tmp_path}/{two}.jsonl', undivided=True) == ALL[3:6]
 
