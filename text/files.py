@@ -24,6 +24,9 @@ FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
+# words that tell files of better answers from those of worse ones
+SIDE = re.compile('(?<![a-z])(chosen|rejected|accepted|(dis)?preferred|winner|loser|good|bad|better|worse|(in)?correct|pos|neg|'
+                  'positive|negative|(un)?safe|(un)?desirable)(?![a-z])', re.IGNORECASE)  # fmt: skip
 # the end of messages to users
 HELP = 'see README, "Data of your own"'
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
@@ -311,6 +314,15 @@ def _splits_by_name(path):
             twice = f'{split} is read from {" and ".join(sorted(formats))} files in {path}'
             say_once(f'note: {twice}: if they hold the same rows, name those of one format')
     return splits
+
+
+def check_no_sides(names):
+    """Raise UserError if two files of a source are called as better and worse answers are: chosen.jsonl and rejected.jsonl."""
+    sides = {}  # name without such words -> the first name
+    for name in names:
+        other = sides.setdefault(SIDE.sub('', name), name)
+        if other != name:
+            raise UserError(f'{other} and {name} may be two sides of pairs: make pairs, or name one, or A+B ({HELP})')
 
 
 def format_of(file):

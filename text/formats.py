@@ -21,7 +21,7 @@ NUMBER = int | float
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
-FOR_TESTS = "note: rows that are for tests, as their column 'split' says"
+FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
@@ -60,9 +60,9 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
     'answer=chosen rejected_answer=rejected', 'real=chosen generated=rejected',
     'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
-    'messages=messages functions=tools', 'definition=instruction inputs=input targets=output',
-    'definition=instruction input=input output=output', 'inputs=input targets=output', 'input=input target=output',
-    'human=instruction assistant=response', 'user=instruction assistant=response', 'r1_solution_1=response',
+    'messages=messages functions=tools', 'inputs=input targets=output', 'input=input target=output',
+    'definition=instruction input=input output=output', 'human=instruction assistant=response',
+    'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
     'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
@@ -76,7 +76,16 @@ SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
+# such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
+VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
+                     r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
+# words of flags and of labels
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
+GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
+BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
+# values that judge
+FLAGS = ({'0', '1'}, {'false', 'true'}, {'no', 'yes'})
+GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic'.split())
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -91,11 +100,20 @@ MARKS = [
     ('', 'flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better'.split(), YES),
     ('', JUDGED, ['rejected']),
 ]
+# columns that tell the split of a row, and the names of those that are for tests
+SPLITS = 'split data_split dataset_split set subset fold partition'.split()
+HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
+# columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
+PARENTS = 'parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id'.split()
+THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
 # columns where null has a meaning: not labelled, or no winner
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
 # columns with lists of answers, and with lists of their scores
-MANY = 'generations responses completions outputs all_generated_responses samples'.split()
+MANY = 'generations responses completions outputs all_generated_responses samples answers'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
+# in lists of objects, fields with an answer, and with its score
+ITEM_ANSWERS = 'completion answer response text'.split()
+ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score'.split()
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]')
@@ -140,8 +158,8 @@ def parse_any(row, task=None, columns=None):
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    is_for_tests = str(row.get('split')).lower() in ('test', 'validation', 'valid', 'val', 'dev', 'eval')
-    return examples + [{'drop': FOR_TESTS}] if is_for_tests else examples
+    splits = filter(row.__contains__, SPLITS)
+    return examples + [{'drop': FOR_TESTS.format(name)} for name in splits if str(row[name]).lower() in HELD_OUT]
 
 
 def check_flags(row, is_pair):
@@ -286,16 +304,27 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # NeMo RL: [{'rank', 'completion'}], 0 the best, so minus the rank is the score; Gemini: [{'score', 'completion'}]
-    completions = row.get('completions')
-    for name, sign in (('rank', -1), ('score', 1)):
-        if isinstance(completions, list) and completions and all(map({name, 'completion'}.issubset, completions)):
-            row['completions'] = [messages.as_messages(item['completion']) for item in completions]
-            row['scores'] = [sign * field(item, name, NUMBER) for item in completions]
+    # a list of objects that have an answer and its score each, in a row without another answer: two lists
+    for name in filter(row.__contains__, MANY):
+        items = row[name]
+        scored = isinstance(items, list) and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+        if not items or not scored or first_of((*ANSWERS, *CHATS, 'chosen'), row):
+            continue
+        # Stack Exchange has HTML
+        if 'pm_score' in items[0]:
+            row['prompt'] = ask(messages.strip_html(row.pop('question')))
+            items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
+        row[name], row['scores'] = map(list, zip(*map(_answer_and_score, items), strict=True))
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
             del row[name]
+    # Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message
+    if 'full_conversation' in row:
+        for side in 'ab':
+            turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
+            # as_messages makes a list of each message
+            row[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
     # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
@@ -359,16 +388,15 @@ def prompt_of(row, given_answer=None):
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # what other columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
-    options = [name for name in row if OPTION.fullmatch(name)]
+    named = [name for name in row if OPTION.fullmatch(name)]
     # a single column of that form, such as 'A', is no choice between options
-    if len(options) == 1:
-        options = []
+    options = named if len(named) > 1 else []
     # LLaMA-Factory's history goes before a question that is a text
     continues = isinstance(prompt, str) and is_history(row.get('history'))
-    others = {name: value for name, value in row.items() if not (continues and name == 'history')}
-    check_nothing_lost(others, column, turns + earlier, (*QUESTIONS, *ABOUT, *options))
+    history = messages.alternating(chain.from_iterable(row['history'])) if continues else []
+    check_nothing_lost(row, column, history + turns + earlier, (*QUESTIONS, *ABOUT, *options))
     if continues:
-        return messages.alternating(chain.from_iterable(row['history'])) + turns
+        return history + turns
     # only these are texts to continue; other questions become a user message
     is_to_continue = column == 'prompt' or prompt.endswith(TURN_MARKERS)
     return prompt if is_to_continue else turns
@@ -571,10 +599,7 @@ def _lead_by_name(row, verdict_column, columns, task):
     """Return 1 if the verdict names the second of two columns, -1 if the first, and 0 for a tie. Raises ValueError."""
     sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
     verdict = str(row[verdict_column]).strip(' []().').lower()
-    # model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-    kinds = 'model|response|answer|completion|conversation|assistant|output|option'
-    much = '(much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot))'
-    named = re.fullmatch(rf'(({kinds})[ _-]?[(]?)?([ab012])(\.0|>+.|[ -]is([ -]{much})?[ -]better)?', verdict)
+    named = VERDICT.fullmatch(verdict)
     # or the name of one of the models, if they are different
     models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
     if named:
@@ -612,16 +637,6 @@ def read_votes(row, task):
         comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
         if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True'):
             comparison['winner'] += side
-    return read_compared(comparison, task)
-
-
-def read_sides(row, task):
-    """Read Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message, and the winner."""
-    comparison = {'winner': row['winner']}
-    for side in 'ab':
-        turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
-        # as_messages makes a list of each message
-        comparison[f'conversation_{side}'] = list(chain.from_iterable(map(messages.as_messages, turns)))
     return read_compared(comparison, task)
 
 
@@ -681,46 +696,29 @@ def rank_answers(prompt, scored, task):
     return examples or [{'drop': 'fewer than two answers'}]
 
 
-def read_stack_exchange(row, task):
-    """Read HuggingFaceH4/stack-exchange-preferences: a question and its answers in HTML, scored by pm_score."""
-    scored = []
-    for item in field(row, 'answers', list):
-        score = field(item, 'pm_score', NUMBER)
-        text = messages.strip_html(field(item, 'text'))
-        scored.append((score, answer(text)))
-    question = messages.strip_html(field(row, 'question'))
-    return rank_answers(ask(question), scored, task)
-
-
-def read_nectar(row, task):
-    """Read berkeley-nest/Nectar: a prompt in Anthropic's format and its answers by rank, 1 the best."""
-    answers = field(row, 'answers', list)
-    scored = [(-field(item, 'rank', NUMBER), answer(field(item, 'answer'))) for item in answers]
-    return rank_answers(field(row, 'prompt').rstrip(), scored, task)
-
-
-def read_completions(row, task):
-    """Read openbmb/UltraFeedback: four answers by the mean score of four aspects, or else by the overall score."""
-    scored = []
-    for item in field(row, 'completions', list):
-        score_name = 'overall_score' if item.get('fine-grained_score') is None else 'fine-grained_score'
-        scored.append((field(item, score_name, NUMBER), said(field(item, 'response'))))
-    return rank_answers(as_chat(prompt_of(row)), scored, task)
-
-
 def read_scored(row, task):
     """Read a list of answers and a list of their scores: numbers, true or false (correct or not), or null (skipped)."""
     column, score_column = first_of(MANY, row), first_of(SCORES, row)
     answers, scores = field(row, column, list), field(row, score_column, list)
     # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
-    all_numbers = all(isinstance(score, NUMBER | None) for score in scores)
-    if len(answers) != len(scores) or not all_numbers:
+    if len(answers) != len(scores) or not all(isinstance(score, NUMBER | None) for score in scores):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and all(score is False for score in scores):
         raise LeftOut('no right answer')
-    scored = [(score, said(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
-    return rank_answers(as_chat(prompt_of(row)), scored, task)
+    prompt = prompt_of(row)
+    # a dialogue in Anthropic's format, as Nectar has it, stays one
+    is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
+    prompt, write = (prompt.rstrip(), answer) if is_dialogue else (as_chat(prompt), said)
+    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    return rank_answers(prompt, scored, task)
+
+
+def _answer_and_score(item):
+    """Return (answer, score) of an object, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
+    name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
+    sign = -1 if name == 'rank' else 1  # the lowest rank is the best
+    return messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))), sign * field(item, name, NUMBER)
 
 
 def rank_groups(rows, task, read):
@@ -763,9 +761,8 @@ def read_rated(rows, task):
     def read(row):
         # parse_any does this for readers of one row
         row = unified(row)
-        prompt = as_chat(prompt_of(row))
-        score = field(row, 'helpfulness', NUMBER)
-        return prompt, [(score, said(field(row, 'response')))]
+        scored = [(field(row, 'helpfulness', NUMBER), said(field(row, 'response')))]
+        return as_chat(prompt_of(row)), scored
 
     return rank_groups(rows, task, read)
 
@@ -838,8 +835,7 @@ def read_answer(row, task):
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
-    texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
-    thoughts = [text for text in texts if len(text.split()) > 2]
+    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
     may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
     if thoughts and not label and not may_have_own:
         # only messages have fields for thoughts
@@ -860,18 +856,16 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    good = 'true 1 1.0 yes good desirable chosen positive pos'.split()
-    bad = 'false 0 0.0 no bad undesirable rejected negative neg'.split()
-    if value not in good + bad:
+    if value not in GOOD + BAD:
         raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in good}
+    return {'good': value in GOOD}
 
 
 def read_chat(row, task):
     """Read a conversation: {'prompt', 'response': last answer, 'turns': all messages, if several answers are trained on}."""
     column = first_of(CHATS, row)
     turns = [messages.read_message(turn) for turn in field(row, column, list)]
-    _check_no_choice(turns)
+    _check_no_choice(row, turns)
     check_nothing_lost(row, column, turns)
     # a conversation that ends with a question is a prompt, or its answer has another column
     if turns and turns[-1]['role'] != 'assistant':
@@ -907,13 +901,14 @@ def read_chat(row, task):
     return [example] if kept == turns else [example, {'drop': UNASKED}]
 
 
-def _check_no_choice(turns):
+def _check_no_choice(row, turns):
     """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
     answers = [turn for turn in turns if turn['role'] == 'assistant']
-    for name in filter(messages.MASK.search, chain(*answers)):
-        flags = [turn.get(name) for turn in answers]
+    for name in filter(messages.MASK.search, chain(row, *answers)):
+        # a column may list the flags of all messages
+        flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in answers]
         if 0 < flags.count(True) < len(flags):
-            raise messages.BadValue(f"{name!r} may tell which answers to train on: write 'weight' instead, 1 or 0")
+            raise messages.BadValue(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
             continue
@@ -926,6 +921,9 @@ def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
+    for name in 'role from speaker sender author'.split():
+        if str(row.get(name)).lower() in messages.ROLES:
+            raise messages.BadValue(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
     for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
         # a text beside an answer may be its question
         if isinstance(row.get(other), str | list):
@@ -975,11 +973,9 @@ def _check_no_answer(row, task):
 def read_turns(row, task):
     """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
     _check_no_answer(row, task)
-    turns = field(row, 'turns', list) if isinstance(row['turns'], list) else []
-    texts = []
-    for turn in turns:
-        is_object = isinstance(turn, dict) and turn.keys() == {'content'}
-        texts.append(turn['content'] if is_object else turn)
+    texts = row['turns']
+    if isinstance(texts, list) and all(isinstance(turn, dict) and turn.keys() == {'content'} for turn in texts):
+        texts = [turn['content'] for turn in texts]
     if not are_texts(texts):
         raise ValueError("'turns' is no list of questions")
     # only the first is a prompt: the later ones need answers to it
@@ -989,18 +985,23 @@ def read_turns(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask or answer and that no example shows: texts in most rows, all different. (A category or
-    an id has fewer than four words, or the same ones in many rows.) Flags, true and false, too. The columns of `layout` are read."""
+    """Return the columns that may ask, answer or judge, and that no example shows; those of `layout` are read.
+
+    They have texts in most rows, all different (a category or an id has fewer than four words, or the same ones in many rows);
+    or both values of a flag, or a grade; or, beside a pair, a verdict such as 2 or 'B'; or they link rows to a conversation."""
     found = defaultdict(set)  # column -> its different texts
-    flags = defaultdict(set)  # column -> its different numbers, of which true is 1
+    values = defaultdict(set)  # column -> its different numbers and words
+    threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
     for row, examples in each(rows, parse_any):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
+        for name in filter(row.get, THREADS):
+            threads[name, str(row[name])].add(str(as_chat(examples[0]['prompt'])[:1]))
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            is_label = name in LABELS and 'good' in examples[0]
-            if isinstance(value, NUMBER) and not is_label:
-                flags[name].add(value)
+            is_read = (name in LABELS and 'good' in examples[0]) or name in {*QUESTIONS, *ABOUT, *ANSWERS} - {*LABELS}
+            if isinstance(value, NUMBER | str) and not is_read:
+                values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
@@ -1010,8 +1011,12 @@ def unread_texts(rows, layout):
             if shown.isdisjoint(texts) and not is_part:
                 found[name].update(texts)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
-    unread += [name for name, values in flags.items() if values == {0, 1}]
-    return [name for name in unread if name not in (*layout.columns, 'rejected')]
+    unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
+    for name, its_values in values.items():
+        is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
+        if name in PARENTS or its_values in FLAGS or is_verdict or not GRADES.isdisjoint(its_values):
+            unread.append(name)
+    return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected')]
 
 
 # fmt: off
@@ -1019,21 +1024,17 @@ def unread_texts(rows, layout):
 READERS = (
     ('AlpacaEval annotations', 'preference output_1', read_annotation),
     ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
-    ('Stack Exchange', 'question answers', read_stack_exchange),
-    ('Nectar', 'prompt answers', read_nectar),
     ('OpenAssistant', 'message_id text role', read_trees),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),
     ('comparison', ','.join(f'{one} {two} {verdict}' for verdict in VERDICTS for one, two in COMPARED), read_compared),
     ('comparison', ','.join(map(' '.join, SCORED)), read_compared),
-    ('arena', 'full_conversation winner', read_sides),
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
     ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
     ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
-    ('UltraFeedback', 'instruction completions', read_completions),
     ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join(QUESTIONS), read_prompt),

@@ -18,7 +18,7 @@ REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
 # fields with such names may say so, too, but not whether true or false is trained on
-MASK = re.compile('mask|loss|train|learn|ignore|supervis|target', re.IGNORECASE)
+MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
@@ -36,6 +36,9 @@ DIALOGUES = {
     '### Human:': r'### (Human|Assistant):',
     '### Instruction:': r'### (Instruction|Response):',
     'Below is an instruction': r'### (Instruction|Response):',
+    '<human>:': '<(human|bot)>:',
+    'Human:': r'(?:\A|\n)(Human|Assistant|AI):',
+    'User:': r'(?:\A|\n)(User|Assistant):',
 }
 
 
@@ -257,7 +260,7 @@ def split_dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
     # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
-    roles = ['assistant' if speaker in ('Assistant', 'Response') else 'user' for speaker in parts[::2]]
+    roles = ['assistant' if speaker in ('Assistant', 'Response', 'AI', 'bot') else 'user' for speaker in parts[::2]]
     return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
 
 

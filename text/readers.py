@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import lzma
 import re
 from datetime import datetime
 from functools import partial
@@ -98,7 +99,11 @@ def _open(file):
         import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(file, compression=opener))
-    return opener(file, 'rb')
+    stream = opener(file, 'rb')
+    # by itself, lzma takes a damaged stream of several for the end of the file, without an error
+    if opener is lzma.open:
+        stream._buffer.raw._trailing_error = ()
+    return stream
 
 
 def _open_text(file):

@@ -118,6 +118,7 @@ def _opened(source, split, num_turns=1, undivided=False):
     train, test = files.choose_splits(splits, named_split, name)
     is_train = split == 'train' or test is None or (undivided and named_split)
     chosen = train if is_train else test
+    files.check_no_sides(splits[chosen])
     its_files = splits[chosen] if path else None  # None: read_rows downloads them
     return read_rows(hub_id, chosen, its_files, name=config), None, test is None
 
@@ -236,7 +237,8 @@ def _parsed(rows, parse, task, columns):
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
         if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
-            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {SAY_WHICH}')
+            advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
+            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
         parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
@@ -257,10 +259,8 @@ def _parse_option(columns):
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
     # each() gives an error in place of the layout for a row that fits none
-    for _row, layout in each(rows, lambda row: formats.layout_of(formats.unified(row))):
-        if isinstance(layout, Layout):
-            return layout
-    return None
+    layouts = each(rows, lambda row: formats.layout_of(formats.unified(row)))
+    return next((layout for _, layout in layouts if isinstance(layout, Layout)), None)
 
 
 def describe(source):

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from itertools import pairwise
@@ -468,12 +469,40 @@ def test_linked_folders_are_read_once(tmp_path):
     assert sorted(answers(str(tmp_path / 'data'))) == ALL[:4]
 
 
-def test_streams_of_pbzip2(tmp_path):
-    """One after another; a damaged one is no end of the file."""
-    first, second = (bz2.compress(json.dumps(row).encode() + b'\n') for row in ROWS[:2])
-    file = tmp_path / 'a.jsonl.bz2'
+@pytest.mark.parametrize('ending, packed', [('bz2', bz2.compress), ('xz', lzma.compress), ('gz', gzip.compress)])
+def test_streams_of_a_packed_file(tmp_path, ending, packed):
+    """One after another, as pbzip2 and xz write them; a damaged one, or the beginning of one, is no end of the file."""
+    first, second = (packed(json.dumps(row).encode() + b'\n') for row in ROWS[:2])
+    file = tmp_path / f'a.jsonl.{ending}'
     file.write_bytes(first + second)
-    assert answers(str(file)) == ALL[:2]
-    file.write_bytes(first + b'\0\0\0\0' + second[4:])
-    with pytest.raises(UserError, match='cannot read .*a.jsonl.bz2: '):
-        answers(str(file))
+    assert answers(str(file), undivided=True) == ALL[:2]
+    for damaged in (b'\1\2\3\4' + second[4:], second[:-20], second[:5], second[:20] + b'\0' + second[21:]):
+        file.write_bytes(first + damaged)
+        refused(file, f'cannot read .*a.jsonl.{ending}: ')
+    many = [{'text': 'x' * 100 + str(i)} for i in range(3000)]
+    file.write_bytes(b''.join(packed(json.dumps(row).encode() + b'\n') for row in many))
+    assert [row['text'] for row in sources.read_rows(None, 'train', str(file))] == [row['text'] for row in many]
+
+
+@pytest.mark.parametrize(
+    'names',
+    ['chosen rejected', 'data/good data/bad', 'data/Winner-1 data/loser-1', 'pos/a neg/a', 'x_correct.y x_incorrect.y'],
+)
+def test_two_sides_are_no_one_source(tmp_path, hub, names):
+    """Answers of a file called rejected would be learnt like those of one called chosen."""
+    one, two = names.split()
+    write(tmp_path, {one: ROWS[:3], two: ROWS[3:6]})
+    for source in (tmp_path, f'{tmp_path}/**/*.jsonl'):
+        refused(
+            source,
+            'may be two sides of pairs: make pairs, or name one, or A.B',
+        )
+    assert answers(f'{tmp_path}/{two}.jsonl', undivided=True) == ALL[3:6]
+
+
+def test_other_names_have_no_sides(tmp_path):
+    write(
+        tmp_path,
+        {name: ROWS[i : i + 1] for i, name in enumerate(('goods', 'bads', 'unsafe', 'my_chosen', 'a_incorrect'))},
+    )
+    assert sorted(answers(str(tmp_path), undivided=True)) == sorted(ALL[:5])

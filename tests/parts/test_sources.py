@@ -313,6 +313,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
         'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
+        'ranks in objects': {'question': 'q?', 'responses': [{'text': 'b', 'rank': 2}, {'text': 'a', 'rank': 1}]}, 'scores in objects': {'question': 'q?', 'candidates': 3, 'answers': [{'answer': 'b', 'score': 2}, {'answer': 'a', 'score': 2.5}]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
@@ -339,8 +340,10 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'OpenAI, parts of a response': {'messages': [user([{'type': 'input_text', 'text': 'q?'}]), assistant([{'type': 'output_text', 'text': 'a'}])]},
         'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
         'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
-        'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
+        'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'OIG': {'text': '<human>: q?\n<bot>: a'}, 'lines of speakers': {'text': 'User: q?\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
+        'LangChain': {'text': 'Human: q?\nAI: a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
+        'objects beside an answer': {'question': 'q?', 'answer': 'a', 'samples': [{'text': 'b', 'score': 'high'}]},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
         'Gemini': {'contents': GEMINI}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
@@ -353,7 +356,11 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
-        'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']}}),
+        'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
+        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers at the beginning of lines': {'text': 'User: a\nAssistant: b\nUser: q?\nAssistant: a'},
+        'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}}),
+    *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
+    ('sft', SFT | {'prompt': [user('q?\n Bot: x')]}, {'the first who answers': {'text': 'Human: q?\n Bot: x\nAssistant: a'}}),
     ('sft', SFT | BRIEF, {
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
@@ -369,6 +376,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT | {'response': [assistant('a') | {'reasoning_content': 'let me think'}]}, {
         'a thought in a column': {'question': 'q?', 'reasoning_content': 'let me think', 'answer': 'a'},
         'a thought in a column, to a chat': {'prompt': [user('q?')], 'reasoning_content': 'let me think', 'answer': 'a'},
+        'R1, distilled': {'input': 'q?', 'reasoning_content': 'let me think', 'content': 'a'},
         'medical-o1': {'Question': 'q?', 'Complex_CoT': 'let me think', 'Response': 'a'}}),
     ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
@@ -415,9 +423,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
-    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False, True, False)], {}),
+    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no', 'correct', 'incorrect')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False) * 3], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
-    ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'split': x} for x in ('TRAIN', 'TEST')], [{'prompt': 'p', 'response': 'a'}] * 2, {formats.FOR_TESTS: 1}),
+    *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
+      for name in ('split', 'set', 'subset', 'fold', 'partition')),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
@@ -439,6 +448,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: 2', 'A': 'red', 'B': 2, 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: 2')]}, SFT], {}),
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
     ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
+    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]), ('loss_mask', [1, 1]))], [MULTI] * 5, {}),
     *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
       for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
@@ -514,7 +524,8 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('flipped', pair('p', 'a', 'b') | {'flipped': True}), *((name, pair('p', 'a', 'b') | {name: 'Rejected'}) for name in ('winner', 'majority')),
         ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
     'may tell which answers to train on': [
-        *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True)))],
+        *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True))),
+        *((name, {'messages': TWO_TURNS, name: flags}) for name, flags in (('mask', [0, 0, 0, 1]), ('loss_mask', [False, True]), ('weights', [0.0, 1.0])))],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
         ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
@@ -540,6 +551,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
+    *((f"'text' is one message, as {name!r} says: write a chat a row, as", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
     ('all or none must', [{'prompt': 'ask', 'chosen': 'ask a', 'rejected': 'ask b'}]),
@@ -702,10 +714,41 @@ def test_columns_that_may_ask_or_answer(row):
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
     rows = [sources.Row(pair(f'Q: {i}?\nA:', f'Q: {i}?\nA: yes', f'Q: {i}?\nA: no')) for i in range(9)]
     assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
-    # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1
-    for answers, unread in (({'response': 'a'}, ['ok']), (ANSWERS, ['ok', 'label'])):
-        rows = [sources.Row({'prompt': 'p', **answers, 'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i}) for i in range(3)]
+    # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
+    # verdicts beside a pair, but no topics, strengths or states
+    judges = {
+        'quality': 'Good',
+        'winner': 'B',
+        'preference': 2,
+        'choice': 'maths',
+        'overall_preference': -3,
+        'status': 'done',
+        'lang': 'no',
+    }
+    for answers, unread in (
+        ({'response': 'a'}, ['ok', 'said', 'quality']),
+        (ANSWERS, ['ok', 'label', 'said', 'quality', 'winner', 'preference']),
+    ):
+        flags = ({'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i, 'said': ('yes', 'no')[i % 2]} for i in range(3))
+        rows = [sources.Row({'prompt': 'bad', **answers, **its_flags, **judges}) for its_flags in flags]
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+
+
+@pytest.mark.parametrize('link', ['parent_id', 'reply_to', 'conversation_id', 'dialog_id'])
+def test_columns_that_link_rows_are_named(link):
+    """Of a conversation only if its rows do not begin with the same question: then each has what was said before."""
+    first, later = pair('What is it?', 'A cat.', 'A dog.'), pair('And its name?', 'Tom.', 'Rex.')
+    whole = pair([user('What is it?'), assistant('A cat.'), user('Why?')], 'So.', 'Or so.')
+    is_parent = link in formats.PARENTS
+    for rows, unread in (
+        ([first, later], [link]),
+        ([first, whole], [link] * is_parent),
+        ([first, first], [link] * is_parent),
+    ):
+        rows = [sources.Row(row | {'id': f'r{i}', link: (None, 'x')[i or not is_parent]}) for i, row in enumerate(rows)]
+        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+    rows = [sources.Row(row | {link: None}) for row in (first, later)]
+    assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
