@@ -70,9 +70,8 @@ if answers is None:
 if sum(option is not None for option in (endpoint, reward_model, gold)) != 1:
     raise UserError('name one judge: --endpoint=http://... with --judge_model, --reward_model=FOLDER, or --gold=toy')
 if endpoint is None:
-    config.report_unused(
-        'judge_model judge_prompt request concurrency timeout retries'.split(), 'there is no --endpoint'
-    )
+    options = 'judge_model judge_prompt request concurrency timeout retries'.split()
+    config.report_unused(options, 'there is no --endpoint')
 if reward_model is None:
     options = 'max_length max_prompt_length truncation max_tokens trust_remote_code'.split()
     config.report_unused(options, 'there is no --reward_model')
@@ -313,9 +312,8 @@ def percent(name, why_none='too few verdicts'):
 
 equal_length = percent('length_controlled', why_none='no finite fit, or an exact one')
 if n_judged < winrate.ENOUGH:
-    equal_length = (
-        f'not told: {counted(n_judged, "prompts")}, and from {winrate.ENOUGH} on length can be told from quality'
-    )
+    found = counted(n_judged, 'prompts')
+    equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}

@@ -37,9 +37,8 @@ def identify(config, hash_models, train, held_out):
     data_hashes = {'training examples': train.content(), 'evaluation examples': held_out.content()}
     for other_rank, other_hashes in enumerate(gather_objects(data_hashes)):
         if other_hashes != data_hashes:
-            raise UserError(
-                f'rank {other_rank} has read other data than rank {dist.get_rank()}: all hosts must see the same files'
-            )
+            ranks_differ = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
+            raise UserError(f'{ranks_differ}: all hosts must see the same files')
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     # check_same() wants to know which options are defaults
     options.origin = config.origin

@@ -273,7 +273,6 @@ def bad_step(run, first, rows, columns):
     sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
     written = f'{file} has {len(slots)} of its examples'
     if count > allowed:
-        raise UserError(
-            f'{sentence}; {written}: look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'
-        )
+        advice = f'look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'
+        raise UserError(f'{sentence}; {written}: {advice}')
     say(f'warning: {sentence}; {written}: skipped, {count} of {allowed} allowed')

@@ -75,14 +75,12 @@ def check_there(name):
         config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
         is_ours = name == f'out/{run}/model' and config_file.exists()
         how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        raise UserError(
-            f'there is no model folder {name!r} {where}: train it first{how}, or name another one (a hub id is OWNER/NAME)'
-        )
+        advice = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        raise UserError(f'there is no model folder {name!r} {where}: {advice}')
     elif folder_of(name) is None:
         if not reachable():
-            raise UserError(
-                f'there is no folder {name!r} {where}, the hub cannot be reached, and its cache does not have it: name a model folder'
-            )
+            no_hub = 'the hub cannot be reached, and its cache does not have it'
+            raise UserError(f'there is no folder {name!r} {where}, {no_hub}: name a model folder')
         # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
         is_there(name, 'config.json')
 

@@ -67,9 +67,8 @@ def check_same(subject, recorded_run, run, neutral=NEUTRAL):
     examples': hash}, say. Options in neutral may differ. subject: the message begins with it: 'FOLDER holds'."""
     found = _differences(recorded_run, run, neutral)
     if found:
-        raise UserError(
-            f'{subject} a different run ({", ".join(found[:3])}): put back what it began with, or choose another --out_dir'
-        )
+        advice = 'put back what it began with, or choose another --out_dir'
+        raise UserError(f'{subject} a different run ({", ".join(found[:3])}): {advice}')
     unhashed = ', '.join(sorted(run['contents'].keys() - recorded_run['contents'].keys()))
     if unhashed:
         say(f'note: {subject} a run of an older version, which kept no hash of {unhashed}: not checked')

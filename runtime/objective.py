@@ -43,9 +43,7 @@ def _find(name, losses, statistics, options):
     takes_pairs = not PAIRS.isdisjoint(inputs(fn))
     takes_singles = not SINGLES.isdisjoint(inputs(fn))
     if takes_pairs == takes_singles:
-        raise UserError(
-            f'the loss {name} must ask for columns of pairs or of single answers, not for neither, nor both'
-        )
+        raise UserError(f'the loss {name} must ask for columns of pairs, or for those of single answers')
     if takes_pairs and statistic and 'ratio_kl' in inputs(statistic):
         raise UserError(f'the loss {name} compares pairs, and its statistic asks for ratio_kl, of single answers')
     return fn, statistic, takes_pairs
@@ -58,13 +56,11 @@ def _check_parameters(name, fn, options, may_add):
         # in a signature, options stand after a *, columns before it
         is_option = p.kind is p.KEYWORD_ONLY
         if is_option and has_default and p.name in options:
-            raise UserError(
-                f'the loss {name} has a default for {p.name!r}, and dpo.py has its own: leave it out there, and set the option'
-            )
+            problem = f'the loss {name} has a default for {p.name!r}, and dpo.py has its own'
+            raise UserError(f'{problem}: leave it out there, and set the option')
         if is_option and not has_default and p.name not in options:
-            raise UserError(
-                f'the loss {name} asks for {p.name!r}, which is no option: declare it in dpo.py, as in {p.name} = 1.0'
-            )
+            problem = f'the loss {name} asks for {p.name!r}, which is no option'
+            raise UserError(f'{problem}: declare it in dpo.py, as in {p.name} = 1.0')
         if not (is_option or has_default or may_add or p.name in PAIRS | SINGLES):
             known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
@@ -234,13 +230,11 @@ def try_out(name, fn, statistic, options):
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)
     if not is_column or alone[0].shape != (1,):
-        raise UserError(
-            f'the loss {name} must return a number for each example, ({len(MARGINS)},), and (1,) of one alone, not {losses!r:.60}'
-        )
+        wanted = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
+        raise UserError(f'the loss {name} must return {wanted}, not {losses!r:.60}')
     if not losses.requires_grad:
-        raise UserError(
-            f'the loss {name} has no gradient: it must be computed from the columns that it asks for, without detach'
-        )
+        advice = 'it must be computed from the columns that it asks for, without detach'
+        raise UserError(f'the loss {name} has no gradient: {advice}')
     if not torch.allclose(torch.cat(alone), losses, rtol=1e-4, atol=1e-5, equal_nan=True):
         advice = 'what it needs of the whole step belongs into a function of STATISTICS'
         raise UserError(f'the loss {name} of an example depends on others of its microbatch, or on chance: {advice}')

@@ -31,7 +31,7 @@ def test_every_loss_is_ready(name, monkeypatch):
 @pytest.mark.parametrize('fn, words', [
     (lambda ratio_w, ratio_l, *, bta: ratio_w, "asks for 'bta', which is no option: declare it in dpo.py, as in bta = 1.0"),
     (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
-    (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs or of single answers, not for neither, nor both'),
+    (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs, or for those of single answers'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
     (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., and .1,. of one alone, not tensor'),
     (lambda ratio_w: ratio_w.squeeze(), 'must return a number for each example'),
