@@ -419,7 +419,8 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     (CHATML, pair([{'role': 'user<|im_end|>', 'content': 'a'}]), 'special token in the role'),
 ])  # fmt: skip
 def test_templates_and_rows_that_cannot_be_used(monkeypatch, template, row, words):
-    monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
+    if words == 'does not end':  # others may need their time on a busy machine
+        monkeypatch.setattr('text.chat.TEMPLATE_SECONDS', 0.3)
     of_row = any(x in words for x in ('refuses', 'differently', 'role', 'before'))
     with pytest.raises(UserError, match=words) as info:
         written(tokenizer_of(template, '<|im_end|>'), row, skip_bad_rows=not of_row)

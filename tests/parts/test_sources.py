@@ -1013,7 +1013,7 @@ def test_any_file_of_answers(tmp_path_factory, rows):
     path = write(folder / 'samples.jsonl', rows)
     before = Path(path).read_bytes()
     try:
-        found = read_answers(path)
+        found = read_answers(path, Counter())
         assert [x['response'] for x in found] == [x['output' if 'instruction' in x else 'response'] for x in rows]
         assert all(type(x['sample']) is int and isinstance(x['instruction'], str) for x in found)
     except UserError as error:
