@@ -708,8 +708,11 @@ def read_scored(row, task):
         raise LeftOut('no right answer')
     prompt = prompt_of(row)
     # a dialogue in Anthropic's format, as Nectar has it, stays one
-    is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
-    prompt, write = (prompt.rstrip(), answer) if is_dialogue else (as_chat(prompt), said)
+    write = said
+    if isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers):
+        prompt, write = prompt.rstrip(), answer
+    else:
+        prompt = as_chat(prompt)
     scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(prompt, scored, task)
 
@@ -835,7 +838,8 @@ def read_answer(row, task):
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
     example = example_of(row, {'response': column})
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
-    thoughts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str) and len(row[name].split()) > 2]
+    texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
+    thoughts = [text for text in texts if len(text.split()) > 2]
     may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
     if thoughts and not label and not may_have_own:
         # only messages have fields for thoughts
@@ -996,11 +1000,13 @@ def unread_texts(rows, layout):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         for name in filter(row.get, THREADS):
-            threads[name, str(row[name])].add(str(as_chat(examples[0]['prompt'])[:1]))
+            first_turn = as_chat(examples[0]['prompt'])[:1]
+            threads[name, str(row[name])].add(str(first_turn))
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
-            is_read = (name in LABELS and 'good' in examples[0]) or name in {*QUESTIONS, *ABOUT, *ANSWERS} - {*LABELS}
-            if isinstance(value, NUMBER | str) and not is_read:
+            is_label = name in LABELS and 'good' in examples[0]
+            is_text = name in (*QUESTIONS, *ABOUT, *ANSWERS) and name not in LABELS
+            if isinstance(value, NUMBER | str) and not is_label and not is_text:
                 values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
@@ -1014,7 +1020,8 @@ def unread_texts(rows, layout):
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     for name, its_values in values.items():
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
-        if name in PARENTS or its_values in FLAGS or is_verdict or not GRADES.isdisjoint(its_values):
+        judges = its_values in FLAGS or is_verdict or not GRADES.isdisjoint(its_values)
+        if judges or name in PARENTS:
             unread.append(name)
     return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected')]
 
