@@ -104,6 +104,10 @@ def test_pairs():
     texts = [{'instruction': 'Translate.', 'input': text, 'output': k} for text in ('eins', 'zwei', '') for k in '01']
     found, _ = make_pairs(write_jsonl('farm.jsonl', texts))
     assert [p['instruction'] for p in found] == ['Translate.\n\neins', 'Translate.\n\nzwei', 'Translate.']
+    # a question that ends, or begins, with a marker is no dialogue
+    asked = ['Who writes\n\nAssistant:', '\n\nHuman: what is this?']
+    found, _ = make_pairs(write_jsonl('markers.jsonl', [{'instruction': text, 'output': k} for text in asked for k in '01']))
+    assert [(p['prompt'], p['outputs']) for p in found] == [(messages.ask(text), ['0', '1']) for text in asked]
     # samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'
     prompts = [talk, messages.ask('one turn'), [user('a chat')]]

@@ -800,7 +800,7 @@ def test_selective_checkpointing_copies_parts_of_activations_but_not_of_weights(
     assert pack(values).equal(values) and pack(values).untyped_storage().nbytes() == values.nbytes
 
 
-@pytest.mark.parametrize(('scale', 'max_norm'), [(0.5, 1e9), (2.0, 1.0)])
+@pytest.mark.parametrize(('scale', 'max_norm'), [(0.5, 1e9), (2.0, 1.0), (1e-9, 1.0)])
 def test_an_update_scales_and_clips(saved, device, scale, max_norm):
     net = fsdp.shard(saved('llama'), device)
     optimizer = fsdp.make_optimizer('SGD', net, 7.0, 0.0)

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import weakref
 
 import numpy as np
@@ -62,6 +63,7 @@ def test_terms_on_top_of_the_formula(run, tmp_path):
 
 def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, capsys):
     scope = run_script('dpo.py', *FLAGS, '--cache_ref', f'--out_dir={tmp_path / "first"}')
+    assert 'not kept' not in capsys.readouterr().out
     unused, rows = np.isnan(scope['run'].train.ref), len(scope['run'].train)
     assert unused.shape == (rows, 2) and (~unused).all(1).sum() == 24 and unused.all(1).sum() == rows - 24
     assert 60 < rows < 140  # about half of 200
@@ -83,8 +85,8 @@ def test_shared_between_runs_and_losses_and_keyed_by_content(run, tmp_path, caps
     assert len(caches(tmp_path)) == 4
 
 
-def test_the_reference_is_freed(run, monkeypatch):
-    """It refers to itself, so that it would stay in memory until the collector comes by."""
+def test_the_reference_is_freed(run, monkeypatch, capsys):
+    """It refers to itself, so that it would stay in memory until the collector comes by. Its numbers serve, though no file keeps them."""
     made, left, load, steps = [], [], training.Run.load_frozen, training.Run.steps
 
     def watched(*args, **options):
@@ -94,12 +96,14 @@ def test_the_reference_is_freed(run, monkeypatch):
 
     monkeypatch.setattr(training.Run, 'load_frozen', watched)
     monkeypatch.setattr(training.Run, 'steps', lambda run: left.extend(r for r in made if r()) or steps(run))
+    monkeypatch.setattr('runtime.cache.write', lambda *args: 'disk full')
     gc.disable()
     try:
         run('freed', '--cache_ref')
     finally:
         gc.enable()
     assert len(made) == 2 and not left
+    assert len(re.findall(r'reference log-probs are not kept: cannot write .* \(disk full\)', capsys.readouterr().out)) == 2
 
 
 def test_a_file_belongs_to_weights_tokens_borders_and_type():

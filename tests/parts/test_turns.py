@@ -17,7 +17,7 @@ from configurator import UserError
 from hf import attention
 from text import turns
 from text.messages import alternating
-from text.tokenise import load_examples, tokenise
+from text.tokenise import Limits, fit_conversation, load_examples, tokenise
 
 CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'])
 SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
@@ -93,6 +93,8 @@ def test_a_single_answer_that_the_template_marks(template):
     found = tokenise([one, last], tokenizer, 'sft', (256, 128, 'start'), Counter())
     expected = [ids_and_mask(tokens(tokenizer, chat)[0]) for chat in (CHAT[:2], weighed)]
     assert [ids_and_mask(found[i]) for i in (0, 1)] == expected
+    with pytest.raises(UserError, match='there is no message before the answer'):
+        tokenise([{'prompt': [], 'response': CHAT[1:2]}], tokenizer, 'sft', (256, 128, 'start'), Counter())
 
 
 def test_marks_behind_a_prompt_that_opens_more():
@@ -165,6 +167,13 @@ def test_a_conversation_that_is_too_long(template):
         assert cut.left_out['conversations cut'] == (length < len(prompt) + len(full))
         # only the user's words, or one more token, were cut away without need
         assert len(short) == room or all(x < 0 for x in full[len(short) : room])
+
+
+def test_a_first_answer_without_tokens():
+    """A tokenizer may have none for it. If only the user's next turn fits, there is nothing to train on."""
+    limits, left_out = Limits(bos=None, eos=9, max_length=4, max_prompt_length=2, truncation='start'), Counter()
+    assert fit_conversation([1, 2], [[], [5, 6, 7], [8]], limits, left_out) == ([1, 2], [])
+    assert left_out == {'conversations cut': 1, 'conversations without an answer within max_length': 1}
 
 
 @pytest.mark.parametrize('pad', [False, True])

@@ -433,6 +433,7 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
     ('sample.py --data=prompts.txt', "data 'prompts.txt' is no file or folder in {here} and no hub id"),
     ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),
     ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} and no hub id"),
+    ('dpo.py --data=pairs/*', "'pairs/*' is no file or folder in {here} and no hub id"),
     ('tools/plot.py out/a', 'no folder out/a in {here}'),
 ])  # fmt: skip
 def test_another_working_directory(words, says, tmp_path, monkeypatch):

@@ -446,12 +446,13 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize('argv', ELSEWHERE)
-def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch):
+def test_what_people_type_is_answered_before_the_imports(argv, monkeypatch, capsys):
     """dpo.py itself is not imported: check_early reads its source and that of training.py."""
     monkeypatch.setattr(sys, 'argv', ['dpo.py', *argv.split()])
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=ELSEWHERE[argv]):
         guard.check_early(ROOT / 'dpo.py')
+    assert not capsys.readouterr().out  # the script itself says later that max_prompt_length is half of --max_length
 
 
 def test_names_of_other_code_are_those_of_options_here():
