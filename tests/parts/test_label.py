@@ -106,7 +106,8 @@ def test_pairs():
     assert [p['instruction'] for p in found] == ['Translate.\n\neins', 'Translate.\n\nzwei', 'Translate.']
     # a question that ends, or begins, with a marker is no dialogue
     asked = ['Who writes\n\nAssistant:', '\n\nHuman: what is this?']
-    found, _ = make_pairs(write_jsonl('markers.jsonl', [{'instruction': text, 'output': k} for text in asked for k in '01']))
+    rows = [{'instruction': text, 'output': k} for text in asked for k in '01']
+    found, _ = make_pairs(write_jsonl('markers.jsonl', rows))
     assert [(p['prompt'], p['outputs']) for p in found] == [(messages.ask(text), ['0', '1']) for text in asked]
     # samples.jsonl against what sample.py writes of the same prompts, either way round: a chat of one question stays one
     talk = '\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:'

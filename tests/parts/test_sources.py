@@ -203,6 +203,14 @@ def test_what_is_asked_of_the_hub(hub, source, asked):
     assert sources.fingerprint(source) is None
 
 
+def test_a_split_that_is_read_whole(hub):
+    """By its name, or by that in brackets, though others are for training and testing."""
+    hub.splits = ['train', 'validation', 'test']
+    for source, split in (('owner/name', 'validation'), ('owner/name[validation]', 'test')):
+        load(source, split)
+    assert [split for _, split, *_ in hub.asked] == ['validation'] * 2
+
+
 def test_hub_rows_and_errors(hub, monkeypatch):
     good = pair('p', 'a', 'b')
     hub.rows = [good, {'prompt': 'p', 'chosen': 'a'}]
