@@ -150,6 +150,7 @@ def test_which_losses_are_per_token(flags, per_token, monkeypatch):
     ('simpo --cache_ref', '--cache_ref has no effect: there is no reference'), ('kto_zero --cache_ref', {'cache_ref': True}),
     *((f'{name} --cache_ref', 'needs the live reference') for name in ('kto', 'tdpo1')),
     (f'dpo {ROOT}/config/cdpo_toy.py', {'label_smoothing': 0.0}),  # the file has 0.1
+    ('dpo --importance_max=3', 'importance_max has no effect: importance is off'),
     ('dpo --importance --reference_free', 'leave out --reference_free'), ('dpo --importance', {'importance': True}),
 ])  # fmt: skip
 def test_options_of_a_loss(flags, found, monkeypatch):

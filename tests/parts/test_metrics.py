@@ -67,7 +67,8 @@ ACC = r'; loss 1.000000 \(kto .* 0.500000\)\nnote: acc is the share of answers o
 
 @pytest.mark.parametrize('name, options, chosen, printed', [  # chosen: reward of the chosen answers; that of the others is 0
     ('dpo', {}, 0.0, OF_REF), ('dpo', {}, -2e-4, OF_REF + WARNING), ('dpo', {'tf32': True}, 2e-4, OF_REF),
-    ('dpo', {'dtype': 'bfloat16'}, 0.02, OF_REF + WARNING), ('dpo', {'ref_model': 'x'}, 2.0, OF_REF),
+    ('dpo', {'dtype': 'bfloat16'}, 2e-4, OF_REF), ('dpo', {'dtype': 'bfloat16'}, 0.02, OF_REF + WARNING),
+    ('dpo', {'ref_model': 'x'}, 2.0, OF_REF),
     ('simpo', {}, -3.0, '; loss 0.600000\n' + ALONE), ('kto', {}, 0.0, ACC),
 ])  # fmt: skip
 def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):

@@ -616,9 +616,9 @@ def test_data_sets_by_their_columns(tmp_path, name, task, rows, expected, out, e
 @pytest.mark.parametrize('reason, row', [(reason, row) for reason, rows in BAD_ROWS for row in rows])
 def test_bad_rows(tmp_path, row, reason):
     good = pair('p', 'a', 'b')
-    path = write(tmp_path / 'data.jsonl', [good, row, good, row])
+    path = write(tmp_path / 'data.jsonl', [good, good, row, row])
     message = refusal(path, undivided=True)
-    assert message.startswith(f'{path}, line 2: ') and reason in message
+    assert message.startswith(f'{path}, line 3: ') and reason in message
     assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
     if 'all or none' not in message and isinstance(row, dict):
         assert all(repr(key) in message.partition('; found: ')[2] for key in row)

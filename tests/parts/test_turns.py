@@ -158,6 +158,10 @@ def test_a_conversation_that_is_too_long(template):
     whole = tokens(tokenizer, CHAT)
     prompt, (answer,) = whole[0]
     full = answer.tolist()
+    # a prompt is cut only where the whole is too long
+    for room in (0, 1):
+        fits = tokens(tokenizer, CHAT, max_length=len(prompt) + len(full) + room, max_prompt_length=1)
+        assert ids_and_mask(fits[0]) == ids_and_mask(whole[0]) and 'prompts cut' not in fits.left_out
     for length in range(len(prompt) + 2, len(prompt) + len(full) + 1):
         cut = tokens(tokenizer, CHAT, max_length=length, max_prompt_length=len(prompt))
         again, (short,) = cut[0]
