@@ -26,7 +26,7 @@ def main(losses, statistics):
     objective = objective_of(config, losses, statistics)
     unused = config.keys() - inputs(objective.fn, objective.statistic)
     config.report_unused(sorted(unused), 'the table is of the loss alone')
-    rows = try_out(name, objective.fn, objective.statistic, objective.options)
+    rows = try_out(objective)
     # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if objective.paired else 'slope'
     print(f'    margin         loss {slopes}')

@@ -77,8 +77,8 @@ class Objective(NamedTuple):
     paired: bool  # it compares pairs; False: single answers, each labelled good or bad
     needs_ref: bool  # it compares policy and reference, so its rewards are log-ratios
     has_divergence: bool  # it takes the divergence of the policy from the reference, at each position
-    is_per_token: bool  # it compares means over tokens
     is_mixed: bool  # its statistic asks for ratio_kl, log-ratios of prompts with answers to other prompts
+    is_per_token: bool = False  # it compares means over tokens
 
     def call(self, fn, columns):
         """Call fn, a function of losses.py, with the options, columns and log-ratios (ratio_w = pi_w - ref_w) that it asks for."""
@@ -118,14 +118,13 @@ def objective_of(config, losses, statistics):
     # a divergence is one from the reference, so a loss that has one cannot go without reference
     uses['reference_free'] = has_ratio and not has_divergence
     options = _settled(config, uses)
-    # raises UserError if the loss fails; check_loss.py prints what it returns
-    try_out(name, fn, statistic, options)
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    properties = {'paired': paired, 'needs_ref': needs_ref, 'has_divergence': has_divergence}
-    properties |= {'is_mixed': 'ratio_kl' in asks_for, 'is_per_token': _is_per_token(fn, statistic, options)}
-    objective = Objective(name=name, fn=fn, statistic=statistic, options=options, uses=uses, **properties)
+    is_mixed = 'ratio_kl' in asks_for
+    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_mixed)
+    # raises UserError if the loss fails; check_loss.py prints what it returns
+    try_out(objective)
     _check_options(config, objective)
-    return objective
+    return objective._replace(is_per_token=_is_per_token(objective))
 
 
 def _settled(config, uses):
@@ -172,14 +171,11 @@ def _check_options(config, objective):
             raise UserError(message)
 
 
-def _made_up(fn, statistic, options):
-    """Make an example for each of MARGINS, to try a loss on. Returns (their columns, the log-ratios among these, with gradients).
-
-    fn, statistic: the loss, and its per-step statistic or None; options: what the statistic may ask for besides columns."""
+def _made_up(objective):
+    """Make an example for each of MARGINS, to try a loss on. Returns (their columns, the log-ratios among these, with gradients)."""
     margin = torch.tensor(MARGINS)
     # names of columns of pairs end in _w (chosen) or _l (rejected), such as ratio_w; those of single answers do not
-    is_paired = not PAIRS.isdisjoint(inputs(fn))
-    ratios = {'_w': margin / 2, '_l': -margin / 2} if is_paired else {'': margin}
+    ratios = {'_w': margin / 2, '_l': -margin / 2} if objective.paired else {'': margin}
     # 0.3 nats for divergences, and for any column that somebody has added to PAIRS or SINGLES; the others are replaced
     columns = dict.fromkeys(PAIRS | SINGLES, torch.full_like(margin, 0.3, requires_grad=True))
     columns['good'] = torch.ones_like(margin, dtype=torch.bool)
@@ -188,10 +184,10 @@ def _made_up(fn, statistic, options):
         # a log-prob is below 0: the reference's is -20.01, and the policy's this plus the log-ratio, at most -0.01
         columns[f'pi{suffix}'] = ratio.clamp(max=20.0) - 20.01
         columns[f'n{suffix}'] = torch.full_like(ratio, 10.0)
-    if statistic:
+    if objective.statistic:
         # take the examples for the first step of a run. ratio_kl: log-ratios of answers to other prompts, for which any numbers do
         step_inputs = {'state': {}, 'generator': torch.Generator().manual_seed(0), 'ratio_kl': margin}
-        new_columns, state = call(statistic, options | columns | step_inputs)
+        new_columns, state = call(objective.statistic, objective.options | columns | step_inputs)
         for column, values in new_columns.items():
             columns[column] = values.detach().float().expand(len(margin))
         types = set(map(type, state.values()))
@@ -201,30 +197,33 @@ def _made_up(fn, statistic, options):
 
 
 @torch.no_grad()
-def _is_per_token(fn, statistic, options):
+def _is_per_token(objective):
     """Return whether a loss compares means over tokens: answers of twice the tokens and log-probs are the same to it."""
+    fn = objective.fn
     if inputs(fn).isdisjoint(('n', 'n_w', 'n_l')):
         return False
-    columns, _ = _made_up(fn, statistic, options)
-    once = call(fn, options | columns)
+    columns, _ = _made_up(objective)
+    known = objective.options | columns
     # all columns but the label are sums over tokens
     doubled = {name: 2 * columns[name] for name in (PAIRS | SINGLES) - {'good'}}
-    return torch.allclose(once, call(fn, options | columns | doubled))
+    return torch.allclose(call(fn, known), call(fn, known | doubled))
 
 
-def try_out(name, fn, statistic, options):
+def try_out(objective):
     """Compute a loss and its gradient in float32 at each of MARGINS, before any model is loaded; return a row of floats for each.
 
-    fn, statistic: the loss and its per-step statistic or None. Rows are [margin, loss, d loss / d ratio_w, d loss / d ratio_l], of
-    single answers [margin, loss, d loss / d ratio]. UserError if the loss fails, lacks a gradient, or mixes examples."""
+    Rows are [margin, loss, d loss / d ratio_w, d loss / d ratio_l], of single answers [margin, loss, d loss / d ratio]. UserError if
+    the loss fails, lacks a gradient, or mixes examples."""
+    name, fn = objective.name, objective.fn
     try:
-        columns, ratios = _made_up(fn, statistic, options)
+        columns, ratios = _made_up(objective)
         # columns override options of the same name
-        losses = call(fn, options | columns)
+        known = objective.options | columns
+        losses = call(fn, known)
         alone = []  # the same, of one example at a time
         for i in range(len(MARGINS)):
             example = {key: x[i : i + 1].detach() for key, x in columns.items()}
-            alone.append(call(fn, options | example))
+            alone.append(call(fn, known | example))
     # a mistake in somebody's formula may raise anything
     except Exception as error:
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None

@@ -19,7 +19,7 @@ from tests import forks
 def test_every_loss_is_ready(name, monkeypatch):
     """By hand: dpo at a margin of 5, beta 0.1, is L(0.5), with slopes -+ 0.1 S(-0.5)."""
     found = objective_of(parse(f'dpo.py --loss={name}', monkeypatch), losses.LOSSES, losses.STATISTICS)
-    rows = try_out(name, found.fn, found.statistic, found.options)
+    rows = try_out(found)
     assert all(math.isfinite(value) for row in rows for value in row)
     assert [row[0] for row in rows] == MARGINS == [-margin for margin in reversed(MARGINS)]
     assert found.call(lambda ratio_w: ratio_w, {'pi_w': 2.0}) == 2  # no reference
@@ -108,7 +108,8 @@ def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):
 def test_a_column_that_somebody_adds_is_tried(monkeypatch):
     """docs/code.md: its name goes into PAIRS."""
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
-    rows = try_out('mine', lambda tok_w, margin: tok_w - margin / 3, None, {})
+    mine = objective.Objective('mine', lambda tok_w, margin: tok_w - margin / 3, None, {}, {}, True, False, False, False)
+    rows = try_out(mine)
     assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
 
 

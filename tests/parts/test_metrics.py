@@ -14,7 +14,7 @@ def objective(name, *, paired=True, needs_ref=True, per_token=False, **options):
     options = {'beta': 0.1, 'beta_prime': None} | options
     uses = {'beta': True, 'alpha': False}
     functions = losses.LOSSES[name], losses.STATISTICS.get(name)
-    return Objective(name, *functions, options, uses, paired, needs_ref, False, per_token, False)
+    return Objective(name, *functions, options, uses, paired, needs_ref, False, False, per_token)
 
 
 def columns(**values):
