@@ -282,9 +282,8 @@ if endpoint is not None:
     clusters = [pairs[i]['question'] for i in in_both_orders]
     in_order = [preferences_by_order[i] for i in in_both_orders]
     straight, swapped = np.array(in_order).reshape(-1, 2).T
-    won_straight = 2 - straight  # 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
-    won_swapped = swapped - 1
-    rates['shown_first'] = ((won_straight + won_swapped) / 2, clusters)
+    # the mean of 2 - straight and swapped - 1, each 1 if the answer shown first won, 0 if it lost, 1/2 for a tie
+    rates['shown_first'] = ((1 + swapped - straight) / 2, clusters)
     rates['agreement'] = (straight == swapped, clusters)
 for name, (column, clusters) in rates.items():
     report[name], report[f'{name}_se'] = winrate.mean(column, clusters)

@@ -100,8 +100,7 @@ if temperatures == [0]:
 n_samples = n * len(temperatures)
 reward_parts = reward_functions.parse(reward) if reward else []
 if not all(part.is_function for part in reward_parts):
-    others = 'label.py and feedback.score read reward models'
-    raise UserError(f'--reward of sample.py takes functions, FILE.py:NAME: {others}')
+    raise UserError('--reward takes functions here, FILE.py:NAME: label.py and feedback.score read reward models')
 rank, world_size, device = ranks.setup(options=config)
 if endpoint and world_size > 1:
     raise UserError('one process is enough to ask an endpoint: run python sample.py, and raise --concurrency')
@@ -109,10 +108,12 @@ if endpoint and world_size > 1:
 # ---- the prompts ----
 
 
-def read_sources():
-    """Return (rows, Counter of what was left out) of all of --data. A row is a dict with 'prompt', text or chat, perhaps 'tools'."""
-    rows = []
+def read_prompts():
+    """Return (rows of --data to answer, Counter of what was left out or changed). Raises UserError if there are none.
+
+    A row is a dict with 'prompt', text or chat, perhaps 'tools'."""
     left_out = Counter()
+    row_of_hash = {}  # the first row with each prompt
     # without --split, take the split 'test', or (undivided) all rows of data without splits
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
@@ -120,22 +121,14 @@ def read_sources():
         # each line of a text file is a prompt
         options['columns'] = 'prompt=text' if source.lower().endswith('.txt') else columns
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
-        # an empty source is an error; read_prompts reports that of the only one
+        # an empty source is an error; that of the only one is reported below
         if not new_rows and source != data:
             raise sources.nothing_left(source, wanted_split, new_left_out)
-        rows += new_rows
         left_out.update(new_left_out)
-    return rows, left_out
-
-
-def read_prompts():
-    """Return (the rows of read_sources to answer, Counter of what was left out or changed). Raises UserError if there are none."""
-    all_rows, left_out = read_sources()
-    row_of_hash = {}  # the first row with each prompt
-    for row in all_rows:
-        prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
-        row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
-    left_out['same prompt again'] += len(all_rows) - len(row_of_hash)
+        for row in new_rows:
+            prompt_and_tools = [row[name] for name in ('prompt', 'tools') if name in row]
+            first = row_of_hash.setdefault(content_hash(*prompt_and_tools), row)
+            left_out['same prompt again'] += first is not row
     # choose the fraction by hash, independent of the order of the data
     hashes = np.array(list(row_of_hash), np.uint64)
     is_chosen = uniform_hash(hashes, seed) < data_fraction

@@ -34,11 +34,11 @@ def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
 
     Raises UserError with the number of a line that is not JSON, or that key_of refuses by KeyError, TypeError, ValueError or UserError."""
+    if not path.exists():
+        return {}
     rows = {}
-    content = path.read_bytes() if path.exists() else b''
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
-    *lines, incomplete = content.split(b'\n')
-    del content  # the lines are a second copy of the file
+    *lines, incomplete = path.read_bytes().split(b'\n')
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -46,8 +46,7 @@ def read_back(path, key_of):
         except UserError as error:
             raise UserError(f'{path}, line {number}, {error}') from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            problem = f'{path}, line {number}, is damaged'
-            raise UserError(f'{problem}: delete that line, and the same command makes it anew') from None
+            raise UserError(f'{path}, line {number}, is damaged: delete that line; the command makes it anew') from None
     # cut it off, or the next row would be appended to it
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')

@@ -69,7 +69,5 @@ def preference(text, raw, order):
     # two different verdicts in a row: the judge only repeats the options
     if verdict is None or verdicts[0] not in (None, verdict):
         return None
-    if verdict == 'tie':
-        return 1.5
-    letter_of_first = 'a' if order == 1 else 'b'
-    return 1 if verdict == letter_of_first else 2
+    # A is answer 1 in order 1, and answer 2 in order 2
+    return {'a': order, 'b': 3 - order, 'tie': 1.5}[verdict]

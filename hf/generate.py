@@ -1,6 +1,7 @@
 """Sampling answers from a model. Each answer has its own random seed, so it does not depend on the rest of its batch."""
 
 import contextlib
+import itertools
 import json
 import math
 
@@ -245,14 +246,14 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     stop = torch.tensor(sorted(stop), device=inner.device)
     # (rows,); n_sampled: tokens of each row's answer so far
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
-    sampled = []  # for each step, the tokens of all rows: (rows,)
+    step_numbers = itertools.count(1)
 
     # called after every step; returns (rows,) bool
     def has_ended(ids, scores, **unused):
-        sampled.append(ids[:, -1])
-        met_stop = torch.isin(torch.stack(sampled), stop).any(0)
-        ended = met_stop | (n_left <= len(sampled))
-        if len(sampled) >= REFILL_AFTER:
+        step = next(step_numbers)
+        # an ended row goes on with its padding, a stop token
+        ended = torch.isin(ids[:, -1], stop) | (n_left <= step)
+        if step >= REFILL_AFTER:
             ended |= ended.sum() >= enough  # all rows, if so many have ended
         return ended | _stop_asked()
 

@@ -147,8 +147,7 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
         return copy.deepcopy(_configs[name])
     hub.check_there(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
-        way_out = 'name another one, or fetch the model again'
-        raise UserError(f'{name!r} has no config.json, so it is no model folder: {way_out}')
+        raise UserError(f'{name!r} has no config.json, so it is no model folder: name another, or fetch it again')
     if not trust_remote_code:
         _check_code(name)
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

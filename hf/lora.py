@@ -139,12 +139,11 @@ def _load_weights(model, saved, adapter_name='default'):
         result = peft.set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     # a module that the adapter holds whole has another size here, such as an embedding that was resized for new tokens
     except RuntimeError as error:
-        if 'size mismatch' not in str(error):
-            raise
         # the message is a heading, and then a line for each mismatch: keep the first of these
-        _heading, *mismatches = str(error).strip().splitlines()
-        mismatch = ' '.join(mismatches[0].split())[:300].rstrip('.') if mismatches else ''
-        raise UserError(f'the adapter {saved.name!r} does not fit {saved.base}: {mismatch}: {WAY_OUT}') from None
+        mismatch = re.search(r'size mismatch.{,300}(?<!\.)', str(error))  # without the full stop
+        if not mismatch:
+            raise
+        raise UserError(f'the adapter {saved.name!r} does not fit {saved.base}: {mismatch[0]}: {WAY_OUT}') from None
     # PEFT also lists the base model's keys as missing: keep only this adapter's
     missing = [key for key in result.missing_keys if f'.{adapter_name}.' in key]
     problem = 'lacks' if missing else 'has, without a place in its model,'

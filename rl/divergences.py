@@ -11,21 +11,16 @@ import torch
 from configurator import UserError
 
 
-def mean_z(log_pi, log_ref, mass):
-    """Return the sum of mass Z: the mean of Z, if mass are probabilities."""
-    return (mass * (log_ref - log_pi)).sum(-1)
-
-
 class Divergence(NamedTuple):
     """A divergence D, by two functions.
 
     mass(logits, ref_logits, tail=None) -> (mass (..., V), tail). mass is -dD / dlog_pi: by how much D falls if the policy raises the
     log-prob of a token. Logits are log-probs plus any constant. tail: the Tail that an earlier call with the same logits has found
     and returned, so that this one need not search; always None for divergences without a tail.
-    value(log_pi, log_ref, mass) -> D (...,)."""
+    value(log_pi, log_ref, mass) -> D (...,): by default the sum of mass Z, which is the mean of Z if mass are probabilities."""
 
     mass: Callable
-    value: Callable = mean_z
+    value: Callable = lambda log_pi, log_ref, mass: (mass * (log_ref - log_pi)).sum(-1)
 
     def __call__(self, log_pi, log_ref):
         """Return (D (...,), mass (..., V))."""

@@ -126,8 +126,7 @@ def _make_part(scorer, weight):
     # try the current folder, then the project's; an absolute path replaces either
     existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
     if not existing:
-        missing = f'there is no file {file} in {Path.cwd()}'
-        raise UserError(f'--reward: {missing}: give its path from there, or the whole path')
+        raise UserError(f'--reward: there is no file {file} in {Path.cwd()}: give its path from there, or in full')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
     return Part(name=name, weight=weight, function_or_model=name, file=str(existing[0]))

@@ -35,6 +35,5 @@ def main(losses, statistics):
         print(f'{margin:10.1f} {values}')
     broken = [row[0] for row in rows if not all(map(math.isfinite, row))]
     if broken:
-        place = f'a margin of {broken[0]:.0f} nats'
-        raise UserError(f'the loss {name} or its slope is not finite at {place}: see losses.log1mexp')
+        raise UserError(f'the loss {name} or its slope is not finite at margin {broken[0]:.0f}: see losses.log1mexp')
     print(f'{name} can train: python dpo.py --loss={name}')

@@ -336,8 +336,7 @@ def warmup_steps(config, n_steps):
             say(f'note: warmup_steps={wanted}, and the run has {n_steps} step{"s" * (n_steps != 1)}: {never}')
         return wanted
     if wanted > tenth:
-        of_run = f'a tenth of this short run, {tenth} of {n_steps} steps'
-        say(f'note: warm-up takes {of_run}, in place of warmup_steps={wanted}')
+        say(f'note: warm-up takes a tenth of this short run, {tenth} of {n_steps} steps, not warmup_steps={wanted}')
     return min(wanted, tenth)
 
 

@@ -56,11 +56,9 @@ def _check_parameters(name, fn, options, may_add):
         # in a signature, options stand after a *, columns before it
         is_option = p.kind is p.KEYWORD_ONLY
         if is_option and has_default and p.name in options:
-            problem = f'the loss {name} has a default for {p.name!r}, and dpo.py has its own'
-            raise UserError(f'{problem}: leave it out there, and set the option')
+            raise UserError(f'the loss {name} has a default for {p.name!r}, as has dpo.py: set the option instead')
         if is_option and not has_default and p.name not in options:
-            problem = f'the loss {name} asks for {p.name!r}, which is no option'
-            raise UserError(f'{problem}: declare it in dpo.py, as in {p.name} = 1.0')
+            raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: add {p.name} = 1.0 to dpo.py')
         if not (is_option or has_default or may_add or p.name in PAIRS | SINGLES):
             known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
@@ -232,8 +230,7 @@ def try_out(objective):
         wanted = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
         raise UserError(f'the loss {name} must return {wanted}, not {losses!r:.60}')
     if not losses.requires_grad:
-        advice = 'it must be computed from the columns that it asks for, without detach'
-        raise UserError(f'the loss {name} has no gradient: {advice}')
+        raise UserError(f'the loss {name} has no gradient: compute it from the columns that it asks for, without detach')
     if not torch.allclose(torch.cat(alone), losses, rtol=1e-4, atol=1e-5, equal_nan=True):
         advice = 'what it needs of the whole step belongs into a function of STATISTICS'
         raise UserError(f'the loss {name} of an example depends on others of its microbatch, or on chance: {advice}')

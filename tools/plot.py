@@ -47,12 +47,10 @@ if not folders:
     raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
 runs = [read(folder) for folder in folders]
 try:
-    import matplotlib
+    import matplotlib.pyplot as plt
 except ImportError:
     raise UserError('plot.py needs a package that is not installed: pip install matplotlib') from None
-# headless backend; must be chosen before importing pyplot
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+plt.switch_backend('Agg')  # headless
 
 panels = panels_of(runs)
 # the (KL, gold reward) of each evaluation that has both, for each run

@@ -29,7 +29,7 @@ def test_every_loss_is_ready(name, monkeypatch):
 
 # fmt: off
 @pytest.mark.parametrize('fn, words', [
-    (lambda ratio_w, ratio_l, *, bta: ratio_w, "asks for 'bta', which is no option: declare it in dpo.py, as in bta = 1.0"),
+    (lambda ratio_w, ratio_l, *, bta: ratio_w, "asks for 'bta', which is no option: add bta = 1.0 to dpo.py"),
     (lambda ratio_w, ratio_r, *, beta: ratio_w, "asks for the column 'ratio_r', and there are only those at the top of losses.py"),
     (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs, or for those of single answers'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
@@ -42,7 +42,7 @@ def test_every_loss_is_ready(name, monkeypatch):
       for fn in (lambda ratio_w: ratio_w - ratio_w.mean().detach(), lambda ratio_w: ratio_w * ratio_w.argsort(),
                  lambda ratio_w: ratio_w / len(ratio_w), lambda ratio_w: ratio_w * torch.rand(len(ratio_w)))),
     # dpo.py's gamma is 1
-    (lambda ratio_w, *, gamma=0.5: gamma * ratio_w, "has a default for 'gamma', and dpo.py has its own: leave it out there"),
+    (lambda ratio_w, *, gamma=0.5: gamma * ratio_w, "has a default for 'gamma', as has dpo.py: set the option instead"),
 ])
 # fmt: on
 def test_mistakes_are_told_before_a_model_is_loaded(fn, words, tmp_path, monkeypatch):
