@@ -122,7 +122,9 @@ if not offline:
 else:
     run.train = run.train.flip(noise_rate, seed)
 run.count_data(answers_per_prompt)
-train, held_out, total = run.train, run.held_out, run.total
+train = run.train
+held_out = run.held_out
+total = run.total
 if not total:
     raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 
@@ -221,7 +223,8 @@ def token_losses(pi, value, columns):
     pi, value: log-probs and values of the current policy, (N,). value is None without a critic; the value loss is then 0.
     columns, (N,) each, fixed during the round: old and ref (log-probs of the policy at its start and of the reference),
     advantage, and with a critic value (its values at the start) and target."""
-    old, advantage = columns['old'], columns['advantage']
+    old = columns['old']
+    advantage = columns['advantage']
     if kl_in_loss:
         policy_loss = formulas.grpo(pi, old, columns['ref'], advantage, clip=clip, kl_coef=kl_coef)
     else:

@@ -99,7 +99,7 @@ if temperatures == [0]:
 # answers per prompt: samples 0 to n - 1 have the first temperature, the next n the second, ...
 n_samples = n * len(temperatures)
 reward_parts = reward_functions.parse(reward) if reward else []
-if not all(part.is_function for part in reward_parts):
+if not all(part.file for part in reward_parts):
     raise UserError('--reward takes functions here, FILE.py:NAME: label.py and feedback.score read reward models')
 rank, world_size, device = ranks.setup(options=config)
 if endpoint and world_size > 1:

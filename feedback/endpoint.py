@@ -40,7 +40,9 @@ class _AttemptFailed(Exception):
 
     def __init__(self, message, *, can_retry=True, connected=True, wait=0.0):
         super().__init__(message)
-        self.can_retry, self.connected, self.wait = can_retry, connected, wait
+        self.can_retry = can_retry
+        self.connected = connected
+        self.wait = wait
 
 
 def completions_url(url):
@@ -107,7 +109,9 @@ class _Endpoint:
         """Open the client. Raises UserError for an unusable URL, API key or proxy."""
         self.url = completions_url(url)
         self.proven = proven  # the endpoint has answered at least once
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
         self.not_before = 0.0  # the time.monotonic() from which on requests may be sent
         self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
         # HTTP headers take printable ASCII only

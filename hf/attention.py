@@ -199,14 +199,17 @@ class Varlen:
             for answer in answers:
                 tokens += [prompt_tokens, np.arange(start, start + answer)]
                 start += answer
-        self.key_tokens, self.copies = None, []
+        self.key_tokens = None
+        self.copies = []
         if any(len(answers) > 1 for _, answers in groups):
             key_tokens = np.concatenate(tokens)
-            self.key_tokens, self.copies = torch.from_numpy(key_tokens), _copies(key_tokens)
+            self.key_tokens = torch.from_numpy(key_tokens)
+            self.copies = _copies(key_tokens)
         # the kernel takes int32
         self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
-        self.max_q, self.max_k = max(n_queries), max(n_keys)
+        self.max_q = max(n_queries)
+        self.max_k = max(n_keys)
 
 
 def _copies(key_tokens):
@@ -228,7 +231,8 @@ def _attend_varlen(query, key, value, scaling, sliding_window, varlen):
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if varlen.key_tokens is not None:
-        k, v = CopyPrompts.apply(k, varlen), CopyPrompts.apply(v, varlen)
+        k = CopyPrompts.apply(k, varlen)
+        v = CopyPrompts.apply(v, varlen)
     # a query sees this many earlier tokens (-1: all), and 0 later ones
     n_before = -1 if sliding_window is None else sliding_window - 1
     options = {'scale': scaling, 'window_size': (n_before, 0)}

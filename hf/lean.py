@@ -107,7 +107,8 @@ class LeanBlock:
 
     def run_gated_mlp(self, mlp, act, x):
         """Return down_proj(act(gate_proj(x)) * up_proj(x)), recomputing act(gate) * up in backward. act: mlp.act_fn's own forward."""
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        gate = mlp.gate_proj(x)
+        up = mlp.up_proj(x)
         product = self.recomputed(lambda gate, up: act(gate) * up, gate, up, module=mlp.act_fn)
         return mlp.down_proj(product)
 

@@ -115,7 +115,8 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
         raise UserError(f'{name!r} {problem}')
     config.num_labels = 1
     # separate_pad may have added a pad token, with the first id behind all others: the embedding needs a row more for it
-    old_rows, pad_id = text_config.vocab_size, tokenizer.pad_token_id
+    old_rows = text_config.vocab_size
+    pad_id = tokenizer.pad_token_id
     needs_pad_row = pad_id == old_rows == len(tokenizer) - 1
     # from_pretrained rejects a pad id without a row, so it is set after loading; the toy model has the row
     text_config.pad_token_id = pad_id if name == 'toy' else None
@@ -315,7 +316,8 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers would read a chat template of any size into memory
     for file in Path(name).rglob('*.jinja'):
-        size, limit = file.stat().st_size, 4_000_000
+        limit = 4_000_000
+        size = file.stat().st_size
         if size > limit:
             raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library

@@ -323,7 +323,8 @@ def adapters_off(model):
         yield
     finally:
         for layer in layers:
-            layer._disable_adapters, layer._active_adapter = False, ['default']
+            layer._disable_adapters = False
+            layer._active_adapter = ['default']
 
 
 def write(model, weights, folder):

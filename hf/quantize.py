@@ -42,7 +42,8 @@ class Linear4bit(torch.nn.Module):
         from bitsandbytes.functional import quantize_4bit
 
         super().__init__()
-        self.shape, self.bias = layer.weight.shape, layer.bias
+        self.shape = layer.weight.shape
+        self.bias = layer.bias
         weight = layer.weight.data
         if weight.is_meta:
             # buffers without values, of the same shapes: two weights a byte, 64 weights a scale

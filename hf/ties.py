@@ -42,7 +42,8 @@ def _set_parameter(model, name, parameter):
 def correct_tie_config(model):
     """Correct a config that ties head and embedding where the model does not. Returns whether it did."""
     inner = core(model)
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    head = inner.get_output_embeddings()
+    embedding = inner.get_input_embeddings()
     if head is None or head.weight is embedding.weight:
         return False
     # multimodal models have a second config for text; otherwise both are the same object

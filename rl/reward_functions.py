@@ -41,15 +41,10 @@ class Part(NamedTuple):
     name: str  # name in the log
     weight: float
     function_or_model: str  # name of the function; or a model folder, hub id, or 'gold'
-    file: str | None = None  # file of the function; None for a model
-
-    @property
-    def is_function(self):
-        """Whether this is a user-defined function, not a model."""
-        return self.file is not None
+    file: str | None = None  # file of the function, by which it differs from a model: that has None
 
     def __str__(self):
-        return f'{self.function_or_model} of {self.file}' if self.is_function else self.function_or_model
+        return f'{self.function_or_model} of {self.file}' if self.file else self.function_or_model
 
 
 class Failed(Exception):
@@ -60,7 +55,8 @@ def parts_of_options(config, eval_data):
     """Return the Parts of ppo.py's --reward or --reward_model; [] if --offline has neither. UserError for invalid options.
 
     config: the run's Config. A single model becomes its option reward_model; several, or none, its attribute reward_models, a list."""
-    reward, model = config.reward, config.reward_model
+    reward = config.reward
+    model = config.reward_model
     # given() returns those that the command line has: --reward there replaces a reward_model of a config file
     if reward and model and config.given('reward reward_model') == ['reward']:
         say(f'note: --reward={reward} scores, instead of the reward_model {model!r} of {config.origin["reward_model"]}')
@@ -73,7 +69,7 @@ def parts_of_options(config, eval_data):
         raise UserError(f'nothing scores the answers: give {hint}')
     parts = parse(text) if text else []
 
-    models = [part.function_or_model for part in parts if not part.is_function]
+    models = [part.function_or_model for part in parts if not part.file]
     if 'gold' in models and {config.data, eval_data or config.data} != {'toy'}:
         raise UserError('the reward gold is known for --data=toy alone: give a function, or a folder of reward.py')
     # fingerprints() of hf/load.py hashes their files, so that a resumed run notices changes
@@ -105,7 +101,7 @@ def parse(text):
         if names.count(part.name) > 1:
             parts[i] = part._replace(name=f'{part.name}_{i + 1}')
         # the result is needed later, and by rank 0 alone: load them now, so that mistakes in their files surface early
-        if part.is_function and main_rank():
+        if part.file and main_rank():
             load_function(part.file, part.function_or_model)
     return parts
 

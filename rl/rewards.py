@@ -42,9 +42,9 @@ class Reward:
         if config.reward_timeout and not n_workers:
             n_workers = min(8, os.cpu_count())
         for part in parts:
-            if part.is_function and n_workers:
+            if part.file and n_workers:
                 self.workers[part] = reward_functions.Workers(part, n_workers, config.reward_timeout)
-            elif not part.is_function and part.function_or_model != 'gold':
+            elif not part.file and part.function_or_model != 'gold':
                 self.reward_models[part] = self._load_model(part.function_or_model, device, longest)
 
     def _load_model(self, name, device, longest):
@@ -55,14 +55,13 @@ class Reward:
         limit = max_sequence_length(reward_model)
         needed = longest + 1  # with an end, which a reward model reads
         if needed > limit:
-            found = f'prompts with their answers and an end have up to {needed} tokens'
-            way_out = 'lower --max_new_tokens or --max_prompt_length'
-            raise UserError(f'{found}, where the reward model {name} takes {limit}: {way_out}')
+            found = f'prompts with their answers and an end have up to {needed} tokens, where the reward model {name}'
+            raise UserError(f'{found} takes {limit}: lower --max_new_tokens or --max_prompt_length')
         return reward_model, its_tokenizer
 
     def read_rows(self, **examples_by_split):
         """Fill self.rows, which only functions need. examples_by_split: train=, test= Examples; None if their answers are not scored."""
-        if not any(part.is_function for part in self.parts):
+        if not any(part.file for part in self.parts):
             return
         config = self.config
         # as when the Examples were made, so that the prompts are the same
@@ -84,7 +83,7 @@ class Reward:
         columns = {'score': 0.0}
         late_by_part = []  # for each function, whether each call took too long
         for part in self.parts:
-            if part.is_function:
+            if part.file:
                 # it runs on rank 0, and all ranks get what it returns; a reward model, below, runs on all of them together
                 values, late = ranks.shared(partial(self._call_function, part, examples, split, uids, ends))
                 late_by_part.append(late)

@@ -139,8 +139,10 @@ def _settled(config, uses):
 
 def _check_options(config, objective):
     """Raise UserError for options without effect (of a config file: print a note), and for those that make no sense together."""
-    name, options, needs_ref = objective.name, objective.options, objective.needs_ref
-    importance, cache = options['importance'], options['cache_ref'] and needs_ref
+    name = objective.name
+    options = objective.options
+    needs_ref = objective.needs_ref
+    importance = options['importance']
     unused = [option for option in config if not objective.uses.get(option, True)]
     config.report_unused(unused, f'the loss {name} does not use it')
     if not importance:
@@ -150,18 +152,21 @@ def _check_options(config, objective):
     if not needs_ref:
         config.report_unused(['ref_model', 'cache_ref'], 'there is no reference')
 
-    smoothing, risk, mu = options['label_smoothing'], options['risk'], options['mu']
+    smoothing = options['label_smoothing']
+    risk = options['risk']
+    mu = options['mu']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
     bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
     # is_mixed: kto gives the prompts of a step one another's answers
     is_alone = objective.is_mixed and options['batch_size'] < 2
     # the cache has log-probs of each prompt's own answers, and no divergences
     not_in_cache = objective.has_divergence or objective.is_mixed
+    bad_cache = options['cache_ref'] and needs_ref and not_in_cache
     mistakes = [  # (whether it is made, message)
         (bad_smoothing, f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}'),
         (bad_mu, f'mu must lie between 0 and 1 for the risk {risk}, not {mu}'),
         (importance and not needs_ref, '--importance is a ratio to the reference: leave out --reference_free'),
-        (cache and not_in_cache, f'--cache_ref: the loss {name} needs the live reference'),
+        (bad_cache, f'--cache_ref: the loss {name} needs the live reference'),
         (is_alone, f'{name} compares examples of a step with one another: batch_size must be 2 or more'),
     ]
     for is_made, message in mistakes:
@@ -212,7 +217,8 @@ def try_out(objective):
 
     Rows are [margin, loss, d loss / d ratio_w, d loss / d ratio_l], of single answers [margin, loss, d loss / d ratio]. UserError if
     the loss fails, lacks a gradient, or mixes examples."""
-    name, fn = objective.name, objective.fn
+    name = objective.name
+    fn = objective.fn
     try:
         columns, ratios = _made_up(objective)
         # columns override options of the same name
@@ -230,7 +236,7 @@ def try_out(objective):
         wanted = f'a number for each example, ({len(MARGINS)},), and (1,) of one alone'
         raise UserError(f'the loss {name} must return {wanted}, not {losses!r:.60}')
     if not losses.requires_grad:
-        raise UserError(f'the loss {name} has no gradient: compute it from the columns that it asks for, without detach')
+        raise UserError(f'the loss {name} has no gradient: compute it from columns that it asks for, without detach')
     if not torch.allclose(torch.cat(alone), losses, rtol=1e-4, atol=1e-5, equal_nan=True):
         advice = 'what it needs of the whole step belongs into a function of STATISTICS'
         raise UserError(f'the loss {name} of an example depends on others of its microbatch, or on chance: {advice}')

@@ -257,7 +257,8 @@ def _largest_batch(config, train, packed, max_tokens):
         return tokens, False
     # the largest step has the batch_size longest examples. An example may be in it again, if the step is larger than the data or
     # reaches into the next epoch
-    batch_size, n_examples = config['batch_size'], len(lengths)
+    batch_size = config['batch_size']
+    n_examples = len(lengths)
     crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
     max_copies = math.ceil(batch_size / n_examples) + crosses_epochs
     step_tokens = int(np.sort(np.tile(lengths, max_copies))[-batch_size:].sum())

@@ -70,7 +70,7 @@ def test_a_flag_goes_before_a_config_file(tmp_path, monkeypatch, capsys):
     config = Config({'reward': 'own.py:f', 'reward_model': 'gold', 'data': 'toy', 'offline': False})
     config.origin = {'reward': 'command line', 'reward_model': 'config/grpo_toy.py'}
     (part,) = reward_functions.parts_of_options(config, None)
-    assert part.is_function and config.reward_model is None
+    assert part.file and config.reward_model is None
     note = "note: --reward=own.py:f scores, instead of the reward_model 'gold' of config/grpo_toy.py"
     assert note in capsys.readouterr().out
     config['reward_model'], config.origin['reward_model'] = 'gold', 'command line'
