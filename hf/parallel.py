@@ -19,10 +19,9 @@ def check(config):
         raise UserError('tp and lora_rank do not go together: adapters are small enough for FSDP alone')
     if uses_tp and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
-    used = [name for name, is_used in (('tp', uses_tp), ('cpu_offload', config['cpu_offload'])) if is_used]
-    if used and config['shard'] in ('none', 'grads'):
-        needed = f'{" and ".join(used)} needs shard=full, where FSDP cuts everything'
-        raise UserError(f'{needed}: leave out shard={config["shard"]}')
+    if (uses_tp or config['cpu_offload']) and config['shard'] in ('none', 'grads'):
+        needed = 'shard=full, where FSDP cuts everything'
+        raise UserError(f'tp and cpu_offload need {needed}: leave out shard={config["shard"]}')
     # with --pack=False batches are padded anyway
     if config['attn'] and config['pack']:
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')

@@ -263,11 +263,10 @@ class Log:
             self._attempt(name, write, row)
         before_step = seen - metrics.get('counters/step_examples', 0)
         is_due = seen // self.every > before_step // self.every
-        if split == 'eval' or is_due:
-            self._print(row, split, seen)
+        if split != 'eval' and not is_due:
+            return
 
-    def _print(self, row, split, seen):
-        """Print those metrics of a row that are in SHOWN, and for a training step its speed and the time left."""
+        # print those metrics that are in SHOWN, and for a training step its speed and the time left
         parts = [f'{split:5s} {seen:>7d}/{self.total}']
         for metric, short_name in SHOWN.items():
             key = key_of(metric, split)  # loss -> loss/train

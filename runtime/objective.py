@@ -115,7 +115,15 @@ def objective_of(config, losses, statistics):
     uses |= {'importance': has_ratio and paired, 'importance_max': has_ratio and paired}
     # a divergence is one from the reference, so a loss that has one cannot go without reference
     uses['reference_free'] = has_ratio and not has_divergence
-    options = _settled(config, uses)
+    # options left open (None) get the loss's default, and terms that it cannot have are off
+    options = dict(config)
+    options['importance'] = config.importance and uses['importance']
+    options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
+    if config.label_smoothing is None or not uses['label_smoothing']:
+        options['label_smoothing'] = 0.1 if name in ('cdpo', 'robust', 'exo') else 0.0
+    if config.beta_prime is None and name == 'drdpo':
+        options['beta_prime'] = 1.0
+
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
     is_mixed = 'ratio_kl' in asks_for
     objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_mixed)
@@ -123,18 +131,6 @@ def objective_of(config, losses, statistics):
     try_out(objective)
     _check_options(config, objective)
     return objective._replace(is_per_token=_is_per_token(objective))
-
-
-def _settled(config, uses):
-    """Return the options as a dict. Those left open (None) get the loss's default, terms that it cannot have (see uses) are off."""
-    options = dict(config)
-    options['importance'] = config.importance and uses['importance']
-    options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
-    if config.label_smoothing is None or not uses['label_smoothing']:
-        options['label_smoothing'] = 0.1 if config.loss in ('cdpo', 'robust', 'exo') else 0.0
-    if config.beta_prime is None and config.loss == 'drdpo':
-        options['beta_prime'] = 1.0
-    return options
 
 
 def _check_options(config, objective):

@@ -73,7 +73,13 @@ def _own_device():
     if not torch.cuda.is_available():
         if 'OMP_NUM_THREADS' not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-        _keep_freed_memory()
+        # keep the memory of freed tensors in this process for the next ones: fresh pages take about 5% of a step. Linux's glibc
+        # only: other C libraries have no mallopt
+        with contextlib.suppress(AttributeError, TypeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            # parameters of malloc.h: M_TRIM_THRESHOLD, with -1 nothing goes back; M_MMAP_MAX, with 0 no tensor has a mapping of its own
+            mallopt(-1, -1)
+            mallopt(-4, 0)
         return torch.device('cpu')
     gpus = torch.cuda.device_count()
     if local_world_size > gpus:
@@ -85,16 +91,6 @@ def _own_device():
     device = torch.device('cuda', local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _keep_freed_memory():
-    """Keep the memory of freed tensors in this process for the next ones: on a CPU, fresh pages take about 5% of a step."""
-    # Linux's glibc only: other C libraries have no mallopt
-    with contextlib.suppress(AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        # parameters of malloc.h: M_TRIM_THRESHOLD, with -1 nothing goes back; M_MMAP_MAX, with 0 no tensor has a mapping of its own
-        mallopt(-1, -1)
-        mallopt(-4, 0)
 
 
 def data_rank():

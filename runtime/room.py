@@ -40,7 +40,15 @@ def check_room(run, frozen_models=()):
     """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
     frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
-    model_bytes, checkpoint_bytes = _file_sizes(run.policy, run.config['save_dtype'], run.config['optimizer'])
+    # ppo.py's value head and critic are in checkpoints only
+    not_exported = {'critic', 'value_head'}
+    exported = [p for name, p in run.policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
+    bytes_each = 4 if run.config['save_dtype'] == 'float32' else 2
+    # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
+    model_bytes = bytes_each * (_count(exported) + count_4bit_weights(run.policy))
+    # a checkpoint has the trained weights and their optimizer state, in float32
+    numbers_each = 1 + MOMENTS.get(run.config['optimizer'], 2)
+    checkpoint_bytes = 4 * numbers_each * _count(run.policy.parameters(), only_trained=True)
     checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
@@ -62,19 +70,6 @@ def _count(parameters, only_trained=False):
 def _lengths(config, train, packed):
     """Return the tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
     return tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
-
-
-def _file_sizes(policy, save_dtype, optimizer):
-    """Return (bytes of the exported model, bytes of a checkpoint)."""
-    # ppo.py's value head and critic are in checkpoints only
-    not_exported = {'critic', 'value_head'}
-    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
-    bytes_each = 4 if save_dtype == 'float32' else 2
-    # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
-    model_bytes = bytes_each * (_count(exported) + count_4bit_weights(policy))
-    # a checkpoint has the trained weights and their optimizer state, in float32
-    numbers_each = 1 + MOMENTS.get(optimizer, 2)
-    return model_bytes, 4 * numbers_each * _count(policy.parameters(), only_trained=True)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):

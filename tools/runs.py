@@ -187,15 +187,21 @@ def curve(run, split, metric):
     points = [(row['counters/examples'], value_of(row, split, metric)) for row in run.rows if row['split'] == split]
     points = [(x, value) for x, value in points if value is not None]
     finite = [(x, value) for x, value in points if math.isfinite(value)]
-    return Curve(split, [x for x, _ in finite], [value for _, value in finite], len(points) - len(finite))
+    examples = [x for x, _ in finite]
+    values = [value for _, value in finite]
+    return Curve(split, examples, values, gaps=len(points) - len(finite))
 
 
 def bounds(curves):
     """Return (low, high), the range of values to draw in a panel of curves, each a list of values: infinite if none is an outlier."""
     near = []  # values of all curves without their outliers
     for values in curves:
-        # the 10% to 90% quantile range, widened by three times its size on either side; of few values, none is an outlier
-        first, last = np.quantile(values, [0.1, 0.9]) if len(values) >= 5 else (-math.inf, math.inf)
+        # of few values, none is an outlier
+        if len(values) < 5:
+            near += values
+            continue
+        # the 10% to 90% quantile range, widened by three times its size on either side
+        first, last = np.quantile(values, [0.1, 0.9])
         margin = 3 * (last - first)
         near += [value for value in values if first - margin <= value <= last + margin]
     # one is left out only if the panel would become more than three times as high
