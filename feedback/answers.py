@@ -12,7 +12,6 @@ from pathlib import Path
 
 from configurator import UserError
 from runtime import files
-from runtime.values import looked_in
 from text.examples import counted
 from text.messages import ASSISTANT, answer, ask, field, instruction, text_or_chat
 from text.sources import read_rows
@@ -52,17 +51,6 @@ def read_back(path, key_of):
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
         os.truncate(path, path.stat().st_size - len(incomplete))
     return rows
-
-
-def read_text(path, name=None):
-    """Return the content of a text file. Raises UserError, calling the file `name` if given, else by its path."""
-    try:
-        # utf-8-sig: without the mark that Windows editors write before the first character
-        return Path(path).read_text('utf-8-sig')
-    except (OSError, ValueError) as error:
-        # OSError has strerror; a ValueError means that the bytes are not UTF-8
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'cannot read {name or path}{looked_in(path)}: {reason}') from None
 
 
 def raise_if_missing(failed, what):
@@ -134,7 +122,8 @@ def read_answers(path, left_out):
             if 'instruction' in row:
                 prompt, response = _from_model_outputs(row)
             else:
-                prompt, response = text_or_chat(row, 'prompt'), field(row, 'response')
+                prompt = text_or_chat(row, 'prompt')
+                response = field(row, 'response')
             # rows without these two fields get a fixed name and the next number
             model = field({'generator': 'unnamed', **row}, 'generator')
             generator = f'{model} at {row.get("temperature")}' if has_temperatures else model
@@ -155,7 +144,8 @@ def read_answers(path, left_out):
 
 def _from_model_outputs(row):
     """Return (prompt, answer) of a row of model_outputs.json, as texts in Anthropic's format. Raises ValueError."""
-    prompt, response = field(row, 'instruction'), field(row, 'output')
+    prompt = field(row, 'instruction')
+    response = field(row, 'output')
     # as in text/formats.py, what an instruction is about may stand beside it
     if row.get('input'):
         prompt += '\n\n' + field(row, 'input')

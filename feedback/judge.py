@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from configurator import UserError
-from feedback.answers import read_text
 from runtime.files import say
+from runtime.values import looked_in
 from text.files import content_hash
 
 # Matches a line such as `Verdict: A` or `- **My final verdict: Answer B.**`: Markdown, quotes and brackets are allowed anywhere
@@ -24,7 +24,13 @@ def read_prompt(name):
     """Return the text of a judge prompt file. Raises UserError if it cannot be read, or lacks what it must have."""
     # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
-    text = read_text(folder / name, f'--judge_prompt={name}')  # named by its option in messages
+    try:
+        # utf-8-sig: without the mark that Windows editors write before the first character
+        text = (folder / name).read_text('utf-8-sig')
+    except (OSError, ValueError) as error:
+        # OSError has strerror; a ValueError means that the bytes are not UTF-8
+        reason = getattr(error, 'strerror', None) or 'not a text file'
+        raise UserError(f'cannot read --judge_prompt={name}{looked_in(folder / name)}: {reason}') from None
     slots = SLOT.findall(text)
     found = sorted(slot for slot in slots if slot != 'mark')
     if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:

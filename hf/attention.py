@@ -79,13 +79,12 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)  # (q, k, v) of each piece
     outputs = []  # (1, n, H, D) each
     for bundle in packed.bundles:
-        q, k, v = next(pieces)
+        # the first piece may be all, or else the prompt; each other one is an answer, which sees the prompt's keys and its own
+        prompt_q, prompt_k, prompt_v = next(pieces)
         if bundle.is_one_piece:
-            mask = bundle.mask(sliding_window, q.device)
-            outputs.append(_attend(q, k, v, mask, scaling, softcap))
+            mask = bundle.mask(sliding_window, query.device)
+            outputs.append(_attend(prompt_q, prompt_k, prompt_v, mask, scaling, softcap))
             continue
-        # the first piece is the prompt, each other one an answer, which sees the prompt's keys and its own
-        prompt_q, prompt_k, prompt_v = q, k, v
         for number in range(1, len(bundle.sizes)):
             q, k, v = next(pieces)
             # the prompt's queries are computed once, with those of the first answer

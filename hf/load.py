@@ -186,7 +186,8 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()
-    missing, unexpected = set(), set()
+    missing = set()
+    unexpected = set()
     with torch.random.fork_rng(devices=[]), context:
         torch.manual_seed(seed)
         if empty or name == 'toy':
@@ -196,7 +197,8 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
             options |= {'ignore_mismatched_sizes': True}  # lists them as mismatched_keys, for our own message
             model, info = auto.from_pretrained(name, config=config, **options)
-            missing, unexpected = set(info['missing_keys']), set(info['unexpected_keys'])
+            missing = set(info['missing_keys'])
+            unexpected = set(info['unexpected_keys'])
             for key, in_file, in_config in sorted(info['mismatched_keys']):
                 shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
                 raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')

@@ -56,8 +56,7 @@ def choose_arithmetic(config, device):
         config.report_unused(['deterministic'], 'it is for a GPU')
     # no advice to those who use device_map, as it computes in float32 only
     if on_gpu and in_float32 and config.device_map is None:
-        slow = 'packed attention in float32 computes each answer by itself'
-        say(f'note: on a GPU {slow}: --dtype=bfloat16 is several times faster')
+        say('note: on a GPU float32 attention takes each answer by itself: --dtype=bfloat16 is several times faster')
     if not on_gpu and not in_float32:
         slowdown = room.bfloat16_slowdown()
         if slowdown > 2:

@@ -157,7 +157,8 @@ def begin(out_dir, config, resume):
 
     # one process may do several runs in a row
     global _code, _stage
-    _code, _stage = 0, 'loading'
+    _code = 0
+    _stage = 'loading'
 
     def check_and_lock():
         log.check_out_dir(out_dir, config, resume)

@@ -253,7 +253,7 @@ class Variant:
         self.peak = max(self.peak, peak_memory())
         # what models, optimizer and the largest microbatch should take; cached variants have freed the reference
         largest = max(batch.ids.numel() for batch in batches)  # tokens
-        n_frozen = 0 if self.ref is None else sum(parameter.numel() for parameter in self.ref.parameters())
+        n_frozen = self.ref.num_parameters() if self.ref else 0
         needs = room.estimate(config, self.policy, self.per_token, n_frozen, largest, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
@@ -387,7 +387,8 @@ for run in runs:
 
 # upper bound: a step that takes only the time of its matrix products, with logits at answer tokens
 prompts, chosen, rejected = lengths.sum(0) / n_steps / world_size  # tokens per step and rank
-tokens, predicted = int(prompts + chosen + rejected), int(chosen + rejected)
+tokens = int(prompts + chosen + rejected)
+predicted = int(chosen + rejected)
 seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dtype), device, clock)
 limit = per_second(batch_size, seconds)
 

@@ -205,7 +205,8 @@ def bounds(curves):
         margin = 3 * (last - first)
         near += [value for value in values if first - margin <= value <= last + margin]
     # one is left out only if the panel would become more than three times as high
-    low, high = min(near, default=0.0), max(near, default=0.0)
+    low = min(near, default=0.0)
+    high = max(near, default=0.0)
     size = 3 * (high - low) or math.inf
     return high - size, low + size
 

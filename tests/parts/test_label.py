@@ -26,7 +26,7 @@ from stub import completion, serve, wait_until
 
 from configurator import UserError
 from feedback import endpoint, judge
-from feedback.answers import make_pairs, raise_if_missing, read_text, write_model_outputs
+from feedback.answers import make_pairs, raise_if_missing, write_model_outputs
 from hf import probe
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
@@ -227,8 +227,8 @@ def test_what_is_missing_or_no_text():
         raise_if_missing(Counter('abb'), 'answers')
     Path('a').write_bytes(b'\xff')
     for name, reason in (('a', 'not a text file'), ('b', 'No such file or directory')):
-        with pytest.raises(UserError, match=f'^cannot read x.*: {reason}$'):
-            read_text(name, 'x')
+        with pytest.raises(UserError, match=f'^cannot read --judge_prompt={name}.*: {reason}$'):
+            judge.read_prompt(name)
 
 
 def test_equal_answers_alone():
