@@ -136,8 +136,7 @@ def read_prompts():
     rows = chosen[:n_examples]
     left_out['prompts beyond n_examples or data_fraction'] += len(row_of_hash) - len(rows)
     if not rows:
-        reasons, _notes = in_words(left_out)
-        raise UserError(f'there are no prompts in data {data!r}; left out: {reasons}')
+        raise UserError(f'there are no prompts in data {data!r}; left out: {in_words(left_out)[0]}')
     for row in rows:
         # --system is added only where the data has no system message of its own, as in training
         if chat or system:

@@ -34,7 +34,8 @@ HARMLESS = (
     'right-padding was detected',  # in the cache of a prompt of one token
 )
 # caches of _read_config, by model name: the export at the end of a run needs them again, and the folder may be gone by then
-_configs, _generation_configs = {}, {}
+_configs = {}
+_generation_configs = {}
 
 
 def concerns_user(record):

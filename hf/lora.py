@@ -26,7 +26,9 @@ from runtime.files import file_hash, say_once
 
 FROZEN_COPY = 'reference'  # PEFT's name of the frozen copy; the trained adapter is 'default'
 # file names: the first two are PEFT's, the last is ours and holds weights_hash() of the base model at training time
-CONFIG_FILE, WEIGHTS_FILE, BASE_HASH_FILE = 'adapter_config.json', 'adapter_model.safetensors', 'base_model.sha256'
+CONFIG_FILE = 'adapter_config.json'
+WEIGHTS_FILE = 'adapter_model.safetensors'
+BASE_HASH_FILE = 'base_model.sha256'
 # supported values of options in adapter_config.json; a missing option counts as None
 ALLOWED_VALUES = {
     'peft_type': ('LORA',),

@@ -263,7 +263,8 @@ def bad_step(run, first, rows, columns):
     for slot in slots:
         row = int(rows[slot])
         record = {'examples': last, 'what': quantity, 'place': slot, 'index': row, 'uid': int(run.train.uid[row])}
-        numbers = {name: values[slot].item() for name, values in columns.items()} | {'grad_norm': run.norm}
+        numbers = {name: values[slot].item() for name, values in columns.items()}
+        numbers['grad_norm'] = run.norm
         # JSON has no NaN or infinity: write them as strings
         record |= {name: number if math.isfinite(number) else str(number) for name, number in numbers.items()}
         if main_rank():

@@ -105,8 +105,7 @@ def say_first_step(objective, columns, metrics):
     if not objective.paired:
         say('note: acc is the share of answers on the right side, margin the mean reward of good less that of bad ones')
     if not objective.needs_ref:
-        of_policy = 'rewards, acc and margin are of the policy alone, and do not begin at 0'
-        say(f'note: {objective.name} has no reference: {of_policy}')
+        say(f'note: {objective.name} has no reference: rewards, acc and margin are of the policy alone, not 0 at first')
     options = objective.options
     tolerance = 1e-2 if options['dtype'] == 'bfloat16' or options['tf32'] else 1e-4
     is_same_model = objective.needs_ref and options['ref_model'] is None

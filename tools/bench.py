@@ -158,8 +158,10 @@ class Variant:
         # measured in all rounds so far
         self.times = []  # seconds of each timed step
         self.passes = []  # if cached: seconds of the reference's forward pass for each of these steps
-        self.tokens, self.allocated = 0, 0  # tokens of all batches, without and with padding
-        self.peak, self.estimate = 0.0, 0.0  # measured and estimated memory of the largest step, in GB
+        self.tokens = 0  # of all batches, without padding
+        self.allocated = 0  # the same with padding
+        self.peak = 0.0  # measured memory of the largest step, in GB
+        self.estimate = 0.0  # the same as room.estimate() has it
 
     @errors.memory_for('lower batch_size or max_tokens')
     def load(self, examples, steps):

@@ -170,7 +170,8 @@ def curves_of(metrics, runs):
     # added line widths, from at most 3 for the first run down to 0 for the last, which is drawn on top of the others
     extras = np.linspace(min(3, len(runs) - 1), 0, len(runs)).tolist()
     for number, metric in enumerate(metrics):
-        train, evaluations = ([curve(run, split, metric) for run in runs] for split in ('train', 'eval'))
+        train = [curve(run, 'train', metric) for run in runs]
+        evaluations = [curve(run, 'eval', metric) for run in runs]
         # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
         if metric.startswith('logps') and any(len(one.examples) > 1 for one in evaluations):
             train = []
@@ -184,7 +185,8 @@ def curves_of(metrics, runs):
 def curve(run, split, metric):
     """Return the Curve of a metric of one run. The caller sets its fields metric, run and extra."""
     # (training examples so far, value); rows without this metric have no point
-    points = [(row['counters/examples'], value_of(row, split, metric)) for row in run.rows if row['split'] == split]
+    rows = [row for row in run.rows if row['split'] == split]
+    points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
     points = [(x, value) for x, value in points if value is not None]
     finite = [(x, value) for x, value in points if math.isfinite(value)]
     examples = [x for x, _ in finite]

@@ -61,7 +61,7 @@ def test_single_answers():
 
 OF_REF = r'; loss 0.600000 \(dpo of a policy that is its reference: 0.693147\)\n'
 WARNING = 'warning: policy and reference are one model, so the rewards should be 0 before the first step\n'
-ALONE = 'note: simpo has no reference: rewards, acc and margin are of the policy alone, and do not begin at 0\n'
+ALONE = 'note: simpo has no reference: rewards, acc and margin are of the policy alone, not 0 at first\n'
 ACC = r'; loss 1.000000 \(kto .* 0.500000\)\nnote: acc is the share of answers on the right side, margin the mean reward of good .*\n'
 
 
