@@ -148,7 +148,7 @@ def load_function(file, name):
 
     function = getattr(module, name, None)
     if not callable(function):
-        others = [other for other, _ in inspect.getmembers(module, inspect.isfunction) if other[0] != '_']
+        others = [other for other, value in vars(module).items() if inspect.isfunction(value) and other[0] != '_']
         raise UserError(f'--reward: {file} has no function {name}; it has {", ".join(others) or "none"}')
     try:
         inspect.signature(function).bind('prompts', 'responses', 'rows')
