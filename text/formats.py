@@ -11,7 +11,7 @@ import os
 import re
 from collections import defaultdict, namedtuple
 from functools import lru_cache
-from itertools import chain, combinations, dropwhile, pairwise
+from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
 from text import messages
@@ -303,19 +303,18 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # a list of objects that have an answer and its score each, in a row without another answer: two lists
-    for name in filter(row.__contains__, MANY):
-        items = row[name]
-        scored = isinstance(items, list) and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
-        # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
-        may_be_empty = name in ('answers', 'completions') and first_of(QUESTIONS, row)
-        if not (items or may_be_empty) or not scored or first_of((*ANSWERS, *CHATS, 'chosen'), row):
-            continue
+    # a list of objects that have an answer and its score each, in a row without other answers: two lists
+    many = [name for name in MANY if isinstance(row.get(name), list)]
+    items = row[many[0]] if len(many) == 1 else None
+    is_scored = items is not None and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+    # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
+    is_scored = is_scored and (items or (many[0] in ('answers', 'completions') and first_of(QUESTIONS, row)))
+    if is_scored and not first_of((*ANSWERS, *CHATS, 'chosen'), row):
         # Stack Exchange has HTML
         if any('pm_score' in item for item in items) and isinstance(row.get('question'), str):
             row['prompt'] = ask(messages.strip_html(row.pop('question')))
             items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
-        row[name] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
+        row[many[0]] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
         row['scores'] = [_score_of(item) for item in items]
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
@@ -909,14 +908,12 @@ def read_chat(row, task):
 
 def _check_no_choice(row, turns):
     """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
-    answers = [turn for turn in turns if turn['role'] == 'assistant']
-    for name in filter(messages.MASK.search, chain(row, *answers)):
-        flags = [turn.get(name) for turn in answers]
+    are_answers = [turn['role'] == 'assistant' for turn in turns]
+    for name in filter(messages.MASK.search, chain(row, *compress(turns, are_answers))):
         # a column may list the flags of all messages, or of the answers
-        if isinstance(row.get(name), list):
-            flags = row[name]
-            if len(flags) == len(turns):
-                flags = [flag for flag, turn in zip(flags, turns, strict=True) if turn['role'] == 'assistant']
+        flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in turns]
+        if len(flags) == len(turns):
+            flags = list(compress(flags, are_answers))
         if 0 < flags.count(True) < len(flags):
             raise messages.BadValue(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):

@@ -563,6 +563,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
+    ("'responses' may be an answer", [{'prompt': 'q', 'responses': ['x', 'y'], 'samples': [{'text': 'a', 'score': n} for n in (1, 2)]}]),
     ("'question' is missing or of the wrong type", [{'question': ['q'], 'answers': [{'pm_score': n, 'text': 'a'} for n in (1, 2)]}]),
     *((f"'text' is one message, as {name!r} says: write a chat a row, as", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
