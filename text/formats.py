@@ -305,11 +305,11 @@ def _unpack(row):
         row['question'] = row.pop('context')
     # a list of objects that have an answer and its score each, in a row without other answers: two lists
     many = [name for name in MANY if isinstance(row.get(name), list)]
-    items = row[many[0]] if len(many) == 1 else None
-    is_scored = items is not None and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+    items = row[many[0]] if len(many) == 1 else [None]
     # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
-    is_scored = is_scored and (items or (many[0] in ('answers', 'completions') and first_of(QUESTIONS, row)))
-    if is_scored and not first_of((*ANSWERS, *CHATS, 'chosen'), row):
+    may_be_empty = many in (['answers'], ['completions']) and first_of(QUESTIONS, row)
+    is_scored = all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+    if is_scored and (items or may_be_empty) and not first_of((*ANSWERS, *CHATS, 'chosen'), row):
         # Stack Exchange has HTML
         if any('pm_score' in item for item in items) and isinstance(row.get('question'), str):
             row['prompt'] = ask(messages.strip_html(row.pop('question')))
@@ -705,7 +705,7 @@ def read_scored(row, task):
     answers = [text_or_chat({column: found}, column) for found in answers]
     if len(answers) != len(scores) or not all(isinstance(score, NUMBER | None) for score in scores):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
-    if task == 'sft' and all(score is False for score in scores):
+    if task == 'sft' and scores and all(score is False for score in scores):
         raise LeftOut('no right answer')
     prompt = prompt_of(row)
     # a dialogue in Anthropic's format, as Nectar has it, stays one

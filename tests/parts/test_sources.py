@@ -457,8 +457,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
     ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
     ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]), ('loss_mask', [1, 1]), ('loss_mask', [0, 1, 0, 1]))], [MULTI] * 6, {}),
-    *(('no answers to score', 'pairs', [{name: 'q?', answers: x} for x in ([], [{'text': 'a', 'score': 2}, {'text': 'b', 'score': 1}])], [PAIR], {'fewer than two answers': 1})
-      for name, answers in (('instruction', 'completions'), ('question', 'answers'), ('prompt', 'answers'))),
+    *(('no answers to score', task, [{name: 'q?', answers: x} for x in ([], [{'text': 'a', 'score': 2}, {'text': 'b', 'score': 1}])], [example], {'fewer than two answers': 1})
+      for task, example in (('pairs', PAIR), ('sft', SFT)) for name, answers in (('instruction', 'completions'), ('question', 'answers'), ('prompt', 'answers'))),
     ('Arena, sides beside conversations', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [*ASKS, assistant('b')], 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('x'), 'model_side_b': assistant('b')}]}], [PAIR | {'prompt': ASKS}], {}),
     *(('a conversation that is none of Arena', 'sft', [{'prompt': 'p', 'response': 'a', 'full_conversation': x}], [{'prompt': 'p', 'response': 'a'}], {}) for x in ('p a', [user('p')])),
     *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
