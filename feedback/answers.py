@@ -205,8 +205,8 @@ def make_pairs(answers_file, against_file=None):
     if not pairs and against_file:
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
-        which = ' of its last evaluation' if left_out else ''
-        raise UserError(f'no prompt in {answers_file} has two answers{which}: sample with --n=2, or name --against=FILE')
+        found = 'has two answers' + (' of its last evaluation' if left_out else '')
+        raise UserError(f'no prompt in {answers_file} {found}: sample with --n=2, or name --against=FILE')
     if against_file:
         # each pair uses one answer of each file
         left_out['answers without a counterpart'] = len(ours) - len(pairs)
