@@ -126,7 +126,8 @@ def read_answers(path, left_out):
                 response = field(row, 'response')
             # rows without these two fields get a fixed name and the next number
             model = field({'generator': 'unnamed', **row}, 'generator')
-            generator = f'{model} at {row.get("temperature")}' if has_temperatures else model
+            is_named = has_temperatures and row.get('temperature') is not None
+            generator = f'{model} at {row["temperature"]}' if is_named else model
             key = instruction(prompt), generator
             sample = field({'sample': num_answers[key], **row}, 'sample', int)
         except ValueError as error:
@@ -193,7 +194,8 @@ def make_pairs(answers_file, against_file=None):
     if not pairs and against_file:
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
-        raise UserError(f'no prompt in {answers_file} has two answers: sample with --n=2, or name --against=FILE')
+        found = 'has two answers' + (' of its last evaluation' if left_out else '')
+        raise UserError(f'no prompt in {answers_file} {found}: sample with --n=2, or name --against=FILE')
     if against_file:
         # each pair uses one answer of each file
         left_out['answers without a counterpart'] = len(ours) - len(pairs)

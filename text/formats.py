@@ -11,7 +11,7 @@ import os
 import re
 from collections import defaultdict, namedtuple
 from functools import lru_cache
-from itertools import chain, combinations, dropwhile, pairwise
+from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
 from text import messages
@@ -84,7 +84,6 @@ YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values that judge
-FLAGS = ({'0', '1'}, {'false', 'true'}, {'no', 'yes'})
 GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic'.split())
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
@@ -304,23 +303,25 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # a list of objects that have an answer and its score each, in a row without another answer: two lists
-    for name in filter(row.__contains__, MANY):
-        items = row[name]
-        scored = isinstance(items, list) and all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
-        if not items or not scored or first_of((*ANSWERS, *CHATS, 'chosen'), row):
-            continue
+    # a list of objects that have an answer and its score each, in a row without other answers: two lists
+    many = [name for name in MANY if isinstance(row.get(name), list)]
+    items = row[many[0]] if len(many) == 1 else [None]
+    # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
+    may_be_empty = many in (['answers'], ['completions']) and first_of(QUESTIONS, row)
+    is_scored = all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
+    if is_scored and (items or may_be_empty) and not first_of((*ANSWERS, *CHATS, 'chosen'), row):
         # Stack Exchange has HTML
-        if 'pm_score' in items[0]:
+        if any('pm_score' in item for item in items) and isinstance(row.get('question'), str):
             row['prompt'] = ask(messages.strip_html(row.pop('question')))
             items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
-        row[name], row['scores'] = map(list, zip(*map(_answer_and_score, items), strict=True))
+        row[many[0]] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
+        row['scores'] = [_score_of(item) for item in items]
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
             del row[name]
-    # Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message
-    if 'full_conversation' in row:
+    # Arena's newer votes: a list of {'user', 'model_side_a', 'model_side_b'}, each a message, or beside it the two conversations
+    if {'full_conversation', 'winner'} <= row.keys() and 'conversation_a' not in row:
         for side in 'ab':
             turns = [turn[key] for turn in row['full_conversation'] for key in ('user', f'model_side_{side}')]
             # as_messages makes a list of each message
@@ -704,7 +705,7 @@ def read_scored(row, task):
     answers = [text_or_chat({column: found}, column) for found in answers]
     if len(answers) != len(scores) or not all(isinstance(score, NUMBER | None) for score in scores):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
-    if task == 'sft' and all(score is False for score in scores):
+    if task == 'sft' and scores and all(score is False for score in scores):
         raise LeftOut('no right answer')
     prompt = prompt_of(row)
     # a dialogue in Anthropic's format, as Nectar has it, stays one
@@ -717,11 +718,11 @@ def read_scored(row, task):
     return rank_answers(prompt, scored, task)
 
 
-def _answer_and_score(item):
-    """Return (answer, score) of an object, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
+def _score_of(item):
+    """Return the score of an object with an answer, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
     name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
     sign = -1 if name == 'rank' else 1  # the lowest rank is the best
-    return messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))), sign * field(item, name, NUMBER)
+    return sign * field(item, name, NUMBER)
 
 
 def rank_groups(rows, task, read):
@@ -907,10 +908,12 @@ def read_chat(row, task):
 
 def _check_no_choice(row, turns):
     """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
-    answers = [turn for turn in turns if turn['role'] == 'assistant']
-    for name in filter(messages.MASK.search, chain(row, *answers)):
-        # a column may list the flags of all messages
-        flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in answers]
+    are_answers = [turn['role'] == 'assistant' for turn in turns]
+    for name in filter(messages.MASK.search, chain(row, *compress(turns, are_answers))):
+        # a column may list the flags of all messages, or of the answers
+        flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in turns]
+        if len(flags) == len(turns):
+            flags = list(compress(flags, are_answers))
         if 0 < flags.count(True) < len(flags):
             raise messages.BadValue(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
@@ -1020,10 +1023,13 @@ def unread_texts(rows, layout):
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     for name, its_values in values.items():
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
-        judges = its_values in FLAGS or is_verdict or not GRADES.isdisjoint(its_values)
+        is_flag = its_values <= {*YES, *NO} and len({value in YES for value in its_values}) == 2
+        judges = is_flag or is_verdict or not GRADES.isdisjoint(its_values)
         if judges or name in PARENTS:
             unread.append(name)
-    return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected')]
+    # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
+    questions = QUESTIONS if layout.read is read_scored else ()
+    return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected', *questions)]
 
 
 # fmt: off

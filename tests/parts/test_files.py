@@ -224,6 +224,7 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         ['shp:a+*.jsonl'],
         ['hh:a', 'b'],
         ['hh', 'shp:mine'],
+        ['owner/name', 'hh'],
     ):
         assert sources.joined('+'.join(joined)) == joined
 

@@ -156,6 +156,9 @@ def test_samples_of_a_training_run():
     )
     Path('else').mkdir()
     refused('no file or folder else/samples.jsonl', '--gold=toy', '--answers=else')
+    # of a run without a reference, the last evaluation has one answer to a prompt
+    write_jsonl('sft.jsonl', [row for row in rows if row['generator'] == 'policy' and row['sample'] < 2])
+    refused('no prompt in sft.jsonl has two answers of its last evaluation: ', '--gold=toy', '--answers=sft.jsonl')
     # what is no number of an evaluation leaves nothing out
     write_jsonl(file, [row | {'examples': [row['examples']]} for row in rows])
     assert 'answers of earlier evaluations' not in make_pairs(file)[1]
@@ -164,7 +167,7 @@ def test_samples_of_a_training_run():
 @pytest.mark.parametrize('names, temperatures, n, said', [
     (('a', 'b'), (None, None), 2, 'a against b'), (('b', 'a'), (1.0, 1.0), 2, 'b against a'), (('b', 'a'), (1.0, 0.7), 2, 'b at 1.0 against a at 0.7'),
     (('a', 'a'), (0.7, 1.0), 1, 'a at 0.7 against a at 1.0'), (('a', 'a'), (0.7, 1.0), 2, 'the first answer against the second'),
-    (('a', 'a'), (None, None), 2, 'the first answer against the second'), (('a', 'b', 'c'), (None,) * 3, 1, 'the first answer against the second'),
+    (('a', 'a'), (None, 0.7), 1, 'a against a at 0.7'), (('a', 'a'), (None, None), 2, 'the first answer against the second'), (('a', 'b', 'c'), (None,) * 3, 1, 'the first answer against the second'),
 ])  # fmt: skip
 def test_a_rate_is_of_one_model_over_another(names, temperatures, n, said, capsys):
     """By hand: two models with two answers to each of three prompts have four pairs to each."""

@@ -456,7 +456,11 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('options in the question, and in columns', 'sft', [{'question': 'q? A: red B: 2', 'A': 'red', 'B': 2, 'answer': 'a'}, {'question': 'q?', 'A': 'x', 'answer': 'a'}], [SFT | {'prompt': [user('q? A: red B: 2')]}, SFT], {}),
     *(('a number as answer', 'sft', [{'question': 'q?', 'answer': x}], [SFT | {'response': [assistant(str(x))]}], {}) for x in (42, 2.5)),
     ('a weight of 0 and one of 1', 'sft', [{'messages': [user('q?'), assistant('a', weight=0)]}, {'messages': [user('q?', weight=0), assistant('a', weight=1)]}], [SFT], {formats.UNTRAINED: 1}),
-    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]), ('loss_mask', [1, 1]))], [MULTI] * 5, {}),
+    ('no flags of messages', 'sft', [{'messages': TWO_TURNS, name: x} for name, x in (('mask', 'User'), ('targets', [2, 3]), ('losses', []), ('ids', [0, 1]), ('loss_mask', [1, 1]), ('loss_mask', [0, 1, 0, 1]))], [MULTI] * 6, {}),
+    *(('no answers to score', task, [{name: 'q?', answers: x} for x in ([], [{'text': 'a', 'score': 2}, {'text': 'b', 'score': 1}])], [example], {'fewer than two answers': 1})
+      for task, example in (('pairs', PAIR), ('sft', SFT)) for name, answers in (('instruction', 'completions'), ('question', 'answers'), ('prompt', 'answers'))),
+    ('Arena, sides beside conversations', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [*ASKS, assistant('b')], 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('x'), 'model_side_b': assistant('b')}]}], [PAIR | {'prompt': ASKS}], {}),
+    *(('a conversation that is none of Arena', 'sft', [{'prompt': 'p', 'response': 'a', 'full_conversation': x}], [{'prompt': 'p', 'response': 'a'}], {}) for x in ('p a', [user('p')])),
     *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
       for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
@@ -559,6 +563,8 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("--columns='question=text, response=summary'", [{'text': 'c', 'summary': 'a'}]),
     *((f'{x!r} is neither of response_1 and response_2', [{'prompt': 'q', 'response_1': 'a', 'response_2': 'b', 'preference': x}]) for x in ('-2', '1 is not better', '1 is worse')),
     ("a question has two answers, and 'if_chosen' is true of one: leave", [{'conversation_history': [user('q'), assistant('b', if_chosen=False), assistant('a', if_chosen=True)]}]),
+    ("'responses' may be an answer", [{'prompt': 'q', 'responses': ['x', 'y'], 'samples': [{'text': 'a', 'score': n} for n in (1, 2)]}]),
+    ("'question' is missing or of the wrong type", [{'question': ['q'], 'answers': [{'pm_score': n, 'text': 'a'} for n in (1, 2)]}]),
     *((f"'text' is one message, as {name!r} says: write a chat a row, as", [{'text': 'q', 'id': '1', name: x}]) for name, x in (('role', 'user'), ('speaker', 'Assistant'))),
     ("a message has 'replies'", [{'prompt': {'role': 'prompter', 'text': 'q', 'replies': [{'role': 'assistant', 'text': 'a'}]}}]),
     ("'llama-7b' is neither of response_a and response_b", [{'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'winner': 'llama-7b'}]),
@@ -719,7 +725,7 @@ def test_columns_that_may_ask_or_answer(row):
     html = {'question': 'this is &lt; my ', 'answers': [{'pm_score': n, 'text': f'answer {n}'} for n in (1, 2)]}
     for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
         rows = [sources.Row(other | {'question': f'{other["question"]}{i}'}) for i in range(9)]
-        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
+        assert formats.unread_texts(rows, formats.layout_of(formats.unified(rows[0]))) == []
     rows = [sources.Row(pair(f'Q: {i}?\nA:', f'Q: {i}?\nA: yes', f'Q: {i}?\nA: no')) for i in range(9)]
     assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
     # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
@@ -734,10 +740,13 @@ def test_columns_that_may_ask_or_answer(row):
         'lang': 'no',
     }
     for answers, unread in (
-        ({'response': 'a'}, ['ok', 'said', 'quality']),
-        (ANSWERS, ['ok', 'label', 'said', 'quality', 'winner', 'preference']),
+        ({'response': 'a'}, ['ok', 'sure', 'said', 'quality']),
+        (ANSWERS, ['ok', 'sure', 'label', 'said', 'quality', 'winner', 'preference']),
     ):
-        flags = ({'id': i, 'on': 1, 'ok': i > 0, 'label': 0**i, 'said': ('yes', 'no')[i % 2]} for i in range(3))
+        flags = [
+            {'id': i, 'on': 1, 'ok': i > 0, 'sure': float(i > 0), 'label': 0**i, 'said': ('yes', 'no')[i % 2]}
+            for i in range(3)
+        ]
         rows = [sources.Row({'prompt': 'bad', **answers, **its_flags, **judges}) for its_flags in flags]
         assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
 
