@@ -73,8 +73,7 @@ def _own_device():
     if not torch.cuda.is_available():
         if 'OMP_NUM_THREADS' not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-        # keep the memory of freed tensors in this process for the next ones: fresh pages take about 5% of a step. Linux's glibc
-        # only: other C libraries have no mallopt
+        # keep freed tensors' memory for the next ones: fresh pages take about 5% of a step. Other C libraries than glibc have no mallopt
         with contextlib.suppress(AttributeError, TypeError):
             mallopt = ctypes.CDLL(None).mallopt
             # parameters of malloc.h: M_TRIM_THRESHOLD, with -1 nothing goes back; M_MMAP_MAX, with 0 no tensor has a mapping of its own

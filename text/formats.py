@@ -709,11 +709,9 @@ def read_scored(row, task):
         raise LeftOut('no right answer')
     prompt = prompt_of(row)
     # a dialogue in Anthropic's format, as Nectar has it, stays one
-    write = said
-    if isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers):
-        prompt, write = prompt.rstrip(), answer
-    else:
-        prompt = as_chat(prompt)
+    is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
+    prompt = prompt.rstrip() if is_dialogue else as_chat(prompt)
+    write = answer if is_dialogue else said
     scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(prompt, scored, task)
 
