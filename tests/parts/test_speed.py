@@ -167,13 +167,13 @@ def test_the_memory_of_freed_tensors_is_kept():
     ranks.setup()
 
     def faults():
-        """Fill 256 MB, free them, and return how many pages the system had to map."""
+        """Fill 64 MB, free them, and return how many pages the system had to map."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**26)
+        torch.ones(2**24)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    # the first ones take them from the system
-    assert min(faults() for _ in range(6)) < 2000  # of 65,536
+    # the first ones take them from the system, some of them because a piece of their memory has found another use
+    assert min(faults() for _ in range(24)) < 500  # of 16,384
 
 
 def test_bench(tmp_path, monkeypatch, capsys):
