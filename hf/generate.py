@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +81,14 @@ def sample_held_out(run, models, examples, seen, measure=None, n_written=None, *
     return measured
 
 
+class _Answer(NamedTuple):
+    """An answer that generate() samples."""
+
+    prompt: list  # token ids
+    seed: int
+    tokens: list  # token ids so far
+
+
 @torch.no_grad()
 def generate(
     model, tokenizer, prompts, seeds, *, max_new_tokens, temperature=1.0, top_p=1.0, keep_end=False, max_rows=None
@@ -93,12 +102,10 @@ def generate(
     stop = stop_tokens(model, tokenizer)
     n_rows = max_rows or len(prompts)
     refill = can_refill(inner)
-    answers = [[] for _ in prompts]
-    # indices of answers: not started, and in progress
-    waiting = list(range(len(prompts)))
-    active = []
-    # KV cache, and the row in it of each active answer that has started
-    cache = None
+    answers = [_Answer(prompt, seed, tokens=[]) for prompt, seed in zip(prompts, seeds, strict=True)]
+    waiting = answers  # not started
+    active = []  # in progress, a row of the batch each
+    cache = None  # KV cache of those in progress, and the row in it of each
     cache_rows = []
     with _generation_mode(model, eos_token_id=sorted(stop), pad_token_id=tokenizer.eos_token_id):
         while waiting or active:
@@ -106,25 +113,25 @@ def generate(
             n_free = n_rows - len(active)
             active += waiting[:n_free]
             waiting = waiting[n_free:]
-            sequences = [[*prompts[i], *answers[i]] for i in active]
+            sequences = [[*answer.prompt, *answer.tokens] for answer in active]
             if refill:
                 cache = _cache_for(inner, sequences, cache, cache_rows)
             # sample until `enough` rows have ended: without refill, all of them
-            n_sampled = [len(answers[i]) for i in active]
+            n_sampled = [len(answer.tokens) for answer in active]
             enough = max(1, len(active) // REFILL_SHARE) if refill else len(active)
             criteria = _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough)
-            processors = _processors([seeds[i] for i in active], n_sampled, temperature, top_p)
+            processors = _processors([answer.seed for answer in active], n_sampled, temperature, top_p)
             n_left = max_new_tokens - min(n_sampled)
             continuations = _generate(inner, sequences, cache, n_left, criteria, processors)
             # go on with the rows that have not ended
             cache_rows = []
             for row, tokens in enumerate(continuations):
-                if _extend(answers[active[row]], tokens, stop, max_new_tokens):
+                if _extend(active[row].tokens, tokens, stop, max_new_tokens):
                     cache_rows.append(row)
             active = [active[row] for row in cache_rows]
             if _stop_asked():
                 break
-    return answers if keep_end else [without_end(answer, stop) for answer in answers]
+    return [answer.tokens if keep_end else without_end(answer.tokens, stop) for answer in answers]
 
 
 def _extend(answer, tokens, stop, max_new_tokens):
@@ -220,9 +227,12 @@ def _cache_for(inner, sequences, old_cache, old_rows):
         # called to fill new_cache: the token that it generates is thrown away
         _generate(inner, list(row_of), new_cache, max_new_tokens=1)
         caches.append((new_cache, rows))
-    # columns of the result: at least one, of padding if all sequences have one token
-    width = max(1, max(map(len, sequences)) - 1)
-    # merge the rows into the first cache, in place
+    # at least one column, of padding if all sequences have one token
+    return _merge(caches, width=max(1, max(map(len, sequences)) - 1))
+
+
+def _merge(caches, width):
+    """Put rows of KV caches, [(cache, its rows)], below one another into the first cache, padded on the left to width columns."""
     merged, _ = caches[0]
     for i, layer in enumerate(merged.layers):
         # sliding-window layers hold fewer columns

@@ -46,8 +46,6 @@ def _may_be_hub_id(name):
 
 def check_there(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
-    # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
-    where = looked_in(name).strip() or 'on this machine'
     # an archive of other code, such as policy.pt
     if os.path.isfile(name):
         raise UserError(f'{name!r} is a file: a model is a folder with config.json, tokenizer and .safetensors files')
@@ -55,34 +53,46 @@ def check_there(name):
         problem = 'is a checkpoint, from which its own run goes on (docs/runs.md makes a model of it)'
         raise UserError(f'{name!r} {problem}: a model is what a run leaves at its end, in out_dir/model')
     if os.path.exists(name):
-        # its config.json must be JSON; a folder of a tokenizer or an adapter needs none
-        file = f'{name}/config.json'
-        if not os.path.exists(file):
-            return
-        try:
-            if not os.path.isfile(file):  # a pipe would never end
-                raise ValueError('it is no file')
-            content = json.loads(Path(file).read_text('utf-8'))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f'the config.json of {name!r} is not valid JSON ({first_line(error)}): mend it') from None
-        # num_hidden_layers, n_layer, ...: transformers would make them all
-        for key, value in content.items() if isinstance(content, dict) else ():
-            if re.search('layers?$', key) and isinstance(value, int) and value > 10_000:
-                raise UserError(f'the config.json of {name!r} has a {key} of {value:,}: mend it')
-    elif not _may_be_hub_id(name):
-        # out/sft_toy/model, say, is what config/sft_toy.py trains: name the command
-        run = Path(name).parent.name
-        config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
-        is_ours = name == f'out/{run}/model' and config_file.exists()
-        how = f' by python {run.partition("_")[0]}.py config/{run}.py' if is_ours else ''
-        advice = f'train it first{how}, or name another one (a hub id is OWNER/NAME)'
+        return _check_config(name)
+    # looked_in() returns ' in FOLDER' for a relative path, '' for an absolute one
+    where = looked_in(name).strip() or 'on this machine'
+    if not _may_be_hub_id(name):
+        advice = f'train it first{_how_to_train(name)}, or name another one (a hub id is OWNER/NAME)'
         raise UserError(f'there is no model folder {name!r} {where}: {advice}')
-    elif folder_of(name) is None:
-        if not reachable():
-            no_hub = 'the hub cannot be reached, and its cache does not have it'
-            raise UserError(f'there is no folder {name!r} {where}, {no_hub}: name a model folder')
-        # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
-        is_there(name, 'config.json')
+    if folder_of(name) is not None:
+        return
+    if not reachable():
+        no_hub = 'the hub cannot be reached, and its cache does not have it'
+        raise UserError(f'there is no folder {name!r} {where}, {no_hub}: name a model folder')
+    # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
+    is_there(name, 'config.json')
+
+
+def _check_config(folder):
+    """Raise UserError if the config.json of a model folder is no JSON. A folder of a tokenizer or an adapter needs none."""
+    file = f'{folder}/config.json'
+    if not os.path.exists(file):
+        return
+    try:
+        if not os.path.isfile(file):  # a pipe would never end
+            raise ValueError('it is no file')
+        content = json.loads(Path(file).read_text('utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'the config.json of {folder!r} is not valid JSON ({first_line(error)}): mend it') from None
+    # num_hidden_layers, n_layer, ...: transformers would make them all
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if re.search('layers?$', key) and isinstance(value, int) and value > 10_000:
+            raise UserError(f'the config.json of {folder!r} has a {key} of {value:,}: mend it')
+
+
+def _how_to_train(folder):
+    """Return ' by python sft.py config/sft_toy.py' for out/sft_toy/model, which that config file trains; '' for other folders."""
+    run = Path(folder).parent.name
+    config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
+    if folder != f'out/{run}/model' or not config_file.exists():
+        return ''
+    script = run.partition('_')[0]
+    return f' by python {script}.py config/{run}.py'
 
 
 def is_there(name, file):
