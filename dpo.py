@@ -239,7 +239,7 @@ summary = partial(metrics.of_dpo, objective)  # (columns of a step or an evaluat
 def log_ratios(examples):
     """Return the 'logratio' (log-probs of policy minus reference) and 'tokens' (lengths) of Examples of n answers, (n,) each."""
     step = run.make_step(examples, np.arange(len(examples)))
-    with torch.no_grad(), errors.memory_of(step.batches, run.max_tokens):
+    with torch.no_grad(), errors.on_full_memory_of(step.batches, run.max_tokens):
         by_batch = [measure(batch, as_pairs=False) for batch in step.batches]
     columns = fsdp.gather(by_batch, step)
     return {'logratio': columns['pi'] - columns['ref'], 'tokens': columns['n'].long()}

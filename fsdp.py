@@ -60,7 +60,7 @@ def smallest(values):
 # ---- a model on all ranks ----
 
 
-@errors.memory_for('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
+@errors.on_full_memory('a model does not fit; try --dtype=bfloat16, --cpu_offload or more GPUs, or a smaller one')
 def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offload=False, device_map=None, **options):
     """Load a model on rank 0 and replicate or shard it over all ranks. Raises UserError if it then computes other log-probs.
 
@@ -74,19 +74,19 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
         mode, model = 'none', build(device_map=device_map)
     else:
         # loaded: the model with its weights on rank 0, None on the other ranks, which hear mode, tied and outputs from rank 0
-        loaded = ranks.on_one_rank(partial(build, empty=False))
-        mode = ranks.shared(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
+        loaded = ranks.on_rank_0(partial(build, empty=False))
+        mode = ranks.from_rank_0(partial(room.choose_mode, loaded, mode, train, half, device, cpu_offload))
         # tied: name of a parameter -> name of the one whose tensor it shares, as the weight file (not the config) has it
-        tied = ranks.shared(partial(ties, loaded))
+        tied = ranks.from_rank_0(partial(ties, loaded))
         if mode != 'none' or (half and train) or dist.get_world_size() > 1:
-            loaded_outputs = ranks.shared(partial(probe.measure_loaded, loaded))
+            loaded_outputs = ranks.from_rank_0(partial(probe.outputs_of_loaded, loaded))
         # FSDP shards an empty model and then fills it (_distribute); replicas on the other ranks start empty, too
         model = build(empty=True) if mode != 'none' or loaded is None else loaded
         tie_as(model, tied)
     # 2. freeze it, and let backward recompute activations, if wanted
     if not train:
         model.requires_grad_(False)
-    lean.recompute(model, **options)
+    lean.checkpoint_activations(model, **options)
     # 3. divide it among the ranks, or copy it to them
     model.shard_mode = mode
     if mode != 'none':
@@ -98,7 +98,7 @@ def shard(build, device, *, dtype='float32', train=True, mode='auto', cpu_offloa
     for function in (response_logps, hidden_and_head, response_scores, token_logps, be_root):
         add_method(model, function)
     if loaded_outputs is not None:
-        probe.compare(model, loaded_outputs, device, half)
+        probe.check_outputs(model, loaded_outputs, device, half)
     set_attention(model, packed=True)  # until Run.set_batching has tried whether the model can do it
     return model
 

@@ -27,19 +27,19 @@ def hidden_and_head(model, batch):
     """Return the hidden states (N, d) that predict a batch's N answer tokens, and the LM head's weight (V, d) and bias or None."""
     # FSDP gathers the head's weight only if this, or response_logps around it, is called as the model's method (sharded.add_method)
     head = core(model).get_output_embeddings()
-    hidden = body(model, batch).to(head.weight.device).flatten(0, 1)
+    hidden = last_hidden_states(model, batch).to(head.weight.device).flatten(0, 1)
     predict_at = batch.predict_at.to(hidden.device)  # indices into the flattened batch
     return hidden[predict_at], head.weight, head.bias
 
 
-def body(model, batch):
+def last_hidden_states(model, batch):
     """Return the last hidden states of a batch, (rows, T, d): the model's output before the LM head."""
     # only a packed batch has groups; transformers hands it on to packed_attention (hf/attention.py): each answer sees its prompt and itself
     layout = packed_layout(model, batch) if batch.groups else {'attention_mask': batch.mask}
     return trunk(model)(input_ids=batch.ids, use_cache=False, **layout).last_hidden_state
 
 
-def wide(x):
+def wide_dtype(x):
     """Return the dtype for log-probs and sums of x: float32, or float64 if x is float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -82,7 +82,7 @@ class Head(torch.autograd.Function):
         chunks = Head.chunks(len(hidden), vocab_size, Head.max_logits(hidden.device))
         models = [policy, reference] if reference else [policy]
         # one buffer for each model and all chunks: on a CPU, fresh memory costs as much as the product
-        buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide(hidden)) for _ in models]
+        buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide_dtype(hidden)) for _ in models]
         for rows in chunks:
             n = rows.stop - rows.start
             for buffer, (model_hidden, *head) in zip(buffers, models, strict=True):
@@ -103,7 +103,7 @@ class Head(torch.autograd.Function):
         ctx.rest = config, divergence, reference
         ctx.tails = []  # of each piece: what divergence.mass has found by a search, so that backward need not search again
         n_values = 3 if divergence else 1
-        values = hidden.new_empty(n_values, len(target), dtype=wide(hidden))
+        values = hidden.new_empty(n_values, len(target), dtype=wide_dtype(hidden))
         for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             for rows, logits, ref_logits in pieces:
                 piece_target = target[rows, None]  # (n, 1)
@@ -127,8 +127,8 @@ class Head(torch.autograd.Function):
         _, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # a bool for each argument of forward, hidden first
         # sum the head's gradients over chunks in float32, even if the compute type is bfloat16: autograd casts the result
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=wide(weight)) if weight_trains else None
-        d_bias = torch.zeros_like(bias, dtype=wide(bias)) if bias_trains else None
+        d_weight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if weight_trains else None
+        d_bias = torch.zeros_like(bias, dtype=wide_dtype(bias)) if bias_trains else None
         for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
             # turn the chunk's logits into their gradient, piece by piece, in place
             for piece_rows, logits, ref_logits in pieces:

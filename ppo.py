@@ -287,7 +287,7 @@ def train_round(this_round):
     minibatches = this_round.minibatches(minibatch_size // answers_per_prompt, ppo_epochs, seed)
     for number, rows in enumerate(minibatches, start=steps_before):
         step = run.make_step(this_round.examples, rows, this_round.first)
-        with errors.memory_of(step.batches, run.max_tokens):
+        with errors.on_full_memory_of(step.batches, run.max_tokens):
             sums = run_minibatch(step, this_round)
         # numbers of each answer for bad_step.jsonl, (answers,); the loss is known for the whole step only
         tables = {name: this_round.answers[name].view(-1, answers_per_prompt) for name in ('score', 'n')}
@@ -312,7 +312,7 @@ def train_round(this_round):
     return means | {'grad_norm': grad_norm, 'lr': run.rate}
 
 
-@errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens')
+@errors.on_full_memory('sampled answers do not fit; lower sample_batch or max_new_tokens')
 def evaluate(seen):
     """Sample an answer to every held-out prompt, log metrics, and append the first answers to samples.jsonl.
 

@@ -89,7 +89,7 @@ def summary(columns, split):
     chosen = {'reward': s_w, 'n': columns['n_w']}
     rejected = {'reward': s_l, 'n': columns['n_l']}
     found = metrics.of_preferences(split, columns['loss'].mean(), chosen, rejected, is_right=s_w > s_l)
-    return found | metrics.numbers({f'rewards_{split}/mean': (s_w + s_l).mean() / 2})
+    return found | metrics.floats({f'rewards_{split}/mean': (s_w + s_l).mean() / 2})
 
 
 # ---- training ----

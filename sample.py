@@ -170,10 +170,10 @@ def expected_row(i, sample):
 # compare weights by content: another model under the same name makes another run
 record = dict(config)
 if not endpoint:
-    record['weights'] = ranks.shared(partial(content_of, model))
+    record['weights'] = ranks.from_rank_0(partial(content_of, model))
 # these options may change when a run is resumed
 neutral = set('out_dir reward endpoint batch_size max_tokens concurrency timeout skip_bad_rows'.split())
-ranks.on_one_rank(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
+ranks.on_rank_0(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
 keys = list(itertools.product(range(len(prompts)), range(n_samples)))
@@ -230,7 +230,7 @@ def generate_all():
         seeds = [row['seed'] for row in rows]
         settings = {'max_new_tokens': max_new_tokens, 'top_p': top_p, 'temperature': rows[0]['temperature']}
         advice = f'answers side by side ({min(n_rows, len(batch))}) do not fit; run the same command with a smaller --batch_size'
-        with errors.memory_for(f'{advice}; what is answered is kept'):
+        with errors.on_full_memory(f'{advice}; what is answered is kept'):
             answers = generate.generate(net, tokenizer, prompt_ids, seeds, max_rows=n_rows, **settings)
 
         for row, prompt, answer_ids in zip(rows, prompt_ids, answers, strict=True):
@@ -291,11 +291,11 @@ text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
 log.say(f'first prompt: {text[-300:]!r}')
 
 # claim out_dir, and skip the answers that it has already
-ranks.on_one_rank(partial(lock, out_dir))
-done = set(ranks.shared(lambda: list(collect(out_dir, expected_row))))  # keys
+ranks.on_rank_0(partial(lock, out_dir))
+done = set(ranks.from_rank_0(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
     log.say(f'{out_dir} has {counted(len(done), "answers")} already')
-ranks.on_one_rank(partial(log.claim_out_dir, out_dir, record))
+ranks.on_rank_0(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
 started = time.perf_counter()
@@ -310,7 +310,7 @@ with log.progress(n_missing // world_size, ' answers', 'sampled by this rank') a
         with sharded.unsharded(net):
             ranks.on_ranks(True, generate_all)
 
-rows_by_key = ranks.on_one_rank(partial(collect, out_dir, expected_row))
+rows_by_key = ranks.on_rank_0(partial(collect, out_dir, expected_row))
 if rank == 0:
     write_model_outputs(out_dir, rows_by_key)
     n_cut = sum(row['finish'] == 'length' for row in rows_by_key.values())
@@ -345,10 +345,10 @@ def score_answers():
 
 
 if reward_parts:
-    ranks.on_one_rank(score_answers)
+    ranks.on_rank_0(score_answers)
 
 raise_if_missing(failed, 'answers')
-n_found = ranks.shared(lambda: len(rows_by_key))  # rank 0's number, so that all ranks raise the error
+n_found = ranks.from_rank_0(lambda: len(rows_by_key))  # rank 0's number, so that all ranks raise the error
 if n_found < len(keys):
     raise UserError(f'answers are missing in {out_dir}/samples.jsonl: run the same command again')
 if __name__ == '__main__':

@@ -101,7 +101,7 @@ def summary(columns, split):
     found = {f'loss/{split}': (n * loss).sum() / n.sum()}
     found[f'logps_{split}/chosen'] = columns['pi'].mean()
     found[f'length_{split}/chosen'] = n.mean()
-    return metrics.numbers(found)
+    return metrics.floats(found)
 
 
 # ---- training ----

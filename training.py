@@ -161,7 +161,7 @@ class Run:
         # default: save the model in the dtype of the files that it came in, but bfloat16 if these weights have become 4-bit ones
         if save_dtype is None:
             read_dtype = partial(stored_dtype, self.config.model)
-            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.shared(read_dtype)
+            self.config['save_dtype'] = 'bfloat16' if quantize else ranks.from_rank_0(read_dtype)
         self.optimizer = fsdp.make_optimizer(optimizer, self.policy, self.config.lr, weight_decay)
 
     def load_frozen(self, build):
@@ -232,8 +232,8 @@ class Run:
             log.say(f'memory: going on with max_tokens={self.max_tokens}, as before: {advice}')
 
         # write config.json, and delete rows of logs that this run will write again
-        ranks.on_one_rank(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
-        ranks.on_one_rank(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
+        ranks.on_rank_0(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
+        ranks.on_rank_0(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
         # 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'
         action = f'{"resuming" if self.seen else "training"} {method}'.strip()
@@ -273,7 +273,7 @@ class Run:
                 remade = self.make_step(step.examples, step.rows, step.first)
                 vars(step).update(vars(remade))
             try:
-                with errors.memory_of(step.batches, self.max_tokens):
+                with errors.on_full_memory_of(step.batches, self.max_tokens):
                     return run_step(step, **options)
             except UserError as error:
                 # not on several ranks, tp of which hold one model: the others would wait forever in a collective
@@ -282,7 +282,7 @@ class Run:
                 if not (may_halve and errors.can_split(error, step.batches)):
                     raise
             # clean up, outside of the except block, in which the traceback would still keep the activations alive
-            with errors.memory_of(step.batches, self.max_tokens):
+            with errors.on_full_memory_of(step.batches, self.max_tokens):
                 sharded.abandon_backward(self.policy)
             self.optimizer.zero_grad(set_to_none=True)
             largest = max(batch.ids.numel() for batch in step.batches)
@@ -302,7 +302,7 @@ class Run:
         # fsdp.update gets gradients that are (sum of weighted gradients) / ranks: times scale, they are the weighted mean
         # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
         scale = self.world_size / float(weight) if weight != 0 and guard.finite(columns) else math.nan
-        with errors.memory_of(step.batches, self.max_tokens):
+        with errors.on_full_memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
@@ -388,7 +388,7 @@ class Run:
             metrics |= sample(seen)
         self.log_evaluation(seen, metrics)
 
-    @errors.memory_for('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
+    @errors.on_full_memory('sampled answers do not fit beside the model; lower n_eval_model_samples or max_new_tokens')
     def sample(self, models, seen, measure=None):
         """Sample answers of models (name -> model) to held-out prompts into samples.jsonl, after training on `seen` examples.
 

@@ -85,7 +85,7 @@ def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_
     return model, tokenizer
 
 
-@errors.memory_for('answers do not fit beside the reward model; lower max_tokens, which changes no score')
+@errors.on_full_memory('answers do not fit beside the reward model; lower max_tokens, which changes no score')
 @torch.no_grad()
 def scores(model, tokenizer, items, max_tokens):
     """Return the scores of n answers, an (n,) float32 array, read at eos. All ranks must call this; each gets the scores of all items.
@@ -171,12 +171,12 @@ def main():
     # score and write a chunk at a time, so that a stopped run leaves what it has scored
     rows = []
     guard.on_stop(lambda: f'{len(rows)} of {len(examples)} are in {out}')
-    ranks.on_one_rank(create_output)
+    ranks.on_rank_0(create_output)
     with progress(len(examples), ' examples', 'scored') as bar:
         for start in range(0, len(examples), CHUNK):
             chunk = examples[start : start + CHUNK]
             new_rows = score_examples(model, tokenizer, chunk, limit, left_out)
-            ranks.on_one_rank(partial(append, out, new_rows, sync=False))
+            ranks.on_rank_0(partial(append, out, new_rows, sync=False))
             rows += new_rows
             bar.update(len(chunk))
     if not rows:

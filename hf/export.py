@@ -19,7 +19,7 @@ from hf.ties import tie_as, ties
 from runtime import checkpoint
 from runtime.files import clear_path, move_folder, say, writing
 from runtime.log import check_same, recorded
-from runtime.ranks import on_one_rank
+from runtime.ranks import on_rank_0
 from text.examples import bos_of
 
 LARGEST_FILE = '5GB'  # larger models are written as several files of weights
@@ -101,7 +101,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
             # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
             raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
-    return on_one_rank(write)
+    return on_rank_0(write)
 
 
 def _check_same_model(out_dir):

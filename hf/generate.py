@@ -77,7 +77,7 @@ def sample_held_out(run, models, examples, seen, measure=None, n_written=None, *
             for column, values in measured.get(name, {}).items():
                 row[column] = round(values[i].item(), 6)
             lines.append(json.dumps(row) + '\n')
-    ranks.on_one_rank(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
+    ranks.on_rank_0(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
     return measured
 
 
@@ -146,7 +146,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
 
 def _stop_asked():
     """Return whether a signal asks this process to stop. False in tensor-parallel groups, whose ranks must stay in step."""
-    return guard.asked_here() and ranks.tp_size() == 1
+    return guard.stop_asked_here() and ranks.tp_size() == 1
 
 
 @contextlib.contextmanager

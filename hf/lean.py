@@ -143,7 +143,7 @@ def checkpointed(forward, *args, **options):
     return checkpoint(forward, *args, use_reentrant=False, **options)
 
 
-def recompute(model, activation_checkpointing=False):
+def checkpoint_activations(model, activation_checkpointing=False):
     """Turn on activation checkpointing, in place: for whole blocks (True), for cheap operations ('selective'), or not at all."""
     for block in blocks(model):
         if activation_checkpointing == 'selective':

@@ -83,15 +83,19 @@ def load_model(name, *, tokenizer=None, adapters=None, grow=False, **options):
     # before adding rows, as saved adapters have the shapes of the file
     model = lora.adapt(model, saved, adapters, **options)
     if grow:
-        old_rows = core(model).get_input_embeddings().num_embeddings
-        model.resize_token_embeddings(max(len(tokenizer), old_rows), mean_resizing=False)
-        # new rows, of weights and of the head's bias, are the mean of the old ones
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for p in layer.parameters():
-                p.data[old_rows:] = p.data[:old_rows].mean(0)
+        _add_rows(model, len(tokenizer))
     if tokenizer is not None:
         check_tokenizer(tokenizer, model, name)
     return model
+
+
+def _add_rows(model, n_tokens):
+    """Let a causal LM, in place, embed and predict at least n_tokens tokens. New rows are the mean of the old ones."""
+    old_rows = core(model).get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(max(n_tokens, old_rows), mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for p in layer.parameters():  # weight and, of some heads, bias
+            p.data[old_rows:] = p.data[:old_rows].mean(0)
 
 
 @as_user_error
@@ -101,20 +105,15 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     tokenizer: as from separate_pad(). new_head: accept a causal LM, too, and replace its head. adapters, options: as for load_model"""
     saved, base = lora.adapter_and_base(name)
     config = _read_config(base, **options)
-    text_config = config.get_text_config()
     is_lm = not _is_classifier(config, base)
     # the adapter of a reward model has the head that its base model, a language model, lacks
     has_head = not is_lm or (saved and saved.is_reward)
     if not (has_head or new_head):
         raise UserError(f'{name!r} is no reward model but a language model: train one from it with reward.py')
-    # a config without architectures may lack num_labels, too
-    if not is_lm and config.architectures and config.num_labels != 1:
-        raise UserError(f'{name!r} has {config.num_labels} outputs; a reward model has one')
-    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
-    if not is_lm and text_config.pad_token_id == tokenizer.eos_token_id:
-        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
-        raise UserError(f'{name!r} {problem}')
+    if not is_lm:
+        _check_classifier(name, config, tokenizer)
     config.num_labels = 1
+    text_config = config.get_text_config()
     # separate_pad may have added a pad token, with the first id behind all others: the embedding needs a row more for it
     old_rows = text_config.vocab_size
     pad_id = tokenizer.pad_token_id
@@ -139,6 +138,17 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
     return lora.adapt(model, saved, adapters, **options)
 
 
+def _check_classifier(name, config, tokenizer):
+    """Raise UserError unless the config of a sequence classifier is that of a reward model."""
+    # a config without architectures may lack num_labels, too
+    if config.architectures and config.num_labels != 1:
+        raise UserError(f'{name!r} has {config.num_labels} outputs; a reward model has one')
+    # transformers reads the score at the last token that is not the pad token: here, not at the end of text
+    if config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        problem = 'pads with its end of text, and was read one token before that: train it on with another pad_token_id'
+        raise UserError(f'{name!r} {problem}')
+
+
 def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     """Return a copy of a model's config. Fills _configs and _generation_configs. Raises UserError if the model is unusable."""
     if name == 'toy':
@@ -147,7 +157,7 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     # An empty model is for the export of one that was loaded before, so it has the config of that one
     if name in _configs and (empty or not os.path.exists(name)):
         return copy.deepcopy(_configs[name])
-    hub.check_there(name)
+    hub.check_exists(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
         raise UserError(f'{name!r} has no config.json, so it is no model folder: name another, or fetch it again')
     if not trust_remote_code:
@@ -187,8 +197,6 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     register_attention()
     options = {'dtype': torch.float32, 'trust_remote_code': trust_remote_code}
     context = torch.device('meta') if empty else contextlib.nullcontext()
-    missing = set()
-    unexpected = set()
     with torch.random.fork_rng(devices=[]), context:
         torch.manual_seed(seed)
         if empty or name == 'toy':
@@ -198,25 +206,30 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
             options |= {'use_safetensors': True, 'output_loading_info': True, 'device_map': device_map}
             options |= {'ignore_mismatched_sizes': True}  # lists them as mismatched_keys, for our own message
             model, info = auto.from_pretrained(name, config=config, **options)
-            missing = set(info['missing_keys'])
-            unexpected = set(info['unexpected_keys'])
-            for key, in_file, in_config in sorted(info['mismatched_keys']):
-                shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
-                raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')
+            _check_loaded(name, info, is_lm)
     # device_map offloads to the CPU or the disk (meta tensors) what the GPUs cannot hold
     offload_devices = {'cpu', 'meta'} if torch.cuda.is_available() else {'meta'}
     if device_map and offload_devices & {p.device.type for p in model.parameters()}:
         raise UserError(f'the model {name!r} does not fit on the GPUs of this machine with device_map={device_map}')
+    return model
+
+
+def _check_loaded(name, info, is_lm):
+    """Raise UserError if weights are missing or of another shape, and note those that are not used. info: from_pretrained's account."""
+    for key, in_file, in_config in sorted(info['mismatched_keys']):
+        shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
+        raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')
+    missing = sorted(info['missing_keys'])
+    unexpected = sorted(info['unexpected_keys'])
     if is_lm:
         # as intended, the file lacks score.weight, and its LM head is not used; other weights belong to numbered layers
-        missing = {key for key in missing if not key.startswith('score.')}
-        unexpected = {key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')}
+        missing = [key for key in missing if not key.startswith('score.')]
+        unexpected = [key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')]
     if missing:
-        raise UserError(f'{name!r} lacks weights: {", ".join(sorted(missing)[:3])}')
+        raise UserError(f'{name!r} lacks weights: {", ".join(missing[:3])}')
     if unexpected:
-        some = ', '.join(sorted(unexpected)[:3])
+        some = ', '.join(unexpected[:3])
         say_once(f'note: weights in {name!r} that its config has no layer for are not used ({len(unexpected)}): {some}')
-    return model
 
 
 def _is_classifier(config, name):
@@ -271,7 +284,7 @@ def _check_files(name, config):
         has_pickle = any(Path(name).glob('*.bin')) or any(Path(name).glob('*.pt*'))
     else:
         # if the hub cannot be reached, from_pretrained will say whether its cache has them
-        has_weights = files or not hub.reachable() or hub.is_there(name, 'model.safetensors')
+        has_weights = files or not hub.reachable() or hub.has_file(name, 'model.safetensors')
         has_pickle = True
     if not has_weights:
         way_out = 'convert it from a pickle, which can run any code' if has_pickle else 'fetch its weights'
@@ -314,7 +327,7 @@ def load_tokenizer(name, trust_remote_code=False):
     has_tokenizer = adapter and (hub.file_of(name, 'tokenizer_config.json') or any(adapter.folder.glob('*token*')))
     if not has_tokenizer:
         name = base
-    hub.check_there(name)
+    hub.check_exists(name)
     if not trust_remote_code:
         _check_code(name)
     # transformers would read a chat template of any size into memory
@@ -330,7 +343,7 @@ def load_tokenizer(name, trust_remote_code=False):
         raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
     # where the hub fails for a moment, transformers goes on without the template
     lacks_template = tokenizer.chat_template is None and not os.path.isdir(name)
-    if lacks_template and hub.reachable() and hub.is_there(name, 'chat_template.jinja'):
+    if lacks_template and hub.reachable() and hub.has_file(name, 'chat_template.jinja'):
         raise UserError(f'the chat template of {name!r} did not come from the hub: start again')
     if tokenizer.eos_token_id is None:
         raise UserError(f'the tokenizer of {name!r} has no end of text: set eos_token in its tokenizer_config.json')

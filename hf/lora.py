@@ -101,7 +101,7 @@ def _read_adapter(name, file):
     if not os.path.exists(base) and os.path.exists(sibling):
         base = sibling
     try:
-        hub.check_there(base)
+        hub.check_exists(base)
     except UserError as error:
         raise UserError(f'the model of the adapter {name!r} is missing: {error}') from None
     if hub.file_of(base, CONFIG_FILE):

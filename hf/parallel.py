@@ -81,15 +81,21 @@ def tensor_parallel(model, mesh, n_meshes):
     }
     # it warns that the gradient norm and the export take two sums each; their order is the same on all ranks
     logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
-    without_head = core(model).base_model
-    config = without_head.config
-    name = type(core(model)).__name__
+    inner = core(model)
     # embedding and head are left to FSDP: {'layers.*.mlp.up_proj': 'colwise', ...}
-    plan = {path: style for path, style in (config.base_model_tp_plan or {}).items() if path.startswith('layers.')}
+    whole_plan = inner.base_model.config.base_model_tp_plan or {}
+    plan = {path: style for path, style in whole_plan.items() if path.startswith('layers.')}
     if not plan or set(plan.values()) - styles.keys():
-        hint = 'leave out --tp, FSDP needs none'
-        raise UserError(f'{name} has no tensor-parallel plan in transformers that is supported here: {hint}')
-    tp = mesh.size()
+        problem = 'has no tensor-parallel plan in transformers that is supported here'
+        raise UserError(f'{type(inner).__name__} {problem}: leave out --tp, FSDP needs none')
+    _check_sizes(inner, plan, mesh.size(), n_meshes)
+    parallelize_module(inner.base_model, mesh, {path: styles[style] for path, style in plan.items()})
+
+
+def _check_sizes(model, plan, tp, n_meshes):
+    """Raise UserError if heads or weights of a model do not divide into the parts that its plan makes of them. See tensor_parallel."""
+    name = type(model).__name__
+    config = model.base_model.config
 
     def check_divides(size, noun, parts=tp):
         if size % parts:
@@ -98,7 +104,7 @@ def tensor_parallel(model, mesh, n_meshes):
     check_divides(config.num_attention_heads, 'attention heads')
     check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')
     head_shape = (getattr(config, 'head_dim', None),)
-    for path, module in without_head.named_modules():
+    for path, module in model.base_model.named_modules():
         # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
         path_in_plan = re.sub(r'\b\d+\b', '*', path)
         style = plan.get(path_in_plan, '')
@@ -110,4 +116,3 @@ def tensor_parallel(model, mesh, n_meshes):
         # all others in the plan are norms, of which only those of a single head work
         elif style and tuple(module.weight.shape) != head_shape:
             raise UserError(f'{name} has norms across heads, which are not supported with --tp: leave it out')
-    parallelize_module(without_head, mesh, {path: styles[style] for path, style in plan.items()})

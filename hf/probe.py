@@ -68,7 +68,7 @@ def _tolerance(model):
     return 0.03 if in_bfloat16 or in_tf32 else 1e-4
 
 
-@errors.memory_for('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
+@errors.on_full_memory('the two examples that try the model out do not fit; lower max_length, or try --dtype=bfloat16')
 @torch.no_grad()
 def deviation(model, ours, theirs):
     """Compare our log-probs or scores of the batch `ours` with those of the model's own forward on the batch `theirs`.
@@ -130,8 +130,8 @@ def _transformers_numbers(model, padded):
     return padded.sum(token_logps)  # of the tokens of each answer
 
 
-def measure_loaded(model):
-    """Return an unsharded model's outputs for a made-up example, for compare(); None with a note if it cannot run."""
+def outputs_of_loaded(model):
+    """Return an unsharded model's outputs for a made-up example, for check_outputs(); None with a note if it cannot run."""
     device = next(model.parameters()).device
     try:
         return _outputs(model, device)
@@ -155,10 +155,10 @@ def _outputs(model, device):
         return forward(batch).float().cpu()
 
 
-def compare(model, expected, device, in_bfloat16):
+def check_outputs(model, expected, device, in_bfloat16):
     """Raise UserError if a sharded model gives other scores or log-probs than expected; in bfloat16 only warn.
 
-    expected: those of the same model before it was sharded, from measure_loaded(), for the same made-up example."""
+    expected: those of the same model before it was sharded, from outputs_of_loaded(), for the same made-up example."""
     try:
         max_error = _difference(_outputs(model, device), expected)
     except RuntimeError as error:

@@ -37,13 +37,13 @@ def use_cache(run, build, make_sharded, every_row):
             continue
         used = examples.select(rows)
         # rank 0 hashes the reference and reads the file; all ranks get the result
-        file, logps = ranks.shared(partial(_look_up, build, used, config.dtype))
+        file, logps = ranks.from_rank_0(partial(_look_up, build, used, config.dtype))
         if logps is None:
             logps = _compute(run, make_sharded(), used)
             # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
             gc.collect()
             # the run goes on without a file
-            if failure := ranks.on_one_rank(partial(cache.write, file, {'logps': logps})):
+            if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):
                 say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
         else:
             say(f'reference log-probs of {counted(len(used), "examples")}: read from {file}')
@@ -82,7 +82,7 @@ def _key(model, examples, dtype):
     return digest.hexdigest()
 
 
-@errors.memory_for('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
+@errors.on_full_memory('the pass that caches the reference takes microbatches of 4 x max_tokens; lower max_tokens')
 @torch.no_grad()
 def _compute(run, model, examples):
     """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf.parts import core
-from model import Head, body, hidden_and_head, wide
+from model import Head, hidden_and_head, last_hidden_states, wide_dtype
 
 
 def token_logps(model, batch, values=True):
@@ -38,14 +38,14 @@ def scores_at(model, batch, places):
     """Return a reward model's scores at these places, indices into batch.ids.flatten(): (places,), float32."""
     head = core(model).score
     # with a device map the head may be on another device than the batch
-    hidden = body(model, batch).to(head.weight.device)
+    hidden = last_hidden_states(model, batch).to(head.weight.device)
     hidden = hidden.flatten(0, 1)  # (rows * T, hidden_size)
     return _scalar_head(head, hidden[places.to(hidden.device)]).to(batch.ids.device)
 
 
 def _scalar_head(head, hidden):
     """Apply a linear layer with one output in float32 (float64 for float64): (n, hidden_size) -> (n,)."""
-    dtype = wide(hidden)
+    dtype = wide_dtype(hidden)
     bias = None if head.bias is None else head.bias.to(dtype)
     column = F.linear(hidden.to(dtype), head.weight.to(dtype), bias)  # (n, 1)
     # not column[:, 0]: FSDP2 warns about views

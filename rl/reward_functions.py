@@ -172,7 +172,7 @@ def _user_code():
 
     def refuse(status):
         # so end children that the user's code has forked, and this process after a signal; else the run would seem to be done
-        if os.getpid() != process or guard.asked_here():
+        if os.getpid() != process or guard.stop_asked_here():
             exit_at_once(status)
         raise SystemExit(f'os._exit({status}) would end the run')
 

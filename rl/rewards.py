@@ -72,7 +72,7 @@ class Reward:
             if examples:
                 # rank 0 reads {uid of a prompt: (prompt, data row)}; the other ranks get None
                 read = partial(source_rows, examples, sources[split], split, task='prompts', **options)
-                self.rows[split] = ranks.on_one_rank(read)
+                self.rows[split] = ranks.on_rank_0(read)
 
     def score_columns(self, examples, split, uids, ends=()):
         """Score all answers of Examples. Return columns by name, (answers,) float64 each, equal on all ranks.
@@ -85,7 +85,7 @@ class Reward:
         for part in self.parts:
             if part.file:
                 # it runs on rank 0, and all ranks get what it returns; a reward model, below, runs on all of them together
-                values, late = ranks.shared(partial(self._call_function, part, examples, split, uids, ends))
+                values, late = ranks.from_rank_0(partial(self._call_function, part, examples, split, uids, ends))
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
                 values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]

@@ -55,7 +55,7 @@ def sample(run, rows, *, answers_each, first_seed):
     seeds = range(first_seed, first_seed + len(repeated))
     # sample_batch: how many answers a rank samples side by side
     settings = {'max_new_tokens': run.config.max_new_tokens, 'max_rows': run.config.sample_batch}
-    with errors.memory_for('sampled answers do not fit; lower sample_batch or max_new_tokens'):
+    with errors.on_full_memory('sampled answers do not fit; lower sample_batch or max_new_tokens'):
         answers = iter(generate.sample(run.policy, run.tokenizer, repeated, seeds, keep_end=True, **settings))
     # the next answers are those to the next prompt
     return Examples.of([(prompt, list(islice(answers, answers_each))) for prompt in prompts])
@@ -87,7 +87,7 @@ def token_columns(run, model, examples, starts, name, values=False):
     parts = []
     indices = []
     for batch in batches:
-        with torch.no_grad(), errors.memory_of(batches, run.max_tokens):
+        with torch.no_grad(), errors.on_full_memory_of(batches, run.max_tokens):
             parts.append(model.token_logps(batch, values=values))  # (1, N): log-probs; or (2, N): and values
         indices.append(token_indices(batch, rows, starts, per_prompt))
     # a row for each name. strict=False: without a critic there is but one row, and 'value' is left out
@@ -158,4 +158,4 @@ def describe(run, examples, tokens, answers, split):
         well_formed = [toy.well_formed(answer) for _, answer in pairs]
         found[f'gold/{split}'] = torch.tensor(gold).double().mean()
         found[f'well_formed/{split}'] = torch.tensor(well_formed).double().mean()
-    return metrics.numbers(found)
+    return metrics.floats(found)

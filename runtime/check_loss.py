@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from runtime import guard
-from runtime.objective import inputs, objective_of, try_out
+from runtime.objective import objective_of, parameter_names, try_out
 
 
 def main(losses, statistics):
@@ -18,13 +18,13 @@ def main(losses, statistics):
     usage = f'python losses.py dpo --beta=0.2 checks a loss; there are {", ".join(losses)}'
     # the options are those of dpo.py; help has this text, and lists those that the formulas of the losses have
     script = Path(__file__).parents[1] / 'dpo.py'
-    listed = inputs(*losses.values(), *statistics.values())
+    listed = parameter_names(*losses.values(), *statistics.values())
     config = configure({'__file__': script, '__doc__': usage}, argv=flags, listed=listed)
     if name is None:
         raise UserError(f'name a loss: {usage}')
     config['loss'] = name
     objective = objective_of(config, losses, statistics)
-    unused = config.keys() - inputs(objective.fn, objective.statistic)
+    unused = config.keys() - parameter_names(objective.fn, objective.statistic)
     config.report_unused(sorted(unused), 'the table is of the loss alone')
     rows = try_out(objective)
     # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from configurator import Config, UserError
 from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
 from runtime.log import NEUTRAL, check_same, recorded
-from runtime.ranks import PATIENCE, gather_objects, on_one_rank, on_ranks, shared
+from runtime.ranks import PATIENCE, from_rank_0, gather_objects, on_rank_0, on_ranks
 
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
@@ -42,7 +42,7 @@ def identify(config, hash_models, train, held_out):
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
     # check_same() wants to know which options are defaults
     options.origin = config.origin
-    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': shared(hash_models) | data_hashes}
+    return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': from_rank_0(hash_models) | data_hashes}
 
 
 def _live_tensors(model, optimizer):
@@ -84,7 +84,7 @@ def save(out_dir, seen, model, optimizer, state, keep_last):
                 if NUMBER.fullmatch(unfinished.stem):
                     clear_path(unfinished)
 
-    on_one_rank(remove_unfinished)
+    on_rank_0(remove_unfinished)
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     # replicas hold the same tensors: each rank saves some of them, dealt out by size to balance the load
@@ -236,7 +236,7 @@ def latest(out_dir, run=None):
             raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
         return None
 
-    return shared(look_on_disk)
+    return from_rank_0(look_on_disk)
 
 
 def load(folder, model, optimizer):

@@ -93,7 +93,7 @@ def explained(error, advice):
 
 
 @contextlib.contextmanager
-def memory_for(advice):
+def on_full_memory(advice):
     """Context manager and decorator: turn an out-of-memory error inside into a UserError that ends with advice."""
     try:
         yield
@@ -109,11 +109,11 @@ def can_split(error, batches):
     return hasattr(error, 'of_this_rank') and any(len(batch.slot) > 1 for batch in batches)
 
 
-def memory_of(batches, max_tokens):
-    """Return a memory_for() context for work on these data.Batches, with advice on which option to lower."""
+def on_full_memory_of(batches, max_tokens):
+    """Return an on_full_memory() context for work on these data.Batches, with advice on which option to lower."""
     longest = max((batch.ids.numel() for batch in batches), default=0)
     # a microbatch of a single example cannot be split; slot has an entry for each example
     are_single = all(len(batch.slot) == 1 for batch in batches)
     to_lower = 'max_length, since one example fills it' if are_single else 'max_tokens, which changes no result'
     advice = f'the longest microbatch has {longest} tokens (max_tokens={max_tokens}); lower {to_lower}'
-    return memory_for(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')
+    return on_full_memory(f'{advice}; then try --activation_checkpointing, --dtype=bfloat16 or more GPUs')

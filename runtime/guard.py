@@ -121,7 +121,7 @@ def on_stop(progress):
     _progress = progress
 
 
-def asked_here():
+def stop_asked_here():
     """Return whether this process has received a stop signal. Other ranks may not have; stop_asked() is collective."""
     return _code != 0
 
@@ -167,7 +167,7 @@ def begin(out_dir, config, resume):
         # again: the run that held the lock may have ended while this one waited
         log.check_out_dir(out_dir, config, resume)
 
-    ranks.on_one_rank(check_and_lock)
+    ranks.on_rank_0(check_and_lock)
 
 
 def obey_signals(save, close, already_started=False):
@@ -226,7 +226,7 @@ def export(model, write, save):
     from runtime import ranks
 
     try:
-        ranks.on_one_rank(files.append_kept)
+        ranks.on_rank_0(files.append_kept)
         with without_value_head(model):
             return write()
     except UserError as error:

@@ -44,7 +44,7 @@ def _may_be_hub_id(name):
     return name.count('/') == 1 and not name.startswith(('.', '/', '~'))
 
 
-def check_there(name):
+def check_exists(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
     # an archive of other code, such as policy.pt
     if os.path.isfile(name):
@@ -65,7 +65,7 @@ def check_there(name):
         no_hub = 'the hub cannot be reached, and its cache does not have it'
         raise UserError(f'there is no folder {name!r} {where}, {no_hub}: name a model folder')
     # raises UserError if the hub has no such repo. A repo of a tokenizer or an adapter has no config.json, and that is fine
-    is_there(name, 'config.json')
+    has_file(name, 'config.json')
 
 
 def _check_config(folder):
@@ -95,7 +95,7 @@ def _how_to_train(folder):
     return f' by python {script}.py config/{run}.py'
 
 
-def is_there(name, file):
+def has_file(name, file):
     """Return whether a hub repo has a file, which is downloaded unless it has weights. UserError if the hub does not give the repo."""
     import huggingface_hub
 

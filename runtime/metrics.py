@@ -32,7 +32,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
     # a difference of means: the two sides may differ in their number of examples
     metrics['rewards/margins'] = chosen['reward'].mean() - rejected['reward'].mean()
     metrics['rewards/accuracies'] = is_right.double().mean()
-    return numbers({key_of(name, split): value for name, value in metrics.items()})
+    return floats({key_of(name, split): value for name, value in metrics.items()})
 
 
 def of_dpo(objective, columns, split):
@@ -62,7 +62,7 @@ def of_dpo(objective, columns, split):
     # the rewards of losses differ in their formulas; plain log-ratios can be compared
     if objective.paired and objective.needs_ref:
         accuracy = (chosen['ratio'] > rejected['ratio']).double().mean()
-        metrics |= numbers({f'logratio_{split}/accuracies': accuracy})
+        metrics |= floats({f'logratio_{split}/accuracies': accuracy})
     return metrics
 
 
@@ -86,10 +86,10 @@ def answers_of(objective, columns, side):
     return answers
 
 
-def numbers(metrics):
+def floats(metrics):
     """Convert name -> scalar tensor to name -> float, rounded to ten decimals. Leaves out NaN, the mean of no examples."""
-    floats = {name: value.item() for name, value in metrics.items()}
-    return {name: round(number, 10) for name, number in floats.items() if not math.isnan(number)}
+    numbers = {name: value.item() for name, value in metrics.items()}
+    return {name: round(number, 10) for name, number in numbers.items() if not math.isnan(number)}
 
 
 def say_first_step(objective, columns, metrics):

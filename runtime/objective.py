@@ -16,14 +16,14 @@ SINGLES = set('ratio pi n div good'.split())
 MARGINS = [-1000.0, -20.0, -5.0, -1.0, 0.0, 1.0, 5.0, 20.0, 1000.0]
 
 
-def inputs(*functions):
+def parameter_names(*functions):
     """Return the set of all parameter names of these functions, such as {'ratio_w', 'ratio_l', 'beta'} for dpo. Skips None."""
     return {name for fn in functions if fn for name in inspect.signature(fn).parameters}
 
 
 def call(fn, known):
     """Call fn with the entries of known (name -> column or option) that match its parameters."""
-    return fn(**{name: known[name] for name in inputs(fn) if name in known})
+    return fn(**{name: known[name] for name in parameter_names(fn) if name in known})
 
 
 def _find(name, losses, statistics, options):
@@ -40,11 +40,11 @@ def _find(name, losses, statistics, options):
     _check_parameters(name, fn, options, may_add=statistic is not None)
     if statistic:
         _check_parameters(name, statistic, options, may_add=True)
-    takes_pairs = not PAIRS.isdisjoint(inputs(fn))
-    takes_singles = not SINGLES.isdisjoint(inputs(fn))
+    takes_pairs = not PAIRS.isdisjoint(parameter_names(fn))
+    takes_singles = not SINGLES.isdisjoint(parameter_names(fn))
     if takes_pairs == takes_singles:
         raise UserError(f'the loss {name} must ask for columns of pairs, or for those of single answers')
-    if takes_pairs and statistic and 'ratio_kl' in inputs(statistic):
+    if takes_pairs and statistic and 'ratio_kl' in parameter_names(statistic):
         raise UserError(f'the loss {name} compares pairs, and its statistic asks for ratio_kl, of single answers')
     return fn, statistic, takes_pairs
 
@@ -105,12 +105,12 @@ def objective_of(config, losses, statistics):
     """Return a run's Objective. losses, statistics: name -> function. UserError for options in vain or in conflict, or a failing loss."""
     name = config.loss
     fn, statistic, paired = _find(name, losses, statistics, config)
-    asks_for = inputs(fn, statistic)
+    asks_for = parameter_names(fn, statistic)
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
     has_risk = name.startswith('radpo')
     # option -> whether this loss uses it: first the options in the signature of any loss, then those in none
-    uses = {option: option in asks_for for option in inputs(*losses.values(), *statistics.values())}
+    uses = {option: option in asks_for for option in parameter_names(*losses.values(), *statistics.values())}
     uses |= {'sft_coef': paired, 'frac_good': not paired, 'frac_bad': not paired, 'risk': has_risk, 'mu': has_risk}
     uses |= {'importance': has_ratio and paired, 'importance_max': has_ratio and paired}
     # a divergence is one from the reference, so a loss that has one cannot go without reference
@@ -199,7 +199,7 @@ def _made_up(objective):
 def _is_per_token(objective):
     """Return whether a loss compares means over tokens: answers of twice the tokens and log-probs are the same to it."""
     fn = objective.fn
-    if inputs(fn).isdisjoint(('n', 'n_w', 'n_l')):
+    if parameter_names(fn).isdisjoint(('n', 'n_w', 'n_l')):
         return False
     columns, _ = _made_up(objective)
     known = objective.options | columns

@@ -135,14 +135,14 @@ def on_ranks(runs_here, fn):
     return result
 
 
-def on_one_rank(fn):
+def on_rank_0(fn):
     """Return fn() on rank 0, and None on the other ranks. Its UserError is raised on all ranks."""
     return on_ranks(dist.get_rank() == 0, fn)
 
 
-def shared(fn):
-    """Call fn() on rank 0 and broadcast its result, which must be picklable. Its UserError is raised on all ranks."""
-    return gather_objects(on_one_rank(fn))[0]
+def from_rank_0(fn):
+    """Call fn() on rank 0 and return its result, which must be picklable, on all ranks. Its UserError is raised on all ranks."""
+    return gather_objects(on_rank_0(fn))[0]
 
 
 def first_of_host(fn):

@@ -49,7 +49,7 @@ def check_room(run, frozen_models=()):
     # a checkpoint has the trained weights and their optimizer state, in float32
     numbers_each = 1 + MOMENTS.get(run.config['optimizer'], 2)
     checkpoint_bytes = 4 * numbers_each * _count(run.policy.parameters(), only_trained=True)
-    checkpoints_fit = ranks.shared(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
+    checkpoints_fit = ranks.from_rank_0(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
         frozen = [model for model in frozen_models if model is not None and model is not run.policy]
@@ -185,7 +185,7 @@ def save_every_of(step_ends, step, total):
     if len(step_ends) < 4:
         return 'auto'
     # measured on rank 0, so that all ranks agree
-    seconds_of_a_step = ranks.shared(lambda: float(np.median(np.diff(step_ends))))
+    seconds_of_a_step = ranks.from_rank_0(lambda: float(np.median(np.diff(step_ends))))
     n_steps = max(1, round(SAVE_AFTER / max(seconds_of_a_step, 1e-3)))
     examples_of_a_step = step.seen - step.first
     every = n_steps * examples_of_a_step

@@ -136,7 +136,7 @@ def build(empty=False):
 def full_head(net, batch):
     """Return the log-probs (A,) of the A answers of a data.Batch as the original DPO code does: from logits at every position."""
     head = models.core(net).get_output_embeddings()
-    hidden = models.body(net, batch).flatten(0, 1)  # (positions, hidden_size)
+    hidden = models.last_hidden_states(net, batch).flatten(0, 1)  # (positions, hidden_size)
     logps = head(hidden).float().log_softmax(-1)  # (positions, vocab_size)
     # of the answer tokens: the position before each, and its id
     token_logps = logps[batch.predict_at].gather(1, batch.target[:, None])
@@ -163,7 +163,7 @@ class Variant:
         self.peak = 0.0  # measured memory of the largest step, in GB
         self.estimate = 0.0  # the same as room.estimate() has it
 
-    @errors.memory_for('lower batch_size or max_tokens')
+    @errors.on_full_memory('lower batch_size or max_tokens')
     def load(self, examples, steps):
         """Build policy, reference and optimizer. Time the reference if its log-probs are cached. steps: rows of examples of each step."""
         self.policy = self.build_model(train=True)
@@ -237,7 +237,7 @@ class Variant:
         rejected = {f'{name}_l': value[1::2] for name, value in values.items()}
         return chosen | rejected
 
-    @errors.memory_for('lower batch_size or max_tokens')
+    @errors.on_full_memory('lower batch_size or max_tokens')
     def step(self, examples, rows):
         """Run one optimizer step (forward, backward, update) on examples[rows]; record its time, and memory (measured, estimated)."""
         batches = self.batches(examples, rows)

@@ -565,7 +565,7 @@ def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
 @pytest.mark.parametrize(('total', 'every'), [(131, 90), (130, 0)])
 def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total, every):
     """Steps of 10 examples take 100 seconds; after four of them, 40 examples, more than 90 must be left."""
-    monkeypatch.setattr(ranks, 'shared', lambda fn: fn())
+    monkeypatch.setattr(ranks, 'from_rank_0', lambda fn: fn())
     for n_steps in range(1, 5):
         step = SimpleNamespace(first=10 * n_steps - 10, seen=10 * n_steps)
         found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
@@ -679,7 +679,7 @@ PLACES = {
     'the cache': ('dpo.py', ['--cache_ref'], 'hf.reference.adapters_off', 'lower max_tokens'),
     'sampling': ('sft.py', ['--sample_during_eval'], 'hf.generate.generate', 'lower n_eval_model_samples'),
     "ppo's sampling": ('ppo.py', PPO, 'hf.generate.generate', 'lower sample_batch'),
-    "ppo's log-probs": ('ppo.py', PPO, 'model.body', 'lower max_tokens'),
+    "ppo's log-probs": ('ppo.py', PPO, 'model.last_hidden_states', 'lower max_tokens'),
     'prefetch': ('sft.py', [], 'data.pack', 'lower max_tokens'),
     'bench': ('tools/bench.py', BENCH, 'fsdp.update', 'lower batch_size or max_tokens'),
     'sample': ('sample.py', ['--n_examples=2', '--max_new_tokens=8', '--out_dir=run'], 'hf.generate.generate', 'a smaller --batch_size'),
@@ -721,7 +721,7 @@ def test_out_of_memory_anywhere(tmp_path, monkeypatch, whole, place):
 ])  # fmt: skip
 def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, script, flags, training):
     """The first and the third microbatch do not fit: the step begins anew, and the run is the one of a smaller number."""
-    sizes, real = [], model.body
+    sizes, real = [], model.last_hidden_states
 
     def small(net, batch):
         if torch.is_grad_enabled() == training and len(batch.slot) > 2:
@@ -730,7 +730,7 @@ def test_auto_halves_and_goes_on(tmp_path, monkeypatch, whole, capsys, script, f
                 raise torch.OutOfMemoryError('CUDA out of memory')
         return real(net, batch)
 
-    monkeypatch.setattr(model, 'body', small)
+    monkeypatch.setattr(model, 'last_hidden_states', small)
     run(tmp_path / 'auto', *flags, script=script)
     said = capsys.readouterr().out
     found = re.findall(r'memory: a microbatch of (\d+) tokens does not fit: going on with max_tokens=(\d+)', said)

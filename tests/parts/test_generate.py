@@ -180,7 +180,7 @@ def test_stops_at_the_end_of_text(monkeypatch):
         assert sample(net, PROMPTS * 8, range(32)) == short
         assert net.generation_config.eos_token_id == own
     # or at a signal, but not in a tensor-parallel group, whose ranks go on together
-    monkeypatch.setattr(generate.guard, 'asked_here', lambda: True)
+    monkeypatch.setattr(generate.guard, 'stop_asked_here', lambda: True)
     for size in (1, 2):
         monkeypatch.setattr(ranks, 'tp_size', lambda size=size: size)
         assert (sample(net, PROMPTS * 8, range(32)) == short) == (size == 2)

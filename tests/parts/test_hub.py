@@ -38,14 +38,14 @@ def test_the_hub_is_asked_once(cut_off, capsys):
     missing = "no folder 'nobody/nothing' in .*the hub cannot be reached.*name a model folder"
     for _ in range(2):
         with pytest.raises(UserError, match=missing):
-            hub.check_there('nobody/nothing')
+            hub.check_exists('nobody/nothing')
     assert len(cut_off) == 1 and huggingface_hub.constants.HF_HUB_OFFLINE
     note = 'note: the hub cannot be reached (no such host): only what is in its cache can be used\n'
     assert capsys.readouterr().out == note
     # what cannot be a hub id
     for name in ('out/sft/model', './a/b', '~/b', '/tmp/none/model', 'nothing'):
         with pytest.raises(UserError, match='there is no model folder .*: train it first, or name another one'):
-            hub.check_there(name)
+            hub.check_exists(name)
     assert len(cut_off) == 1
 
 
@@ -56,9 +56,9 @@ def test_what_is_here_is_not_asked_for(tmp_path, monkeypatch):
     os.mkdir('a')
     for file, text in {'a/b': '', 'a/config.json': '{"vocab_size_per_layer_input": 262144}'}.items():
         (tmp_path / file).write_text(text)
-    assert hub.check_there('a') is None
+    assert hub.check_exists('a') is None
     with pytest.raises(UserError, match="'a/b' is a file"):
-        hub.check_there('a/b')
+        hub.check_exists('a/b')
 
 
 REFUSALS = {'GatedRepoError': 'its owner gives it to those who ask: ask at .*/a/b, and set HF_TOKEN', 'RepositoryNotFoundError': 'correct the name, or',
@@ -76,9 +76,9 @@ def test_what_the_hub_refuses(monkeypatch, name, says):
     monkeypatch.setattr(hub, 'reachable', lambda: True)
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
     if says is None:
-        return hub.check_there('a/b')
+        return hub.check_exists('a/b')
     with pytest.raises(UserError, match=says):
-        hub.check_there('a/b')
+        hub.check_exists('a/b')
     with pytest.raises(UserError, match=says.replace('/a/b', '/datasets/a/b')):
         files.hub_download('a/b', None, 'x.json')
 
@@ -86,7 +86,7 @@ def test_what_the_hub_refuses(monkeypatch, name, says):
 def test_a_pickle_of_the_hub_is_refused(monkeypatch):
     monkeypatch.setattr(hub, 'reachable', lambda: True)
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
-    monkeypatch.setattr(hub, 'is_there', lambda *_: False)
+    monkeypatch.setattr(hub, 'has_file', lambda *_: False)
     with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
         load._check_files('a/b', SimpleNamespace())
 
@@ -94,9 +94,9 @@ def test_a_pickle_of_the_hub_is_refused(monkeypatch):
 def test_a_template_that_did_not_come_is_missed(monkeypatch):
     monkeypatch.setattr(hub, 'reachable', lambda: True)
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
-    monkeypatch.setattr(hub, 'check_there', lambda *_: None)
+    monkeypatch.setattr(hub, 'check_exists', lambda *_: None)
     monkeypatch.setattr(load.transformers.AutoTokenizer, 'from_pretrained', lambda *_, **__: toy.tokenizer())
-    monkeypatch.setattr(hub, 'is_there', lambda name, file: file == 'chat_template.jinja')
+    monkeypatch.setattr(hub, 'has_file', lambda name, file: file == 'chat_template.jinja')
     with pytest.raises(UserError, match="the chat template of 'a/b' did not come from the hub: start again"):
         load.load_tokenizer('a/b')
 

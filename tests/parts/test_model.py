@@ -910,7 +910,7 @@ def test_a_sharded_model_that_is_another_is_found_out(with_own_head, device, mon
     # as MiniMax's forward multiplies
     monkeypatch.setattr(probe, '_outputs', lambda *_: torch.ones(2, 2) @ torch.ones(2, 2).bfloat16())
     with pytest.raises(UserError, match='LlamaForCausalLM does not compute in bfloat16 .*: --dtype=float32'):
-        probe.compare(build(empty=False), None, device, in_bfloat16=True)
+        probe.check_outputs(build(empty=False), None, device, in_bfloat16=True)
     # ties follow what was loaded
     both = (hf.LlamaConfig(**GROUPED, tie_word_embeddings=tied) for tied in (True, False))
     tied, apart = map(hf.AutoModelForCausalLM.from_config, both)
@@ -1043,7 +1043,7 @@ def test_what_is_summed_over_ranks(monkeypatch):
 def test_a_model_is_compared_with_the_loaded_one_where_it_has_moved(world, dtype, train, compared, monkeypatch):
     """To other ranks, or into FSDP."""
     found, device = [], ranks.setup()[2]
-    monkeypatch.setattr(probe, 'compare', lambda *arguments: found.append(arguments))
+    monkeypatch.setattr(probe, 'check_outputs', lambda *arguments: found.append(arguments))
     monkeypatch.setattr(fsdp, 'dist', types.SimpleNamespace(**vars(fsdp.dist) | {'get_world_size': lambda: world}))
     net = fsdp.shard(lambda empty: tiny('llama'), device, dtype=dtype, train=train, mode='none')
     assert len(found) == compared and net.shard_mode == 'none'
