@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -62,46 +63,57 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     has_adapters = core(model) is not model
     # gather weights on the CPU of rank 0; with adapters only the trained ones, of adapters and a reward model's head
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
-    trained_weights = get_model_state_dict(model, options=options)
-    tied = ties(model)  # such as the LM head, if it is the embedding
+    weights = get_model_state_dict(model, options=options)
     folder = Path(folder)
+    # the model itself is not saved, but one that is not sharded: FSDP renames the class, which would end up in the config
+    make_unsharded = partial(_whole, build, weights, ties(model))
+    if has_adapters:
+        make_unsharded = partial(_merged, build, weights, folder)
+    return on_rank_0(partial(_write_folder, make_unsharded, tokenizer, folder, card, getattr(torch, dtype)))
+
+
+def _whole(build, weights, tied):
+    """Return an empty model, and its weights. tied: as from ties(), such as the LM head, if it is the embedding."""
+    model = build(empty=True)
+    tie_as(model, tied)
+    return model, weights
+
+
+def _merged(build, trained_weights, folder):
+    """Return a model with adapters of these weights merged into it, and its weights. Saves `adapter`, the adapter alone, beside folder."""
+    # this reads the base model again, which may have changed since
+    adapted = build(empty=False)
+    _check_same_model(folder.parent)
+    temporary = folder.with_name('adapter.tmp')
+    lora.write(adapted, trained_weights, temporary)
+    model = quantize.dequantize(adapted).merge_and_unload()
+    weights = model.state_dict()
+    move_folder(temporary, folder.with_name('adapter'))
+    return model, weights
+
+
+def _write_folder(make_unsharded, tokenizer, folder, card, dtype):
+    """Write all of a model's folder, and return the name of the dtype. make_unsharded(): returns the model and its weights."""
     temporary = folder.with_name(f'{folder.name}.tmp')
-    adapter_temporary = folder.with_name('adapter.tmp')
-
-    def write():
-        try:
-            with writing(folder):
-                clear_path(temporary)
-                # save through an unsharded model: FSDP renames the class of a sharded one, which would end up in the config
-                if has_adapters:
-                    # this reads the base model again, which may have changed since
-                    adapted = build(empty=False)
-                    _check_same_model(folder.parent)
-                    lora.write(adapted, trained_weights, adapter_temporary)
-                    plain_model = quantize.dequantize(adapted).merge_and_unload()
-                    weights = plain_model.state_dict()
-                    move_folder(adapter_temporary, folder.with_name('adapter'))
-                else:
-                    plain_model = build(empty=True)
-                    tie_as(plain_model, tied)
-                    weights = trained_weights
-                written_dtype = _save_weights(plain_model, weights, getattr(torch, dtype), temporary)
-                tokenizer.save_pretrained(temporary)
-                # before the rename, so that no model is left without its card
-                if card:
-                    card(temporary)
-                move_folder(temporary, folder)
-                return str(written_dtype).removeprefix('torch.')
-        except Exception as error:
-            # free the disk space for the next attempt
-            for path in (temporary, adapter_temporary):
-                shutil.rmtree(path, ignore_errors=True)
-            if isinstance(error, UserError):
-                raise
-            # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
-            raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
-
-    return on_rank_0(write)
+    try:
+        with writing(folder):
+            clear_path(temporary)
+            model, weights = make_unsharded()
+            written_dtype = _save_weights(model, weights, dtype, temporary)
+            tokenizer.save_pretrained(temporary)
+            # before the rename, so that no model is left without its card
+            if card:
+                card(temporary)
+            move_folder(temporary, folder)
+            return str(written_dtype).removeprefix('torch.')
+    except Exception as error:
+        # free the disk space for the next attempt
+        for path in (temporary, folder.with_name('adapter.tmp')):
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
+        # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
+        raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
 
 
 def _check_same_model(out_dir):
@@ -114,14 +126,7 @@ def _check_same_model(out_dir):
 
 def _save_weights(model, weights, dtype, folder):
     """Save weights (name -> tensor), rounded to dtype, with model's class and config. Uses both up. Returns the dtype written."""
-    # fall back to float32 if a finite weight would overflow in dtype
-    end = torch.finfo(dtype).max
-    for name, weight in weights.items():
-        most = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
-        if end < most < torch.inf:
-            say(f'note: {name} has a weight of {most:.6g}, and {dtype} ends at {end:.6g}: the model is kept in float32')
-            dtype = torch.float32
-            break
+    dtype = _dtype_for(weights, dtype)
     # a tied tensor has several names: write it once, under the first, the only one that named_parameters() lists
     first_names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     # fixed seed: the same weights always give the same file
@@ -137,6 +142,17 @@ def _save_weights(model, weights, dtype, folder):
     weights.clear()
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
     model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=LARGEST_FILE)
+    return dtype
+
+
+def _dtype_for(weights, dtype):
+    """Return dtype or, with a note, float32 if a finite one of the weights (name -> tensor) would overflow in dtype."""
+    end = torch.finfo(dtype).max
+    for name, weight in weights.items():
+        most = torch.linalg.vector_norm(weight.float(), torch.inf) if weight.numel() else 0.0
+        if end < most < torch.inf:
+            say(f'note: {name} has a weight of {most:.6g}, and {dtype} ends at {end:.6g}: the model is kept in float32')
+            return torch.float32
     return dtype
 
 
