@@ -96,7 +96,7 @@ longest = min(max_length, max(run.train.longest(mixed=is_mixed), run.held_out.lo
 # a policy with adapters is its own reference while they are switched off
 ref_is_policy = run.adapters and ref_model is None
 ref_is_loaded = needs_ref and not cache_ref and not ref_is_policy
-run.set_batching(longest, share_prefix=share_prefix, n_frozen=int(ref_is_loaded))
+run.set_batching(longest, share_prefix=share_prefix, n_models=int(ref_is_loaded))
 
 # the reference model, or with cache_ref its log-probs from a file; then it runs only if there is no such file yet
 ref_adapters = lora.reference_options(config, run.adapters)

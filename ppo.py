@@ -159,7 +159,7 @@ if offline:
     longest = max(longest, train.longest())
 # with adapters, the policy without them serves as the reference
 has_own_ref = bool(ref_model or not run.adapters)
-run.set_batching(longest, 'prompts with their answers', share_prefix, forward=policy.token_logps, n_frozen=has_own_ref)
+run.set_batching(longest, 'prompts with their answers', share_prefix, forward=policy.token_logps, n_models=has_own_ref)
 ref = policy
 if has_own_ref:
     ref = run.load_frozen(partial(load_model, ref_model or model, **run.model_options()))

@@ -171,11 +171,11 @@ class Run:
         set_attention(model, self.packed, attn)
         return model
 
-    def set_batching(self, longest, noun='the examples', share_prefix=True, *, forward=None, n_frozen=0):
+    def set_batching(self, longest, noun='the examples', share_prefix=True, *, forward=None, n_models=0):
         """Set run.packed (packed or padded batches) and run.max_tokens (of a microbatch). UserError if the model has too few positions.
 
         longest: tokens of the longest sequence; noun: of the sequences, for messages. share_prefix: pairs compute their prompt once.
-        forward: the training pass, if not response_logps. n_frozen: models to be loaded after this."""
+        forward: the training pass, if not response_logps. n_models: number of frozen models to be loaded after this."""
         policy = self.policy
         self.longest = longest, noun  # for load_frozen
         # with ppo.py's --critic, the policy holds a critic, which is a whole model
@@ -195,8 +195,7 @@ class Run:
         # () -> bytes of activations that a token takes. They are measured at the first call: not at all if nobody asks
         self.bytes_per_token = cache(partial(room.bytes_per_token, policy, forward, self.train, self.packed))
         if max_tokens == 'auto':
-            per_token = self.bytes_per_token()
-            self.max_tokens = room.choose_max_tokens(self.config, policy, per_token, self.train, self.packed, n_frozen)
+            self.max_tokens = room.choose_max_tokens(self, n_models)
         policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may make an optimizer
 
     def check_room(self, *frozen):

@@ -1,7 +1,6 @@
 """Check before the first step that a run fits on the disk and into memory, and choose max_tokens='auto'.
 
-training.py calls bytes_per_token() and choose_max_tokens() for max_tokens='auto', and check_room() for every run. Arguments of
-several functions: config: the options of the run; train: its training Examples; packed: microbatches have no padding."""
+training.py calls bytes_per_token() and choose_max_tokens() for max_tokens='auto', and check_room() for every run, a training.Run."""
 
 import contextlib
 import math
@@ -54,7 +53,7 @@ def check_room(run, frozen_models=()):
     if not torch.cuda.is_available():
         frozen = [model for model in frozen_models if model is not None and model is not run.policy]
         _check_memory(run, sum(_count(model.parameters()) for model in frozen))
-    lengths = _lengths(run.config, run.train, run.packed)
+    lengths = _lengths(run)
     too_long = lengths[lengths > run.max_tokens]
     if len(too_long):
         limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
@@ -67,9 +66,9 @@ def _count(parameters, only_trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not only_trained)
 
 
-def _lengths(config, train, packed):
+def _lengths(run):
     """Return the tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
-    return tokens_taken(train.widths, config.get('share_prefix', True), pad=not packed)
+    return tokens_taken(run.train.widths, run.config.get('share_prefix', True), pad=not run.packed)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
@@ -100,7 +99,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 
 def _check_memory(run, frozen):
     """Print the memory that all ranks here need for a training.Run; warn if there is less. frozen: parameters of untrained models."""
-    tokens, is_step = _largest_batch(run.config, run.train, run.packed, run.max_tokens)
+    tokens, is_step = _largest_batch(run, run.max_tokens)
     needs_of_rank = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
     # name, such as 'activations' -> bytes
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
@@ -216,18 +215,19 @@ def choose_mode(model, mode, train, half, device, cpu_offload):
     return 'none' if needed <= available / 4 else 'full'
 
 
-def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
+def choose_max_tokens(run, n_models):
     """Return the largest of BUDGETS whose microbatches fit into every rank's free memory, or the smallest. Collective.
 
-    per_token: bytes of activations per token; n_frozen: number of models of the policy's size that are still to be loaded."""
+    n_models: number of frozen models of the policy's size that are still to be loaded."""
     free = free_memory()
-    frozen = n_frozen * _count(policy.parameters())
+    frozen = n_models * _count(run.policy.parameters())
     # a GPU that is nine tenths full is slower; CPU allocators hold up to a third more than the tensors need
-    usable = (0.85 if next(policy.parameters()).is_cuda else 0.7) * free
+    usable_share = 0.85 if next(run.policy.parameters()).is_cuda else 0.7
+    usable = usable_share * free
 
     def bytes_to_come(max_tokens):
-        tokens, is_step = _largest_batch(config, train, packed, max_tokens)
-        needs = estimate(config, policy, per_token, frozen, tokens, is_step)
+        tokens, is_step = _largest_batch(run, max_tokens)
+        needs = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
         # the policy's weights are in memory already
         return sum(needs.values()) - needs['weights']
 
@@ -241,17 +241,17 @@ def choose_max_tokens(config, policy, per_token, train, packed, n_frozen):
     return max_tokens
 
 
-def _largest_batch(config, train, packed, max_tokens):
+def _largest_batch(run, max_tokens):
     """Return (the most tokens that a microbatch can have, whether such a microbatch is the rank's whole step)."""
-    lengths = _lengths(config, train, packed)
+    config = run.config
+    lengths = _lengths(run)
     # an example longer than max_tokens is a microbatch of its own
     longest = int(lengths.max())
     tokens = max(max_tokens, longest)
     # leave it at that in ppo.py, where a step has not batch_size examples, and with padding, where it takes more than its tokens
-    if 'minibatch_size' in config or not packed:
+    if 'minibatch_size' in config or not run.packed:
         return tokens, False
-    # the largest step has the batch_size longest examples. An example may be in it again, if the step is larger than the data or
-    # reaches into the next epoch
+    # the largest step: the batch_size longest examples, some again if it exceeds the data or reaches into the next epoch
     batch_size = config['batch_size']
     n_examples = len(lengths)
     crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0

@@ -800,10 +800,11 @@ def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world
         for rank in range(world_size // tp)
     ]
     largest, is_step = max(map(max, made)), packed and max(map(len, made)) == 1
-    tokens, found = room._largest_batch(config, examples, packed, max_tokens)
+    run = SimpleNamespace(config=config, train=examples, packed=packed)
+    tokens, found = room._largest_batch(run, max_tokens)
     assert largest <= tokens <= 2.5 * largest and found == is_step
     # a microbatch of half a step is none
-    assert not packed or room._largest_batch(config, examples, packed, tokens // 2) == (max(tokens // 2, 390), False)
+    assert not packed or room._largest_batch(run, tokens // 2) == (max(tokens // 2, 390), False)
 
 
 def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
@@ -827,9 +828,10 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
         return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}
 
     monkeypatch.setattr(room, 'free_memory', lambda: free)
-    monkeypatch.setattr(room, '_largest_batch', lambda config, train, packed, max_tokens: (max_tokens, False))
+    monkeypatch.setattr(room, '_largest_batch', lambda run, max_tokens: (max_tokens, False))
     monkeypatch.setattr(room, 'estimate', estimated)
-    assert room.choose_max_tokens({}, torch.nn.Linear(2, 2), 1, None, True, n_frozen=2) == chosen
+    run = SimpleNamespace(config={}, policy=torch.nn.Linear(2, 2), bytes_per_token=lambda: 1)
+    assert room.choose_max_tokens(run, n_models=2) == chosen
 
 
 @pytest.mark.parametrize('environ, free, mode', [({}, 1000, 'none'), ({'LOCAL_WORLD_SIZE': '4'}, 250, 'full')])
