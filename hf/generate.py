@@ -171,14 +171,10 @@ def _generate(inner, sequences, cache, max_new_tokens, criteria=None, processors
     # pad on the left, as the cache is padded. n_cached + 1: generate() needs at least one column that is not cached
     width = max(n_cached + 1, *map(len, sequences))
     pad_id = inner.generation_config.pad_token_id
-    ids = []
-    mask = []
-    for sequence in sequences:
-        n_pad = width - len(sequence)
-        ids.append([pad_id] * n_pad + list(sequence))
-        mask.append([0] * n_pad + [1] * len(sequence))
+    padded = [[pad_id] * (width - len(sequence)) + list(sequence) for sequence in sequences]
+    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     # generate() wants the ids of the columns that are not cached, but the mask of all columns
-    ids = torch.tensor(ids, device=inner.device)[:, n_cached:]
+    ids = torch.tensor(padded, device=inner.device)[:, n_cached:]
     mask = torch.tensor(mask, device=inner.device)
     options = {'max_new_tokens': max_new_tokens, 'stopping_criteria': criteria, 'logits_processor': processors}
     if cache is not None:

@@ -84,15 +84,7 @@ def _read_adapter(name, file):
     has_base = type(base) is str and base != ''
     if not (has_rank and has_base and type(alpha) in (int, float)):
         raise UserError(f'{CONFIG_FILE} of {name!r} does not say its r, its lora_alpha and its model: {WAY_OUT}')
-    # refuse adapters that compute something else than LoRA, or that changed their base model before training
-    unsupported = []
-    with_missing_as_none = dict.fromkeys(ALLOWED_VALUES) | options
-    for key, value in with_missing_as_none.items():
-        # an option in neither ANY_VALUE nor ALLOWED_VALUES is unknown here, and must be off
-        allowed = ALLOWED_VALUES.get(key, DISABLED)
-        if key not in ANY_VALUE and value not in allowed:
-            unsupported.append(f'{key}={value!r}'[:100])
-    if unsupported:
+    if unsupported := _unsupported(options):
         raise UserError(f'the adapter {name!r} has {", ".join(unsupported)}, which is not supported here: {WAY_OUT}')
     if hub.file_of(name, WEIGHTS_FILE) is None:
         raise UserError(f'the adapter {name!r} has no {WEIGHTS_FILE}: save it as safetensors')
@@ -107,6 +99,18 @@ def _read_adapter(name, file):
     if hub.file_of(base, CONFIG_FILE):
         raise UserError(f'the model of the adapter {name!r} is itself an adapter, {base!r}: {WAY_OUT}')
     return SavedAdapter(name, file.parent, base, options, rank, is_reward=options.get('task_type') == 'SEQ_CLS')
+
+
+def _unsupported(options):
+    """Return ["peft_type='IA3'", ...], those options of an adapter_config.json that ask for something else than plain LoRA."""
+    unsupported = []
+    with_missing_as_none = dict.fromkeys(ALLOWED_VALUES) | options
+    for key, value in with_missing_as_none.items():
+        # an option in neither ANY_VALUE nor ALLOWED_VALUES is unknown here, and must be off
+        allowed = ALLOWED_VALUES.get(key, DISABLED)
+        if key not in ANY_VALUE and value not in allowed:
+            unsupported.append(f'{key}={value!r}'[:100])
+    return unsupported
 
 
 def weights_hash(folder):
@@ -270,21 +274,18 @@ def _new_config(model, adapters):
     """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: from adapter_options(). Raises UserError."""
     import peft
 
-    modules = {module for block in blocks(model) for module in block.modules()}
-    linear = {module for module in modules if isinstance(module, torch.nn.Linear | Conv1D)}
+    in_blocks = {module for block in blocks(model) for module in block.modules()}
+    linear = {module for module in in_blocks if isinstance(module, torch.nn.Linear | Conv1D)}
+    names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}  # layers.0.up_proj -> up_proj
     paths = {path for path, module in model.named_modules() if module in linear}
-    # model.layers.0.self_attn.q_proj -> q_proj
-    known = sorted({path.rpartition('.')[2] for path in paths})
+    known = sorted({names[path] for path in paths})
     targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    excluded = []
-    for path, _ in model.named_modules():
-        if path.rpartition('.')[2] in wanted and path not in paths:
-            excluded.append(path)
+    excluded = [path for path, name in names.items() if name in wanted and path not in paths]
     # Conv1D, the linear layer of GPT-2, stores its weight transposed
     is_transposed = any(isinstance(module, Conv1D) for module in linear)
     layers = {'target_modules': wanted, 'exclude_modules': excluded or None, 'fan_in_fan_out': is_transposed}

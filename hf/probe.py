@@ -25,6 +25,7 @@ def _name(model):
 
 
 def _is_reward(model):
+    """Return whether it is a reward model, which has scores where a language model has log-probs."""
     return hasattr(core(model), 'score')
 
 
@@ -89,10 +90,7 @@ def deviation(model, ours, theirs):
             # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
             if is_packed and config._attn_implementation != 'packed':
                 return math.inf, 'it takes no attention from outside'
-            if _is_reward(model):
-                found = model.response_scores(ours)
-            else:
-                (found,) = model.response_logps(ours)
+            found = model.response_scores(ours) if _is_reward(model) else model.response_logps(ours)[0]
     # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument
     except Exception as error:
         if errors.out_of_memory(error):
