@@ -60,8 +60,7 @@ def _fill_bins(lengths, n_bins, max_tokens):
     for slot in longest_first:
         tokens, number, slots = heapq.heappop(bins)
         tokens += int(lengths[slot])
-        # an example alone in its bin may exceed max_tokens
-        if slots and tokens > max_tokens:
+        if slots and tokens > max_tokens:  # an example alone in its bin may exceed max_tokens
             return None
         slots.append(slot)
         heapq.heappush(bins, (tokens, number, slots))
@@ -200,8 +199,7 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
         mask = np.arange(lengths.max()) < lengths[:, None]
         padded_ids = np.zeros(mask.shape, int)
         padded_ids[mask] = arrays['ids']
-        # index of each token in the flattened rows
-        padded_place = np.flatnonzero(mask)
+        padded_place = np.flatnonzero(mask)  # index of each token in the flattened rows
         predict_at, last = padded_place[arrays['predict_at']], padded_place[arrays['last']]
         del arrays['position']  # that of a padded token is its column
         arrays |= {'ids': padded_ids, 'mask': mask, 'predict_at': predict_at, 'last': last}

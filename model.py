@@ -46,8 +46,7 @@ def wide_dtype(x):
 
 def _scale_and_cap(config):
     """Return (factor of the head's output, soft cap of the logits or None), read from a model's config."""
-    # Cohere multiplies, Granite divides
-    factor = getattr(config, 'logit_scale', None) or 1.0
+    factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere multiplies, Granite divides
     factor *= getattr(config, 'lm_head_multiplier', None) or 1.0  # Falcon-H1
     divisor = getattr(config, 'logits_scaling', None) or 1.0
     # Gemma 2 and RecurrentGemma name the soft cap differently

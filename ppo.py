@@ -255,8 +255,7 @@ def run_minibatch(step, this_round):
         pi = torch.where(is_real, pi, columns['old'])
         policy_loss, value_loss = token_losses(pi, value, columns)
 
-        # all tokens weigh the same, or with per_answer all answers
-        weight = is_real.to(pi.dtype)
+        weight = is_real.to(pi.dtype)  # all tokens weigh the same, or with per_answer all answers
         if per_answer:
             weight = weight / batch.n[batch.answer]
         (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
@@ -346,8 +345,7 @@ run.start(method, f'answers, {batch_size} a round, {minibatch_size} a step', n_s
 if run.eval_due_at_start():
     evaluate(run.seen)
 run.clock = time.perf_counter()
-# steps() counts prompts, everything else answers
-prompts_per_round = batch_size // answers_per_prompt
+prompts_per_round = batch_size // answers_per_prompt  # steps() counts prompts, everything else answers
 prompts_seen = run.seen // answers_per_prompt
 for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_per_prompt, seed, start=prompts_seen):
     this_round = make_round(first_prompt * answers_per_prompt, rows)

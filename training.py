@@ -124,8 +124,7 @@ class Run:
 
     def enough(self, source):
         """Return how many examples of each split of a source a short run tokenises, {'train': ..., 'test': ...}; None: all of them."""
-        # of 'hh+shp', the first examples would all be of hh
-        if '+' in source or not self.config.n_examples:
+        if '+' in source or not self.config.n_examples:  # of 'hh+shp', the first examples would all be of hh
             return None
         # a run is short if the first ENOUGH examples, after these options have left some out, are ten times what it takes
         fractions = (data_fraction, self.config.get('frac_good', 1), self.config.get('frac_bad', 1))
@@ -373,8 +372,7 @@ class Run:
         n = len(self.held_out)
         if not n or seen <= self.state['evaluated']:
             return
-        # the columns of one step after the other, in the order of the examples
-        by_step = []
+        by_step = []  # the columns of one step after the other, in the order of the examples
         starts = data.steps(n, self.config.batch_size, total=n, seed=0, shuffle=False)
         for step in prefetch(self.make_step(self.held_out, rows, first) for first, rows in starts):
             by_step.append(self.within_memory(run_step, step))
@@ -412,8 +410,7 @@ class Run:
     def finish(self, build=None, leave=False):
         """Export the model with its card to out_dir/model. build(empty): makes it in place of load_policy's (ppo.py). leave: then exit."""
         folder = f'{self.config.out_dir}/model'
-        # a pending signal stops the run here, with a checkpoint
-        self.obey_signals(self.total)
+        self.obey_signals(self.total)  # a pending signal stops the run here, with a checkpoint
         card = partial(export.write_card, self.config.out_dir)
         # not the global save_dtype, which may be None: load_policy has set that of config
         options = {'build': build or self.build, 'folder': folder, 'card': card, 'dtype': self.config['save_dtype']}

@@ -204,8 +204,7 @@ class Varlen:
             key_tokens = np.concatenate(tokens)
             self.key_tokens = torch.from_numpy(key_tokens)
             self.copies = _copies(key_tokens)
-        # the kernel takes int32
-        self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)
+        self.cu_q = torch.tensor(np.cumsum([0, *n_queries]), dtype=torch.int32)  # the kernel takes int32
         self.cu_k = torch.tensor(np.cumsum([0, *n_keys]), dtype=torch.int32)
         self.max_q = max(n_queries)
         self.max_k = max(n_keys)

@@ -81,8 +81,7 @@ def _whole(build, weights, tied):
 
 def _merged(build, trained_weights, folder):
     """Return a model with adapters of these weights merged into it, and its weights. Saves `adapter`, the adapter alone, beside folder."""
-    # this reads the base model again, which may have changed since
-    adapted = build(empty=False)
+    adapted = build(empty=False)  # this reads the base model again, which may have changed since
     _check_same_model(folder.parent)
     temporary = folder.with_name('adapter.tmp')
     lora.write(adapted, trained_weights, temporary)
@@ -129,8 +128,7 @@ def _save_weights(model, weights, dtype, folder):
     dtype = _dtype_for(weights, dtype)
     # a tied tensor has several names: write it once, under the first, the only one that named_parameters() lists
     first_names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    # fixed seed: the same weights always give the same file
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # fixed seed: the same weights always give the same file
     # as transformers does, keep some in float32, such as the bias by which DeepSeek V3 chooses experts
     parts_in_float32 = model._get_dtype_plan(dtype)  # parts of their names
     rounded_weights = {}
@@ -138,8 +136,7 @@ def _save_weights(model, weights, dtype, folder):
         in_float32 = any(part in name for part in parts_in_float32)
         if name in first_names:
             rounded_weights[name] = rounded(weight, torch.float32 if in_float32 else dtype, generator)
-    # free the original weights, as large as the model, before writing
-    weights.clear()
+    weights.clear()  # free the original weights, as large as the model, before writing
     # save_pretrained records the model's dtype in the config, so cast the model too; on the meta device that is free
     model.to('meta', dtype).save_pretrained(folder, state_dict=rounded_weights, max_shard_size=LARGEST_FILE)
     return dtype
@@ -160,8 +157,7 @@ def rounded(weights, dtype, generator):
     """Round float32 weights to dtype at random: 30% of the way to the next number of dtype, a weight moves there with chance 0.3.
 
     So small updates from training survive on average. Below 6.1e-5, where float16 is coarser, weights go to its nearest number."""
-    # integers stay as they are
-    if not weights.is_floating_point():
+    if not weights.is_floating_point():  # integers stay as they are
         return weights
     # mantissa bits of float32 that dtype lacks
     dropped_bits = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)

@@ -138,8 +138,7 @@ def _extend(answer, tokens, stop, max_new_tokens):
     """Append tokens to an answer in place, up to its stop token or max_new_tokens. Return whether the answer goes on."""
     for token in tokens[: max_new_tokens - len(answer)]:
         answer.append(token)
-        # behind a stop token is only padding
-        if token in stop:
+        if token in stop:  # behind a stop token is only padding
             return False
     return len(answer) < max_new_tokens
 
@@ -153,8 +152,7 @@ def _stop_asked():
 def _generation_mode(model, **settings):
     """Within the block, the model has padded attention and a GenerationConfig of these settings."""
     inner = core(model)
-    # that of the model may have a repetition penalty etc.
-    config_before = inner.generation_config
+    config_before = inner.generation_config  # that of the model may have a repetition penalty etc.
     inner.generation_config = transformers.GenerationConfig(do_sample=False, **settings)
     try:
         with padded_attention(model):

@@ -49,14 +49,12 @@ class Recompute(torch.autograd.Function):
         """Return the gradients of forward's arguments, given the gradient of the output."""
         recipe = ctx.recipe
         output = recipe.recompute()
-        # all layers that saved the output have run their backward: free it
-        recipe.output = None
+        recipe.output = None  # all layers that saved the output have run their backward: free it
         tensors = [*recipe.inputs, *ctx.parameters]
         wanted = [x for x in tensors if x.requires_grad]
         gradients = iter(torch.autograd.grad(output, wanted, grad))
         gradients_or_none = [next(gradients) if x.requires_grad else None for x in tensors]
-        # None for recipe and n_inputs
-        return None, None, *gradients_or_none
+        return None, None, *gradients_or_none  # None for recipe and n_inputs
 
 
 class LeanBlock:

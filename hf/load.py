@@ -178,8 +178,7 @@ def _read_generation_config(name):
         config = transformers.GenerationConfig.from_pretrained(name)
     except (OSError, TypeError, ValueError):
         return None
-    # some models use -1 for no pad token
-    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:
+    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # some models use -1 for no pad token
         config.pad_token_id = None
     try:
         config.validate(strict=True)
@@ -382,8 +381,7 @@ def check_same_tokens(tokenizer, other, other_role, policy_name, trust_remote_co
             say_once(f'note: {other_role} comes without a tokenizer: it must read the tokens of {policy_name}')
             return
         other = load_tokenizer(other, trust_remote_code)
-    # extra tokens of the other model do no harm
-    other_ids = other.get_vocab()
+    other_ids = other.get_vocab()  # extra tokens of the other model do no harm
     wrong = [token for token, i in tokenizer.get_vocab().items() if other_ids.get(token) != i]
     if wrong:
         differences = f'such as {wrong[0]!r} ({len(wrong)} in all); both need the same tokenizer'
@@ -402,8 +400,7 @@ def stored_dtype(name):
     metadata = _weights_on_disk(base)
     if metadata is None:
         return 'float32'
-    # count weights, not tensors: the many small norms often have another dtype
-    counts = metadata.parameter_count
+    counts = metadata.parameter_count  # count weights, not tensors: the many small norms often have another dtype
     most_common = max(counts, key=counts.get)
     return {'BF16': 'bfloat16', 'F16': 'float16'}.get(most_common, 'float32')
 
@@ -416,8 +413,7 @@ def fingerprints(config):
         if name in NO_MODEL:  # None, 'toy' ...
             continue
         hashes = model_hashes(name)
-        # a folder with no file to hash is recorded, too, as {}
-        if hashes or os.path.isdir(name):
+        if hashes or os.path.isdir(name):  # a folder with no file to hash is recorded, too, as {}
             hashes_of[option] = hashes
     # the models in a sum, --reward='DIR1 + DIR2*0.5', are listed by rl/reward_functions.py: {'reward': {'DIR1/FILE': hash, ...}}
     names = [name for name in getattr(config, 'reward_models', ()) if name not in NO_MODEL]

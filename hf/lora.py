@@ -176,8 +176,7 @@ def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=F
     lora_config.task_type = task_type
     if adapters:
         lora_config.lora_dropout = adapters['dropout']
-    # saved configs have inference_mode=True, which would freeze the adapter
-    lora_config.inference_mode = False
+    lora_config.inference_mode = False  # saved configs have inference_mode=True, which would freeze the adapter
     # PEFT triggers a deprecation warning of transformers
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
@@ -185,8 +184,7 @@ def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=F
         model = peft.get_peft_model(model, lora_config)
         if with_frozen_copy:
             model.add_adapter(FROZEN_COPY, lora_config)
-            # only the active adapter trains
-            model.set_adapter('default')
+            model.set_adapter('default')  # only the active adapter trains
     return model.eval()
 
 
@@ -336,8 +334,7 @@ def write(model, weights, folder):
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     assert not unknown, unknown
     model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=['default'])
-    # PEFT's model card is an empty template
-    (folder / 'README.md').unlink()
+    (folder / 'README.md').unlink()  # PEFT's model card is an empty template
     # by this file _load_weights will notice a changed base model; the hash is None for one on the hub
     base_hash = weights_hash(model.peft_config['default'].base_model_name_or_path)
     if base_hash is not None:
@@ -347,7 +344,6 @@ def write(model, weights, folder):
 def describe(model):
     """Return a one-line summary of a PeftModel: its trainable and total weights, and its adapted layers."""
     trained, total = model.get_nb_trainable_parameters()
-    # 4-bit weights are buffers, which PEFT does not count
-    total += quantize.count_4bit_weights(model)
+    total += quantize.count_4bit_weights(model)  # 4-bit weights are buffers, which PEFT does not count
     layers = {path.rpartition('.')[2] for path, module in model.named_modules() if hasattr(module, 'lora_A')}
     return f'LoRA: {trained:,} of {total:,} weights train, on {" ".join(sorted(layers))}'

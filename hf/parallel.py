@@ -22,8 +22,7 @@ def check(config):
     if (uses_tp or config['cpu_offload']) and config['shard'] in ('none', 'grads'):
         needed = 'shard=full, where FSDP cuts everything'
         raise UserError(f'tp and cpu_offload need {needed}: leave out shard={config["shard"]}')
-    # with --pack=False batches are padded anyway
-    if config['attn'] and config['pack']:
+    if config['attn'] and config['pack']:  # with --pack=False batches are padded anyway
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
     # all that follows is about device_map, which spreads a model over the GPUs of one process
     if config['device_map'] is None:
@@ -47,8 +46,7 @@ def choose_arithmetic(config, device):
     elif config.tf32:
         config.report_unused(['tf32'], 'it is for float32 on a GPU')
     if config.deterministic and on_gpu:
-        # read by cuBLAS at the first matmul
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read by cuBLAS at the first matmul
         torch.use_deterministic_algorithms(True)
         # don't fill new tensors, which is slow: no code here reads uninitialized memory
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -105,8 +103,7 @@ def _check_sizes(model, plan, tp, n_meshes):
     check_divides(getattr(config, 'num_key_value_heads', None) or config.num_attention_heads, 'key-value heads')
     head_shape = (getattr(config, 'head_dim', None),)
     for path, module in model.base_model.named_modules():
-        # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
-        path_in_plan = re.sub(r'\b\d+\b', '*', path)
+        path_in_plan = re.sub(r'\b\d+\b', '*', path)  # layers.0.mlp.up_proj -> layers.*.mlp.up_proj
         style = plan.get(path_in_plan, '')
         if style.startswith('rowwise'):
             check_divides(module.weight.shape[1], f'columns of {path}')

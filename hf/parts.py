@@ -8,8 +8,7 @@ def core(model):
 
 def blocks(model):
     """Return the list of a model's transformer blocks, in order: modules of the classes declared in _no_split_modules."""
-    # any submodule may declare classes, such as a critic with blocks of its own
-    class_names = set()
+    class_names = set()  # any submodule may declare classes, such as a critic with blocks of its own
     for module in core(model).modules():
         class_names.update(getattr(module, '_no_split_modules', None) or ())
     block_at = {}  # path in the model -> block

@@ -55,8 +55,7 @@ class Linear4bit(torch.nn.Module):
             scales, levels = state.absmax, state.code
         self.register_buffer('codes', codes)
         self.register_buffer('scales', scales)
-        # the 16 values of a 4-bit code, before scaling
-        self.register_buffer('levels', levels)
+        self.register_buffer('levels', levels)  # the 16 values of a 4-bit code, before scaling
 
     def state(self, dtype):
         """Return the QuantState that bitsandbytes needs to unpack the weights to dtype."""

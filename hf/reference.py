@@ -28,8 +28,7 @@ def use_cache(run, build, make_sharded, every_row):
     n = len(run.train)
     all_rows = train_rows = slice(None)
     if not every_row:
-        # the first epoch is enough: later ones visit no other rows
-        total = min(n, config.n_examples or n)
+        total = min(n, config.n_examples or n)  # the first epoch is enough: later ones visit no other rows
         first_epoch = steps(n, config.batch_size, total, config.seed)
         train_rows = np.unique(np.concatenate([rows for _, rows in first_epoch]))
     for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
@@ -86,12 +85,10 @@ def _key(model, examples, dtype):
 @torch.no_grad()
 def _compute(run, model, examples):
     """Return the log-probs of all answers under a sharded model: (examples, answers of each), float32, the same on every rank."""
-    # spans has a column for the prompt and one per answer
-    n_answers = examples.spans.shape[1] - 1
+    n_answers = examples.spans.shape[1] - 1  # spans has a column for the prompt and one per answer
     result = np.zeros((len(examples), n_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    # 512 examples at a time
-    for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):
+    for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):  # 512 examples at a time
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger
         step = run.make_step(examples, rows, max_tokens=4 * run.max_tokens)
         # response_logps returns (1, answers of the batch), in the order of its examples

@@ -44,8 +44,7 @@ def check_trained(model, optimizer):
     """Raise UserError if an optimizer trains a parameter that the model lacks, or bfloat16 weights beside float32 ones."""
     model.reshard()
     trained = {p for group in optimizer.param_groups for p in group['params']}
-    # nothing would average or save it
-    if trained - set(model.parameters()):
+    if trained - set(model.parameters()):  # nothing would average or save it
         advice = 'let the function that load_policy() takes add it to the model'
         raise UserError(f'the optimizer trains a parameter that the policy does not have: {advice}')
     # weights that were frozen when the model was loaded are bfloat16, too coarse to train

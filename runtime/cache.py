@@ -16,8 +16,7 @@ from configurator import UserError
 def path_of(kind, key):
     """Return the path of a cache file. key: a hash of all that its contents depend on. UserError without a home."""
     folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
-    # a process without a home, as in some containers
-    if folder.startswith('~'):
+    if folder.startswith('~'):  # a process without a home, as in some containers
         raise UserError('there is no home folder to keep tokens in: set NANOPREF_CACHE to a folder')
     return Path(folder) / f'{kind}-{key[:32]}.safetensors'
 
@@ -29,8 +28,7 @@ def read(file):
         with safe_open(file, 'pt') as content:
             arrays = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118
             extra, checksum = json.loads(content.metadata()['extra'])
-        # a bit may have flipped on the disk
-        if checksum == _checksum(file, arrays, extra):
+        if checksum == _checksum(file, arrays, extra):  # a bit may have flipped on the disk
             return arrays, extra
     return None
 

@@ -40,8 +40,7 @@ def identify(config, hash_models, train, held_out):
             ranks_differ = f'rank {other_rank} has read other data than rank {dist.get_rank()}'
             raise UserError(f'{ranks_differ}: all hosts must see the same files')
     options = Config({name: value for name, value in config.items() if name not in NEUTRAL})
-    # check_same() wants to know which options are defaults
-    options.origin = config.origin
+    options.origin = config.origin  # check_same() wants to know which options are defaults
     return {'script': Path(sys.argv[0]).name, 'options': options, 'contents': from_rank_0(hash_models) | data_hashes}
 
 
@@ -114,8 +113,7 @@ def wait():
     """Wait for the pending checkpoint, if any. Raises UserError on all ranks if it failed on any. Collective."""
     global _pending
     pending = _pending
-    # reset first, so that the error is raised only once
-    _pending = None
+    _pending = None  # reset first, so that the error is raised only once
     if pending:
         # result() waits, and raises the error of _write(), which on_ranks() then raises on the other ranks, too
         on_ranks(True, pending.result)
@@ -130,8 +128,7 @@ def _write(folder, copies, shapes, state_text, keep_last, group):
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(copies, storage_writer=writer, process_group=group)
-        # free the copies, as large as the model, before rank 0 spends seconds on hashing
-        copies.clear()
+        copies.clear()  # free the copies, as large as the model, before rank 0 spends seconds on hashing
         if is_first_rank:
             _complete(temporary, folder, shapes, state_text)
             _delete_old(folder, keep_last)
@@ -168,8 +165,7 @@ def _delete_old(folder, keep_last):
     # those of more examples (their names have as many digits) do not count: the run has resumed from before them, so they are damaged
     newest_first = [path for path in _folders(folder.parent.parent) if path.name <= folder.name]
     for old in newest_first[keep_last:]:
-        # best effort: a symlink cannot be removed this way
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # best effort: a symlink cannot be removed this way
 
 
 def _manifest_of(folder):
@@ -184,8 +180,7 @@ def _folders(out_dir):
     """Return the checkpoint folders in out_dir, newest first."""
     entries = Path(out_dir, 'checkpoints').glob('*')
     folders = [entry for entry in entries if NUMBER.fullmatch(entry.name) and entry.is_dir()]
-    # zero-padded names sort as numbers
-    return sorted(folders, reverse=True)
+    return sorted(folders, reverse=True)  # zero-padded names sort as numbers
 
 
 def _damage(folder):

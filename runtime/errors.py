@@ -35,10 +35,8 @@ def report(kind, error, trace):
         sys.__stderr__.write(f'error: {printable(str(error))}\n')
         sys.__stderr__.flush()
     else:
-        # torchrun stops all ranks as soon as one has ended: let rank 0 print first
-        time.sleep(2)
-    # not sys.exit: threads of the process group can abort a normal exit and change the exit code
-    os._exit(2)
+        time.sleep(2)  # torchrun stops all ranks as soon as one has ended: let rank 0 print first
+    os._exit(2)  # not sys.exit: threads of the process group can abort a normal exit and change the exit code
 
 
 def _of_circumstances(error):
@@ -52,8 +50,7 @@ def _of_circumstances(error):
     # words of gloo and NCCL when another rank has ended
     of_another_rank = re.search('by peer|Broken pipe|remote process exited', str(error))
     if of_another_rank and isinstance(error, RuntimeError) and os.environ.get('WORLD_SIZE', '1') != '1':
-        # let that rank print its own error first
-        time.sleep(2)
+        time.sleep(2)  # let that rank print its own error first
         reason, _, _ = str(error).partition('\n')
         way_out = 'what it printed, or the report of torchrun, says why; if none does, it is the network'
         return UserError(f'another rank has ended: {way_out} ({reason[:300]})')

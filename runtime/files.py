@@ -49,13 +49,10 @@ def lock(folder):
     unlock()
     with writing(f'to {folder}'):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # closing this file releases the lock
-        _lock = open(f'{folder}/.lock', 'a')
-    # retry for two seconds: a killed process may take a moment to exit
-    for _attempt in range(10):
+        _lock = open(f'{folder}/.lock', 'a')  # closing this file releases the lock
+    for _attempt in range(10):  # retry for two seconds: a killed process may take a moment to exit
         try:
-            # LOCK_NB: raise BlockingIOError instead of waiting
-            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # LOCK_NB: raise BlockingIOError instead of waiting
             return
         except BlockingIOError:
             time.sleep(0.2)
@@ -77,8 +74,7 @@ def append(path, text):
     """Append text, rows that end in a line break, to a file. If that fails (a full disk), warn, and keep them for the next call."""
     path = Path(path)
     with _append_lock:
-        # rows that earlier calls could not write come first
-        waiting = _kept.pop(path, b'')
+        waiting = _kept.pop(path, b'')  # rows that earlier calls could not write come first
         rest = waiting + text.encode()
         try:
             # unbuffered: write() returns the number of bytes written, possibly fewer than given on a full disk
@@ -88,8 +84,7 @@ def append(path, text):
                     rest = rest[written:]
         except OSError as error:
             _kept[path] = rest
-            # if rows were waiting before, the user has been warned
-            if not waiting:
+            if not waiting:  # if rows were waiting before, the user has been warned
                 say(f'warning: cannot write {path}: {error.strerror}: its rows are kept in memory until there is room')
 
 
@@ -114,8 +109,7 @@ def cut_rows(path, keep):
             if keep(json.loads(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            # a killed run may leave an incomplete last line: drop it
-            if number < len(lines):
+            if number < len(lines):  # a killed run may leave an incomplete last line: drop it
                 raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
     replace_text(path, ''.join(line + '\n' for line in kept))
 
@@ -150,8 +144,7 @@ def clear_path(path):
     """Make way for a new folder at path: delete an old folder; rename a file or symlink, which is not ours. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    # lexists: includes broken symlinks
-    elif os.path.lexists(path):
+    elif os.path.lexists(path):  # lexists: includes broken symlinks
         aside = path.with_name(f'{path.name}.aside{time.time_ns()}')
         path.rename(aside)
         say(f'note: {path} was there, and is not of this run: it is {aside.name} now')

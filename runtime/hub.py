@@ -46,8 +46,7 @@ def _may_be_hub_id(name):
 
 def check_exists(name):
     """Raise UserError if a model name is neither a local folder nor a hub id; offline, it must be in the hub cache."""
-    # an archive of other code, such as policy.pt
-    if os.path.isfile(name):
+    if os.path.isfile(name):  # an archive of other code, such as policy.pt
         raise UserError(f'{name!r} is a file: a model is a folder with config.json, tokenizer and .safetensors files')
     if Path(name, 'manifest.json').exists() and Path(name, 'state.json').exists():
         problem = 'is a checkpoint, from which its own run goes on (docs/runs.md makes a model of it)'
@@ -118,8 +117,7 @@ def refusal(error, address):
         return f'its owner gives it to those who ask: ask at {constants.ENDPOINT}/{address}, and {sign_in}'
     if isinstance(error, errors.RepositoryNotFoundError):
         return f'there is none, or it is private: correct the name, or {sign_in}'
-    # an invalid name, an overloaded server, a full disk, ...
-    return first_line(error.__cause__ or error)
+    return first_line(error.__cause__ or error)  # an invalid name, an overloaded server, a full disk, ...
 
 
 def folder_of(name):
@@ -137,10 +135,8 @@ def file_of(name, file):
     if not os.path.exists(name):
         if not _may_be_hub_id(name):
             return None
-        # called for what it does: if the hub does not answer, only the cache counts from now on
-        reachable()
-    # have cached_file return None for these, too
-    quiet = ('gated_repo', 'missing_entries', 'connection_errors')
+        reachable()  # called for what it does: if the hub does not answer, only the cache counts from now on
+    quiet = ('gated_repo', 'missing_entries', 'connection_errors')  # have cached_file return None for these, too
     options = {f'_raise_exceptions_for_{kind}': False for kind in quiet}
     # OSError: an invalid hub id, which whoever reads its config reports
     with contextlib.suppress(OSError):

@@ -18,8 +18,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
         n = columns['n']
         metrics[f'rewards/{side}'] = columns['reward'].mean()
         metrics[f'length/{side}'] = n.mean()
-        # reward models have no log-probs
-        if 'pi' in columns:
+        if 'pi' in columns:  # reward models have no log-probs
             metrics[f'logps/{side}'] = columns['pi'].mean()
         # estimates of KL(reference || policy), as if the answers were samples of the reference
         if 'ref' in columns:

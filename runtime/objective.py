@@ -53,8 +53,7 @@ def _check_parameters(name, fn, options, may_add):
     """Raise UserError if fn, of the loss `name`, takes options or columns that do not exist. may_add: a statistic adds columns."""
     for p in inspect.signature(fn).parameters.values():
         has_default = p.default is not p.empty
-        # in a signature, options stand after a *, columns before it
-        is_option = p.kind is p.KEYWORD_ONLY
+        is_option = p.kind is p.KEYWORD_ONLY  # in a signature, options stand after a *, columns before it
         if is_option and has_default and p.name in options:
             raise UserError(f'the loss {name} has a default for {p.name!r}, as has dpo.py: set the option instead')
         if is_option and not has_default and p.name not in options:
@@ -80,8 +79,7 @@ class Objective(NamedTuple):
 
     def call(self, fn, columns):
         """Call fn, a function of losses.py, with the options, columns and log-ratios (ratio_w = pi_w - ref_w) that it asks for."""
-        # a column overrides the option of its name, such as beta of beta_dpo
-        known = {**self.options, **columns}
+        known = {**self.options, **columns}  # a column overrides the option of its name, such as beta of beta_dpo
         for name, log_probs in columns.items():
             if name.startswith('pi'):
                 # without a reference the log-ratio is the policy's log-prob
@@ -217,15 +215,13 @@ def try_out(objective):
     fn = objective.fn
     try:
         columns, ratios = _made_up(objective)
-        # columns override options of the same name
-        known = objective.options | columns
+        known = objective.options | columns  # columns override options of the same name
         losses = call(fn, known)
         alone = []  # the same, of one example at a time
         for i in range(len(MARGINS)):
             example = {key: x[i : i + 1].detach() for key, x in columns.items()}
             alone.append(call(fn, known | example))
-    # a mistake in somebody's formula may raise anything
-    except Exception as error:
+    except Exception as error:  # a mistake in somebody's formula may raise anything
         raise UserError(f'the loss {name} fails: {type(error).__name__}: {first_line(error)}') from None
     is_column = isinstance(losses, torch.Tensor) and losses.shape == (len(MARGINS),)
     if not is_column or alone[0].shape != (1,):

@@ -22,8 +22,7 @@ def prefetch(iterator):
             raise errors.explained(error, 'the next batches do not fit beside this one; lower max_tokens') from None
         if item is end:
             return
-        # start the next item before the caller uses this one
-        futures.append(thread.submit(next, iterator, end))
+        futures.append(thread.submit(next, iterator, end))  # start the next item before the caller uses this one
         yield item
 
 

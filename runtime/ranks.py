@@ -47,8 +47,7 @@ def setup(tp=1, options=()):
 
 def _meeting_place():
     """Return (store by which the processes of a group find one another, rank, number of processes)."""
-    # without torchrun
-    if 'RANK' not in os.environ:
+    if 'RANK' not in os.environ:  # without torchrun
         return dist.HashStore(), 0, 1
     missing = [name for name in ('WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if missing:
@@ -67,8 +66,7 @@ def _meeting_place():
 
 def _own_device():
     """Return this process's device: a GPU, made current (UserError if there are too few), or the CPU, whose cores processes divide."""
-    # of this process on its own machine, as torchrun says
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))  # of this process on its own machine, as torchrun says
     local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if not torch.cuda.is_available():
         if 'OMP_NUM_THREADS' not in os.environ:
@@ -104,8 +102,7 @@ def tp_size():
 
 def leave(code=0):
     """Exit this process at once. A normal exit can crash: gloo's threads still use the interpreter while it shuts down."""
-    # no rank may exit while another one still sends
-    dist.barrier()
+    dist.barrier()  # no rank may exit while another one still sends
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

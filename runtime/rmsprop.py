@@ -19,8 +19,7 @@ class RMSprop(torch.optim.RMSprop):
             if not params or not params[0].is_cuda:
                 super().step()
                 return
-            # only checkpoints need this count of steps
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1)  # only checkpoints need this count of steps
             # this rank's shards of FSDP tensors
             shards = [[local(x) for x in tensors] for tensors in (params, grads, squares)]
             options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}

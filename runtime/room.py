@@ -39,8 +39,7 @@ def check_room(run, frozen_models=()):
     """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
     frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
-    # ppo.py's value head and critic are in checkpoints only
-    not_exported = {'critic', 'value_head'}
+    not_exported = {'critic', 'value_head'}  # ppo.py's value head and critic are in checkpoints only
     exported = [p for name, p in run.policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
     bytes_each = 4 if run.config['save_dtype'] == 'float32' else 2
     # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
@@ -79,8 +78,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
     if every == 'auto':
         n_saves = total  # as many as there can be
     elif every:
-        # - 1: at the end of the run the model is written, and no checkpoint
-        n_saves = (total - 1) // every
+        n_saves = (total - 1) // every  # - 1: at the end of the run the model is written, and no checkpoint
     n_present = len([entry for entry in Path(out_dir).glob('checkpoints/*') if entry.name.isdigit()])
     # + 1: an old checkpoint is deleted only after the new one is complete
     n_at_once = min(config['keep_last'] + 1, n_saves)
@@ -107,8 +105,7 @@ def _check_memory(run, frozen):
     available = machine_memory()
     parts = ', '.join(f'{name} {_size(number)}' for name, number in needs.items())
     if is_step:
-        # 'gradients' are those beyond the activations
-        parts = parts.replace('gradients', 'more gradients')
+        parts = parts.replace('gradients', 'more gradients')  # 'gradients' are those beyond the activations
         parts = parts.replace('activations', 'activations, then gradients in their place')
     choice = f'max_tokens={run.max_tokens} (auto): ' if run.config['max_tokens'] == 'auto' else ''
     sizes = f'takes about {_size(total)} ({parts}), of the {_size(available)} of this machine'
@@ -228,14 +225,12 @@ def choose_max_tokens(run, n_models):
     def bytes_to_come(max_tokens):
         tokens, is_step = _largest_batch(run, max_tokens)
         needs = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
-        # the policy's weights are in memory already
-        return sum(needs.values()) - needs['weights']
+        return sum(needs.values()) - needs['weights']  # the policy's weights are in memory already
 
     choice = max((budget for budget in BUDGETS if bytes_to_come(budget) <= usable), default=BUDGETS[0])
     # the minimum over the ranks is minus the maximum of the negative choices
     max_tokens = -ranks.largest([-choice])[0]
-    # on a CPU, check_room() prints the details
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # on a CPU, check_room() prints the details
         sizes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'
         say(f'memory: max_tokens={max_tokens} (auto): {sizes}')
     return max_tokens
@@ -245,8 +240,7 @@ def _largest_batch(run, max_tokens):
     """Return (the most tokens that a microbatch can have, whether such a microbatch is the rank's whole step)."""
     config = run.config
     lengths = _lengths(run)
-    # an example longer than max_tokens is a microbatch of its own
-    longest = int(lengths.max())
+    longest = int(lengths.max())  # an example longer than max_tokens is a microbatch of its own
     tokens = max(max_tokens, longest)
     # leave it at that in ppo.py, where a step has not batch_size examples, and with padding, where it takes more than its tokens
     if 'minibatch_size' in config or not run.packed:
@@ -271,8 +265,7 @@ def bytes_per_token(policy, forward, train, packed):
     batch = pack([train[median]], [0], pad=not packed, device=device)
     # block -> forward: with activation checkpointing, hf/lean.py has made that partial(checkpointed, the block's own forward)
     checkpointed = {m: m.forward for m in policy.modules() if getattr(m.forward, 'func', None) is lean.checkpointed}
-    # dropout must not advance the training RNG, on a GPU its own
-    devices = [device] if batch.ids.is_cuda else []
+    devices = [device] if batch.ids.is_cuda else []  # dropout must not advance the training RNG, on a GPU its own
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), sharded.unsharded(policy):
         kept = _kept_bytes(lambda: forward(batch))
         # then backward recomputes one block at a time: add what an average block keeps in a forward without checkpointing
