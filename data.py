@@ -191,29 +191,36 @@ def pack(examples, slots, *, share_prefix=True, pad=False, filler=2, device='cpu
     groups = examples
     if pad or not share_prefix:
         groups = [(prompt, [answer]) for prompt, answers in examples for answer in answers]
+    sizes = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]  # their tokens: [(2, (2, 1)), ...]
     arrays = _concatenate(groups)
-
     if pad:
-        # each group becomes a row: its prompt, its only answer, padding
-        lengths = np.array([len(prompt) + len(answer) for prompt, [answer] in groups])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        padded_ids = np.zeros(mask.shape, int)
-        padded_ids[mask] = arrays['ids']
-        padded_place = np.flatnonzero(mask)  # index of each token in the flattened rows
-        predict_at, last = padded_place[arrays['predict_at']], padded_place[arrays['last']]
-        del arrays['position']  # that of a padded token is its column
-        arrays |= {'ids': padded_ids, 'mask': mask, 'predict_at': predict_at, 'last': last}
+        arrays = _pad(arrays, lengths=[prompt + answer for prompt, (answer,) in sizes])
     else:
         arrays |= {'ids': arrays['ids'][None], 'position': arrays['position'][None]}  # one row
     tensors = {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
-    longest = max(len(answer) for _, answers in groups for answer in answers)
+    longest = max(answer for _, answers in sizes for answer in answers)
     batch = Batch(**tensors, slot=list(slots), real=torch.tensor(slots) >= 0, longest=longest)
+    # what packed_attention needs: without it, answers in a row would see one another
     if not pad:
-        batch.groups = [(len(prompt), tuple(map(len, answers))) for prompt, answers in groups]
-        batch.bundles = bundles_of(batch.groups)
+        batch.groups = sizes
+        batch.bundles = bundles_of(sizes)
         if torch.device(device).type == 'cuda':
-            batch.varlen = Varlen(batch.groups)
+            batch.varlen = Varlen(sizes)
     return move(batch, device)
+
+
+def _pad(arrays, lengths):
+    """Return the arrays of a padded Batch from those of a packed one: (A, T) tables with a row for each group, a prompt and its answer.
+
+    lengths: tokens of each group, (A,). A place in the packed row becomes one in the flattened table."""
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    ids = np.zeros(mask.shape, int)
+    ids[mask] = arrays['ids']
+    place = np.flatnonzero(mask)  # of each token of the packed row
+    padded = arrays | {'ids': ids, 'mask': mask, 'predict_at': place[arrays['predict_at']]}
+    padded['last'] = place[arrays['last']]
+    del padded['position']  # that of a padded token is its column
+    return padded
 
 
 def _concatenate(groups):

@@ -201,20 +201,26 @@ def make_round(first, rows):
         # in the columns, which are logged, scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
 
-    # 3. advantages, (tokens,)
+    # 3. advantages
+    metrics |= add_advantages(tokens, scores, answers['n'])
+    return rollout.Round(first, rows, examples, tokens, answers, metrics)
+
+
+def add_advantages(tokens, scores, n):
+    """Add 'advantage' and, for a critic, its 'target' to the token columns of a round, (tokens,) each. Return a metric of them.
+
+    scores, n: score and number of tokens of each answer, (answers,)."""
     if loss == 'grpo':
         groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
         of_answers = formulas.group_advantage(groups).view(-1)
-        tokens['advantage'] = of_answers.repeat_interleave(answers['n'])  # a token gets that of its answer
+        tokens['advantage'] = of_answers.repeat_interleave(n)  # a token gets that of its answer
         # groups with equal scores give no gradient
-        metrics['equal_groups/train'] = (groups.std(1) == 0).double().mean().item()
-    else:
-        tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, answers['n'])
-        # of value as a prediction of target: 1 is perfect, 0 as good as a constant
-        variance = tokens['target'].var(correction=0)
-        residual = (tokens['target'] - tokens['value']).var(correction=0)
-        metrics['explained_variance/train'] = (1 - residual / variance).item() if variance else 0.0
-    return rollout.Round(first, rows, examples, tokens, answers, metrics)
+        return {'equal_groups/train': (groups.std(1) == 0).double().mean().item()}
+    tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, n)
+    # of value as a prediction of target: 1 is perfect, 0 as good as a constant
+    variance = tokens['target'].var(correction=0)
+    residual = (tokens['target'] - tokens['value']).var(correction=0)
+    return {'explained_variance/train': (1 - residual / variance).item() if variance else 0.0}
 
 
 def token_losses(pi, value, columns):

@@ -79,24 +79,30 @@ def packed_attention(module, query, key, value, mask, scaling=None, sliding_wind
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)  # (q, k, v) of each piece
     outputs = []  # (1, n, H, D) each
     for bundle in packed.bundles:
-        # the first piece may be all, or else the prompt; each other one is an answer, which sees the prompt's keys and its own
-        prompt_q, prompt_k, prompt_v = next(pieces)
-        if bundle.is_one_piece:
-            mask = bundle.mask(sliding_window, query.device)
-            outputs.append(_attend(prompt_q, prompt_k, prompt_v, mask, scaling, softcap))
-            continue
-        for number in range(1, len(bundle.sizes)):
-            q, k, v = next(pieces)
-            # the prompt's queries are computed once, with those of the first answer
-            q = torch.cat((prompt_q, q), 2) if number == 1 else q
-            k = torch.cat((prompt_k, k), 2)
-            v = torch.cat((prompt_v, v), 2)
-            mask = _causal(q.shape[2], k.shape[2], sliding_window, q.device)
-            outputs.append(_attend(q, k, v, mask, scaling, softcap))
+        outputs += _attend_bundle(bundle, pieces, sliding_window, scaling, softcap)
     # selective activation checkpointing (hf/lean.py) gives modules this method: it does not keep the joined outputs for backward
     if hasattr(module, 'recomputed'):
         return module.recomputed(lambda *outputs: torch.cat(outputs, 1), *outputs), None
     return torch.cat(outputs, 1), None
+
+
+def _attend_bundle(bundle, pieces, window, scaling, softcap):
+    """Return the attention outputs of a Bundle, a list of (1, n, H, D). pieces: iterator over (q, k, v); takes those of the bundle."""
+    if bundle.is_one_piece:
+        q, k, v = next(pieces)
+        return [_attend(q, k, v, bundle.mask(window, q.device), scaling, softcap)]
+    # the first piece is the prompt; each other one is an answer, which sees the prompt's keys and its own
+    prompt_q, prompt_k, prompt_v = next(pieces)
+    outputs = []
+    for number in range(1, len(bundle.sizes)):
+        q, k, v = next(pieces)
+        # the prompt's queries are computed once, with those of the first answer
+        q = torch.cat((prompt_q, q), 2) if number == 1 else q
+        k = torch.cat((prompt_k, k), 2)
+        v = torch.cat((prompt_v, v), 2)
+        mask = _causal(q.shape[2], k.shape[2], window, q.device)
+        outputs.append(_attend(q, k, v, mask, scaling, softcap))
+    return outputs
 
 
 def _causal(n, m, window, device):

@@ -32,24 +32,28 @@ def use_cache(run, build, make_sharded, every_row):
         first_epoch = steps(n, config.batch_size, total, config.seed)
         train_rows = np.unique(np.concatenate([rows for _, rows in first_epoch]))
     for examples, rows in ((run.train, train_rows), (run.held_out, all_rows)):
-        if not len(examples):
-            continue
-        used = examples.select(rows)
-        # rank 0 hashes the reference and reads the file; all ranks get the result
-        file, logps = ranks.from_rank_0(partial(_look_up, build, used, config.dtype))
-        if logps is None:
-            logps = _compute(run, make_sharded(), used)
-            # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
-            gc.collect()
-            # the run goes on without a file
-            if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):
-                say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
-        else:
-            say(f'reference log-probs of {counted(len(used), "examples")}: read from {file}')
-        examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
-        examples.ref[rows] = logps
+        if len(examples):
+            logps = _read_or_compute(run, build, make_sharded, examples.select(rows))
+            examples.ref = np.full((len(examples), logps.shape[1]), np.nan, np.float32)
+            examples.ref[rows] = logps
     if config.sample_during_eval:
         say("note: with --cache_ref the reference is not there to be sampled: samples are the policy's, without kl")
+
+
+def _read_or_compute(run, build, make_sharded, examples):
+    """Return the reference's log-probs of all answers of examples, (examples, answers of each). Arguments as for use_cache."""
+    # rank 0 hashes the reference and reads the file; all ranks get the result
+    file, logps = ranks.from_rank_0(partial(_look_up, build, examples, run.config.dtype))
+    if logps is not None:
+        say(f'reference log-probs of {counted(len(examples), "examples")}: read from {file}')
+        return logps
+    logps = _compute(run, make_sharded(), examples)
+    # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
+    gc.collect()
+    # the run goes on without a file
+    if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):
+        say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
+    return logps
 
 
 def _look_up(build, examples, dtype):

@@ -234,25 +234,29 @@ def latest(out_dir, run=None):
     return from_rank_0(look_on_disk)
 
 
-def load(folder, model, optimizer):
-    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. UserError if its tensors differ. Collective.
-
-    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
-    model.reshard()
-    # an optimizer makes its state tensors in its first step, whose change of the weights is overwritten below
+def _make_state(model, optimizer, saved):
+    """Let an optimizer make the state tensors that are in a checkpoint with these names of tensors. Changes the weights, too."""
+    # it makes them in its first step
     for group in optimizer.param_groups:
         for p in group['params']:
             p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-
-    reader = HuggingFaceStorageReader(str(folder))
-    saved_shapes = _saved_shapes(reader)
     # now all parameters have state, but layers that never run had none when they were saved: drop theirs
-    with_state = {name.rpartition('.')[0] for name in saved_shapes}  # optimizer.NAME.exp_avg -> optimizer.NAME
+    with_state = {name.rpartition('.')[0] for name in saved}  # optimizer.NAME.exp_avg -> optimizer.NAME
     for name, parameter in model.named_parameters():
         if f'optimizer.{name}' not in with_state:
             optimizer.state.pop(parameter, None)
+
+
+def load(folder, model, optimizer):
+    """Load a checkpoint into model and optimizer, and restore this rank's RNG state. UserError if its tensors differ. Collective.
+
+    Returns the state passed to save(), plus 'examples', minus 'run'. With another number of ranks, RNG states stay as they are."""
+    model.reshard()
+    reader = HuggingFaceStorageReader(str(folder))
+    saved_shapes = _saved_shapes(reader)
+    _make_state(model, optimizer, saved_shapes)
     tensors = _live_tensors(model, optimizer)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if saved_shapes != shapes:
