@@ -142,8 +142,7 @@ def measure(batch, as_pairs=paired):
         columns['ref'] = ref_logps
     if not as_pairs:
         return columns
-    # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
-    of_pairs = {}
+    of_pairs = {}  # answers alternate, in the order of Examples: chosen, rejected, chosen, rejected, ...
     for name, values in columns.items():
         of_pairs[f'{name}_w'] = values[0::2]
         of_pairs[f'{name}_l'] = values[1::2]

@@ -195,8 +195,7 @@ def average_gradients(model):
     # gathered weights have no gradients: free them, and model.parameters() are this rank's shards, which have
     model.reshard()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    # sharded, not replicas: FSDP has averaged them in backward
-    if model.shard_mode != 'none':
+    if model.shard_mode != 'none':  # sharded, not replicas: FSDP has averaged them in backward
         return grads
     if dist.get_world_size() > 1:
         # one flat bucket, for a single all-reduce

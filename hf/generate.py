@@ -252,8 +252,7 @@ def _stopping_criteria(inner, stop, max_new_tokens, n_sampled, enough):
     n_left = max_new_tokens - torch.tensor(n_sampled, device=inner.device)
     step_numbers = itertools.count(1)
 
-    # called after every step; returns (rows,) bool
-    def has_ended(ids, scores, **unused):
+    def has_ended(ids, scores, **unused):  # called after every step; returns (rows,) bool
         step = next(step_numbers)
         # an ended row goes on with its padding, a stop token
         ended = torch.isin(ids[:, -1], stop) | (n_left <= step)

@@ -140,8 +140,7 @@ def load_reward(name, tokenizer, *, new_head=False, adapters=None, **options):
 
 def _check_classifier(name, config, tokenizer):
     """Raise UserError unless the config of a sequence classifier is that of a reward model."""
-    # a config without architectures may lack num_labels, too
-    if config.architectures and config.num_labels != 1:
+    if config.architectures and config.num_labels != 1:  # a config without architectures may lack num_labels, too
         raise UserError(f'{name!r} has {config.num_labels} outputs; a reward model has one')
     # transformers reads the score at the last token that is not the pad token: here, not at the end of text
     if config.get_text_config().pad_token_id == tokenizer.eos_token_id:

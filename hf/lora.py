@@ -29,8 +29,7 @@ FROZEN_COPY = 'reference'  # PEFT's name of the frozen copy; the trained adapter
 CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
 BASE_HASH_FILE = 'base_model.sha256'
-# supported values of options in adapter_config.json; a missing option counts as None
-ALLOWED_VALUES = {
+ALLOWED_VALUES = {  # supported values of options in adapter_config.json; a missing option counts as None
     'peft_type': ('LORA',),
     'task_type': (None, 'CAUSAL_LM', 'SEQ_CLS'),
     'init_lora_weights': (None, True, False, 'gaussian'),
@@ -55,8 +54,7 @@ class SavedAdapter(NamedTuple):
     is_reward: bool  # trained on a reward model, not on a language model
 
 
-# cache of find_adapter: the export at the end of a run asks again, and the folder may be gone by then
-_found = {}
+_found = {}  # cache of find_adapter: the export at the end of a run asks again, and the folder may be gone by then
 
 
 def find_adapter(name):

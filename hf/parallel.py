@@ -68,8 +68,7 @@ def tensor_parallel(model, mesh, n_meshes):
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-    # style in transformers' plan -> torch's ParallelStyle
-    styles = {
+    styles = {  # style in transformers' plan -> torch's ParallelStyle
         'colwise': ColwiseParallel(),
         'rowwise': RowwiseParallel(),
         'colwise_gather_output': ColwiseParallel(output_layouts=Replicate()),

@@ -46,8 +46,7 @@ def can_pack(model, examples, device, wanted=True):
             return True
     # our own head may miss something, such as a logit scale under a new key of the model's config
     max_error, message = deviation(model, ours=padded, theirs=padded)
-    # NaN, from broken weights, is not larger: the first step will say so
-    if max_error > _tolerance(model):
+    if max_error > _tolerance(model):  # NaN, from broken weights, is not larger: the first step will say so
         raise UserError(f'the head of {_name(model)} does something that nanopref does not know: {message}')
     if wanted:
         say(f'note: this architecture cannot be packed ({reason}): batches are padded instead')

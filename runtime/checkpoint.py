@@ -76,8 +76,7 @@ def save(out_dir, seen, model, optimizer, state, keep_last):
     wait()
     folder = Path(out_dir) / 'checkpoints' / f'{seen:010d}'
 
-    # delete the N.tmp folders of checkpoints that were interrupted
-    def remove_unfinished():
+    def remove_unfinished():  # delete the N.tmp folders of checkpoints that were interrupted
         with writing(folder):
             for unfinished in list(folder.parent.glob('*.tmp')):
                 if NUMBER.fullmatch(unfinished.stem):

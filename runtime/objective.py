@@ -125,8 +125,7 @@ def objective_of(config, losses, statistics):
     needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
     is_mixed = 'ratio_kl' in asks_for
     objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_mixed)
-    # raises UserError if the loss fails; check_loss.py prints what it returns
-    try_out(objective)
+    try_out(objective)  # raises UserError if the loss fails; check_loss.py prints what it returns
     _check_options(config, objective)
     return objective._replace(is_per_token=_is_per_token(objective))
 

@@ -287,12 +287,10 @@ def _kept_bytes(function):
         tensors = [sharded.local(value) for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
         return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
 
-    # torch calls this in place of every tensor operation
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # torch calls this in place of every tensor operation
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             out = operation(*args, **(kwargs or {}))
-            # views and in-place results share the storage of an argument
-            old = storages((args, kwargs))
+            old = storages((args, kwargs))  # views and in-place results share the storage of an argument
             for address, storage in storages(out).items():
                 if address not in old:
                     created[address] = StorageWeakRef(storage), storage.nbytes()
