@@ -74,8 +74,7 @@ def sample_held_out(run, models, examples, seen, measure=None, n_written=None, *
             row = {'examples': seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
             row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
             row['tokens'] = len(answer)
-            for column, values in measured.get(name, {}).items():
-                row[column] = round(values[i].item(), 6)
+            row |= {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
             lines.append(json.dumps(row) + '\n')
     ranks.on_rank_0(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
     return measured

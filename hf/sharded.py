@@ -83,6 +83,6 @@ def unsharded(model):
         reshard(model)
 
 
-def local(tensor):
+def local_shard(tensor):
     """Return this rank's shard of a DTensor. A plain tensor is returned as it is."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf.sharded import local
+from hf.sharded import local_shard
 
 
 class RMSprop(torch.optim.RMSprop):
@@ -21,7 +21,7 @@ class RMSprop(torch.optim.RMSprop):
                 return
             torch._foreach_add_(steps, 1)  # only checkpoints need this count of steps
             # this rank's shards of FSDP tensors
-            shards = [[local(x) for x in tensors] for tensors in (params, grads, squares)]
+            shards = [[local_shard(x) for x in tensors] for tensors in (params, grads, squares)]
             options = {name: group[name] for name in ('lr', 'alpha', 'eps', 'weight_decay')}
             rmsprop_(*shards, **options)
 

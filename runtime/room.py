@@ -284,7 +284,7 @@ def _kept_bytes(function):
 
     # the storages (the memory) behind all tensors in nested values, by address; of a DTensor the local part
     def storages(values):
-        tensors = [sharded.local(value) for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+        tensors = [sharded.local_shard(value) for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
         return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
 
     class Watch(TorchDispatchMode):  # torch calls this in place of every tensor operation
