@@ -39,14 +39,7 @@ def check_room(run, frozen_models=()):
     """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
     frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
-    not_exported = {'critic', 'value_head'}  # ppo.py's value head and critic are in checkpoints only
-    exported = [p for name, p in run.policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
-    bytes_each = 4 if run.config['save_dtype'] == 'float32' else 2
-    # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
-    model_bytes = bytes_each * (_count(exported) + count_4bit_weights(run.policy))
-    # a checkpoint has the trained weights and their optimizer state, in float32
-    numbers_each = 1 + MOMENTS.get(run.config['optimizer'], 2)
-    checkpoint_bytes = 4 * numbers_each * _count(run.policy.parameters(), only_trained=True)
+    model_bytes, checkpoint_bytes = _bytes_on_disk(run.policy, run.config)
     checkpoints_fit = ranks.from_rank_0(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
     if not torch.cuda.is_available():
@@ -58,6 +51,18 @@ def check_room(run, frozen_models=()):
         limit = f'max_tokens={run.max_tokens} (the longest: {too_long.max()})'
         say(f'note: longer than {limit}: {counted(len(too_long), "examples")}, each in a microbatch of its own')
     return checkpoints_fit
+
+
+def _bytes_on_disk(policy, config):
+    """Return (bytes of the exported model, bytes of a checkpoint)."""
+    not_exported = {'critic', 'value_head'}  # ppo.py's value head and critic are in checkpoints only
+    exported = [p for name, p in policy.named_parameters() if not_exported.isdisjoint(name.split('.'))]
+    bytes_each = 4 if config['save_dtype'] == 'float32' else 2
+    # 4-bit weights are exported unpacked; they are buffers, which parameters() lacks
+    model_bytes = bytes_each * (_count(exported) + count_4bit_weights(policy))
+    # a checkpoint has the trained weights and their optimizer state, in float32
+    numbers_each = 1 + MOMENTS.get(config['optimizer'], 2)
+    return model_bytes, 4 * numbers_each * _count(policy.parameters(), only_trained=True)
 
 
 def _count(parameters, only_trained=False):
