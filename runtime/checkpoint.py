@@ -25,8 +25,7 @@ from runtime.ranks import PATIENCE, from_rank_0, gather_objects, on_rank_0, on_r
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
 _writer = ThreadPoolExecutor(1)
 _pending = None  # future of _write() for the checkpoint being written
-# the writer thread's collectives must not interleave with those of training: it has a process group of its own, which is made once
-# for each default group, dist.group.WORLD
+# process group of the writer thread, whose collectives must not interleave with those of training: one for each dist.group.WORLD
 _writer_group = functools.cache(lambda default_group: dist.new_group(backend='gloo', timeout=PATIENCE))
 
 

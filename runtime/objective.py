@@ -113,7 +113,17 @@ def objective_of(config, losses, statistics):
     uses |= {'importance': has_ratio and paired, 'importance_max': has_ratio and paired}
     # a divergence is one from the reference, so a loss that has one cannot go without reference
     uses['reference_free'] = has_ratio and not has_divergence
-    # options left open (None) get the loss's default, and terms that it cannot have are off
+    options = _options_for(name, config, uses)
+    needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
+    is_mixed = 'ratio_kl' in asks_for
+    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_mixed)
+    try_out(objective)  # raises UserError if the loss fails; check_loss.py prints what it returns
+    _check_options(config, objective)
+    return objective._replace(is_per_token=_is_per_token(objective))
+
+
+def _options_for(name, config, uses):
+    """Return a run's options, with a loss's defaults for those left open (None), and with the terms off that the loss cannot have."""
     options = dict(config)
     options['importance'] = config.importance and uses['importance']
     options['sft_coef'] = config.sft_coef if uses['sft_coef'] else 0.0
@@ -121,13 +131,7 @@ def objective_of(config, losses, statistics):
         options['label_smoothing'] = 0.1 if name in ('cdpo', 'robust', 'exo') else 0.0
     if config.beta_prime is None and name == 'drdpo':
         options['beta_prime'] = 1.0
-
-    needs_ref = has_ratio and not (config.reference_free and uses['reference_free'])
-    is_mixed = 'ratio_kl' in asks_for
-    objective = Objective(name, fn, statistic, options, uses, paired, needs_ref, has_divergence, is_mixed)
-    try_out(objective)  # raises UserError if the loss fails; check_loss.py prints what it returns
-    _check_options(config, objective)
-    return objective._replace(is_per_token=_is_per_token(objective))
+    return options
 
 
 def _check_options(config, objective):

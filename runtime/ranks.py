@@ -14,9 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from configurator import UserError
 
-# how long ranks wait for one another. One may tokenise, hash or write alone for longer than torch's 10 or 30 minutes; torchrun
-# ends the others at once where one dies
-PATIENCE = timedelta(hours=12)
+# how long ranks wait for one another, of which one may tokenise, hash or write alone. Where one dies, torchrun ends the others
+PATIENCE = timedelta(hours=12)  # torch: 10 or 30 minutes
 _tp_size = 1  # tensor parallelism: number of neighbouring ranks that share the matrices of each block; set by setup
 
 
