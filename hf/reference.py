@@ -92,16 +92,16 @@ def _compute(run, model, examples):
     n_answers = examples.spans.shape[1] - 1  # spans has a column for the prompt and one per answer
     result = np.zeros((len(examples), n_answers), np.float32)
     bar = log.progress(len(examples), ' examples', 'reference')
-    for rows in np.split(np.arange(len(examples)), range(512, len(examples), 512)):  # 512 examples at a time
+    for start in range(0, len(examples), 512):
+        rows = np.arange(start, min(start + 512, len(examples)))
         # this rank's microbatches of them; this pass keeps no activations, so they can be larger
         step = run.make_step(examples, rows, max_tokens=4 * run.max_tokens)
         # response_logps returns (1, answers of the batch), in the order of its examples
         with adapters_off(model):
             tables = [model.response_logps(batch).view(-1, n_answers) for batch in step.batches]
-        # a column for the first answer of each example, one for the second ...; gather() puts those of all ranks together
-        columns = fsdp.gather([dict(enumerate(table.T)) for table in tables], step)
-        for number, column in columns.items():
-            result[rows, number] = column
+        by_batch = [dict(enumerate(table.T)) for table in tables]  # {0: of first answers, 1: of second ones}
+        columns = fsdp.gather(by_batch, step)  # of all ranks together
+        result[rows] = torch.stack([columns[number] for number in range(n_answers)], dim=1)
         bar.update(len(rows))
     bar.close()
     return result
