@@ -201,8 +201,7 @@ def make_round(first, rows):
         # in the columns, which are logged, scores are without the penalty
         scores = answers['score'] - missing_eos_penalty * ~answers['ended']
 
-    # 3. advantages
-    metrics |= add_advantages(tokens, scores, answers['n'])
+    metrics |= add_advantages(tokens, scores, answers['n'])  # 3. advantages
     return rollout.Round(first, rows, examples, tokens, answers, metrics)
 
 
@@ -365,5 +364,4 @@ for first_prompt, rows in steps(len(train), prompts_per_round, total // answers_
     run.finish_step(this_round)
 evaluate(total)
 
-# export the language model without its critic
-run.finish(build_policy, leave=__name__ == '__main__')
+run.finish(build_policy, leave=__name__ == '__main__')  # export the language model without its critic

@@ -106,8 +106,7 @@ def _write_folder(make_unsharded, tokenizer, folder, card, dtype):
             move_folder(temporary, folder)
             return str(written_dtype).removeprefix('torch.')
     except Exception as error:
-        # free the disk space for the next attempt
-        for path in (temporary, folder.with_name('adapter.tmp')):
+        for path in (temporary, folder.with_name('adapter.tmp')):  # free the disk space for the next attempt
             shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, UserError):
             raise

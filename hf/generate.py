@@ -70,14 +70,19 @@ def sample_held_out(run, models, examples, seen, measure=None, n_written=None, *
             pairs = [(prompt, [answer]) for prompt, answer in zip(prompts, answers, strict=True)]
             measured[name] = measure(Examples.of(pairs))
         stop = stop_tokens(model, tokenizer)
-        for i, answer in enumerate(answers[:n_written]):
-            row = {'examples': seen, 'generator': name, 'sample': i, 'prompt': tokenizer.decode(prompts[i])}
-            row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
-            row['tokens'] = len(answer)
-            row |= {column: round(values[i].item(), 6) for column, values in measured.get(name, {}).items()}
-            lines.append(json.dumps(row) + '\n')
+        for row in _rows_of(answers[:n_written], prompts, stop, tokenizer, measured.get(name, {})):
+            lines.append(json.dumps({'examples': seen, 'generator': name} | row) + '\n')
     ranks.on_rank_0(lambda: append(f'{run.config.out_dir}/samples.jsonl', ''.join(lines)))
     return measured
+
+
+def _rows_of(answers, prompts, stop, tokenizer, columns):
+    """Yield a row of samples.jsonl, a dict, for each answer (token ids). columns: more fields, name -> (answers,) tensor."""
+    for i, answer in enumerate(answers):
+        row = {'sample': i, 'prompt': tokenizer.decode(prompts[i])}
+        row['response'] = decode_answer(without_end(answer, stop), prompts[i], tokenizer)
+        row['tokens'] = len(answer)
+        yield row | {name: round(values[i].item(), 6) for name, values in columns.items()}
 
 
 class _Answer(NamedTuple):

@@ -271,8 +271,7 @@ def _check_files(name, config):
     files = list(hub.read_dict(name, index).get('weight_map', {}).values())
     if file_in_config:
         files.insert(0, file_in_config)
-    # reject paths, which could point outside the folder
-    for file in map(str, files):
+    for file in map(str, files):  # reject paths, which could point outside the folder
         if not re.fullmatch(r'[^/\\]+\.safetensors(\.index\.json)?', file):
             source = f'the index or config.json of {name!r} names {file[:100]!r}'
             raise UserError(f'{source}: weights must be .safetensors files in the same folder')

@@ -50,8 +50,7 @@ def _read_or_compute(run, build, make_sharded, examples):
     logps = _compute(run, make_sharded(), examples)
     # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
     gc.collect()
-    # the run goes on without a file
-    if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):
+    if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):  # the run goes on without a file
         say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
     return logps
 

@@ -224,8 +224,7 @@ def latest(out_dir, run=None):
             for problem in problems:
                 say(f'warning: the checkpoint {problem}: going back to {folder.name}')
             return folder
-        # do not silently start over
-        if problems:
+        if problems:  # do not silently start over
             raise UserError(f'no checkpoint is complete: {problems[0]}; mend one, or delete {out_dir} to start over')
         return None
 
@@ -234,8 +233,7 @@ def latest(out_dir, run=None):
 
 def _make_state(model, optimizer, saved):
     """Let an optimizer make the state tensors that are in a checkpoint with these names of tensors. Changes the weights, too."""
-    # it makes them in its first step
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # it makes them in its first step
         for p in group['params']:
             p.grad = torch.zeros_like(p)
     optimizer.step()

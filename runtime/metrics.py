@@ -14,8 +14,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
     tensor (examples,): reward, n (tokens), and if there are any, pi, ref (log-probs of policy and reference), div (divergence)."""
     metrics = {'loss': loss}
     for side, columns in {'chosen': chosen, 'rejected': rejected}.items():
-        # means over examples; *_per_token: means over all tokens
-        n = columns['n']
+        n = columns['n']  # means over examples; *_per_token: means over all tokens
         metrics[f'rewards/{side}'] = columns['reward'].mean()
         metrics[f'length/{side}'] = n.mean()
         if 'pi' in columns:  # reward models have no log-probs
