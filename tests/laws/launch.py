@@ -95,7 +95,7 @@ def steps(file, *command):
         digest = hashlib.sha256()
         for p in model.parameters():
             for tensor in (p, *optimizer.state[p].values()):
-                digest.update(sharded.local(tensor).detach().numpy().tobytes())
+                digest.update(sharded.local_shard(tensor).detach().numpy().tobytes())
         copies[:] = [digest.hexdigest()]
         return norm
 
