@@ -398,7 +398,7 @@ def test_faults_and_failures():
 
     write_samples(range(12))
     with serve(behave) as server:
-        run = flags(server, '--timeout=0.4', '--retries=1')
+        run = flags(server, '--timeout=1', '--retries=1')
         refused('4 verdicts missing .4 times: .*503 .ill., attempts: 2.*the same command', *run)
         report, rows = read('out')
         assert report['failed'] == 4 and len(verdicts()) == 20 and len(server.seen) == 48
