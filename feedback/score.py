@@ -259,14 +259,14 @@ def score_examples(model, tokenizer, examples, limit, left_out):
 
 
 def report(rows):
-    """Return a report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, accuracies by --by."""
+    """Return a report on rows of --out as lines: accuracy and margins of pairs, mean scores of single answers, both again by --by."""
     lines = []
     pairs = [row for row in rows if 'margin' in row]
     if pairs:
         margins = [row['margin'] for row in pairs]
         chosen = np.mean([row['chosen_score'] for row in pairs])
         rejected = np.mean([row['rejected_score'] for row in pairs])
-        _, accuracy_text = accuracy(pairs)
+        accuracy_text = accuracy(pairs)
         ties = margins.count(0)
         if ties:
             accuracy_text += f'; equal scores, which count as wrong: {ties:,}'
@@ -276,52 +276,55 @@ def report(rows):
     # single answers; unlabeled ones have no 'good'
     answers = [row for row in rows if 'score' in row]
     for label, name in ((True, 'good answers'), (False, 'bad answers'), (None, 'answers')):
-        values = [row['score'] for row in answers if row.get('good') is label]
-        if values:
-            lines.append(f'  scores     mean {np.mean(values):.4f} over {counted(len(values), name)}')
-    return lines + table(pairs)
+        of_label = [row for row in answers if row.get('good') is label]
+        if of_label:
+            lines.append(f'  scores     {mean_score(of_label, name)}')
+    return lines + table(pairs, accuracy) + table(answers, mean_score)
 
 
 def accuracy(pairs):
-    """Return (share of pairs with margin > 0, text with this, its 95% interval and counts) of rows of --out."""
+    """Return the share of pairs (rows of --out) with margin > 0, its 95% interval and counts, as a text."""
     is_right = [row['margin'] > 0 for row in pairs]
     prompts = [content_hash(row['prompt']) for row in pairs]
-    share = float(np.mean(is_right))
     # pairs with the same prompt are one cluster
     low, high = winrate.interval(is_right, clusters=prompts)
     n_prompts = len(set(prompts))
     counts = f'over {counted(n_prompts, "prompts")}), {sum(is_right):,} of {counted(len(is_right), "pairs")}'
-    return share, f'{share:.3f} (95% interval {low:.3f} to {high:.3f} {counts}'
+    return f'{np.mean(is_right):.3f} (95% interval {low:.3f} to {high:.3f} {counts}'
 
 
-def table(pairs):
-    """Return lines with the accuracy of the pairs of each value of the column --by; [] if no pair has that column."""
-    groups = {}  # value of the column -> pairs
-    for row in pairs:
+def mean_score(answers, name='answers'):
+    """Return the mean score of single answers (rows of --out), and how many these are, as a text. name: a plural noun for them."""
+    return f'mean {np.mean([row["score"] for row in answers]):.4f} over {counted(len(answers), name)}'
+
+
+def table(rows, summary):
+    """Return a line with summary(rows) for each value of the column --by, or RewardBench's table; [] if no row has that column."""
+    groups = {}  # value of the column -> rows
+    for row in rows:
         if by in row:
             groups.setdefault(str(row[by]), []).append(row)
-    accuracies = {value: accuracy(group) for value, group in sorted(groups.items())}
     subsets = {name for sizes in SECTIONS.values() for name in sizes}
-    if groups and groups.keys() <= subsets:
-        return reward_bench(accuracies)
-    return [f'  {value:24s} {text}' for value, (_, text) in accuracies.items()]
+    if groups and groups.keys() <= subsets and summary is accuracy:
+        return reward_bench(groups)
+    return [f'  {value:24s} {summary(group)}' for value, group in sorted(groups.items())]
 
 
-def reward_bench(accuracies):
-    """Return RewardBench's table as lines. accuracies: {subset: (accuracy, text about it)}."""
+def reward_bench(groups):
+    """Return RewardBench's table as lines. groups: {subset: its pairs, rows of --out}."""
     lines = []
     missing = []
     section_scores = []
     for section, sizes in SECTIONS.items():
-        present = [name for name in sizes if name in accuracies]
-        missing += sizes.keys() - accuracies.keys()
+        present = [name for name in sizes if name in groups]
+        missing += sizes.keys() - groups.keys()
         if present:
             # by RewardBench's rules, subsets are weighted by their published sizes, and all sections are equal
-            shares, texts = zip(*map(accuracies.get, present), strict=True)
+            shares = [np.mean([row['margin'] > 0 for row in groups[name]]) for name in present]
             score = np.average(shares, weights=[sizes[name] for name in present])
             section_scores.append(score)
             lines.append(f'  {section:24s} {score:.3f}')
-            lines += [f'    {name:22s} {text}' for name, text in zip(present, texts, strict=True)]
+            lines += [f'    {name:22s} {accuracy(groups[name])}' for name in present]
     total = np.mean(section_scores)
     lines.append(f'  {"RewardBench":24s} {total:.3f}, the mean of {len(section_scores)} of its 4 sections')
     if missing:

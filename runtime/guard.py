@@ -247,7 +247,7 @@ def finite(columns):
 
 
 def bad_step(run, first, rows, columns):
-    """Count a step of a training.Run whose loss or gradient is not finite, and say so. Collective.
+    """Count a step of a training.Run whose loss or gradient is not finite, or whose weight is 0, and say so. Collective.
 
     first: examples before it; rows (n,): indices in run.train; columns: name -> (n,). UserError if more than --skip_bad_steps."""
     import torch
@@ -255,8 +255,12 @@ def bad_step(run, first, rows, columns):
     # step_weight is NaN for all examples of a step if the loss of one is: it does not say which
     telling = columns.keys() - {'step_weight'}
     is_bad = torch.stack([~columns[name].isfinite() for name in telling]).any(0)  # (n,)
-    quantity = 'loss' if is_bad.any() else 'gradient'
-    # a gradient cannot be traced to single examples: record them all
+    quantity, state = 'gradient', 'not finite'
+    if is_bad.any():
+        quantity = 'loss'
+    elif 'step_weight' in columns and not columns['step_weight'].any():
+        quantity, state = 'weight', '0'
+    # neither a gradient nor a weight can be traced to single examples: record them all
     slots = is_bad.nonzero().flatten().tolist() or range(len(rows))
     file = Path(run.config.out_dir) / 'bad_step.jsonl'
     last = first + len(rows)
@@ -272,7 +276,7 @@ def bad_step(run, first, rows, columns):
     run.state['bad_steps'] += 1
     count = run.state['bad_steps']
     allowed = run.config.skip_bad_steps
-    sentence = f'the {quantity} of the step from {first} to {last} examples is not finite'
+    sentence = f'the {quantity} of the step from {first} to {last} examples is {state}'
     written = f'{file} has {len(slots)} of its examples'
     if count > allowed:
         advice = f'look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'

@@ -636,14 +636,14 @@ def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch
     assert [row['uid'] for row in bad] == train.uid[places].tolist() and all(row['loss'] == 'nan' for row in bad)
 
 
-def test_a_step_without_weight_is_bad(monkeypatch):
-    """Its gradient is 0 / 0: the update gets NaN for a scale, and changes nothing."""
-    monkeypatch.setattr(training.fsdp, 'update', lambda policy, optimizer, rate, scale, max_norm: scale)
-    monkeypatch.setattr(training.guard, 'bad_step', lambda *details: None)
-    config = Config({'batch_size': 2, 'lr': 1.0, 'max_grad_norm': 1.0})
-    run = MagicMock(config=config, n_steps=4, state={'warmup': 0}, world_size=1)
-    step, columns = SimpleNamespace(first=0, rows=np.arange(2), batches=[]), {'loss': torch.ones(2)}
-    assert [training.Run.update(run, step, columns, torch.tensor(weight)) for weight in (2.0, 0.0)] == [True, False]
+def test_a_step_without_weight_is_bad(tmp_path, monkeypatch, whole):
+    """Its gradient is 0 / 0: the update changes nothing, and the sentence names the weight."""
+    calls = itertools.count()  # of those with a gradient, the third
+    weigh = lambda loss, shift, *, beta_prime: torch.ones_like(loss) * (not loss.requires_grad or next(calls) != 2)
+    monkeypatch.setattr(losses, 'drdpo_weight', weigh)
+    with pytest.raises(UserError, match=r'the weight of the step from 24 to 36 examples is 0; .* has 12 of its examples'):
+        run(tmp_path / 'run', '--beta_prime=1')
+    assert {row['what'] for row in read_jsonl(tmp_path / 'run/bad_step.jsonl')} == {'weight'}
 
 
 def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, whole, capsys):

@@ -108,9 +108,14 @@ def test_what_is_printed():
     assert sum(map(len, score.SECTIONS.values())) == 23
     assert [sum(sizes.values()) for sizes in score.SECTIONS.values()] == [358, 456, 740, 1968]
 
+    # single answers, then their means by the column; a subset of RewardBench's is one like any other
     answers = [*({'score': x, 'good': good} for x, good in ((1.0, True), (3.0, True), (-1.0, False))), {'score': 9.0}]
     said = ['mean 2.0000 over 2 good answers', 'mean -1.0000 over 1 bad answer', 'mean 9.0000 over 1 answer']
     assert [line.split(maxsplit=1)[1] for line in score.report(answers)] == said
+    for name, answer in zip(('hep-go', 'hep-js', 'hep-go', 'hep-js'), answers, strict=True):
+        answer['subset'] = name
+    by_subset = [line.split(maxsplit=1) for line in score.report(answers)[3:]]
+    assert by_subset == [['hep-go', 'mean 0.0000 over 2 answers'], ['hep-js', 'mean 6.0000 over 2 answers']]
 
 
 @pytest.mark.parametrize('reward_model', [False], indirect=True)
