@@ -639,9 +639,14 @@ def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch
 def test_a_step_without_weight_is_bad(tmp_path, monkeypatch, whole):
     """Its gradient is 0 / 0: the update changes nothing, and the sentence names the weight."""
     calls = itertools.count()  # of those with a gradient, the third
-    weigh = lambda loss, shift, *, beta_prime: torch.ones_like(loss) * (not loss.requires_grad or next(calls) != 2)
+
+    def weigh(loss, shift, *, beta_prime):
+        return torch.ones_like(loss) * (not loss.requires_grad or next(calls) != 2)
+
     monkeypatch.setattr(losses, 'drdpo_weight', weigh)
-    with pytest.raises(UserError, match=r'the weight of the step from 24 to 36 examples is 0; .* has 12 of its examples'):
+    with pytest.raises(
+        UserError, match=r'the weight of the step from 24 to 36 examples is 0; .* has 12 of its examples'
+    ):
         run(tmp_path / 'run', '--beta_prime=1')
     assert {row['what'] for row in read_jsonl(tmp_path / 'run/bad_step.jsonl')} == {'weight'}
 

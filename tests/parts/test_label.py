@@ -121,6 +121,24 @@ def test_pairs():
         assert found[0]['outputs'] == [' r0', ' r0']
 
 
+def test_prompts_that_differ_in_their_system_message_alone():
+    """They are told apart: in one file, and in two that have them in other orders. model_outputs.json does not say which it has.
+    Where a file has one system message only, it is compared with any: it may be what is tried."""
+    rows = [{'prompt': [system(s), user('Why?')], 'response': f'{s}{k}', 'generator': 'm'} for s in 'ab' for k in '01']
+    found, _ = make_pairs(write_jsonl('ours.jsonl', rows))
+    assert [p['outputs'] for p in found] == [['a0', 'a1'], ['b0', 'b1']]
+    for theirs in (rows[::-1], rows[2:]):
+        found, left_out = make_pairs('ours.jsonl', write_jsonl('theirs.jsonl', theirs))
+        assert [{text[0] for text in p['outputs']} for p in found] == [{'a'}, {'a'}, {'b'}, {'b'}][4 - len(theirs) :]
+        assert left_out['answers without a counterpart'] == 4 - len(theirs)
+    plain = [{'instruction': text, 'output': 'x'} for text in ('Why?', 'How?')]
+    Path('outputs.json').write_text(json.dumps(plain))
+    with pytest.raises(UserError, match='no prompt of ours.jsonl has an answer in outputs.json'):
+        make_pairs('ours.jsonl', 'outputs.json')
+    found, _ = make_pairs(write_jsonl('one.jsonl', rows[:1]), 'outputs.json')
+    assert [p['outputs'] for p in found] == [['a0', 'x']]
+
+
 def test_samples_of_a_training_run():
     """Those of its last evaluation, the policy's first, wherever they stand. Of two files the first models."""
     Path('run').mkdir()
