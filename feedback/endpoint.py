@@ -13,7 +13,9 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from configurator import UserError
+from runtime.files import say
 from runtime.values import MIN_KEY_LENGTH
+from text.examples import counted
 
 # huggingface_hub depends on one of these two, which have the same interface
 try:
@@ -99,6 +101,8 @@ def ask(url, jobs, *, concurrency, timeout, retries=6, backoff=1.0, proven=False
     never_answered = failures > 0 and not endpoint.proven
     if failures >= max_failures or never_answered:
         advice = 'see that the server runs, and the address, the model and the other options, and HTTP_PROXY, or retry'
+        if ' answers HTTP 429 ' in last_error:
+            advice = 'it takes no more requests for now: lower --concurrency, or run the same command again later'
         raise UserError(f'requests failed, {failures} in a row; the last one: {last_error}: {advice}')
 
 
@@ -112,6 +116,7 @@ class _Endpoint:
         self.timeout = timeout
         self.retries = retries
         self.backoff = backoff
+        self.has_noted = False  # a request that is sent again was told
         self.not_before = 0.0  # the time.monotonic() from which on requests may be sent
         self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
         # HTTP headers take printable ASCII only
@@ -144,6 +149,10 @@ class _Endpoint:
             retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
                 return Reply(key, error=f'{failure}, attempts: {attempt + 1}')
+            # a long wait without a word would look as if all hung
+            if not self.has_noted:
+                say(f'note: {failure}: such requests are sent again, up to {counted(retries, "times")} each')
+            self.has_noted = True
             # the wait that the endpoint asked for holds for all jobs, the backoff for this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 from configurator import UserError, main_rank
 from runtime import guard
 from runtime.files import say
+from runtime.values import SECRETS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -298,8 +299,11 @@ class Workers:
         # start in the project folder, so that rl can be imported; _work changes to the current folder
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
         command += [self.part.file, self.part.function_or_model]
+        # what it runs need not see keys
+        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         # a new session shields the worker from Ctrl-C, and makes it a process group that ask() can kill
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, start_new_session=True)
+        options = {'pass_fds': [theirs.fileno()], 'cwd': ROOT, 'env': environment, 'start_new_session': True}
+        process = subprocess.Popen(command, **options)
         theirs.close()
         # wait for 'ready', so that loading does not count as call time; on EOFError the worker died, which ask() handles
         with contextlib.suppress(EOFError):

@@ -13,6 +13,7 @@ from experiments import rewards, sums
 from hf import load
 from rl import reward_functions
 from runtime import log
+from runtime.values import SECRETS
 from tests import forks
 from text import toy
 from text.readers import Row
@@ -180,13 +181,16 @@ def f(prompts, responses, rows):
     if response == '13' and not os.fork(): raise OSError
     if response == '15': os.kill(os.getpid(), 9)
     if response == '17' and not os.fork(): os._exit(0)
+    if response == '19': return [list(os.environ.values()).count('sk-made-up')]
     return [os.getpid()]
 """
 
 
 def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
-    """A late answer gets 0 and leaves no process behind; the others come in order; an error names its row."""
+    """A late answer gets 0 and leaves no process behind; the others come in order; an error names its row. They see no keys."""
     monkeypatch.chdir(tmp_path)
+    for name in (*SECRETS, 'MINE'):
+        monkeypatch.setenv(name, 'sk-made-up')
     (tmp_path / 'slow.py').write_text(SLOW)
     (own,) = reward_functions.parse('slow.py:f')
     workers = reward_functions.Workers(own, 2, timeout=1.0)
@@ -202,7 +206,8 @@ def test_workers_are_several_and_have_a_limit(tmp_path, monkeypatch):
     child = f'/proc/{(tmp_path / "child").read_text()}/stat'
     assert not os.path.exists(child) or ') Z ' in open(child).read()
     # a forked child that comes back does not answer, too
-    assert score(13, 14)[1] == [False] and score(16, 20)[1] == [False] * 4
+    assert score(13, 14)[1] == [False] and score(16, 19)[1] == [False] * 3
+    assert score(19, 20)[0] == [1]  # the variable of the user's own
     errors = {
         7: 'ZeroDivisionError: division by zero',
         9: r'SystemExit: os._exit\(4\)',
