@@ -151,9 +151,9 @@ def _source_of(path, options):
         return Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', 'no text in UTF-8')
-        neighbours = Path(os.path.dirname(path) or 'config').glob('*.py')
-        hint = '' if os.path.exists(path) else values.did_you_mean(path, map(str, neighbours))
-        raise UserError(f'cannot read the config file {path}{values.looked_in(path)}: {reason}{hint}') from None
+        # a name alone may be one of the folder config
+        folder = None if os.path.dirname(path) else 'config'
+        raise UserError(f'cannot read the config file {path}{values.looked_in(path, folder)}: {reason}') from None
 
 
 def _read_file(path, options):

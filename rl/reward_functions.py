@@ -31,7 +31,7 @@ from typing import NamedTuple
 from configurator import UserError, main_rank
 from runtime import guard
 from runtime.files import say
-from runtime.values import SECRETS
+from runtime.values import SECRETS, looked_in
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,7 +123,7 @@ def _make_part(scorer, weight):
     # try the current folder, then the project's; an absolute path replaces either
     existing = [folder / path for folder in (Path.cwd(), ROOT) if (folder / path).is_file()]
     if not existing:
-        raise UserError(f'--reward: there is no file {file} in {Path.cwd()}: give its path from there, or in full')
+        raise UserError(f'--reward: there is no file {file}{looked_in(file)}: give its path from there, or in full')
     if not name.isidentifier():
         raise UserError(f'--reward: say which function of {file}: {file}:NAME')
     return Part(name=name, weight=weight, function_or_model=name, file=str(existing[0]))

@@ -2,10 +2,12 @@
 
 configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
+import contextlib
 import difflib
 import math
 import os
 import re
+from pathlib import Path
 
 # option -> (minimum, maximum)
 RANGES = {option: bounds for bounds, options in {
@@ -163,10 +165,23 @@ def problem(name, value):
     return None
 
 
-def looked_in(path):
-    """Return ' in WORKING_DIR' for error messages about a missing relative path, '' for an absolute path."""
-    path = os.path.expanduser(str(path))
-    return '' if os.path.isabs(path) else f' in {os.getcwd()}'
+def looked_in(path, folder=None):
+    """Return, for messages about a missing path, ' in WORKING_DIR' if it is relative, and ' (did you mean PATH?)' if one is near.
+
+    folder: where the near one may be; None: where the path says."""
+    path = Path(os.path.expanduser(path))
+    where = '' if path.is_absolute() else f' in {os.getcwd()}'
+    # the missing parts of out/sampel/samples.jsonl: itself and out/sampel. The last is misspelt
+    missing = [part for part in (path, *path.parents) if not os.path.exists(part)]
+    if not missing:
+        return where
+    folder = Path(folder or missing[-1].parent)
+    neighbours = []
+    with contextlib.suppress(OSError):
+        neighbours = [str(folder / name) for name in os.listdir(folder)[:10_000]]
+    # ./ before a path: a folder sft is no name of another project
+    hint = did_you_mean(f'./{missing[-1]}', neighbours).removeprefix('; ')
+    return f'{where} ({hint})' if hint else where
 
 
 def settle(config):

@@ -432,13 +432,22 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
     ('dpo.py {root}/config/dpo_toy.py', "no model folder 'out/sft_toy/model' in {here}: train it first by python sft.py config/sft_toy.py, or"),
     ('sample.py --data=prompts.txt', "data 'prompts.txt' is no file or folder in {here} and no hub id"),
     ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),
-    ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} and no hub id"),
-    ('dpo.py --data=pairs/*', "'pairs/*' is no file or folder in {here} and no hub id"),
-    ('tools/plot.py out/a', 'no folder out/a in {here}'),
+    ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} (did you mean pairs.json?) and"),
+    ('dpo.py --data=pairs/*', "'pairs/*' is no file or folder in {here} (did you mean pairs.json?) and no hub id"),
+    ('tools/plot.py out/a', 'no folder out/a in {here} (did you mean out/A7?)'),
+    ('label.py --gold=toy --answers=uot/A7/samples.jsonl', 'no file or folder uot/A7/samples.jsonl in {here} (did you mean out?)'),
+    ('dpo.py --data=paris.jsonl', "'paris.jsonl' is no file or folder in {here} (did you mean pairs.json?) and no hub id"),
+    ('dpo.py --data=hh:{here}/pairs.jsonl', 'no file or folder {here}/pairs.jsonl (did you mean {here}/pairs.json?)'),
+    ('dpo.py --model=./sfft/model', "no model folder './sfft/model' in {here} (did you mean sft?)"),
+    ('ppo.py --loss=grpo --group_size=2 --data=toy --reward=own.pi.py:f', 'there is no file own.pi.py in {here} (did you mean own.py?)'),
 ])  # fmt: skip
 def test_another_working_directory(words, says, tmp_path, monkeypatch):
-    """A relative path, such as those in config files, is looked for where the user is; the sentence that misses it says where."""
+    """A relative path, such as those in config files, is looked for where the user is; the sentence that misses it says where, and what is near."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out/A7').mkdir(parents=True)
+    (tmp_path / 'sft').mkdir()
+    for name in ('pairs.json', 'own.py'):
+        (tmp_path / name).touch()
     places = {'here': tmp_path, 'root': helpers.ROOT}
     script, *flags = words.format(**places).split()
     with pytest.raises(UserError, match=re.escape(says.format(**places))):
