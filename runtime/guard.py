@@ -99,16 +99,16 @@ def on_signal(number):
     is_second_interrupt = _code == INTERRUPTED and number in (signal.SIGINT, signal.SIGTERM)
     exits_now = is_second_interrupt or _stage == 'loading'
     _code = max(_code, INTERRUPTED if number == signal.SIGINT else SAVED)
-    message = 'stopping after this step (Ctrl-C twice: at once, without saving)'
+    message = f'{signal.Signals(number).name}: stopping after this step (Ctrl-C twice: at once, without saving)'
     if is_second_interrupt:
-        message = 'stopped at once: steps since the last checkpoint are lost'
+        message = 'SIGINT again: stopped at once: steps since the last checkpoint are lost'
     elif exits_now:
-        message = 'stopped'
+        message = f'{signal.Signals(number).name}: stopped'
     # os.write: print could deadlock, if the main thread holds the lock of stderr. OSError: nobody reads any more
     with contextlib.suppress(OSError):
         if main_rank():
             if exits_now or is_first_signal:
-                os.write(2, f'\n{signal.Signals(number).name}: {message}\n'.encode())
+                os.write(2, f'\n{message}\n'.encode())
             if exits_now and _progress:
                 os.write(1, f'{_progress()}\n'.encode())
     if exits_now:

@@ -155,6 +155,15 @@ def test_every_signal_in_one_run(tmp_path, whole):
     same(out, whole(0))
 
 
+def test_a_second_interrupt_is_called_that():
+    """torchrun hands on a second Ctrl-C as SIGTERM, which nobody has sent."""
+    sent = 'guard.on_signal(signal.SIGINT); guard.on_signal(signal.SIGTERM)'
+    done = python('-c', f"import signal\nfrom runtime import guard\nguard._stage = 'training'\n{sent}")
+    first, second = done.stderr.strip().split('\n\n')
+    assert done.returncode == guard.INTERRUPTED and first.startswith('SIGINT: stopping after this step')
+    assert second == 'SIGINT again: stopped at once: steps since the last checkpoint are lost'
+
+
 def test_while_a_script_is_imported(tmp_path):
     """The first heavy import never ends, and says when it has begun. All other scripts heed signals before theirs, too."""
     stalls = f'import time; open({str(tmp_path / "begun")!r} + str(time.time_ns()), "w"); time.sleep(99)'
