@@ -82,6 +82,9 @@ NAMES_ELSEWHERE = {
     'sft': 'sft.py', 'csft': 'sft.py --control_tokens', 'ppo': 'ppo.py', 'grpo': 'ppo.py --loss=grpo',
     'ultrabin': 'ultrafeedback', 'ultrafeedback_binarized': 'ultrafeedback', 'hh_pairwise_noise': 'hh with --noise_rate',
 }  # fmt: skip
+# options that name a file, a folder, a model or somebody
+NAMES = set('model data answers out_dir out eval_data ref_model reward_model critic against reward endpoint endpoint_model judge_model '
+            'judge_prompt generator by columns wandb'.split())  # fmt: skip
 # options that hold a model's folder or hub id, and their special values
 MODELS = ('model', 'ref_model', 'reward_model', 'critic')
 NO_MODEL = (None, 'toy', 'gold', 'head', 'own')
@@ -142,13 +145,12 @@ def problem(name, value):
         return 'is an integer that no machine counts to'
     if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
         return f'must be a number or auto, not {value!r}'
-    # such as --out_dir=$UNSET, whose files would land in the working directory, or --against=$UNSET, as if it were left out
-    named = 'model data answers out_dir out eval_data ref_model against reward endpoint columns wandb'.split()
-    if value == '' and name in named:
-        return 'is empty: give it a name, or leave it out'
     if name in CHOICES and value not in CHOICES[name]:
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'
+    # --out_dir=$UNSET would write to the working directory, and --against=$UNSET be left out; None is of a script: f'--out_dir={out}'
+    if value in ('', 'None') and name in NAMES:
+        return f'is {value or "empty"}: give it a name, or leave it out'
     # a text must hold no key and no bad character; the message does not quote it
     if not isinstance(value, str):
         return None
