@@ -150,12 +150,9 @@ def _source_of(path, options):
     """Return the text of a config file. Raises UserError if path is none, or if it cannot be read."""
     if not path.endswith('.py'):
         # a config file may lack its ending, and its folder
-        config_file = f'{path}.py' if os.path.dirname(path) else f'config/{path}.py'
-        hint = ''
-        if os.path.exists(config_file):
-            hint = f'; did you mean {config_file}?'
-        elif 'data' in options and os.path.exists(path):
-            hint = f', such as --data={path}'
+        meant = f'{path}.py' if os.path.dirname(path) else f'config/{path}.py'
+        hint = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
+        hint = f'; did you mean {meant}?' if os.path.exists(meant) else hint
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{hint}')
     try:
         return Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark

@@ -32,21 +32,13 @@ def append(path, rows, sync=True):
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
 
-    Raises UserError with the number of a line that is not JSON, or that key_of refuses by KeyError, TypeError, ValueError or UserError."""
-    if not path.exists():
-        return {}
+    key_of may refuse a row by an error. An incomplete last line is cut off. Raises UserError with the number of a damaged line."""
+    advice = 'delete that line; the command makes it anew'
+    keys_and_rows, incomplete = files.read_lines(path, lambda row: (key_of(row), row), advice)
     rows = {}
-    # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
-    *lines, incomplete = path.read_bytes().split(b'\n')
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.setdefault(key_of(row), row)
-        except UserError as error:
-            raise UserError(f'{path}, line {number}, {error}') from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'{path}, line {number}, is damaged: delete that line; the command makes it anew') from None
-    # cut it off, or the next row would be appended to it
+    for key, row in keys_and_rows:
+        rows.setdefault(key, row)
+    # else the next row would be appended to it
     if incomplete:
         files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
         os.truncate(path, path.stat().st_size - len(incomplete))

@@ -98,20 +98,30 @@ def append_kept():
             raise UserError(f'cannot write {path}: rows that wait for room: {rows}')
 
 
-def cut_rows(path, keep):
-    """Rewrite a .jsonl file, if there is one, with only the rows for which keep(row) is true. UserError if a line is damaged."""
+def read_lines(path, parse, advice):
+    """Return (parse(row) of each complete line of a .jsonl file, the bytes of an incomplete last line); ([], b'') without a file.
+
+    parse refuses a row by raising an error. UserError with the number of a refused or damaged line, and the advice."""
     if not path.exists():
-        return
-    lines = path.read_text(errors='replace').splitlines()
-    kept = []
-    for number, line in enumerate(lines, 1):
+        return [], b''
+    parsed = []
+    # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
+    *lines, incomplete = path.read_bytes().split(b'\n')
+    for number, line in enumerate(lines, start=1):
         try:
-            if keep(json.loads(line)):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a killed run may leave an incomplete last line: drop it
-                raise UserError(f'{path}, line {number} is damaged: mend it, or choose another --out_dir') from None
-    replace_text(path, ''.join(line + '\n' for line in kept))
+            parsed.append(parse(json.loads(line)))
+        except UserError as error:
+            raise UserError(f'{path}, line {number}, {error}') from None
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UserError(f'{path}, line {number}, is damaged: {advice}') from None
+    return parsed, incomplete
+
+
+def cut_rows(path, keep):
+    """Rewrite a .jsonl file, if there is one, with only the complete rows for which keep(row) is true. UserError if one is damaged."""
+    rows, incomplete = read_lines(path, lambda row: (keep(row), row), 'mend it, or choose another --out_dir')
+    if rows or incomplete:
+        replace_text(path, ''.join(json.dumps(row) + '\n' for is_kept, row in rows if is_kept))
 
 
 def sync(path):

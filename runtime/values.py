@@ -2,11 +2,11 @@
 
 configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
-import contextlib
 import difflib
 import math
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 # option -> (minimum, maximum)
@@ -177,11 +177,8 @@ def looked_in(path, folder=None):
     missing = [part for part in (path, *path.parents) if not os.path.exists(part)]
     if not missing:
         return where
-    folder = Path(folder or missing[-1].parent)
-    neighbours = []
-    with contextlib.suppress(OSError):
-        neighbours = [str(folder / name) for name in os.listdir(folder)[:10_000]]
-    # ./ before a path: a folder sft is no name of another project
+    # ./ before a path: a folder sft is no name of another project. A folder with very many files is not read to its end
+    neighbours = islice(Path(folder or missing[-1].parent).glob('*'), 10_000)
     hint = did_you_mean(f'./{missing[-1]}', neighbours).removeprefix('; ')
     return f'{where} ({hint})' if hint else where
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
+from runtime.files import read_lines
 from runtime.log import NEUTRAL, key_of, recorded
 from runtime.values import looked_in
 from text import toy
@@ -75,19 +76,13 @@ def read_options(folder):
 
 def read_rows(file, types):
     """Return the rows of a .jsonl file, [] if there is none. types: {field: type} of every row. UserError if a line is damaged."""
-    if not file.exists():
-        return []
-    rows = []
-    try:
-        # every complete line ends with a line break; the rest was cut off, or is being written
-        *lines, incomplete = file.read_text().split('\n')
-        for line in lines:
-            row = dict(json.loads(line))
-            if not all(isinstance(row[name], kind) for name, kind in types.items()):
-                raise ValueError
-            rows.append(row)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f'{file}, line {len(rows) + 1} is damaged, or the file is of something else') from None
+
+    def checked(row):
+        if not all(isinstance(row[name], kind) for name, kind in types.items()):
+            raise ValueError
+        return row
+
+    rows, incomplete = read_lines(file, checked, 'mend it, unless the file is of something else')
     if incomplete:
         print(f'note: the last line of {file} is not complete')
     return rows

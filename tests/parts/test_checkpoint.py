@@ -166,7 +166,7 @@ def test_a_run_does_not_start_over_by_itself(died):
     text = (died / 'metrics.jsonl').read_text()
     lines = text.splitlines()
     (died / 'metrics.jsonl').write_text('\n'.join([lines[0], lines[1][:50], *lines[2:]]))
-    with pytest.raises(UserError, match='metrics.jsonl, line 2 is damaged'):
+    with pytest.raises(UserError, match='metrics.jsonl, line 2, is damaged'):
         run(died)
     (died / 'metrics.jsonl').write_text(text)
     for folder in (died / 'checkpoints').iterdir():

@@ -150,10 +150,10 @@ DEEP = '[' * 100_000
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
     ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),
     ('metrics.jsonl', '', 'has no steps in its metrics.jsonl yet'),
-    ('metrics.jsonl', '{"split": "check", "counters/examples": 0}\n{broken\n{}\n', 'metrics.jsonl, line 2 is damaged'),
-    *(('metrics.jsonl', text + '\n', 'metrics.jsonl, line 1 is damaged') for text in ('{"split": "train"}', '[]\n[]', DEEP)),
+    ('metrics.jsonl', '{"split": "check", "counters/examples": 0}\n{broken\n{}\n', 'metrics.jsonl, line 2, is damaged'),
+    *(('metrics.jsonl', text + '\n', 'metrics.jsonl, line 1, is damaged') for text in ('{"split": "train"}', '[]\n[]', DEEP)),
     ('metrics.jsonl', '{"split": "train", "counters/examples": 8, "x": 1}\n', 'no metric that is drawn'),
-    ('samples.jsonl', '{"prompt": 3}\n', 'samples.jsonl, line 1 is damaged'),
+    ('samples.jsonl', '{"prompt": 3}\n', 'samples.jsonl, line 1, is damaged'),
 ])  # fmt: skip
 def test_damaged_folders(tmp_path, file, text, message):
     damaged = run_folder(tmp_path / 'a', sampled=False) / file
