@@ -96,7 +96,7 @@ def write_model_outputs(out_dir, rows):
 def read_answers(path, left_out):
     """Return the answers in a samples.jsonl or model_outputs.json, or in a folder's samples.jsonl, as a list of dicts in file order.
 
-    Keys: prompt (text or chat), instruction (the prompt as plain text), system (the messages that it leaves out), response, tools (or None), model (its name), generator (the
+    Keys: prompt (text or chat), instruction (the prompt as plain text), response, tools (or None), model (its name), generator (the
     name, with the temperature where the file has several) and sample (number of the answer to its prompt). left_out: Counter,
     updated. Raises UserError for a row of another format, and if there are no answers."""
     file = f'{path}/samples.jsonl' if os.path.isdir(path) else path
@@ -106,7 +106,7 @@ def read_answers(path, left_out):
     newest = max(evaluations, default=None)
     has_temperatures = len({str(row.get('temperature')) for row in rows}) > 1
     answers = []
-    num_answers = Counter()  # (instruction, system, generator) -> answers so far
+    num_answers = Counter()  # (prompt, generator) -> answers so far
     for row in rows:
         try:
             if row.error:
@@ -120,8 +120,7 @@ def read_answers(path, left_out):
             model = field({'generator': 'unnamed', **row}, 'generator')
             is_named = has_temperatures and row.get('temperature') is not None
             generator = f'{model} at {row["temperature"]}' if is_named else model
-            system = [] if isinstance(prompt, str) else [turn['content'] for turn in prompt if turn['role'] == 'system']
-            key = instruction(prompt), str(system), generator
+            key = str(prompt), generator
             sample = field({'sample': num_answers[key], **row}, 'sample', int)
         except ValueError as error:
             raise UserError(f'{row.where}: {error}: this is neither a samples.jsonl nor a model_outputs.json') from None
@@ -129,8 +128,8 @@ def read_answers(path, left_out):
             left_out['answers of earlier evaluations'] += 1
             continue
         num_answers[key] += 1
-        entry = {'prompt': prompt, 'instruction': instruction(prompt), 'system': str(system), 'response': response}
-        answers.append(entry | {'tools': row.get('tools'), 'model': model, 'generator': generator, 'sample': sample})
+        entry = {'prompt': prompt, 'instruction': instruction(prompt), 'response': response, 'tools': row.get('tools')}
+        answers.append(entry | {'model': model, 'generator': generator, 'sample': sample})
     if not answers:
         raise UserError(f'there are no answers in {path}')
     return answers
@@ -159,9 +158,9 @@ def make_pairs(answers_file, against_file=None):
     left_out = Counter()
     ours = read_answers(answers_file, left_out)
     theirs = read_answers(against_file, left_out) if against_file else []
-    under_several = _under_several_systems(ours) | _under_several_systems(theirs)
-    our_groups = _by_question(ours, under_several)
-    their_groups = _by_question(theirs, under_several)
+    of_several = _of_several_prompts(ours) | _of_several_prompts(theirs)
+    our_groups = _by_question(ours, of_several)
+    their_groups = _by_question(theirs, of_several)
     has_models = len({answer['model'] for answer in ours}) > 1
     pairs = []
     # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
@@ -202,27 +201,27 @@ def make_pairs(answers_file, against_file=None):
     return pairs, left_out
 
 
-def _under_several_systems(answers):
-    """Return the instructions that one generator has answered under several system messages: these tell prompts apart."""
-    systems = {}  # (instruction, generator) -> system messages
+def _of_several_prompts(answers):
+    """Return the instructions of several prompts of one generator: such prompts differ in their system messages, say."""
+    prompts = {}  # (instruction, generator) -> prompts
     for row in answers:
-        systems.setdefault((row['instruction'], row['generator']), set()).add(row['system'])
-    return {text for (text, _), found in systems.items() if len(found) > 1}
+        prompts.setdefault((row['instruction'], row['generator']), set()).add(str(row['prompt']))
+    return {text for (text, _), found in prompts.items() if len(found) > 1}
 
 
-def _by_question(answers, under_several):
+def _by_question(answers, of_several):
     """Group answers (dicts of read_answers) as {question: answers sorted by generator, as in the file, and sample number}.
 
-    A question is (instruction, system message, if the instruction is in under_several, time). A file may ask it more than once;
+    A question is (instruction, its prompt if the instruction is in of_several, time). A file may ask it more than once;
     time: 0 for the answers to the first time, 1 to the second."""
     groups = {}
     generators = list(dict.fromkeys(row['generator'] for row in answers))
-    times_seen = Counter()  # (instruction, system message or '', generator, sample) -> how often
+    times_seen = Counter()  # (instruction, prompt or '', generator, sample) -> how often
     for row in answers:
-        system = row['system'] if row['instruction'] in under_several else ''
+        prompt = str(row['prompt']) if row['instruction'] in of_several else ''
         # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
-        key = row['instruction'], system, row['generator'], row['sample']
-        groups.setdefault((row['instruction'], system, times_seen[key]), []).append(row)
+        key = row['instruction'], prompt, row['generator'], row['sample']
+        groups.setdefault((row['instruction'], prompt, times_seen[key]), []).append(row)
         times_seen[key] += 1
     for group in groups.values():
         group.sort(key=lambda row: (generators.index(row['generator']), row['sample']))

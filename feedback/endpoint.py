@@ -13,9 +13,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from configurator import UserError
-from runtime.files import say
 from runtime.values import MIN_KEY_LENGTH
-from text.examples import counted
 
 # huggingface_hub depends on one of these two, which have the same interface
 try:
@@ -116,7 +114,6 @@ class _Endpoint:
         self.timeout = timeout
         self.retries = retries
         self.backoff = backoff
-        self.has_noted = False  # a request that is sent again was told
         self.not_before = 0.0  # the time.monotonic() from which on requests may be sent
         self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
         # HTTP headers take printable ASCII only
@@ -149,10 +146,6 @@ class _Endpoint:
             retries = self.retries if is_known else min(2, self.retries)
             if attempt >= retries:
                 return Reply(key, error=f'{failure}, attempts: {attempt + 1}')
-            # a long wait without a word would look as if all hung
-            if not self.has_noted:
-                say(f'note: {failure}: such requests are sent again, up to {counted(retries, "times")} each')
-            self.has_noted = True
             # the wait that the endpoint asked for holds for all jobs, the backoff for this one
             self.not_before = max(self.not_before, time.monotonic() + failure.wait)
             delay = min(60.0, self.backoff * 2**attempt)

@@ -300,10 +300,9 @@ class Workers:
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
         command += [self.part.file, self.part.function_or_model]
         # what it runs need not see keys
-        environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        env = {name: value for name, value in os.environ.items() if name not in SECRETS}
         # a new session shields the worker from Ctrl-C, and makes it a process group that ask() can kill
-        options = {'pass_fds': [theirs.fileno()], 'cwd': ROOT, 'env': environment, 'start_new_session': True}
-        process = subprocess.Popen(command, **options)
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=env, start_new_session=True)
         theirs.close()
         # wait for 'ready', so that loading does not count as call time; on EOFError the worker died, which ask() handles
         with contextlib.suppress(EOFError):

@@ -241,11 +241,6 @@ def end():
     files.unlock()
 
 
-def finite(columns):
-    """Return whether no tensor in columns (name -> tensor) holds NaN or infinity."""
-    return all(bool(values.isfinite().all()) for values in columns.values())
-
-
 def bad_step(run, first, rows, columns):
     """Count a step of a training.Run whose loss or gradient is not finite, or whose weight is 0, and say so. Collective.
 
@@ -255,10 +250,9 @@ def bad_step(run, first, rows, columns):
     # step_weight is NaN for all examples of a step if the loss of one is: it does not say which
     telling = columns.keys() - {'step_weight'}
     is_bad = torch.stack([~columns[name].isfinite() for name in telling]).any(0)  # (n,)
-    quantity, state = 'gradient', 'not finite'
-    if is_bad.any():
-        quantity = 'loss'
-    elif 'step_weight' in columns and not columns['step_weight'].any():
+    quantity = 'loss' if is_bad.any() else 'gradient'
+    state = 'not finite'
+    if 'step_weight' in columns and not columns['step_weight'].any():
         quantity, state = 'weight', '0'
     # neither a gradient nor a weight can be traced to single examples: record them all
     slots = is_bad.nonzero().flatten().tolist() or range(len(rows))

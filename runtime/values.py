@@ -168,9 +168,7 @@ def problem(name, value):
 
 
 def looked_in(path, folder=None):
-    """Return, for messages about a missing path, ' in WORKING_DIR' if it is relative, and ' (did you mean PATH?)' if one is near.
-
-    folder: where the near one may be; None: where the path says."""
+    """Return ' in WORKING_DIR' for a missing relative path, and ' (did you mean PATH?)' for one that is near, or in folder."""
     path = Path(os.path.expanduser(path))
     where = '' if path.is_absolute() else f' in {os.getcwd()}'
     # the missing parts of out/sampel/samples.jsonl: itself and out/sampel. The last is misspelt
