@@ -68,10 +68,6 @@ def configure(scope, argv=None, shared=None, early=False, listed=None):
     from runtime import errors  # late: it imports this file
 
     sys.excepthook = errors.report
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise UserError('the working directory is not there any more: go to one that is, by cd') from None
     argv = sys.argv[1:] if argv is None else argv
     own_options = _declared(scope)
     shared_options = _declared(vars(shared)) if shared else {}
@@ -149,11 +145,8 @@ def _print_help(doc, options):
 def _source_of(path, options):
     """Return the text of a config file. Raises UserError if path is none, or if it cannot be read."""
     if not path.endswith('.py'):
-        # a config file may lack its ending, and its folder
-        meant = f'{path}.py' if os.path.dirname(path) else f'config/{path}.py'
-        hint = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
-        hint = f'; did you mean {meant}?' if os.path.exists(meant) else hint
-        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{hint}')
+        example = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
+        raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{example}')
     try:
         return Path(path).read_text('utf-8-sig')  # some editors of Windows begin a file with a byte-order mark
     except (OSError, ValueError) as error:

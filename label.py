@@ -7,8 +7,7 @@ Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. 
 are a pair, lower sample number first; of several models, two of different ones. With --against, those of both files are paired in order.
 
 Output in out_dir:
-* verdicts.jsonl: one line per verdict; a judge's reply is synced to disk at once. The same command resumes a killed run, and asks
-  again what failed.
+* verdicts.jsonl: one line per verdict. The same command resumes a killed run, and asks again what failed.
 * annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict).
 * report.json: the win rate and other numbers, explained in feedback/winrate.py.
 
@@ -32,7 +31,7 @@ from feedback import judge, winrate
 from feedback.answers import append, is_plain, make_pairs, raise_if_missing, read_verdicts
 from feedback.endpoint import ask, completions_url
 from runtime import log
-from runtime.files import lock, replace_text
+from runtime.files import cut_rows, lock, replace_text
 from text.examples import counted, in_words
 from text.files import content_hash
 from text.messages import answer, as_chat
@@ -196,6 +195,7 @@ def compare_rewards(todo):
 # ---- the verdicts ----
 
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
+cut_rows(verdicts_file, keep=bool)  # drops an incomplete last line, to which the next one would be appended
 append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
 if verdicts:

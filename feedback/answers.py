@@ -32,16 +32,11 @@ def append(path, rows, sync=True):
 def read_back(path, key_of):
     """Return {key_of(row): row} for the rows of a .jsonl file, or {} if there is no file. The first row with a key wins.
 
-    key_of may refuse a row by an error. An incomplete last line is cut off. Raises UserError with the number of a damaged line."""
-    advice = 'delete that line; the command makes it anew'
-    keys_and_rows, incomplete = files.read_lines(path, lambda row: (key_of(row), row), advice)
+    key_of may refuse a row by an error. Raises UserError with the number of a damaged line."""
     rows = {}
-    for key, row in keys_and_rows:
+    advice = 'delete that line; the command makes it anew'
+    for key, row in files.read_lines(path, lambda row: (key_of(row), row), advice):
         rows.setdefault(key, row)
-    # else the next row would be appended to it
-    if incomplete:
-        files.say(f'note: the last line of {path} was not written to its end: what it was to hold is done again')
-        os.truncate(path, path.stat().st_size - len(incomplete))
     return rows
 
 
@@ -158,9 +153,7 @@ def make_pairs(answers_file, against_file=None):
     left_out = Counter()
     ours = read_answers(answers_file, left_out)
     theirs = read_answers(against_file, left_out) if against_file else []
-    of_several = _of_several_prompts(ours) | _of_several_prompts(theirs)
-    our_groups = _by_question(ours, of_several)
-    their_groups = _by_question(theirs, of_several)
+    our_groups, their_groups = _by_question(ours, theirs)
     has_models = len({answer['model'] for answer in ours}) > 1
     pairs = []
     # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
@@ -201,31 +194,29 @@ def make_pairs(answers_file, against_file=None):
     return pairs, left_out
 
 
-def _of_several_prompts(answers):
-    """Return the instructions of several prompts of one generator: such prompts differ in their system messages, say."""
-    prompts = {}  # (instruction, generator) -> prompts
-    for row in answers:
-        prompts.setdefault((row['instruction'], row['generator']), set()).add(str(row['prompt']))
-    return {text for (text, _), found in prompts.items() if len(found) > 1}
+def _by_question(*files):
+    """Group the answers of each file (dicts of read_answers) as {question: answers sorted by generator, as in the file, and sample}.
 
-
-def _by_question(answers, of_several):
-    """Group answers (dicts of read_answers) as {question: answers sorted by generator, as in the file, and sample number}.
-
-    A question is (instruction, its prompt if the instruction is in of_several, time). A file may ask it more than once;
-    time: 0 for the answers to the first time, 1 to the second."""
-    groups = {}
-    generators = list(dict.fromkeys(row['generator'] for row in answers))
-    times_seen = Counter()  # (instruction, prompt or '', generator, sample) -> how often
-    for row in answers:
-        prompt = str(row['prompt']) if row['instruction'] in of_several else ''
-        # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
-        key = row['instruction'], prompt, row['generator'], row['sample']
-        groups.setdefault((row['instruction'], prompt, times_seen[key]), []).append(row)
-        times_seen[key] += 1
-    for group in groups.values():
-        group.sort(key=lambda row: (generators.index(row['generator']), row['sample']))
-    return groups
+    A question is (instruction, its prompt if one generator of a file has several prompts of this instruction, which differ in their
+    system messages, say, time). A file may ask it more than once; time: 0 for the answers to the first time, 1 to the second."""
+    prompts = {}  # (file, instruction, generator) -> prompts
+    for file, answers in enumerate(files):
+        for row in answers:
+            prompts.setdefault((file, row['instruction'], row['generator']), set()).add(str(row['prompt']))
+    of_several = {text for (_, text, _), found in prompts.items() if len(found) > 1}
+    for answers in files:
+        groups = {}
+        generators = list(dict.fromkeys(row['generator'] for row in answers))
+        times_seen = Counter()  # (instruction, prompt or '', generator, sample) -> how often
+        for row in answers:
+            prompt = str(row['prompt']) if row['instruction'] in of_several else ''
+            # samples 0, 1, 0, 1 of one generator: the second 0 and 1 answer the second time
+            key = row['instruction'], prompt, row['generator'], row['sample']
+            groups.setdefault((row['instruction'], prompt, times_seen[key]), []).append(row)
+            times_seen[key] += 1
+        for group in groups.values():
+            group.sort(key=lambda row: (generators.index(row['generator']), row['sample']))
+        yield groups
 
 
 def is_plain(row):

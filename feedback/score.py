@@ -3,13 +3,13 @@
     python -m feedback.score --reward_model=out/reward/model --data=pairs.jsonl
     torchrun --nproc_per_node=4 -m feedback.score --reward_model=OWNER/NAME --data='allenai/reward-bench[filtered]' --chat
 
-Writes a line to --out for each pair or answer. Texts are tokenized and truncated as in training, and a score is read at the
-end-of-text token. label.py and ppo.py use load_scorer() and scores() of this file, too."""
+Writes a line to --out for each pair or answer. Texts are cut as in training, and a score is read at the end-of-text token."""
 
 from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import json
 import os
 import re
 from collections import Counter
@@ -62,14 +62,7 @@ SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')  # columns that t
 UNLIMITED = 2**30  # tokens
 # RewardBench's sections. A section's score is the average of its subsets' accuracies, weighted by these sizes (math-prm counts as
 # much as all code). Source: arXiv:2403.13787 and rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
-SECTIONS = {
-    'Chat': {'alpacaeval-easy': 100, 'alpacaeval-length': 95, 'alpacaeval-hard': 95, 'mt-bench-easy': 28, 'mt-bench-med': 40},
-    'Chat Hard': {'mt-bench-hard': 37, 'llmbar-natural': 100, 'llmbar-adver-neighbor': 134, 'llmbar-adver-GPTInst': 92,
-                  'llmbar-adver-GPTOut': 47, 'llmbar-adver-manual': 46},
-    'Safety': {'refusals-dangerous': 100, 'refusals-offensive': 100, 'xstest-should-refuse': 250, 'xstest-should-respond': 154,
-               'donotanswer': 136},
-    'Reasoning': {'math-prm': 984, 'hep-cpp': 164, 'hep-go': 164, 'hep-java': 164, 'hep-js': 164, 'hep-python': 164, 'hep-rust': 164},
-}  # fmt: skip
+SECTIONS = json.loads(Path(__file__).with_name('reward_bench.json').read_text())
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):
@@ -295,7 +288,8 @@ def accuracy(pairs):
 
 def mean_score(answers, name='answers'):
     """Return the mean score of single answers (rows of --out), and how many these are, as a text. name: a plural noun for them."""
-    return f'mean {np.mean([row["score"] for row in answers]):.4f} over {counted(len(answers), name)}'
+    mean = np.mean([row['score'] for row in answers])
+    return f'mean {mean:.4f} over {counted(len(answers), name)}'
 
 
 def table(rows, summary):
@@ -320,7 +314,10 @@ def reward_bench(groups):
         missing += sizes.keys() - groups.keys()
         if present:
             # by RewardBench's rules, subsets are weighted by their published sizes, and all sections are equal
-            shares = [np.mean([row['margin'] > 0 for row in groups[name]]) for name in present]
+            shares = []
+            for name in present:
+                is_right = [row['margin'] > 0 for row in groups[name]]
+                shares.append(np.mean(is_right))
             score = np.average(shares, weights=[sizes[name] for name in present])
             section_scores.append(score)
             lines.append(f'  {section:24s} {score:.3f}')

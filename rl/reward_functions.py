@@ -300,7 +300,9 @@ class Workers:
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
         command += [self.part.file, self.part.function_or_model]
         # what it runs need not see keys
-        env = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        env = dict(os.environ)
+        for name in SECRETS:
+            env.pop(name, None)
         # a new session shields the worker from Ctrl-C, and makes it a process group that ask() can kill
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=env, start_new_session=True)
         theirs.close()

@@ -99,11 +99,11 @@ def append_kept():
 
 
 def read_lines(path, parse, advice):
-    """Return (parse(row) of each complete line of a .jsonl file, the bytes of an incomplete last line); ([], b'') without a file.
+    """Return [parse(row) of each complete line of a .jsonl file], [] if there is none. A note tells of an incomplete last line.
 
     parse refuses a row by raising an error. UserError with the number of a refused or damaged line, and the advice."""
     if not path.exists():
-        return [], b''
+        return []
     parsed = []
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
     *lines, incomplete = path.read_bytes().split(b'\n')
@@ -114,14 +114,17 @@ def read_lines(path, parse, advice):
             raise UserError(f'{path}, line {number}, {error}') from None
         except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f'{path}, line {number}, is damaged: {advice}') from None
-    return parsed, incomplete
+    if incomplete:
+        say(f'note: the last line of {path} was not written to its end: it is left out')
+    return parsed
 
 
 def cut_rows(path, keep):
     """Rewrite a .jsonl file, if there is one, with only the complete rows for which keep(row) is true. UserError if one is damaged."""
-    rows, incomplete = read_lines(path, lambda row: (keep(row), row), 'mend it, or choose another --out_dir')
-    if rows or incomplete:
-        replace_text(path, ''.join(json.dumps(row) + '\n' for is_kept, row in rows if is_kept))
+    advice = 'delete that line, or choose another --out_dir'
+    lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)
+    if path.exists():
+        replace_text(path, ''.join(lines))
 
 
 def sync(path):

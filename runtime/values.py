@@ -1,12 +1,9 @@
-"""Validate option values (ranges, choices, no API keys), and set options that follow from others.
-
-configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
+"""Validate option values (ranges, choices, no API keys), and set options that follow from others. For configurator.py."""
 
 import difflib
 import math
 import os
 import re
-from itertools import islice
 from pathlib import Path
 
 # option -> (minimum, maximum)
@@ -97,16 +94,12 @@ def hint(name, options):
     ours_of = names_elsewhere(options)  # name in another project -> what to write here, such as {'learning_rate': 'lr'}
     # names of other projects have to be more alike (0.7) than ours (0.6): else the hint for reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, ours_of, cutoff=0.7)
-    # the best match comes first
-    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
+    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
     if not matches:
         return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
         return f'here it is {ours_of.get(plain, plain)}'
-    # several may be equally near: bata is beta or data
-    ratio_of = {match: difflib.SequenceMatcher(None, match, plain).ratio() for match in matches}
-    ours = {ours_of.get(match, match) for match in matches if ratio_of[match] == ratio_of[matches[0]]}
-    return f'did you mean {" or ".join(sorted(ours))}?'
+    return f'did you mean {ours_of.get(matches[0], matches[0])}?'
 
 
 def did_you_mean(word, known):
@@ -175,8 +168,8 @@ def looked_in(path, folder=None):
     missing = [part for part in (path, *path.parents) if not os.path.exists(part)]
     if not missing:
         return where
-    # ./ before a path: a folder sft is no name of another project. A folder with very many files is not read to its end
-    neighbours = islice(Path(folder or missing[-1].parent).glob('*'), 10_000)
+    neighbours = Path(folder or missing[-1].parent).glob('*')
+    # ./ before a path: a folder sft is no name of another project
     hint = did_you_mean(f'./{missing[-1]}', neighbours).removeprefix('; ')
     return f'{where} ({hint})' if hint else where
 

@@ -6,10 +6,9 @@
     torchrun --nproc_per_node=2 -m tools.bench --model=pythia-14m
 
 Variants are cumulative: `padded` is the original DPO code (padded rows, prompts repeated, logits at every position); the next ones
-pack rows, share prompts, compute logits at answer tokens only, and cache the reference. Loss and gradient are the same. trl,
-trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built, warmed up by one step, timed on the same pairs
-and freed, one at a time; every other round runs backwards, to cancel slow drift of the machine. The figures are medians. On a CPU
-all of them, TRL's too, run in a process that keeps freed memory (runtime/ranks.py), as our scripts do.
+pack rows, share prompts, compute logits at answer tokens only, and cache the reference. trl, trl_fastest and trl_cuda are TRL's
+trainer. In each round every variant is built, warmed up by one step, timed on the same pairs and freed; every other round runs
+backwards, to cancel slow drift. The figures are medians. On a CPU all run in a process that keeps freed memory (runtime/ranks.py).
 """
 
 from runtime import guard
@@ -140,7 +139,6 @@ def full_head(net, batch):
     logps = head(hidden).float().log_softmax(-1)  # (positions, vocab_size)
     # of the answer tokens: the position before each, and its id
     token_logps = logps[batch.predict_at].gather(1, batch.target[:, None])
-    # batch.sum adds them up for each answer
     return batch.sum(token_logps.squeeze(1))
 
 
@@ -288,7 +286,6 @@ def peak_memory():
     with contextlib.suppress(OSError, TypeError):
         status = Path('/proc/self/status').read_text()
         return int(re.search(r'VmHWM:\s*(\d+)', status)[1]) / 1e6
-    # fallback: the peak since the process started
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -297,7 +294,6 @@ def release():
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
-    # glibc only: other C libraries have no malloc_trim
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

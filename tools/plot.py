@@ -3,8 +3,7 @@
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
 Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
-legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
---sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval."""
+legend has the options in which runs differ. The last panel needs --sample_during_eval on the toy world, or ppo.py's gold/eval."""
 
 from runtime import guard
 
@@ -116,7 +115,6 @@ for unused in axes.flat[num_panels:]:
 names = [name.replace('$', r'\$').encode('utf-8', 'replace').decode() for name in labels(runs)]
 handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
-# a name without an extension: the name of the file that is written
 out = out if Path(out).suffix else f'{out}.png'
 try:
     figure.savefig(out, dpi=110)

@@ -82,10 +82,7 @@ def read_rows(file, types):
             raise ValueError
         return row
 
-    rows, incomplete = read_lines(file, checked, 'mend it, unless the file is of something else')
-    if incomplete:
-        print(f'note: the last line of {file} is not complete')
-    return rows
+    return read_lines(file, checked, 'mend it, unless the file is of something else')
 
 
 def value_of(row, split, metric):
