@@ -302,7 +302,7 @@ class Run:
         self.rate = config.lr * log.schedule(number, self.n_steps, self.state['warmup'], lr_schedule)
         # fsdp.update gets gradients that are (sum of weighted gradients) / ranks: times scale, they are the weighted mean
         # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
-        is_finite = all(bool(column.isfinite().all()) for column in columns.values())
+        is_finite = all(column.isfinite().all() for column in columns.values())
         scale = self.world_size / float(weight) if weight != 0 and is_finite else math.nan
         with errors.memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
