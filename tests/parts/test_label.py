@@ -26,7 +26,7 @@ from stub import completion, serve, wait_until
 
 from configurator import UserError
 from feedback import endpoint, judge
-from feedback.answers import make_pairs, raise_if_missing, write_model_outputs
+from feedback.answers import make_pairs, raise_if_missing, read_verdicts, write_model_outputs
 from hf import probe
 from hf.load import load_model, load_tokenizer
 from runtime.files import lock
@@ -137,6 +137,15 @@ def test_prompts_that_differ_in_their_system_message_alone():
         make_pairs('ours.jsonl', 'outputs.json')
     found, _ = make_pairs(write_jsonl('one.jsonl', rows[:1]), 'outputs.json')
     assert [p['outputs'] for p in found] == [['a0', 'x']]
+
+
+def test_who_only_reads_verdicts_leaves_the_file_alone(capsys):
+    """tools.report may read while label.py writes a line: the half of it stays."""
+    file = Path('verdicts.jsonl')
+    file.write_text('{"pair": 0, "order": 1, "preference": 1}\n{"pair": 1, "or')
+    before = file.read_text()
+    assert list(read_verdicts(file)) == [(0, 1)] and file.read_text() == before
+    assert 'verdicts.jsonl was not written to its end' in capsys.readouterr().out
 
 
 def test_samples_of_a_training_run():

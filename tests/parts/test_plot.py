@@ -138,7 +138,10 @@ def test_what_a_run_has_is_drawn(tmp_path):
     said, axes, _ = plot(folder, f'--out={tmp_path}/x.png')
     gold = points(axes['gold reward against KL'].lines[0])
     assert gold == [(0, 0), (pytest.approx(1.8), pytest.approx(0.6))]
-    assert f'note: the last line of {folder}/metrics.jsonl was not written to its end: it is left out\n{tmp_path}/x.png: 1 run, 8 panels' in said
+    assert (
+        f'note: the last line of {folder}/metrics.jsonl was not written to its end: it is left out\n{tmp_path}/x.png: 1 run, 8 panels'
+        in said
+    )
 
 
 DEEP = '[' * 100_000
