@@ -304,7 +304,7 @@ class Run:
         # over the step. In a bad step scale is NaN: then the norm is NaN on every rank, and fsdp.update changes nothing
         is_finite = all(column.isfinite().all() for column in columns.values())
         scale = self.world_size / float(weight) if weight != 0 and is_finite else math.nan
-        with errors.memory_of(step.batches, self.max_tokens):
+        with errors.on_full_memory_of(step.batches, self.max_tokens):
             # not the global max_grad_norm: ppo.py declares its own
             self.norm = fsdp.update(self.policy, self.optimizer, self.rate, scale, config.max_grad_norm)
         if math.isfinite(self.norm):
