@@ -102,7 +102,7 @@ def read_lines(path, parse, advice):
     """Return [parse(row) of each complete line of a .jsonl file], [] if there is none. A note tells of an incomplete last line.
 
     parse refuses a row by raising an error. UserError with the number of a refused or damaged line, and the advice."""
-    if not path.exists():
+    if not path.is_file():
         return []
     parsed = []
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
@@ -123,7 +123,7 @@ def cut_rows(path, keep):
     """Rewrite a .jsonl file, if there is one, with only the complete rows for which keep(row) is true. UserError if one is damaged."""
     advice = 'delete that line, or choose another --out_dir'
     lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)
-    if path.exists():
+    if path.is_file():
         replace_text(path, ''.join(lines))
 
 
