@@ -117,6 +117,7 @@ def read_prompts():
     wanted_split = split or 'test'
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
     for source in sources.joined(data):
+        # each line of a text file is a prompt
         options['columns'] = 'prompt=text' if source.lower().endswith('.txt') else columns
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
         # an empty source is an error; that of the only one is reported below

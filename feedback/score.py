@@ -9,7 +9,6 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
-import json
 import os
 import re
 from collections import Counter
@@ -62,7 +61,14 @@ SCORES = ('score', 'chosen_score', 'rejected_score', 'margin')  # columns that t
 UNLIMITED = 2**30  # tokens
 # RewardBench's sections. A section's score is the average of its subsets' accuracies, weighted by these sizes (math-prm counts as
 # much as all code). Source: arXiv:2403.13787 and rewardbench/constants.py, SUBSET_MAPPING and EXAMPLE_COUNTS.
-SECTIONS = json.loads(Path(__file__).with_name('reward_bench.json').read_text())
+SECTIONS = {
+    'Chat': {'alpacaeval-easy': 100, 'alpacaeval-length': 95, 'alpacaeval-hard': 95, 'mt-bench-easy': 28, 'mt-bench-med': 40},
+    'Chat Hard': {'mt-bench-hard': 37, 'llmbar-natural': 100, 'llmbar-adver-neighbor': 134, 'llmbar-adver-GPTInst': 92,
+                  'llmbar-adver-GPTOut': 47, 'llmbar-adver-manual': 46},
+    'Safety': {'refusals-dangerous': 100, 'refusals-offensive': 100, 'xstest-should-refuse': 250, 'xstest-should-respond': 154,
+               'donotanswer': 136},
+    'Reasoning': {'math-prm': 984, 'hep-cpp': 164, 'hep-go': 164, 'hep-java': 164, 'hep-js': 164, 'hep-python': 164, 'hep-rust': 164},
+}  # fmt: skip
 
 
 def load_scorer(name, device, *, dtype='float32', device_map=None, trust_remote_code=False):

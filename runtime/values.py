@@ -94,12 +94,16 @@ def hint(name, options):
     ours_of = names_elsewhere(options)  # name in another project -> what to write here, such as {'learning_rate': 'lr'}
     # names of other projects have to be more alike (0.7) than ours (0.6): else the hint for reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, ours_of, cutoff=0.7)
-    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=1, cutoff=0.6)
+    # the best match comes first
+    matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
         return '--help lists the options (names of your own in a config file begin with _)'
     if matches[0] == plain:
         return f'here it is {ours_of.get(plain, plain)}'
-    return f'did you mean {ours_of.get(matches[0], matches[0])}?'
+    # several may be equally near: bata is beta or data
+    ratio_of = {match: difflib.SequenceMatcher(None, match, plain).ratio() for match in matches}
+    ours = {ours_of.get(match, match) for match in matches if ratio_of[match] == ratio_of[matches[0]]}
+    return f'did you mean {" or ".join(sorted(ours))}?'
 
 
 def did_you_mean(word, known):

@@ -286,6 +286,7 @@ def peak_memory():
     with contextlib.suppress(OSError, TypeError):
         status = Path('/proc/self/status').read_text()
         return int(re.search(r'VmHWM:\s*(\d+)', status)[1]) / 1e6
+    # fallback: the peak since the process started
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -294,6 +295,7 @@ def release():
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
+    # glibc only: other C libraries have no malloc_trim
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -54,6 +54,7 @@ def products_alone(model, tokens, predicted, dtype, device, clock):
     model: only its shapes count. tokens: of the step; predicted: those that run through the head. clock(): time in seconds, when
     the device has done all that it was given."""
     total = 0.0
+    # measure each shape once
     counts = collections.Counter()  # (out_features, in_features) -> number of such layers
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

@@ -115,6 +115,7 @@ for unused in axes.flat[num_panels:]:
 names = [name.replace('$', r'\$').encode('utf-8', 'replace').decode() for name in labels(runs)]
 handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
+# a name without an extension: the name of the file that is written
 out = out if Path(out).suffix else f'{out}.png'
 try:
     figure.savefig(out, dpi=110)

@@ -422,7 +422,8 @@ def test_shared_options_are_set_where_they_are_declared(tmp_path, monkeypatch, c
 
 ELSEWHERE = {
     '--learning_rate=1': 'unknown option .learning_rate.; here it is lr$', '--num-train-epochs=1': 'here it is n_epochs$',
-    '--learning_rat=1': 'did you mean lr.$', '--batch=1': 'did you mean batch_size.$', '--num_prompts=1': 'here it is n_examples$',
+    '--learning_rat=1': 'did you mean lr.$', '--batch=1': 'did you mean batch_size.$', '--bata=1': 'did you mean beta or data.$',
+    '--num_prompts=1': 'here it is n_examples$',
     '--dataset_path=x': 'did you mean data.$', '--reward_name=x': '--help lists the options ', '--system_pro=x': 'did you mean system.$',
     '--n_prompt=1': 'did you mean n_examples.$', '--bf16': 'here it is dtype=bfloat16$', '--loss.beta=1': 'here it is beta$',
     '--loss.mode_weight=1': r'here it is beta_prime \(beta-DPO: rho\)$', '--model.archive=x': 'here it is model$',
