@@ -7,7 +7,8 @@ Answer files are samples.jsonl of sample.py or AlpacaEval's model_outputs.json. 
 are a pair, lower sample number first; of several models, two of different ones. With --against, those of both files are paired in order.
 
 Output in out_dir:
-* verdicts.jsonl: one line per verdict. The same command resumes a killed run, and asks again what failed.
+* verdicts.jsonl: one line per verdict; a judge's reply is synced to disk at once. The same command resumes a killed run, and asks
+  again what failed.
 * annotations.json, for --data=, in AlpacaEval's format (preference 1: output_1, 2: output_2, 1.5: tie, null: no verdict).
 * report.json: the win rate and other numbers, explained in feedback/winrate.py.
 

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=4 -- sample.py --model=out/dpo/model --data=hh --n=4 --temperature=0.7
     NANOPREF_API_KEY=... python sample.py --endpoint=https://HOST --endpoint_model=NAME --data=alpaca_eval
 
-Answers do not depend on the number of ranks, and after a kill the same command resumes the run. Another batch_size or processor
-rounds differently, which changes an answer only where two tokens nearly tie.
+Each answer has its own random seed, a hash of --seed, the prompt and the sample number, and the batches are planned before they
+are distributed over ranks. So answers do not depend on the number of ranks, and after a kill the same command resumes the run.
+Another batch_size or processor rounds differently, which changes an answer only where two tokens nearly tie.
 """
 
 from runtime import guard

@@ -1,6 +1,7 @@
 """The logs of a run: out_dir/config.json, metrics.jsonl, lines on the screen, and optionally wandb or tensorboard.
 
-check_out_dir() and check_names() protect out_dir from other runs; claim_out_dir() writes config.json when training starts."""
+check_out_dir() and check_names() protect out_dir from other runs, before anything is loaded. claim_out_dir() writes
+config.json when training starts. Then Log writes a row for each step and evaluation."""
 
 import importlib.util
 import json

@@ -1,4 +1,6 @@
-"""Validate option values (ranges, choices, no API keys), and set options that follow from others. For configurator.py."""
+"""Validate option values (ranges, choices, no API keys), and set options that follow from others.
+
+configurator.py calls problem() for each value, then settle() and conflict(). An option means the same in every script."""
 
 import difflib
 import math

@@ -6,9 +6,10 @@
     torchrun --nproc_per_node=2 -m tools.bench --model=pythia-14m
 
 Variants are cumulative: `padded` is the original DPO code (padded rows, prompts repeated, logits at every position); the next ones
-pack rows, share prompts, compute logits at answer tokens only, and cache the reference. trl, trl_fastest and trl_cuda are TRL's
-trainer. In each round every variant is built, warmed up by one step, timed on the same pairs and freed; every other round runs
-backwards, to cancel slow drift. The figures are medians. On a CPU all run in a process that keeps freed memory (runtime/ranks.py).
+pack rows, share prompts, compute logits at answer tokens only, and cache the reference. Loss and gradient are the same. trl,
+trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built, warmed up by one step, timed on the same pairs
+and freed, one at a time; every other round runs backwards, to cancel slow drift of the machine. The figures are medians. On a CPU
+all of them, TRL's too, run in a process that keeps freed memory (runtime/ranks.py), as our scripts do.
 """
 
 from runtime import guard

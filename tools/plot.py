@@ -3,7 +3,8 @@
     python -m tools.plot out/dpo_toy out/drdpo_toy --out=plot.png
 
 Arguments without dashes are run folders. Thin lines are training steps, smoothed; points are evaluations on held-out examples. The
-legend has the options in which runs differ. The last panel needs --sample_during_eval on the toy world, or ppo.py's gold/eval."""
+legend names a run by its folder and the options in which the runs differ. The last panel needs evaluations with
+--sample_during_eval on the toy world, whose gold reward is known, or ppo.py's metric gold/eval."""
 
 from runtime import guard
 
