@@ -24,8 +24,7 @@ PLAIN_CHAT = (
 )
 # a chat template is a program from the hub, so its length, CPU time for one chat, and memory are limited
 TEMPLATE_LENGTH, TEMPLATE_SECONDS, TEMPLATE_BYTES = 1_000_000, 20, 2**30
-# private-use characters around a special token that came from the data
-MARK, UNMARK = '\U000f0000', '\U000f0001'
+MARK, UNMARK = '\U000f0000', '\U000f0001'  # private-use characters around a special token that came from the data
 
 NO_TEMPLATE = 'note: no chat template in the tokenizer, so chats are written as Human: / Assistant:'
 KEPT = 'special tokens in a text, kept as text'
@@ -156,8 +155,7 @@ def _mark_texts(prompt, answers, special, left_out):
     """Return [prompt, *answers], all texts, with their special tokens marked, except a leading BOS and stops at the end."""
     bos = special.bos if prompt.startswith(special.bos) else ''
     prompt_body = prompt.removeprefix(bos)
-    # a template has written texts whose prompt (or first answer, if it is empty) begins or ends with a special token: theirs
-    # are meant as tokens
+    # a template has written a prompt (if empty: a first answer) that begins or ends with a special token: it means tokens
     begins_special = special.any.match(prompt_body or ''.join(answers[:1]))
     ends_special = re.search(rf'(?:{special.any.pattern})\s*\Z', prompt_body)
     is_formatted = bool(begins_special or ends_special)
@@ -321,8 +319,7 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
 
 
 def count_unwritten(turns, tools, text, write_again, left_out):
-    """Count in left_out what the template does not write: contents, other fields of messages, and tools. text: what
-    write_again(turns, tools) returns."""
+    """Count in left_out what the template does not write of messages and tools. text: of write_again(turns, tools)."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += num_changed
     tools_unwritten = bool(tools) and write_again(turns, None) == text

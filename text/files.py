@@ -19,16 +19,15 @@ from runtime.files import replace_text, say_once
 from runtime.values import looked_in
 
 FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
-# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and of
-# a .bz2 file that pbzip2 has written in several streams its bz2 leaves out what follows a damaged one, without an error
+# suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and
+# its bz2 leaves out what follows a damaged stream of several, as pbzip2 writes them, without an error
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
 ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
 # words that tell files of better answers from those of worse ones
 SIDE = re.compile('(?<![a-z])(chosen|rejected|accepted|(dis)?preferred|winner|loser|good|bad|better|worse|(in)?correct|pos|neg|'
                   'positive|negative|(un)?safe|(un)?desirable)(?![a-z])', re.IGNORECASE)  # fmt: skip
-# the end of messages to users
-HELP = 'see README, "Data of your own"'
+HELP = 'see README, "Data of your own"'  # the end of messages to users
 # words in a path that tell its split, as in `datasets`; not within longer words: latest.json is no test file
 SPLIT_WORD = re.compile(
     r'(?<![a-z])(train|training|test|testing|eval|evaluation|validation|dev|valid|val)(_sft|_prefs|_gen|_dpo|_rm)?(?![a-z])'
@@ -216,8 +215,7 @@ def folder_splits(path, config=None):
     config = _choose_config(configs, config, path)
     # without a config {}, which names no files
     fields = configs.get(config, {})
-    named_files = _named_files(path, fields)
-    if named_files:
+    if named_files := _named_files(path, fields):
         return named_files
     if 'data_files' in fields:
         missing = f'{path} has none of the files that its README names for the config {config!r}'

@@ -7,6 +7,7 @@ Readers raise ValueError for invalid rows and LeftOut for valid rows that a rule
 To add a layout, write a reader and add a row to READERS."""
 
 import json
+import math
 import os
 import re
 from collections import defaultdict, namedtuple
@@ -22,6 +23,8 @@ DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
+JUDGES = 'note: rows that the column {!r} may judge, which is not read'
+CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
@@ -40,18 +43,19 @@ DOCUMENTS = 'document documents passages contexts ctxs body story paragraph prem
 ANSWERS = 'response completion output generation solution answer label'.split()
 # columns with an answer that may be meant in place of another one
 BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_?([Rr]esponse|[Oo]utput|completion)|expected|ideal')
-# columns with the thought behind the answer
-THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')
+THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thought behind the answer
 # an unknown column whose name contains one of these may be an answer
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
 LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
+TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS}.difference(LABELS)
 # the names that --columns accepts
 COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
            'response_a response_b response_0 response_1 response_2 winner').split()
 # the two answers of a pair by other names: chosen_response and rejected_response, response_chosen, preferred_output, ...
-SIDES = [('chosen', 'rejected'), ('accepted', 'rejected'), ('selected', 'rejected'), ('preferred', 'non_preferred'), ('chosen', 'reject'),
-         ('preferred', 'dispreferred'), ('winning', 'losing'), ('win', 'lose'), ('better', 'worse'), ('best', 'worst'), ('y_w', 'y_l')]
+SIDES = [sides.split('/') for sides in (
+    'chosen/rejected accepted/rejected selected/rejected preferred/non_preferred chosen/reject preferred/dispreferred winning/losing '
+    'win/lose better/worse best/worst y_w/y_l').split()]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
@@ -63,7 +67,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=messages functions=tools', 'inputs=input targets=output', 'input=input target=output',
     'definition=instruction input=input output=output', 'human=instruction assistant=response',
     'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response', 'systemInstruction=system', 'system_instruction=system',
+    'generated_solution=response', 'output_text=response', 'model_a_name=model_a', 'model_b_name=model_b', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
@@ -79,8 +83,7 @@ VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
 VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
-# words of flags and of labels
-YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()
+YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values that judge
@@ -99,14 +102,18 @@ MARKS = [
     ('', 'flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better'.split(), YES),
     ('', JUDGED, ['rejected']),
 ]
-# columns that tell the split of a row, and the names of those that are for tests
-SPLITS = 'split data_split dataset_split set subset fold partition'.split()
+# columns that tell the split of a row, and what they say of one for tests
+SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
+TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
+FOR_TESTS_IF = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES)]
+# columns with the scores of two answers, and with the class of a text
+RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
+CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
 # columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
 PARENTS = 'parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id'.split()
 THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
-# columns where null has a meaning: not labelled, or no winner
-NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')
+NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')  # columns where null has a meaning: not labelled, or no winner
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples answers'.split()
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
@@ -115,11 +122,11 @@ ITEM_ANSWERS = 'completion answer response text'.split()
 ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score'.split()
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
-                    '<|assistant|>\n', '[/INST]')
+                    '<|assistant|>\n', '[/INST]', ' ASSISTANT:')
 # how a whole text begins that a chat template has written
-TURN_START = r'\[INST\]|<\|(?:im_start|start_header_id|user|system)\|>|<start_of_turn>'
+TURN_START = r'\[INST\]|<\|(?:im_start|start_header_id|user|system)\|>|<start_of_turn>|USER:'
 TEMPLATE_TEXT = re.compile(rf'\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*({TURN_START})')
-TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', ' ASSISTANT:', '\nAnswer:', '\nA:',
+TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
 # fmt: on
 
@@ -128,8 +135,7 @@ class LeftOut(Exception):
     """Raised for a valid row that a rule excludes; the message is the reason."""
 
 
-# columns: a frozenset of the columns that a row must have
-Layout = namedtuple('Layout', 'name columns read')
+Layout = namedtuple('Layout', 'name columns read')  # columns: a frozenset of the columns that a row must have
 
 
 def each(rows, read):
@@ -149,28 +155,33 @@ def each(rows, read):
             yield row, ValueError(f'its columns cannot be read ({error})')
 
 
-def parse_any(row, task=None, columns=None):
-    """Return the examples of a row in any known layout. columns: {our name: column}, or None to detect them."""
+def parse_any(row, task=None, columns=None, judges=()):
+    """Return the examples of a row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
     row = unified(row, columns)
-    layout = layout_of(row)
+    layout = layout_of(frozenset(row))
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    splits = filter(row.__contains__, SPLITS)
-    return examples + [{'drop': FOR_TESTS.format(name)} for name in splits if str(row[name]).lower() in HELD_OUT]
+    marks = marks_of(row, chain(FOR_TESTS_IF, judges))
+    return examples + [{'drop': note.format(column)} for note, column in marks]
 
 
 def check_flags(row, is_pair):
     """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
-    for reason, columns, words in MARKS if is_pair else MARKS[:3]:
+    for reason, column in marks_of(row, MARKS if is_pair else MARKS[:3]):
+        if reason:
+            raise LeftOut(reason)
+        doubt = f'{column!r} may mean that the two answers have changed places'
+        raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
+
+
+def marks_of(row, marks):
+    """Yield (reason, column) for each column of a row that has one of the words. marks: [(reason, columns, words)]."""
+    for reason, columns, words in marks:
         for column in filter(row.__contains__, columns):
-            if str(row[column]).strip().lower() not in words:
-                continue
-            if reason:
-                raise LeftOut(reason)
-            doubt = f'{column!r} may mean that the two answers have changed places'
-            raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
+            if str(row[column]).strip().lower() in words:
+                yield reason, column
 
 
 def _completed(example, row):
@@ -203,15 +214,16 @@ def _completed(example, row):
     return example
 
 
-def layout_of(row):
-    """Return the first Layout whose columns a unified row has. Raises ValueError, with the nearest layout, if none fits."""
+@lru_cache(1000)
+def layout_of(columns):
+    """Return the first Layout that fits a unified row's columns, a frozenset. Raises ValueError, with the nearest, if none does."""
     for layout in LAYOUTS:
-        if layout.columns <= row.keys():
+        if layout.columns <= columns:
             return layout
     # the layout of whose columns the row has the largest share
-    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & row.keys()) / len(layout.columns))
+    nearest = max(LAYOUTS, key=lambda layout: len(layout.columns & columns) / len(layout.columns))
     hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
-    has_a_column = not nearest.columns.isdisjoint(row)
+    has_a_column = not nearest.columns.isdisjoint(columns)
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
 
 
@@ -372,16 +384,22 @@ def prompt_of(row, given_answer=None):
             return turns
         # one that ends with an answer is none: then the given answer must begin with its question
         column = None
-    if column is None and given_answer is not None:
-        return None
     if column is None:
-        raise ValueError("'prompt' is missing")
+        if given_answer is None:
+            raise ValueError("'prompt' is missing")
+        return None
     prompt = text_or_chat(row, 'prompt') if column == 'prompt' else field(row, column)
     if prompt == '-':
         raise LeftOut("questions that are only '-', in place of one that is elsewhere")
-    # a 'prompt' that ends with the given answer is a whole text: another column asks
-    if column == 'prompt' and first_of(QUESTIONS[1:], row) and _ends_with(prompt, given_answer):
-        return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
+    # a 'prompt' such as 'Q: 2 + 2? A: 4', given '4', is a whole text: another column asks
+    if (
+        column == 'prompt'
+        and isinstance(prompt, str)
+        and isinstance(given_answer, str)
+        and first_of(QUESTIONS[1:], row)
+    ):
+        if re.search(rf':\s*{re.escape(given_answer.strip())}\s*\Z', prompt):
+            return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     # what these ask about may stand beside them
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
@@ -396,20 +414,9 @@ def prompt_of(row, given_answer=None):
     continues = isinstance(prompt, str) and is_history(row.get('history'))
     history = messages.alternating(chain.from_iterable(row['history'])) if continues else []
     check_nothing_lost(row, column, history + turns + earlier, (*QUESTIONS, *ABOUT, *options))
-    if continues:
-        return history + turns
     # only these are texts to continue; other questions become a user message
-    is_to_continue = column == 'prompt' or prompt.endswith(TURN_MARKERS)
-    return prompt if is_to_continue else turns
-
-
-def _ends_with(prompt, given_answer):
-    """Return whether a prompt, text or chat, is the text of a question and its answer: 'Q: 2 + 2? A: 4', given '4'."""
-    if not isinstance(prompt, str) or not isinstance(given_answer, str):
-        return False
-    # rpartition needs a separator: a line break in place of an empty answer
-    before, _, after = prompt.rpartition(given_answer.strip() or '\n')
-    return before.rstrip().endswith(':') and not after.strip()
+    is_to_continue = not history and (column == 'prompt' or prompt.endswith(TURN_MARKERS))
+    return prompt if is_to_continue else history + turns
 
 
 def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
@@ -457,15 +464,12 @@ def example_of(row, columns):
         return _split_off_prompt(row, answers)
     prompt, answers, repeats = _take_off_question(prompt, answers)
     if isinstance(prompt, str):
-        # CarperAI's summaries begin with 'TL;DR:', which elsewhere is the end of the prompt
-        if len(answers) == 2 and all(text.startswith('TL;DR:') for text in answers.values()):
-            prompt = prompt.rstrip() + '\n\n'
-        # DeepSpeed's answers begin with 'Assistant:', to a prompt 'Human: ...': the marker goes to the prompt
-        marker = ASSISTANT.strip()
-        is_dialogue = prompt.lstrip().startswith('Human:') and not prompt.endswith(TURN_MARKERS)
-        if is_dialogue and all(text.lstrip().startswith(marker) for text in answers.values()):
-            prompt = prompt.rstrip() + ASSISTANT
-            answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
+        # CarperAI's and DeepSpeed's answers begin with a marker that elsewhere ends the prompt
+        for marker in ('TL;DR:', 'Assistant:'):
+            have_it = all(text.lstrip().startswith(marker) for text in answers.values())
+            if have_it and not prompt.endswith(TURN_MARKERS):
+                prompt = f'{prompt.rstrip()}\n\n{marker}'
+                answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
     # Math-Step-DPO has the first steps of both answers in a column of their own
     first_steps = row.get('initial_reason_steps', '')
     answers = {key: first_steps + text for key, text in answers.items()}
@@ -516,7 +520,8 @@ def _joined(prompt, chat):
     # the prompt, without its system message, must be in the chat; or all questions of the chat, if several, in the prompt
     prompt_text = '\n'.join(turn['content'].strip() for turn in prompt if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
-    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
+    users = [turn for turn in chat[:-1] if turn['role'] == 'user']
+    questions = [turn['content'].strip() for turn in users]
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
@@ -563,7 +568,13 @@ def read_pair(row, task):
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
-    return [example]
+    # (score of the chosen answer, score of the rejected one), or the margin and 0
+    scores = [(example.get('margin'), 0)]
+    for name in filter(RATED.search, row):
+        for good, bad in SIDES:
+            scores.append((row[name], row.get(name.replace(good, bad))))
+    is_contradicted = any(isinstance(a, NUMBER) and isinstance(b, NUMBER) and a < b for a, b in scores)
+    return [example, {'drop': CONTRADICTED}] if is_contradicted else [example]
 
 
 def read_compared(row, task):
@@ -602,7 +613,8 @@ def _lead_by_name(row, verdict_column, columns, task):
     verdict = str(row[verdict_column]).strip(' []().').lower()
     named = VERDICT.fullmatch(verdict)
     # or the name of one of the models, if they are different
-    models = [str(row.get(f'model_{side}', row.get(f'model_{side}_name', '?'))).lower() for side in sides]
+    names = [row.get(f'model_{side}', '?') for side in sides]
+    models = [str(name).lower() for name in names]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
         side = {'a': sides[0], 'b': sides[1]}.get(named[3], named[3])
@@ -626,8 +638,11 @@ def read_votes(row, task):
     """Read LMSYS's votes: questions, answers of model A and of model B, each a list (or its JSON, or one text), and a 1 in
     'winner_model_a' or 'winner_model_b'."""
     values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
-    values = [json.loads(value) if isinstance(value, str) and value.startswith('[') else value for value in values]
-    lists = [[value] if isinstance(value, str) else value for value in values]
+    lists = []
+    for value in values:
+        if isinstance(value, str):
+            value = json.loads(value) if value.startswith('[') else [value]
+        lists.append(value)
     # an answer may be null
     if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
@@ -703,7 +718,9 @@ def read_scored(row, task):
     answers, scores = field(row, column, list), field(row, score_column, list)
     # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
-    if len(answers) != len(scores) or not all(isinstance(score, NUMBER | None) for score in scores):
+    # not all numbers are finite
+    valid = [score is None or (isinstance(score, NUMBER) and abs(score) < math.inf) for score in scores]
+    if len(answers) != len(scores) or not all(valid):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and scores and all(score is False for score in scores):
         raise LeftOut('no right answer')
@@ -712,7 +729,8 @@ def read_scored(row, task):
     is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
     prompt = prompt.rstrip() if is_dialogue else as_chat(prompt)
     write = answer if is_dialogue else said
-    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    pairs = zip(scores, answers, strict=True)
+    scored = [(score, write(found)) for score, found in pairs if score is not None]
     return rank_answers(prompt, scored, task)
 
 
@@ -724,8 +742,7 @@ def _score_of(item):
 
 
 def rank_groups(rows, task, read):
-    """Yield (row, examples or ValueError), with the answers of all rows to the same prompt ranked together. read(row) returns
-    (prompt, [(score, answer)])."""
+    """Yield (row, examples or ValueError): all rows' answers to a prompt are ranked. read(row): (prompt, [(score, answer)])."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
     for row, found in each(rows, read):
         # a ValueError or [{'drop': reason}] that each() gives in place of what read() returns, a tuple
@@ -929,15 +946,13 @@ def read_text(row, task):
     for name in 'role from speaker sender author'.split():
         if str(row.get(name)).lower() in messages.ROLES:
             raise messages.BadValue(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
-    for other in (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED)):
-        # a text beside an answer may be its question
-        if isinstance(row.get(other), str | list):
+    # a text beside an answer may be its question
+    for other in filter(row.__contains__, (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED))):
+        if isinstance(row[other], str | list):
             fix = f"--columns='question=text, response={other}', or 'text=text'"
             raise ValueError(f"'text' may be what {other!r} answers: {fix}")
-    for start, turn_pattern in messages.DIALOGUES.items():
-        turns = messages.split_dialogue(text, turn_pattern) if text.startswith(start) else []
-        if {turn['role'] for turn in turns} == {'user', 'assistant'}:
-            return read_chat({'messages': turns}, task)
+    if turns := messages.dialogue(text):
+        return read_chat({'messages': turns}, task)
     # a text that a chat template has written: a prompt and one answer if it has a single marker, and no turn behind it
     marker = first_of(TEMPLATE_MARKERS, text)
     is_chat = marker is not None and TEMPLATE_TEXT.match(text)
@@ -953,47 +968,35 @@ def read_text(row, task):
 
 def read_prompt(row, task):
     """Read a prompt without an answer. Raises ValueError if an unknown column may be the answer and the task needs one."""
-    _check_no_answer(row, task)
-    # CarperAI's answers are texts in the column 'label'; a label is a single word
-    if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
-        return read_answer(row, task)
-    # MT-Bench as the hub has it: the questions of one user
-    if are_texts(row.get('prompt')):
-        return read_turns({'turns': row['prompt']}, task)
-    return [{'prompt': prompt_of(row)}]
-
-
-def _check_no_answer(row, task):
-    """Raise ValueError if the task needs an answer, and the name of a column has one of LIKE_ANSWERS in it."""
-    if task == 'prompts':
-        return
     # without a task, a solution may be for a reward function
     like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
     for name, value in row.items():
         has_content = value and isinstance(value, str | list | dict)
-        if has_content and any(word in name.lower() for word in like_answers):
+        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
-
-
-def read_turns(row, task):
-    """Read MT-Bench's list of one user's questions, texts or (Arena-Hard) {'content': text}."""
-    _check_no_answer(row, task)
-    texts = row['turns']
-    if isinstance(texts, list) and all(isinstance(turn, dict) and turn.keys() == {'content'} for turn in texts):
-        texts = [turn['content'] for turn in texts]
-    if not are_texts(texts):
+    # CarperAI's answers are texts in the column 'label'; a label is a single word
+    if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
+        return read_answer(row, task)
+    # of one user's questions (MT-Bench's texts, Arena-Hard's {'content': text}) the first is a prompt: the others follow its answer
+    column = first_of((*QUESTIONS, 'turns'), row)
+    questions = row[column] if column in ('prompt', 'turns') else None
+    turns = questions if isinstance(questions, list) else []
+    are_contents = [isinstance(turn, dict) and turn.keys() == {'content'} for turn in turns]
+    if all(are_contents):
+        questions = [turn['content'] for turn in turns]
+    if are_texts(questions):
+        first, *later = questions
+        return [{'prompt': [message('user', first)]}] + [{'drop': LATER}] * len(later)
+    if column == 'turns':
         raise ValueError("'turns' is no list of questions")
-    # only the first is a prompt: the later ones need answers to it
-    first, *later = texts
-    example = {'prompt': [message('user', first)]}
-    return [example] + [{'drop': LATER}] * len(later)
+    return [{'prompt': prompt_of(row)}]
 
 
 def unread_texts(rows, layout):
-    """Return the columns that may ask, answer or judge, and that no example shows; those of `layout` are read.
+    """Return (columns that may ask, answer or judge, and that no example shows; marks of later rows by which others judge).
 
-    They have texts in most rows, all different (a category or an id has fewer than four words, or the same ones in many rows);
-    or both values of a flag, or a grade; or, beside a pair, a verdict such as 2 or 'B'; or they link rows to a conversation."""
+    They have texts in most rows, all different (a category or an id has fewer than four words, or the same in many rows); both
+    values of a flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class; or a link to a row or conversation."""
     found = defaultdict(set)  # column -> its different texts
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
@@ -1006,8 +1009,7 @@ def unread_texts(rows, layout):
         shown = set(_texts_in(examples, min_words=4))
         for name, value in row.items():
             is_label = name in LABELS and 'good' in examples[0]
-            is_text = name in (*QUESTIONS, *ABOUT, *ANSWERS) and name not in LABELS
-            if isinstance(value, NUMBER | str) and not is_label and not is_text:
+            if isinstance(value, NUMBER | str) and not is_label and name not in TEXTS:
                 values[name].add(str(value).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
@@ -1019,15 +1021,20 @@ def unread_texts(rows, layout):
                 found[name].update(texts)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    for name, its_values in values.items():
-        is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
-        is_flag = its_values <= {*YES, *NO} and len({value in YES for value in its_values}) == 2
-        judges = is_flag or is_verdict or not GRADES.isdisjoint(its_values)
-        if judges or name in PARENTS:
-            unread.append(name)
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    questions = QUESTIONS if layout.read is read_scored else ()
-    return [name for name in dict.fromkeys(unread) if name not in (*layout.columns, 'rejected', *questions)]
+    is_read = {*layout.columns, 'rejected', *TEST_FLAGS, *(QUESTIONS if layout.read is read_scored else ())}
+    later = []
+    for name, its_values in values.items():
+        are_flags = its_values.issubset(YES + NO)
+        is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
+        is_class = name in CLASSES and layout.read is read_text
+        has_both = are_flags and its_values.intersection(YES) and its_values.intersection(NO)
+        if has_both or is_verdict or is_class or name in PARENTS or GRADES & its_values:
+            unread.append(name)
+        elif len(its_values) <= 10 and name not in is_read:
+            words = GRADES.union(YES, NO) - its_values if are_flags else GRADES
+            later.append((JUDGES, [name], words))
+    return [name for name in dict.fromkeys(unread) if name not in is_read], later
 
 
 # fmt: off
@@ -1048,12 +1055,10 @@ READERS = (
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),
-    ('prompt', ','.join(QUESTIONS), read_prompt),
-    ('questions', 'turns', read_turns),
+    ('prompt', ','.join((*QUESTIONS, 'turns')), read_prompt),
 )
 LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')]
 # fmt: on
 # every column name that has a meaning somewhere above
 KNOWN = frozenset(chain(COLUMNS, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
-# readers that get all rows at once
-OF_ALL_ROWS = {read_shp, read_rated, read_trees}
+OF_ALL_ROWS = {read_shp, read_rated, read_trees}  # readers that get all rows at once

@@ -7,14 +7,12 @@ import re
 from contextlib import suppress
 from copy import copy
 
-# most characters of a text, or of all messages of a chat
-LONGEST = 10_000_000
+LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
 ASSISTANT = '\n\nAssistant:'
 # the beginning of a chat that was written as JSON or as a Python literal, and a message anywhere in it
 SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
 SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
-# fields for a message's thoughts
-REASONING = ('reasoning_content', 'thinking', 'reasoning')
+REASONING = ('reasoning_content', 'thinking', 'reasoning')  # fields for a message's thoughts
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
 # fields with such names may say so, too, but not whether true or false is trained on
@@ -25,21 +23,16 @@ BESIDE = ('tool_calls', 'function_calls', *REASONING)
 MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
-    'user': 'user human prompter question',
-    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call',
+    'user': 'user human prompter question instruction',
+    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard response function_call tool_call',
     'tool': 'tool observation tool_response',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
-# dialogues in one text: how the text begins -> a pattern of the markers that begin its turns, with the speaker as group 1
-DIALOGUES = {
-    '\n\nHuman:': r'\n\n(Human|Assistant):',
-    '### Human:': r'### (Human|Assistant):',
-    '### Instruction:': r'### (Instruction|Response):',
-    'Below is an instruction': r'### (Instruction|Response):',
-    '<human>:': '<(human|bot)>:',
-    'Human:': r'(?:\A|\n)(Human|Assistant|AI):',
-    'User:': r'(?:\A|\n)(User|Assistant):',
-}
+# speakers in a dialogue that is one text -> their role
+SPEAKERS = {name: role for name, role in ROLES.items() if role in ('user', 'assistant', 'system')}
+# how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
+BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*)?(\n\n|(\*\*)|[^\w\s]+ ?|)(?:human|user|prompter|instruction|system)'
+                       r'( ?[^\w\s]*[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 
 
 class DoubtfulCode(ValueError):
@@ -256,12 +249,30 @@ def alternating(texts):
     return [message('assistant' if i % 2 else 'user', text) for i, text in enumerate(texts)]
 
 
+def dialogue(text):
+    """Return the messages of a text that begins with a speaker who asks, and in which another one answers; [] of other texts."""
+    first = BEGINNING.match(text)
+    if first is None:
+        return []
+    # a speaker without a sign stands at the beginning of a line
+    sign = re.escape(first[1]) or r'(?:\A|\n)'
+    colon = re.escape(first[3])
+    known = '|'.join(SPEAKERS)
+    speakers = re.findall(rf'(?i){sign}({known}){colon}', text)
+    # the first speaker of each role: of others the text may speak
+    names = {SPEAKERS[name.lower()]: name for name in reversed(speakers)}
+    if not {'user', 'assistant'} <= names.keys():
+        return []
+    either = '|'.join(names.values())
+    return split_dialogue(text, rf'{sign}({either}){colon}')
+
+
 def split_dialogue(text, turn_pattern):
     """Return the messages of a dialogue in one text. turn_pattern: of the markers that begin a turn, with the speaker as group 1."""
     # [text before the first marker, speaker, text, speaker, text, ...]
     _, *parts = re.split(turn_pattern, text)
-    roles = ['assistant' if speaker in ('Assistant', 'Response', 'AI', 'bot') else 'user' for speaker in parts[::2]]
-    return [message(role, text.strip()) for role, text in zip(roles, parts[1::2], strict=True)]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [message(SPEAKERS[speaker.lower()], text.strip()) for speaker, text in turns]
 
 
 def as_chat(prompt):
@@ -271,7 +282,7 @@ def as_chat(prompt):
     # HelpSteer's dialogues have no marker before the first question
     if '<extra_id_1>' in prompt:
         return split_dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
-    turn_pattern = DIALOGUES['\n\nHuman:']
+    turn_pattern = r'\n\n(Human|Assistant):'
     if not re.match(rf'\s*?{turn_pattern}', prompt):
         return [message('user', prompt)]
     turns = split_dialogue(prompt, turn_pattern)

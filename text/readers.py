@@ -5,7 +5,6 @@ import io
 import json
 import lzma
 import re
-from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -123,8 +122,8 @@ def _lines(stream):
 
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
-    # 'surrogateescape' has decoded such bytes to these characters
-    return NOT_UTF8 if re.search('[\udc80-\udcff]', text) else ''
+    # 'surrogateescape' has decoded such bytes to these characters; UTF-16 without its mark has NULs in it
+    return NOT_UTF8 if re.search('[\0\udc80-\udcff]', text) else ''
 
 
 def _read_columns(file):
@@ -155,7 +154,9 @@ def _read_columns(file):
                 label = raw.get(name)
                 if isinstance(label, int) and 0 <= label < len(words):
                     raw[name] = words[label]
-            yield Row.of(_without_inner_nulls(raw), f'{file}, row {number}')
+            # a column that is None stays
+            values = {name: _as_json(value) for name, value in raw.items()}
+            yield Row.of(values, f'{file}, row {number}')
 
 
 def _label_words(schema):
@@ -171,19 +172,18 @@ def _label_words(schema):
     return words_of
 
 
-def _without_inner_nulls(raw):
-    """Return a row of a columnar file without the None fields inside its columns; columns that are None stay."""
-
-    # such files give all messages the same fields: a message without tool calls has 'tool_calls': None
-    def without_nulls(value):
-        if isinstance(value, list):
-            return [without_nulls(item) for item in value]
-        if isinstance(value, dict):
-            return {key: without_nulls(item) for key, item in value.items() if item is not None}
-        # JSON has no times, and WildChat's messages have
-        return value.isoformat() if isinstance(value, datetime) else value
-
-    return {name: without_nulls(value) for name, value in raw.items()}
+def _as_json(value):
+    """Return a value of a columnar file as JSON would have it, without the None fields of its objects."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    # such files give all messages the same fields: one without tool calls has 'tool_calls': None
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items() if item is not None}
+    # text that its writer has not marked as such; field() refuses bytes that are none
+    if isinstance(value, bytes):
+        return value.decode('utf-8', 'surrogateescape')
+    # times (WildChat's messages have some), and what else JSON has no form for
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _read_json(file):
@@ -206,7 +206,8 @@ def _read_json(file):
 def _rows_of(value):
     """Return the only list of objects (but for messages) that a JSON object has in it, or else the value as the only row."""
     values = value.values() if isinstance(value, dict) else []
-    lists = [inner for inner in values if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    filled = [inner for inner in values if isinstance(inner, list) and inner]
+    lists = [inner for inner in filled if isinstance(inner[0], dict)]
     if len(lists) == 1 and lists[0][0].keys().isdisjoint(('role', 'from')):
         return lists[0]
     return [value]

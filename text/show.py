@@ -38,8 +38,7 @@ truncation = 'start'  # which end a too long prompt loses: start or end
 n: int | None = 3  # how many examples; None: all
 json = False  # one JSON object a line, and nothing else
 
-# measure only the first examples: a large data set would take long
-MEASURED = 2000
+MEASURED = 2000  # measure only the first examples: a large data set would take long
 NOTHING = 'no examples are left in {!r}: nothing can be trained on it'
 # line ends beside \n that JSON does not escape: a reader may split a row there
 LINE_ENDS = {ord(end): dumps(end)[1:-1] for end in '\x85\u2028\u2029'}

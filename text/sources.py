@@ -236,10 +236,11 @@ def _parsed(rows, parse, task, columns):
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        if layout and not needs_all_rows and (unread := formats.unread_texts(head, layout)):
+        unread, judges = formats.unread_texts(head, layout) if layout and not needs_all_rows else ([], [])
+        if unread:
             advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
-        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of)
+        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of, judges=judges)
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
 
 
@@ -259,7 +260,7 @@ def _parse_option(columns):
 def _first_layout(rows):
     """Return the Layout of the first row that fits one, or None."""
     # each() gives an error in place of the layout for a row that fits none
-    layouts = each(rows, lambda row: formats.layout_of(formats.unified(row)))
+    layouts = each(rows, lambda row: formats.layout_of(frozenset(formats.unified(row))))
     return next((layout for _, layout in layouts if isinstance(layout, Layout)), None)
 
 
@@ -272,7 +273,9 @@ def describe(source):
     if parse:
         return f'the reader {source.partition(":")[0]!r}'
     layout = _first_layout(head)
-    known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
+    known = 'no known layout'
+    if layout:
+        known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}'
     found_columns = ', '.join(dict.fromkeys(chain(*head))) or 'none'
     return f'{known} (columns: {found_columns})'
 
@@ -323,15 +326,15 @@ def _refusal(row, error, any_valid, following, source):
     # a file that is broken further down must not hide this message
     with suppress(UserError):
         seen.extend(islice(following, LOOK_AHEAD))
-    columns_of_bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
-    num_bad = len(columns_of_bad)
+    bad = [_columns(other) for other, examples in seen if isinstance(examples, Exception)]
     # a file about the data may lie among the data
     help_text = f'or name the file that is meant: --data={source}/FILE; {HELP}' if os.path.isdir(source) else HELP
     # among good rows, the bad ones are the user's to fix
-    if any_valid or num_bad < len(seen):
-        if num_bad > 1:
-            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(columns_of_bad).most_common(2)]
-            text += f'; of the {len(seen)} rows from there on, {num_bad} are bad: {"; ".join(common)}'
+    if any_valid or len(bad) < len(seen):
+        if len(bad) > 1:
+            most_common = Counter(bad).most_common(2)
+            common = [f'{count} with {shorten(names, 90)}' for names, count in most_common]
+            text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
     return f'{text}; {_advice(row, error, source)} ({help_text})'
@@ -359,14 +362,15 @@ def _advice(row, error, source):
 
 def _columns(row):
     """Return a row's columns and their types as text, at most nine."""
-    kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', int: 'number', float: 'number'}
-    kinds[type(None)] = 'null'
+    kinds = {str: 'text', list: 'list', dict: 'object', bool: 'true or false', type(None): 'null'}
     named = []
     for key, value in islice(row.items(), 9):
-        kind = kinds.get(type(value), type(value).__name__)
+        kind = kinds.get(type(value), 'number')
         named.append(f'{str(key)[:24]!r} ({kind})')
-    more = f' and {len(row) - 9} more' if len(row) > 9 else ''
-    return ', '.join(named) + more or 'no columns'
+    text = ', '.join(named) or 'no columns'
+    if len(row) > 9:
+        text += f' and {len(row) - 9} more'
+    return text
 
 
 class HubDataset(NamedTuple):
@@ -400,7 +404,8 @@ def parse_sharegpt(row, num_turns):
         return [{'drop': 'special token in the text'}]
     prompt, examples = '', []
     # ask() and answer() write Anthropic's format; a last question without an answer is not used
-    for (asker, question), (replier, reply) in zip(turns[::2], turns[1::2], strict=False):
+    exchanges = zip(turns[::2], turns[1::2], strict=False)
+    for (asker, question), (replier, reply) in exchanges:
         # long chats are split into pieces, which may begin with an answer
         if (asker, replier) != ('human', 'gpt') or len(examples) == num_turns:
             break
@@ -408,14 +413,6 @@ def parse_sharegpt(row, num_turns):
         examples.append({'prompt': prompt, 'response': answer(reply)})
         prompt += answer(reply)
     return examples or [{'drop': 'does not begin with human, gpt'}]
-
-
-def parse_imdb(row):
-    """Return the beginning of a review ('text') and two sampled continuations; the positive one is chosen."""
-    prompt, chosen, rejected = (field(row, key) for key in ('text', 'chosen', 'rejected'))
-    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
-        raise ValueError("the answers do not begin with 'text'")
-    return [{'prompt': prompt, 'chosen': chosen[len(prompt) :], 'rejected': rejected[len(prompt) :]}]
 
 
 def parse_ultrachat(row):
@@ -435,7 +432,9 @@ get_shp = HubDataset('stanfordnlp/SHP')
 get_se = HubDataset('HuggingFaceH4/stack-exchange-preferences', test=None)
 get_sharegpt = HubDataset('anon8231489123/ShareGPT_Vicuna_unfiltered', parse_sharegpt, test=None,
                           options={'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'})
-get_imdb = HubDataset('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english', parse_imdb)
+# the text is the beginning of a review, and both answers repeat it
+get_imdb = HubDataset('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english',
+                      partial(formats.parse_any, columns={'prompt': 'text', 'chosen': 'chosen', 'rejected': 'rejected'}))
 get_oasst = HubDataset('OpenAssistant/oasst1', Layout('oasst', '', partial(formats.read_trees, language='en')), test='validation')
 get_ultrafeedback = HubDataset('HuggingFaceH4/ultrafeedback_binarized', None, 'train_prefs', 'test_prefs')
 get_ultrafeedback_hybrid = HubDataset('wzhouad/gemma-2-ultrafeedback-hybrid')
@@ -452,15 +451,8 @@ def get_toy(split, path=None):
 
 def get_alpaca_eval(split, path=None):
     """Return (rows, parse) of AlpacaEval's instructions, for sampling only."""
-    if path:
-        found = files.data_files(path)
-        # only those of the split; local_files raises an error if it cannot be said which ones these are
-        with suppress(UserError):
-            found = files.local_files(path, split)
-    else:
-        # its JSON file, since the hub has a loading script there
-        found = [files.hub_download('tatsu-lab/alpaca_eval', None, 'alpaca_eval.json')]
-    # read_rows reads a list of files whole, whatever the split
+    # on the hub its JSON file, since there is a loading script
+    found = path or [files.hub_download('tatsu-lab/alpaca_eval', None, 'alpaca_eval.json')]
     return read_rows(None, split, found), lambda row: [{'prompt': ask(field(row, 'instruction'))}]
 
 

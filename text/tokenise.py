@@ -27,8 +27,7 @@ from text.messages import as_chats, is_empty, is_trained, said
 from text.readers import HELP
 
 NO_CHAT = 'note: texts beside a chat template, which --chat would apply'
-# training.py tokenises only the first ENOUGH examples if a run uses at most a tenth of them
-ENOUGH = 20_000
+ENOUGH = 20_000  # training.py tokenises only the first ENOUGH examples if a run uses at most a tenth of them
 # a chunk for the tokenizer is full at this number of examples or above this number of characters
 CHUNK, CHARACTERS = 512, 2**22
 NEEDS = {  # task -> what a row needs besides its prompt

@@ -27,8 +27,7 @@ VALUES = {
     'superb': 1.0, 'lovely': 1.0, 'charming': 1.0, 'great': 1.0, 'clean': 0.5, 'nice': 0.5, 'fine': 0.5, 'pleasant': 0.5,
     'plain': -0.5, 'dull': -0.5, 'tired': -0.5, 'dusty': -0.5, 'awful': -1.0, 'horrid': -1.0, 'broken': -1.0, 'rotten': -1.0,
 }  # fmt: skip
-# words that are single tokens
-WORDS = [*'Review of the was very and . :'.split(), *PLACES, *ASPECTS, *VALUES]
+WORDS = [*'Review of the was very and . :'.split(), *PLACES, *ASPECTS, *VALUES]  # words that are single tokens
 
 
 def place_of(prompt):

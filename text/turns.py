@@ -81,8 +81,7 @@ def _spans_by_marks(turns, tools, tokenizer):
 
 
 def _span(turns, i, tools, full_text, write, stop):
-    """Return (start, end) of the answer turns[i] in full_text = write(turns, tools), with its end of turn, a match of the
-    pattern `stop`; None if it is not found."""
+    """Return (start, end) of the answer turns[i] and its end of turn (pattern: stop) in full_text = write(turns, tools), or None."""
     prompt_text = write(turns[:i], tools, add_generation_prompt=True)
     start = len(prompt_text)
     if not full_text.startswith(prompt_text):
