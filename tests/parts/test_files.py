@@ -282,7 +282,7 @@ def test_files_that_are_not_read(tmp_path, capsys):
     refused(tmp_path / 'more', f'about.json.*or name the file that is meant: --data={tmp_path}/more/FILE; see README')
 
 
-def test_splits_of_one_folder_are_not_mixed(tmp_path):
+def test_splits_of_one_folder_are_not_mixed(tmp_path, monkeypatch):
     write(tmp_path, {'train_prefs': ROWS, 'train_sft': ROWS[:2], 'test_prefs': ROWS[:3], 'other': ROWS[:1]})
     refused(tmp_path, r"several splits; there are test_prefs, train_prefs, train_sft: say which: .*\[train_prefs\]'")
     # where one is for training, any name will do
@@ -303,8 +303,13 @@ def test_splits_of_one_folder_are_not_mixed(tmp_path):
     assert divided(f'hh_helpful:{tmp_path}/clone')
     # a function that reads all splits has the same rows for both, where it cannot be said which split is for training: divided
     splits = {'train_prefs': ROWS[:9], 'train_sft': ROWS[9:], 'test_prefs': ROWS[:1]}
-    splits = {split: [{'instruction': row['response']} for row in rows] for split, rows in splits.items()}
-    source = 'alpaca_eval:' + write(tmp_path / 'prompts', splits)
+    write(tmp_path / 'all', splits)
+
+    def get_all(split, path):
+        return readers.read_rows(None, split, files.data_files(path)), lambda row: [row]
+
+    monkeypatch.setattr(sources, 'get_all', get_all, raising=False)
+    source = f'all:{tmp_path}/all'
     train, test = [{row['prompt'] for row in sources.load_rows(source, split)[0]} for split in ('train', 'test')]
     assert test and len(train | test) == len(ALL) and not train & test
     # and otherwise takes each as it is

@@ -264,6 +264,10 @@ def test_sources(folder, capsys):
     _, rows = run(f'--data={folder}/prompts.txt', '--max_new_tokens=6')
     assert [row['prompt'][:6] for row in rows] == ['Review', 'Why?', 'long\u2028 ']
     assert 'changed: 1 time the same prompt again, 1 prompt cut' in capsys.readouterr().out
+    _, rows = run(
+        f'--data={folder}/prompts.txt', '--columns=question=text', '--n_examples=1', '--max_new_tokens=6', out_dir='b'
+    )
+    assert [row['prompt'] for row in rows] == [[user('Review of the hotel:')]]
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]

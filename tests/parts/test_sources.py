@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from datetime import datetime
+from datetime import datetime, time, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -77,7 +77,7 @@ RAWS = {  # name: (some examples by number, how many there are, what is left out
     'sharegpt': ({0: {'prompt': messages.ask('Name a river.'), 'response': ' The Thames.'}, 1: {'prompt': messages.ask('What is 2 + 2?'), 'response': ' 4'}},
                  2, {'does not begin with human, gpt': 3, 'special token in the text': 1}, [f"'value' {MISSING}"]),
     'imdb': ({0: pair('I watched this film on a', ' rainy day and loved it.', ' plane and slept.'), 2: pair('So so', ' soothing, so sound.', ' sour.')},
-             3, {}, ["the answers do not begin with 'text'"]),
+             3, {sources.REPEATED: 3}, ["only one of 'chosen' and 'rejected' begins with the prompt"]),
     # no better answer: one is not there, one is German; not whole: a gap and a circle
     'oasst': ({0: pair([MAGNETS], SPINS, MAGIC[0]), 1: pair([MAGNETS], *MAGIC),
                2: pair(FRIDGE, [assistant('Their poles lie in stripes.')], [assistant('They are weak.')])},
@@ -260,7 +260,7 @@ MULTI = {'prompt': ASKS, 'response': SAYS, 'turns': TWO_TURNS}
 GEMINI = [{'role': role, 'parts': [{'text': text}]} for role, text in (('user', 'q?'), ('model', 'a'))]
 WRITTEN = [('<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n', 'a<|im_end|>\n'), ('<s>[INST] q? [/INST]', ' a </s>'),
            ('<|user|>\nq?</s>\n<|assistant|>\n', 'a</s>'), ('<bos><start_of_turn>user\nq?<end_of_turn>\n<start_of_turn>model\n', 'a'),
-           ('<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq?<|start_header_id|>assistant<|end_header_id|>\n\n', 'a')]  # fmt: skip
+           ('USER: q? ASSISTANT:', ' a</s>'), ('<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq?<|start_header_id|>assistant<|end_header_id|>\n\n', 'a')]  # fmt: skip
 ANSWERS = {'chosen': 'a', 'rejected': 'b'}
 MARKUP = '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
 
@@ -333,7 +333,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('pairs', {'prompt': 'q?', 'chosen': 'So a', 'rejected': 'So b'}, {'Math-Step-DPO': {'prompt': 'q?', 'initial_reason_steps': 'So ', **ANSWERS, 'full_chosen': 'x'}}),
     ('pairs', {'prompt': 'SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: p\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}, {'TL;DR, comparisons': {'info': {'post': 'p', 'subreddit': 's', 'title': 't'}, 'summaries': [{'text': 'b'}, {'text': 'a'}], 'choice': 1}}),
     ('pairs', {'prompt': 'TITLE: t\n\nx\ny\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}, {'TL;DR, news': {'info': {'post': None, 'article': 'x\n\ny', 'title': 't'}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 0}}),
-    ('pairs', {'prompt': 'POST: p\n\n', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}, {'CarperAI, comparisons': {'prompt': 'POST: p', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}}),
+    ('pairs', {'prompt': 'POST: p\n\nTL;DR:', 'chosen': ' a', 'rejected': ' b'}, {'CarperAI, comparisons': {'prompt': 'POST: p', 'chosen': 'TL;DR: a', 'rejected': 'TL;DR: b'}}),
     ('pairs', PAIR | BRIEF | {'tools': [F]}, {'OpenAI, preferences': {'input': {'messages': [system('Be brief.'), user('q?')], 'tools': [F], 'parallel_tool_calls': True}, 'preferred_output': [assistant('a')], 'non_preferred_output': [assistant('b')]}}),
     ('pairs', PAIR | {'prompt': [user('x q?')]}, {'monkey business': {'prompt': 'x q?', 'question': 'q?', 'gt_answer': '4', 'samples': ['b', 'a'], 'is_corrects': [False, True]}}),
     ('pairs', {'prompt': [user('x q?')], 'chosen': [assistant('a')], 'rejected': [assistant('b')]}, {'a question that the chats alone have whole': {'prompt': 'q?', 'query': 'x q?', 'chosen': [user('x q?'), assistant('a')], 'rejected': [user('x q?'), assistant('b')]}}),
@@ -349,7 +349,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'a Sequence of messages': {'messages': {'role': ['user', 'assistant'], 'content': ['q?', 'a']}},
         'alpaca as text': {'text': 'Below is an instruction.\n\n### Instruction:\nq?\n\n### Response:\na'},
         'HH as text': {'text': '\n\nHuman: q?\n\nAssistant: a'}, 'OIG': {'text': '<human>: q?\n<bot>: a'}, 'lines of speakers': {'text': 'User: q?\nAssistant: a'}, 'Magpie': {'instruction': 'q?', 'response': 'a', 'conversations': said('q?', 'a')},
-        'LangChain': {'text': 'Human: q?\nAI: a'},
+        'LangChain': {'text': 'Human: q?\nAI: a'}, 'OIG, in capitals': {'text': '<HUMAN>: q?\n<BOT>: a'}, 'brackets': {'text': '[User]: q?\n[Assistant]: a'}, 'a blank before the colon': {'text': 'user : q?\nchatbot : a'},
+        'headings': {'text': '### User:\nq?\n\n### Response:\na'}, 'wide colons': {'text': 'User：q?\nAssistant：a'}, 'one question beside turns': {'question': 'q?', 'turns': ['x', 'y'], 'answer': 'a'},
         'DeepMath': {'question': 'q?', 'final_answer': '4', 'r1_solution_1': 'a', 'r1_solution_2': 'x'},
         'objects beside an answer': {'question': 'q?', 'answer': 'a', 'samples': [{'text': 'b', 'score': 'high'}]},
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
@@ -365,10 +366,12 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
         'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
-        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers at the beginning of lines': {'text': 'User: a\nAssistant: b\nUser: q?\nAssistant: a'},
+        'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers in capitals': {'text': '\nUSER: a\nASSISTANT: b\nUSER: q?\nASSISTANT: a'},
+        'bold speakers': {'text': '**User:** a\n\n**AI:** b\n\n**User:** q?\n\n**AI:** a'}, 'speakers at the beginning of lines': {'text': 'User: a\nAssistant: b\nUser: q?\nAssistant: a'},
         'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}}),
-    *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
+    *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('AI: x\nUser: q?\nAI: a', 'Note: q?\nAssistant: a', 'Question: q?\nAnswer: a', 'User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
     ('sft', SFT | {'prompt': [user('q?\n Bot: x')]}, {'the first who answers': {'text': 'Human: q?\n Bot: x\nAssistant: a'}}),
+    ('sft', SFT | {'prompt': [user('q?\nQuestion: 5')], 'response': [assistant('a\nBot: x')]}, {'the first speakers alone': {'text': 'Human: q?\nQuestion: 5\nAssistant: a\nBot: x'}}),
     ('sft', SFT | BRIEF, {
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
         'OpenHermes 2.5': {'conversations': [{'from': 'system', 'value': 'Be brief.', 'weight': None}, *said('q?', 'a', weight=None)], 'system_prompt': 'Be brief.'},
@@ -376,6 +379,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'a dialogue of messages': {'system': 'Be brief.', 'dialogue': QA}, 'messages by any name': {'system': 'Be brief.', 'id': '3', 'turns': QA, 'tags': ['x']},
         'two columns of messages': {'system': 'Be brief.', 'raw': TWO_TURNS, 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')},
+        'a system message in a text': {'text': 'System: Be brief.\nUser: q?\nAssistant: a'},
         'Gemini': {'systemInstruction': {'role': 'system', 'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}, 'Gemini, no role': {'system_instruction': {'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}}),
     # one answer of a whole text that a chat template has written
     *(('sft', {'prompt': asks, 'response': replies}, {'written by a template': {'text': asks + replies}}) for asks, replies in WRITTEN),
@@ -417,6 +421,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
 ]
 
 WHOLE = '<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>'
+VICUNA = 'USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>'
 DATA_SETS = [  # columns as these data sets have them: name, task, rows, the examples, what is left out
     ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
     ('annotations, no verdict', 'pairs', [{'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': math.nan}], [], {'no verdict': 1}),
@@ -434,7 +439,12 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no', 'correct', 'incorrect')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False) * 3], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
     *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
-      for name in ('split', 'set', 'subset', 'fold', 'partition')),
+      for name in ('split', 'set', 'subset', 'fold', 'partition', 'type')),
+    *(('a flag of tests', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in (True, False, True)], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 2}) for name in ('is_test', 'held_out')),
+    *(('scores that contradict', 'pairs', [pair('p', 'a', 'b') | {better: x, worse: 3} for x in (2, 3, 4.5, 1)], [pair('p', 'a', 'b')] * 4, {formats.CONTRADICTED: 2})
+      for better, worse in (('score_chosen', 'score_rejected'), ('chosen-rating', 'rejected-rating'), ('chosen_avg_rating', 'rejected_avg_rating'), ('Reward_chosen', 'Reward_rejected'))),
+    ('no scores', 'pairs', [pair('p', 'a', 'b') | {'chosen_score': x, 'rejected_score': 'high', 'chosen_length': 1, 'rejected_length': 2, 'score': 1} for x in ('low', 'x')], [pair('p', 'a', 'b')] * 2, {}),
+    ('a margin that contradicts', 'pairs', [pair('p', 'a', 'b') | {'margin': x} for x in (-0.5, 0)], [pair('p', 'a', 'b') | {'margin': x} for x in (-0.5, 0.0)], {formats.CONTRADICTED: 1}),
     ('SHP-2', 'pairs', [{'history': 'q?', 'human_ref_A': 'b', 'human_ref_B': 'a', 'labels': 0, 'score_A': 2, 'score_B': n, 'metadata_A': ''} for n in (9, 3)], [{'prompt': messages.ask('q?'), 'chosen': ' a', 'rejected': ' b'}], {'score ratio below 2': 1}),
     ('distilabel Orca', 'pairs', [{'system': 'Be brief.', 'input': 'q?', **ANSWERS, 'generations': ['a', 'b'], 'status': x} for x in ('swapped', 'tie')], [PAIR | BRIEF], {'tie': 1}),
     *((f'{flag}, answers not trained on', 'sft', [{'messages': [TWO_TURNS[0] | {flag: None}, assistant('b') | {flag: no}, *TWO_TURNS[2:3], TWO_TURNS[3] | {flag: type(no)(1)}]}],
@@ -484,7 +494,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('MT-Bench, questions', 'prompts', [{'question_id': 81, 'category': 'x', name: ['q?', 'why?', 'how?'], 'reference': []}], [{'prompt': [user('q?')]}], {formats.LATER: 2}) for name in ('turns', 'prompt')),
     ('a number beside a prompt', 'sft', [{'prompt': 'q?', 'answer_tokens': 7, 'my_output': ''}], [{'prompt': 'q?'}], {}),
     ('Arena-Hard, questions', 'prompts', [{'question_id': 'x', 'turns': [{'content': 'q?'}]}], [{'prompt': [user('q?')]}], {}),
-    ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 1}),
+    ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 2}),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
     ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
@@ -581,7 +591,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ('its columns cannot be read', [{'prompt': 'p', 'response': 'a', 'initial_reason_steps': 3}]),
     ("'pm_score' is not a finite number", [{'question': 'q', 'answers': [{'pm_score': math.nan, 'text': 'a'}]}]),
     ('a row of the layout HelpSteer among others', [{'prompt': 'q', 'response': 'a', 'helpfulness': 1}]),
-    ("'responses' and 'scores' are not as many texts and numbers", [{'prompt': 'q', 'responses': ['a', 'b'], 'scores': [1]}]),
+    ("'responses' and 'scores' are not as many texts and numbers", [{'prompt': 'q', 'responses': ['a', 'b'], 'scores': x} for x in ([1], [1, math.nan], [math.inf, 1], [1, 'x'])]),
     ("'choice' is neither 0 nor 1", [{'info': {}, 'summaries': [{'text': 'a'}, {'text': 'b'}], 'choice': 2}]),
     ("'chosen' has half", [{'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}]),
     ("'prompt' has no messages", [{'prompt': [], 'chosen': [], 'rejected': []}]),
@@ -718,16 +728,16 @@ def test_columns_that_may_ask_or_answer(row):
     rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
     for i, labelled in enumerate(rows):
         labelled |= {'meta': {'by': f'one of the {i} authors'}, 'votes': [{'for': f'this one by number {i}'}]}
-    layout, others = formats.layout_of(rows[0]), [sources.Row(few | {'prompt': 'p'})] * 4
+    layout, others = formats.layout_of(frozenset(rows[0])), [sources.Row(few | {'prompt': 'p'})] * 4
     for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
-        assert formats.unread_texts(rows_with, layout) == found
+        assert formats.unread_texts(rows_with, layout)[0] == found
     # HTML is not shown as it stands, and ties are not shown
     html = {'question': 'this is &lt; my ', 'answers': [{'pm_score': n, 'text': f'answer {n}'} for n in (1, 2)]}
     for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
         rows = [sources.Row(other | {'question': f'{other["question"]}{i}'}) for i in range(9)]
-        assert formats.unread_texts(rows, formats.layout_of(formats.unified(rows[0]))) == []
+        assert formats.unread_texts(rows, formats.layout_of(frozenset(formats.unified(rows[0]))))[0] == []
     rows = [sources.Row(pair(f'Q: {i}?\nA:', f'Q: {i}?\nA: yes', f'Q: {i}?\nA: no')) for i in range(9)]
-    assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
     # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
     # verdicts beside a pair, but no topics, strengths or states
     judges = {
@@ -748,7 +758,25 @@ def test_columns_that_may_ask_or_answer(row):
             for i in range(3)
         ]
         rows = [sources.Row({'prompt': 'bad', **answers, **its_flags, **judges}) for its_flags in flags]
-        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+        assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
+
+
+@pytest.mark.parametrize('name, first, later, count', [
+    ('grade', 'excellent', 'Poor', 30), ('ok', True, False, 30), ('ok', 'no', 'yes', 30), ('topic', 'x', 'y', 0), ('number', 5, 1, 0),
+    ('winner', 'x', 'y', 0)])  # fmt: skip
+def test_a_column_that_judges_later_rows_alone(tmp_path, capsys, name, first, later, count):
+    """Its first hundred rows do not show it: the others are counted."""
+    rows = [pair(f'p{i}', 'a', 'b') | {name: later if i >= 120 else first} for i in range(150)]
+    examples, left_out = read(tmp_path / 'data.jsonl', rows)
+    assert len(examples) == 150 and +left_out == ({formats.JUDGES.format(name): count} if count else {})
+    assert 'not read' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('column, named', [('label', True), ('sentiment', True), ('stars', True), ('source', False)])
+def test_the_class_of_a_text_is_named(tmp_path, capsys, column, named):
+    sources.say_once.cache_clear()
+    read(tmp_path / 'data.jsonl', [{'text': f'text {i}', column: 3} for i in range(9)], task='sft')
+    assert (f'columns not read: {column};' in capsys.readouterr().out) is named
 
 
 @pytest.mark.parametrize('link', ['parent_id', 'reply_to', 'conversation_id', 'dialog_id'])
@@ -763,9 +791,9 @@ def test_columns_that_link_rows_are_named(link):
         ([first, first], [link] * is_parent),
     ):
         rows = [sources.Row(row | {'id': f'r{i}', link: (None, 'x')[i or not is_parent]}) for i, row in enumerate(rows)]
-        assert formats.unread_texts(rows, formats.layout_of(rows[0])) == unread
+        assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
     rows = [sources.Row(row | {link: None}) for row in (first, later)]
-    assert formats.unread_texts(rows, formats.layout_of(rows[0])) == []
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
@@ -812,7 +840,7 @@ def test_times_in_messages(tmp_path):
     """WildChat's times become texts."""
     answer = assistant('a') | {'timestamp': datetime(2024, 1, 1)}
     examples, _ = read(tmp_path / 'data.parquet', [{'conversation': [user('q?') | {'timestamp': None}, answer]}])
-    assert json.loads(json.dumps(examples)) == [SFT | {'response': [answer | {'timestamp': '2024-01-01T00:00:00'}]}]
+    assert json.loads(json.dumps(examples)) == [SFT | {'response': [answer | {'timestamp': '2024-01-01 00:00:00'}]}]
 
 
 @pytest.mark.parametrize('source', 'nothing missing.jsonl some/missing.jsonl a/b/c hhh HH nothing:missing'.split())
@@ -829,6 +857,27 @@ def test_missing_paths(source):
     for read_it in (partial(sources.load_rows, split='train'), sources.fingerprint):
         with pytest.raises(UserError, match='no file or folder .*missing'):
             read_it(source)
+
+
+@pytest.mark.parametrize('ending', ['.txt', '.csv', '.tsv'])
+def test_utf_16_without_its_mark(tmp_path, ending):
+    """Each of its bytes is UTF-8."""
+    path = tmp_path / f'data{ending}'
+    path.write_bytes('text\nhello\n'.encode('utf-16-le'))
+    assert 'not valid UTF-8: save the file as UTF-8' in refusal(str(path))
+
+
+def test_what_json_has_no_form_for(tmp_path):
+    """Bytes are text that its writer has not marked as such; those that are none, in a column that is read, are refused."""
+    good = {'prompt': b'p', 'response': 'ä'.encode(), 'other': b'\xff', 'at': time(1)}
+    examples, _ = read(tmp_path / 'data.parquet', [good])
+    assert examples == [{'prompt': 'p', 'response': 'ä'}] and examples[0].raw['at'] == '01:00:00'
+    assert "'response' has half a surrogate pair" in refusal(
+        write(tmp_path / 'bad.parquet', [good | {'response': b'\xff'}])
+    )
+    chat = [user('q?'), assistant('a') | {'at': time(1), 'took': timedelta(1)}]
+    examples, _ = sources.load_rows(write(tmp_path / 'chat.parquet', [{'messages': chat}]), 'train')
+    assert examples[0]['response'] == [assistant('a') | {'at': '01:00:00', 'took': '1 day, 0:00:00'}]
 
 
 # ---- training and test rows ----
