@@ -464,10 +464,12 @@ def example_of(row, columns):
         return _split_off_prompt(row, answers)
     prompt, answers, repeats = _take_off_question(prompt, answers)
     if isinstance(prompt, str):
-        # CarperAI's and DeepSpeed's answers begin with a marker that elsewhere ends the prompt
+        # CarperAI's and DeepSpeed's answers begin with a marker, which elsewhere ends the prompt
         for marker in ('TL;DR:', 'Assistant:'):
             have_it = all(text.lstrip().startswith(marker) for text in answers.values())
-            if have_it and not prompt.endswith(TURN_MARKERS):
+            # a single answer to no dialogue may begin so by itself
+            is_moved = len(answers) == 2 or prompt.lstrip().startswith('Human:')
+            if have_it and is_moved and not prompt.endswith(TURN_MARKERS):
                 prompt = f'{prompt.rstrip()}\n\n{marker}'
                 answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
     # Math-Step-DPO has the first steps of both answers in a column of their own

@@ -154,8 +154,7 @@ def _read_columns(file):
                 label = raw.get(name)
                 if isinstance(label, int) and 0 <= label < len(words):
                     raw[name] = words[label]
-            # a column that is None stays
-            values = {name: _as_json(value) for name, value in raw.items()}
+            values = {name: _as_json(value) for name, value in raw.items()}  # a column that is None stays
             yield Row.of(values, f'{file}, row {number}')
 
 

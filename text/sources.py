@@ -432,7 +432,6 @@ get_shp = HubDataset('stanfordnlp/SHP')
 get_se = HubDataset('HuggingFaceH4/stack-exchange-preferences', test=None)
 get_sharegpt = HubDataset('anon8231489123/ShareGPT_Vicuna_unfiltered', parse_sharegpt, test=None,
                           options={'data_files': 'ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json'})
-# the text is the beginning of a review, and both answers repeat it
 get_imdb = HubDataset('insub/imdb_prefix20_forDPO_gpt2-large-imdb-FT_siebert_sentiment-roberta-large-english',
                       partial(formats.parse_any, columns={'prompt': 'text', 'chosen': 'chosen', 'rejected': 'rejected'}))
 get_oasst = HubDataset('OpenAssistant/oasst1', Layout('oasst', '', partial(formats.read_trees, language='en')), test='validation')

@@ -403,6 +403,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT | {'response': [assistant('<think>so</think>a')]}, {'a thought in both': {'question': 'q?', 'reasoning': 'let me think', 'answer': '<think>so</think>a'}}),
     ('sft', SFT | {'prompt': [user('a b c d e. q?')]}, {'documents that are asked about': {'question': 'a b c d e. q?', 'documents': [{'text': 'a b c d e.'}], 'answer': 'a'}}),
     ('sft', {'prompt': 'x q? b or a', 'response': 'a'}, {'a prompt that only ends as its answer does': {'prompt': 'x q? b or a', 'question': 'q?', 'response': 'a'}}),
+    ('sft', {'prompt': 'p', 'response': 'TL;DR: a'}, {'an answer with a marker of its own': {'prompt': 'p', 'response': 'TL;DR: a'}}),
+    ('sft', {'prompt': 'Human: p\n\nAssistant:', 'response': ' a'}, {'DeepSpeed-Chat, one answer': {'prompt': 'Human: p\n', 'response': 'Assistant: a'}}),
     ('sft', {'prompt': '', 'response': 'a'}, {'an address of an image': {'text': 'a', 'image_url': 'http://x', 'video_id': 'y'}}),
     ('sft', {'prompt': [system('Be brief.'), *ASKS], 'response': SAYS, 'turns': [system('Be brief.'), *TWO_TURNS]}, {'several turns and system': {'system': 'Be brief.', 'messages': TWO_TURNS}}),
     ('sft', SFT | {'tools': [F]}, {'functions': {'messages': QA, 'functions': [F]}}),
