@@ -87,7 +87,8 @@ YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags a
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values that judge
-GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic'.split())
+GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic '
+             'fail reject dislike disliked thumbs_down thumbsdown downvote unhelpful unacceptable 👎'.split())
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -168,12 +169,12 @@ def parse_any(row, task=None, columns=None, judges=()):
 
 
 def check_flags(row, is_pair):
-    """Raise LeftOut for a row that is marked as not to be used or as a tie, BadValue for a pair that a flag may turn round."""
+    """Raise LeftOut for a row that is marked as not to be used or as a tie, ValueError for a pair that a flag may turn round."""
     for reason, column in marks_of(row, MARKS if is_pair else MARKS[:3]):
         if reason:
             raise LeftOut(reason)
         doubt = f'{column!r} may mean that the two answers have changed places'
-        raise messages.BadValue(f'{doubt}: if they have not, name the columns that count with --columns')
+        raise ValueError(f'{doubt}: if they have not, name the columns that count with --columns')
 
 
 def marks_of(row, marks):
@@ -567,6 +568,10 @@ def read_pair(row, task):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
+    # or both are names of the columns that have the answers
+    names = [row.get('chosen'), row.get('rejected')]
+    if all(isinstance(name, str) and name in row for name in names):
+        row['chosen'], row['rejected'] = [row[name] for name in names]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
         example['margin'] = float(field(row, 'margin', NUMBER))
@@ -632,7 +637,7 @@ def _lead_by_name(row, verdict_column, columns, task):
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
         raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]}, {columns[1]} or tie there')
     if not re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
-        raise messages.BadValue(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
+        raise ValueError(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return 0
 
 
@@ -663,7 +668,7 @@ def read_summaries(row, task):
     info, choice = field(row, 'info', dict), field(row, 'choice', int)
     first, second = [answer(field(summary, 'text')) for summary in field(row, 'summaries', list)]
     if choice not in (0, 1):
-        raise messages.BadValue("'choice' is neither 0 nor 1")
+        raise ValueError("'choice' is neither 0 nor 1")
     chosen, rejected = (second, first) if choice == 1 else (first, second)
     # a Reddit post, or an article of CNN or Daily Mail
     is_post = bool(info.get('post'))
@@ -690,7 +695,7 @@ def read_annotation(row, task):
     if field(row, 'preference', NUMBER) in (0, 1.5):
         raise LeftOut('tie')
     if not 1 <= preference <= 2:
-        raise messages.BadValue("'preference' is not 0, null, or from 1 to 2")
+        raise ValueError("'preference' is not 0, null, or from 1 to 2")
     chosen, rejected = (second, first) if preference > 1.5 else (first, second)
     return [{'prompt': prompt, 'chosen': chosen, 'rejected': rejected}]
 
@@ -879,7 +884,7 @@ def label_of(row):
         return {}
     value = str(row[column]).lower()
     if value not in GOOD + BAD:
-        raise messages.BadValue(f'{column!r} is neither true (1) nor false (0)')
+        raise ValueError(f'{column!r} is neither true (1) nor false (0)')
     return {'good': value in GOOD}
 
 
@@ -924,7 +929,7 @@ def read_chat(row, task):
 
 
 def _check_no_choice(row, turns):
-    """Raise BadValue if a flag may tell which answers to train on, or which of two answers in a row counts."""
+    """Raise ValueError if a flag may tell which answers to train on, or which of two answers in a row counts."""
     are_answers = [turn['role'] == 'assistant' for turn in turns]
     for name in filter(messages.MASK.search, chain(row, *compress(turns, are_answers))):
         # a column may list the flags of all messages, or of the answers
@@ -932,13 +937,13 @@ def _check_no_choice(row, turns):
         if len(flags) == len(turns):
             flags = list(compress(flags, are_answers))
         if 0 < flags.count(True) < len(flags):
-            raise messages.BadValue(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
+            raise ValueError(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
             continue
         for name, flag in before.items():
             if isinstance(flag, bool) and turn.get(name) is (not flag):
-                raise messages.BadValue(f'a question has two answers, and {name!r} is true of one: leave the other out')
+                raise ValueError(f'a question has two answers, and {name!r} is true of one: leave the other out')
 
 
 def read_text(row, task):
@@ -947,7 +952,7 @@ def read_text(row, task):
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
     for name in 'role from speaker sender author'.split():
         if str(row.get(name)).lower() in messages.ROLES:
-            raise messages.BadValue(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
+            raise ValueError(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
     # a text beside an answer may be its question
     for other in filter(row.__contains__, (*LIKE_ANSWERS, 'solution', 'summary', 'code', *chain(*COMPARED))):
         if isinstance(row[other], str | list):
@@ -1008,8 +1013,10 @@ def unread_texts(rows, layout):
         for name in filter(row.get, THREADS):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
+        turns = chain(*(chat for chat in examples[0].values() if isinstance(chat, list)))
+        fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn.keys() - {'content'}]
         shown = set(_texts_in(examples, min_words=4))
-        for name, value in row.items():
+        for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]
             if isinstance(value, NUMBER | str) and not is_label and name not in TEXTS:
                 values[name].add(str(value).strip().lower())

@@ -39,34 +39,26 @@ class DoubtfulCode(ValueError):
     """A value that makes those of other rows doubtful, too: such rows cannot be left out one by one."""
 
 
-class BadValue(ValueError):
-    """Raised for a value that cannot be read, where the columns are known and it is no use to name others."""
-
-
 def field(row, key, kind=str):
-    """Return row[key], of the type kind. Raises ValueError if it is missing, and BadValue (a ValueError) if it is of another
-    type, longer than LONGEST, no finite number, or cannot be encoded as UTF-8."""
-    wrong = f'{key!r} is missing or of the wrong type'
-    # for a missing column, the refusal asks which one is meant (sources._refusal)
-    if not isinstance(row, dict) or key not in row:
-        raise ValueError(wrong)
-    value = row[key]
+    """Return row[key], of the type kind. Raises ValueError if it is missing, of another type, longer than LONGEST, no finite
+    number, or cannot be encoded as UTF-8."""
+    value = row.get(key) if isinstance(row, dict) else None
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise BadValue(wrong)
+        raise ValueError(f'{key!r} is missing or of the wrong type')
     # NaN fails every comparison
     if isinstance(value, int | float) and not abs(value) < 1e30:
-        raise BadValue(f'{key!r} is not a finite number')
+        raise ValueError(f'{key!r} is not a finite number')
     if not isinstance(value, str | list):
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(text) > LONGEST:
-        raise BadValue(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
+        raise ValueError(f'{key!r} has {len(text):,} characters; the limit is {LONGEST:,}')
     # JSON can contain half a surrogate pair, which no tokenizer accepts
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadValue(f'{key!r} has half a surrogate pair in it') from None
+        raise ValueError(f'{key!r} has half a surrogate pair in it') from None
     return value
 
 
@@ -79,11 +71,11 @@ def text_or_chat(row, key):
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
         if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
-            raise BadValue(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
+            raise ValueError(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
     turns = [read_message(turn) for turn in value]
     if key == 'prompt' and not turns:
-        raise BadValue("'prompt' has no messages")
+        raise ValueError("'prompt' has no messages")
     # all other keys are answers, which may be empty
     if key != 'prompt' and turns and turns[-1]['role'] != 'assistant':
         raise no_answer_error(key, turns[-1]['role'])
@@ -91,17 +83,19 @@ def text_or_chat(row, key):
 
 
 def no_answer_error(key, last_role):
-    """Return the BadValue for a chat that should end with an answer and ends with another role."""
-    return BadValue(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
+    """Return the ValueError for a chat that should end with an answer and ends with another role."""
+    return ValueError(f'{key!r} does not end with an answer, but with a message of the role {last_role[:24]!r}')
 
 
 def read_message(turn):
     """Return a copy of a message as {'role', 'content', other fields}; only an answer that is not to be trained on has a
     'weight', 0. Raises ValueError."""
     if not isinstance(turn, dict):
-        raise BadValue('a message is no object with a role and content')
+        raise ValueError('a message is no object with a role and content')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
-        raise BadValue("a message has 'replies': a tree of messages in one row is not read, a row for each message is")
+        raise ValueError(
+            "a message has 'replies': a tree of messages in one row is not read, a row for each message is"
+        )
     turn = {key: value for key, value in turn.items() if value is not None}
     # ShareGPT has 'from' and 'value', Gemini 'parts'
     our_names = {} if 'role' in turn else {'from': 'role'}
@@ -109,16 +103,15 @@ def read_message(turn):
         written = next((name for name in ('value', 'parts', 'text') if name in turn), 'text')
         our_names[written] = 'content'
     turn = {our_names.get(key, key): value for key, value in turn.items()}
-    # with None for what is missing, field() blames the message, and not a column's name
-    written_role = field({'role': None, **turn}, 'role')
+    written_role = field(turn, 'role')
     role = ROLES.get(written_role.strip().lower())
     # messages with 'role' may have roles of their own chat template
     if 'from' in our_names and role is None:
-        raise BadValue(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')
+        raise ValueError(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')
     role = role or written_role
     weight = turn.pop('weight', 1)
     if weight not in (0, 1):
-        raise BadValue(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
+        raise ValueError(f"the 'weight' of a message is {weight!r}: 1 is trained on, 0 is not, and there is no other")
     # TRAINS: other names of 'weight'; a field that is not true, false, 1 or 0 means something else, and stays
     for name in TRAINS:
         if turn.get(name) in (0, 1):
@@ -132,13 +125,13 @@ def read_message(turn):
         field(turn, 'tool_calls', list)  # raises an error if it is no list
     for name in turn:
         if MEDIA.fullmatch(name) and turn[name]:
-            raise BadValue(f'{name!r} of a message would be lost: only text is read')
+            raise ValueError(f'{name!r} of a message would be lost: only text is read')
     # a message with a tool call or a thought (a field of BESIDE) needs no content
     if any(turn.get(key) for key in BESIDE):
         turn.setdefault('content', '')
     if isinstance(turn.get('content'), list):
         turn['content'] = ''.join(map(_text_of_part, turn['content']))
-    return turn | message(role, field({'content': None, **turn}, 'content'))
+    return turn | message(role, field(turn, 'content'))
 
 
 def _text_of_part(part):
@@ -148,7 +141,7 @@ def _text_of_part(part):
     # Gemini flags thoughts
     kind = 'thought' if part.get('thought') else part.get('type')
     if kind not in (None, 'text', 'input_text', 'output_text'):
-        raise BadValue(f'a message has a part of the type {str(kind)[:24]!r}, and only text is read')
+        raise ValueError(f'a message has a part of the type {str(kind)[:24]!r}, and only text is read')
     return field(part, 'text')
 
 

@@ -26,7 +26,7 @@ from text import files, formats, toy
 from text.examples import in_words
 from text.files import ENDINGS, HELP, content_hash
 from text.formats import Layout, each
-from text.messages import BadValue, DoubtfulCode, answer, ask, field, message
+from text.messages import DoubtfulCode, answer, ask, field, message
 from text.readers import Row, read_rows
 
 # how many rows to look at to detect the layout, whether answers repeat prompts, and whether all rows are bad
@@ -337,10 +337,10 @@ def _refusal(row, error, any_valid, following, source):
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
-    return f'{text}; {_advice(row, error, source)} ({help_text})'
+    return f'{text}; {_advice(row, source)} ({help_text})'
 
 
-def _advice(row, error, source):
+def _advice(row, source):
     """Return what to do about a file of bad rows alone, of which this is the first: what is probably wrong with the file."""
     # a table that was not split at its separators has a single column, named by all its names
     only_column = next(iter(row)) if len(row) == 1 else ''
@@ -355,9 +355,7 @@ def _advice(row, error, source):
     reader, _, _ = source.partition(':')
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    if isinstance(error, BadValue):
-        return 'mend that value, the columns are known'
-    return f'so it is the layout: {SAY_WHICH} (no other is read then)'
+    return f'mend what is wrong, or, if that is the layout, {SAY_WHICH} (no other is read then)'
 
 
 def _columns(row):

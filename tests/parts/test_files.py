@@ -107,7 +107,7 @@ OF_ROWS = [  # what is wrong with a row, or all of them
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
     *(('a.jsonl', '{"prompt": "é", "response": "a"}'.encode(code), 'line 1: not valid UTF-8: save the file as UTF-8; ')
       for code in ('latin-1', 'utf-16')),
-    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend that value, the columns are known') for row, words in (
+    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend what is wrong, or, if that is the layout, say which column is which') for row, words in (
         ({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
         ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'margin': 'big'}, "'margin' is missing or of the wrong type"),
         ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),

@@ -321,6 +321,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
         'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
+        'the names of answers': {'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'chosen': 'response_2', 'rejected': 'response_1'}, 'the names of models': {'question': 'q?', 'gpt': 'a', 'llama': 'b', 'chosen': 'gpt', 'rejected': 'llama'},
         'ranks in objects': {'question': 'q?', 'responses': [{'text': 'b', 'rank': 2}, {'text': 'a', 'rank': 1}]}, 'scores in objects': {'question': 'q?', 'candidates': 3, 'answers': [{'answer': 'b', 'score': 2}, {'answer': 'a', 'score': 2.5}]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
@@ -772,6 +773,15 @@ def test_a_column_that_judges_later_rows_alone(tmp_path, capsys, name, first, la
     examples, left_out = read(tmp_path / 'data.jsonl', rows)
     assert len(examples) == 150 and +left_out == ({formats.JUDGES.format(name): count} if count else {})
     assert 'not read' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('field, first, second, named', [
+    ('liked', True, False, True), ('rating', 'ok', 'thumbs_down', True), ('score', 1, 0, True), ('toxic', False, False, False), ('model', 'x', 'y', False)])  # fmt: skip
+def test_fields_of_messages_that_judge_are_named(tmp_path, capsys, field, first, second, named):
+    sources.say_once.cache_clear()
+    chat = [user('a'), assistant('good') | {field: first}, user('q?'), assistant('b') | {field: second}]
+    assert len(read(tmp_path / 'data.jsonl', [{'messages': chat}] * 3)[0]) == 3
+    assert (f'columns not read: {field} of messages;' in capsys.readouterr().out) is named
 
 
 @pytest.mark.parametrize('column, named', [('label', True), ('sentiment', True), ('stars', True), ('source', False)])
