@@ -7,7 +7,6 @@ Readers raise ValueError for invalid rows and LeftOut for valid rows that a rule
 To add a layout, write a reader and add a row to READERS."""
 
 import json
-import math
 import os
 import re
 from collections import defaultdict, namedtuple
@@ -165,7 +164,8 @@ def parse_any(row, task=None, columns=None, judges=()):
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
     marks = marks_of(row, chain(FOR_TESTS_IF, judges))
-    return examples + [{'drop': note.format(column)} for note, column in marks]
+    examples += [{'drop': note.format(column)} for note, column in marks]
+    return examples
 
 
 def check_flags(row, is_pair):
@@ -579,7 +579,8 @@ def read_pair(row, task):
     scores = [(example.get('margin'), 0)]
     for name in filter(RATED.search, row):
         for good, bad in SIDES:
-            scores.append((row[name], row.get(name.replace(good, bad))))
+            other = name.replace(good, bad)
+            scores.append((row[name], row.get(other)))
     is_contradicted = any(isinstance(a, NUMBER) and isinstance(b, NUMBER) and a < b for a, b in scores)
     return [example, {'drop': CONTRADICTED}] if is_contradicted else [example]
 
@@ -635,15 +636,14 @@ def _lead_by_name(row, verdict_column, columns, task):
     if named:
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
-        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write {columns[0]}, {columns[1]} or tie there')
+        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write one of these names, or tie, there')
     if not re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
         raise ValueError(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return 0
 
 
 def read_votes(row, task):
-    """Read LMSYS's votes: questions, answers of model A and of model B, each a list (or its JSON, or one text), and a 1 in
-    'winner_model_a' or 'winner_model_b'."""
+    """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
     values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     lists = []
     for value in values:
@@ -726,7 +726,7 @@ def read_scored(row, task):
     # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
     # not all numbers are finite
-    valid = [score is None or (isinstance(score, NUMBER) and abs(score) < math.inf) for score in scores]
+    valid = [score is None or (isinstance(score, NUMBER) and abs(score) < 1e30) for score in scores]
     if len(answers) != len(scores) or not all(valid):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and scores and all(score is False for score in scores):
@@ -1013,8 +1013,14 @@ def unread_texts(rows, layout):
         for name in filter(row.get, THREADS):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
-        turns = chain(*(chat for chat in examples[0].values() if isinstance(chat, list)))
-        fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn.keys() - {'content'}]
+        # those of messages, too
+        fields = []
+        for chat in examples[0].values():
+            if not isinstance(chat, list):
+                continue
+            for turn in chat:
+                names = turn.keys() - {'content'}
+                fields += [(f'{name} of messages', turn[name]) for name in names]
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]

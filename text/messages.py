@@ -40,8 +40,7 @@ class DoubtfulCode(ValueError):
 
 
 def field(row, key, kind=str):
-    """Return row[key], of the type kind. Raises ValueError if it is missing, of another type, longer than LONGEST, no finite
-    number, or cannot be encoded as UTF-8."""
+    """Return row[key], of the type kind. ValueError if it is missing, another type, over LONGEST, not finite, or no UTF-8."""
     value = row.get(key) if isinstance(row, dict) else None
     # bool is a subclass of int, and no number
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -88,14 +87,11 @@ def no_answer_error(key, last_role):
 
 
 def read_message(turn):
-    """Return a copy of a message as {'role', 'content', other fields}; only an answer that is not to be trained on has a
-    'weight', 0. Raises ValueError."""
+    """Return a copy of a message: 'role', 'content', other fields, 'weight': 0 of an untrained answer alone. Raises ValueError."""
     if not isinstance(turn, dict):
         raise ValueError('a message is no object with a role and content')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
-        raise ValueError(
-            "a message has 'replies': a tree of messages in one row is not read, a row for each message is"
-        )
+        raise ValueError("a message has 'replies': a tree in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
     # ShareGPT has 'from' and 'value', Gemini 'parts'
     our_names = {} if 'role' in turn else {'from': 'role'}

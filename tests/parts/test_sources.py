@@ -650,7 +650,7 @@ def test_a_verdict_that_makes_others_doubtful_is_not_left_out_alone(tmp_path, sk
     """0 beside response_1 and response_2: half of the pairs would be upside down if only the rows with 0 went."""
     answers = {'prompt': 'q', 'response_1': 'a', 'response_2': 'b'}
     path = write(tmp_path / 'data.jsonl', [answers | {'winner': winner} for winner in (1, 1, 0, 1)])
-    with pytest.raises(UserError, match="line 3: '0' is no number of .*: write response_1, response_2 or tie there"):
+    with pytest.raises(UserError, match="line 3: '0' is no number of .*: write one of these names, or tie, there"):
         load(path, skip_bad_rows=skip)
 
 
