@@ -107,10 +107,6 @@ OF_ROWS = [  # what is wrong with a row, or all of them
     ('a.txt', b'x\n\xe4\n', 'line 2: not valid UTF-8'),
     *(('a.jsonl', '{"prompt": "é", "response": "a"}'.encode(code), 'line 1: not valid UTF-8: save the file as UTF-8; ')
       for code in ('latin-1', 'utf-16')),
-    *(('a.jsonl', json.dumps(row).encode(), f'{words}.*; mend what is wrong, or, if that is the layout, say which column is which') for row, words in (
-        ({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
-        ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'margin': 'big'}, "'margin' is missing or of the wrong type"),
-        ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing"))),
     ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
     *(('a.json', text, 'row 1: not an object with named fields') for text in (b'3', b'null', b'"a"')),
 ]  # fmt: skip
@@ -128,6 +124,16 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     ('a.arrow', b'', 'cannot read .*a.arrow: .*cut short'), ('a.parquet', b'', 'cannot read'), ('a.parquet', b'PAR1 not really', 'cannot read'),
     *((name, b'{"text": "a"}', f'/{name}: data files end in .jsonl, .*: convert it to one of them') for name in ('a.zip', 'a')),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize('row, words', [
+    ({'messages': IMAGE}, 'image_url'), ({'prompt': 'q', 'response': 'a', 'good': 'maybe'}, "'good' is neither"),
+    ({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'margin': 'big'}, "'margin' is missing or of the wrong type"),
+    ({'messages': [{'content': 'q'}, assistant('a')]}, "'role' is missing")])  # fmt: skip
+def test_a_value_that_is_wrong_in_all_rows(tmp_path, row, words):
+    """It may be the value, or the layout."""
+    path = write_jsonl(tmp_path / 'a.jsonl', [row])
+    refused(path, f'{words}.*; mend what is wrong, or, if that is the layout, say which column is which: --columns=')
 
 
 @pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)

@@ -321,7 +321,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Arena, plain texts': {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner_model_a': 0, 'winner_model_b': 1},
         'OpenPipe': {'messages': QA, 'rejected_message': assistant('b'), 'split': 'TRAIN'},
         'Gemini, preferences': {'contents': GEMINI[:1], 'completions': [{'score': n, 'completion': {'role': 'model', 'parts': [{'text': x}]}} for n, x in ((0, 'b'), (1, 'a'))]},
-        'the names of answers': {'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'chosen': 'response_2', 'rejected': 'response_1'}, 'the names of models': {'question': 'q?', 'gpt': 'a', 'llama': 'b', 'chosen': 'gpt', 'rejected': 'llama'},
+        'the names of answers': {'question': 'q?', 'response_1': 'b', 'response_2': 'a', 'chosen': 'response_2', 'rejected': 'response_1'}, 'the names of models': {'question': 'q?', 'gpt': 'a', 'llama': 'b', 'chosen': 'gpt', 'rejected': 'llama'},
         'ranks in objects': {'question': 'q?', 'responses': [{'text': 'b', 'rank': 2}, {'text': 'a', 'rank': 1}]}, 'scores in objects': {'question': 'q?', 'candidates': 3, 'answers': [{'answer': 'b', 'score': 2}, {'answer': 'a', 'score': 2.5}]},
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
