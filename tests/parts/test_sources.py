@@ -417,6 +417,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('singles', {'prompt': ASKS, 'response': [assistant('')], 'good': False}, {'an empty answer with a label': {'messages': [*ASKS, assistant('')], 'label': False}}),
     ('prompts', {'prompt': [user('q?')]}, {
         'answers and scores, prompts': {'prompt': 'q?', 'responses': ['b', 'a'], 'scores': [0.1, 0.4]},
+        'a question beside turns': {'question': 'q?', 'turns': ['x', 'y']},
         'prompts of questions': {'prompt': [user('q?')], 'solution': '4'}, 'a chat as query': {'query': [user('q?')], 'idx': '4'}}),
     ('prompts', PAIR, {'prompts beside a verdict': {'question': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': -2}, 'prompts of ties': {'question': 'q?', **ANSWERS, 'tie': True, 'flipped': True}}),
     ('prompts', SFT, {'prompts beside an answer that may be better': {'question': 'q?', 'output': 'a', 'expected': 'b'}}),
