@@ -1013,8 +1013,7 @@ def unread_texts(rows, layout):
         for name in filter(row.get, THREADS):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
-        # those of messages, too
-        fields = []
+        fields = []  # those of messages
         for chat in examples[0].values():
             if not isinstance(chat, list):
                 continue

@@ -23,15 +23,16 @@ BESIDE = ('tool_calls', 'function_calls', *REASONING)
 MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
-    'user': 'user human prompter question instruction',
-    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard response function_call tool_call',
+    'user': 'user human prompter question',
+    'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call',
     'tool': 'tool observation tool_response',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # speakers in a dialogue that is one text -> their role
-SPEAKERS = {name: role for name, role in ROLES.items() if role in ('user', 'assistant', 'system')}
+SPEAKERS = dict.fromkeys('human user prompter instruction'.split(), 'user') | {'system': 'system'}
+SPEAKERS |= dict.fromkeys('assistant ai bot chatbot gpt chatgpt model response'.split(), 'assistant')
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
-BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*)?(\n\n|(\*\*)|[^\w\s]+ ?|)(?:human|user|prompter|instruction|system)'
+BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*)?(\n\n|(\*\*)|[^\w\s]+ ?|)(?:(system)|human|user|prompter|instruction)'
                        r'( ?[^\w\s]*[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 
 
@@ -243,15 +244,16 @@ def dialogue(text):
     first = BEGINNING.match(text)
     if first is None:
         return []
-    # a speaker without a sign stands at the beginning of a line
-    sign = re.escape(first[1]) or r'(?:\A|\n)'
-    colon = re.escape(first[3])
-    known = '|'.join(SPEAKERS)
-    speakers = re.findall(rf'(?i){sign}({known}){colon}', text)
+    sign = re.escape(first[1]) or r'(?:\A|\n)'  # a speaker without a sign stands at the beginning of a line
+    colon = re.escape(first[4])
+    speakers = re.findall(rf'(?i){sign}({"|".join(SPEAKERS)}){colon}', text)
     # the first speaker of each role: of others the text may speak
     names = {SPEAKERS[name.lower()]: name for name in reversed(speakers)}
     if not {'user', 'assistant'} <= names.keys():
         return []
+    # 'System:' within a dialogue is a part of a text
+    if not first[3]:
+        names.pop('system', None)
     either = '|'.join(names.values())
     return split_dialogue(text, rf'{sign}({either}){colon}')
 

@@ -172,10 +172,9 @@ def _label_words(schema):
 
 
 def _as_json(value):
-    """Return a value of a columnar file as JSON would have it, without the None fields of its objects."""
+    """Return a value of a columnar file as JSON has it, without the None fields: such files give all messages the same fields."""
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
-    # such files give all messages the same fields: one without tool calls has 'tool_calls': None
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items() if item is not None}
     # text that its writer has not marked as such; field() refuses bytes that are none

@@ -372,6 +372,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'Guanaco': {'text': '### Human: a### Assistant: b### Human: q?### Assistant: a'}}),
     *(('sft', {'prompt': '', 'response': text}, {'a text that is no dialogue': {'text': text}}) for text in ('AI: x\nUser: q?\nAI: a', 'Note: q?\nAssistant: a', 'Question: q?\nAnswer: a', 'User: a manual\nPart 1', 'Users:\nAssistant: a', 'Human: q? Assistant: a', '\n\nHuman: q?\nAssistant: a')),
     ('sft', SFT | {'prompt': [user('q?\n Bot: x')]}, {'the first who answers': {'text': 'Human: q?\n Bot: x\nAssistant: a'}}),
+    ('sft', SFT | {'prompt': [user('q?\nSystem: x')]}, {'a system within a dialogue': {'text': 'User: q?\nSystem: x\nAssistant: a'}}),
     ('sft', SFT | {'prompt': [user('q?\nQuestion: 5')], 'response': [assistant('a\nBot: x')]}, {'the first speakers alone': {'text': 'Human: q?\nQuestion: 5\nAssistant: a\nBot: x'}}),
     ('sft', SFT | BRIEF, {
         'SmolTalk 2': {'messages': QA, 'chat_template_kwargs': {'custom_instructions': 'Be brief.', 'enable_thinking': False}},
