@@ -66,7 +66,8 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'messages=messages functions=tools', 'inputs=input targets=output', 'input=input target=output',
     'definition=instruction input=input output=output', 'human=instruction assistant=response',
     'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response', 'model_a_name=model_a', 'model_b_name=model_b', 'systemInstruction=system', 'system_instruction=system',
+    'generated_solution=response', 'output_text=response', 'model_a_name=model_a', 'model_b_name=model_b',
+    'model_0_name=model_0', 'model_1_name=model_1', 'model_2_name=model_2', 'systemInstruction=system', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
@@ -570,7 +571,7 @@ def read_pair(row, task):
         return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
     # or both are names of the columns that have the answers
     names = [row.get('chosen'), row.get('rejected')]
-    if all(isinstance(name, str) and name in row for name in names):
+    if all(isinstance(name, str) and name in row and not OPTION.fullmatch(name) for name in names):
         row['chosen'], row['rejected'] = [row[name] for name in names]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -578,8 +579,8 @@ def read_pair(row, task):
     # (score of the chosen answer, score of the rejected one), or the margin and 0
     scores = [(example.get('margin'), 0)]
     for name in filter(RATED.search, row):
-        for good, bad in SIDES:
-            other = name.replace(good, bad)
+        for sides in SIDES:
+            other = name.replace(*sides)
             scores.append((row[name], row.get(other)))
     is_contradicted = any(isinstance(a, NUMBER) and isinstance(b, NUMBER) and a < b for a, b in scores)
     return [example, {'drop': CONTRADICTED}] if is_contradicted else [example]
@@ -593,8 +594,7 @@ def read_compared(row, task):
     if verdict_column in BY_NAME:
         lead = _lead_by_name(row, verdict_column, columns, task)
     elif verdict_column:
-        # null is a tie
-        lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0
+        lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0  # null is a tie
     else:
         # SCORED: (first answer, second answer, their scores)
         fitting = (names for names in SCORED if set(names) <= row.keys())
