@@ -355,7 +355,7 @@ def _advice(row, source):
     reader, _, _ = source.partition(':')
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    return f'mend what is wrong, or, if that is the layout, {SAY_WHICH} (no other is read then)'
+    return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then)'
 
 
 def _columns(row):

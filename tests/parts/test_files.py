@@ -133,7 +133,7 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
 def test_a_value_that_is_wrong_in_all_rows(tmp_path, row, words):
     """It may be the value, or the layout."""
     path = write_jsonl(tmp_path / 'a.jsonl', [row])
-    refused(path, f'{words}.*; mend what is wrong, or, if that is the layout, say which column is which: --columns=')
+    refused(path, f'{words}.*; mend what is wrong, or, if it is the layout, say which column is which: --columns=')
 
 
 @pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)
