@@ -42,8 +42,8 @@ class DoubtfulCode(ValueError):
 
 def field(row, key, kind=str):
     """Return row[key], of the type kind. ValueError if it is missing, another type, over LONGEST, not finite, or no UTF-8."""
-    value = row.get(key) if isinstance(row, dict) else None
-    # bool is a subclass of int, and no number
+    # what is missing is of no type, not even None; bool is a subclass of int, and no number
+    value = row.get(key, ...) if isinstance(row, dict) else ...
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f'{key!r} is missing or of the wrong type')
     # NaN fails every comparison
