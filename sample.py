@@ -119,7 +119,7 @@ def read_prompts():
     options = {'undivided': split is None, 'num_turns': num_turns, 'skip_bad_rows': skip_bad_rows}
     for source in sources.joined(data):
         # each line of a text file is a prompt
-        options['columns'] = 'prompt=text' if source.lower().endswith('.txt') else columns
+        options['columns'] = columns or ('prompt=text' if source.lower().endswith('.txt') else None)
         new_rows, new_left_out = sources.load_rows(source, wanted_split, task='prompts', **options)
         # an empty source is an error; that of the only one is reported below
         if not new_rows and source != data:
