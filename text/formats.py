@@ -394,12 +394,8 @@ def prompt_of(row, given_answer=None):
     if prompt == '-':
         raise LeftOut("questions that are only '-', in place of one that is elsewhere")
     # a 'prompt' such as 'Q: 2 + 2? A: 4', given '4', is a whole text: another column asks
-    if (
-        column == 'prompt'
-        and isinstance(prompt, str)
-        and isinstance(given_answer, str)
-        and first_of(QUESTIONS[1:], row)
-    ):
+    are_strings = isinstance(prompt, str) and isinstance(given_answer, str)
+    if column == 'prompt' and are_strings and first_of(QUESTIONS[1:], row):
         if re.search(rf':\s*{re.escape(given_answer.strip())}\s*\Z', prompt):
             return prompt_of({name: value for name, value in row.items() if name != 'prompt'}, given_answer)
     # what these ask about may stand beside them

@@ -1,6 +1,7 @@
 """Every dataset's rules on small files in its own raw format (raw/, invented text), every layout that any file may have,
 how a file is divided into training and test rows, and what is said of what cannot be read."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -10,6 +11,7 @@ from collections import Counter
 from datetime import datetime, time, timedelta
 from functools import partial
 from pathlib import Path
+from time import process_time
 
 import pytest
 from helpers import assistant, system, user
@@ -850,6 +852,16 @@ def test_broken_and_blank_lines(tmp_path):
         assert re.match(re.escape(str(path)) + r', line 2: not valid JSON \([^)]*\)', message)
         examples, left_out = load(str(path), skip_bad_rows=True)
         assert len(examples) == 2 and left_out.total() == 5
+
+
+@pytest.mark.parametrize('start', ['Below is an instruction', 'Human', '', '**'])
+@pytest.mark.parametrize('sign', ['!', ' ', '#', ':'])
+def test_no_text_takes_long(start, sign):
+    """How a dialogue begins is a pattern, which must not try all ways to divide a long row of signs."""
+    began = process_time()
+    with contextlib.suppress(ValueError):  # a text of spaces is empty
+        formats.parse_any({'text': f'{start}{sign * 200_000}'}, 'sft')
+    assert process_time() - began < 5
 
 
 def test_times_in_messages(tmp_path):
