@@ -871,7 +871,7 @@ def read_answer(row, task):
         example['response'] = said(example['response'])
         example['response'][-1]['reasoning_content'] = thoughts[0]
     # prompt_of has put the history into the prompt: train on its answers, too, as LLaMA-Factory does
-    if is_history(row.get('history')) and isinstance(example['prompt'], list):
+    if is_history(row.get('history')):
         return read_chat({'messages': example['prompt'] + example['response'], **label}, task)
     return [example | label]
 
