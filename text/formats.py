@@ -1014,8 +1014,8 @@ def unread_texts(rows, layout):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
         fields = []  # those of messages
-        for chat in examples[0].values():
-            if not isinstance(chat, list):
+        for key, chat in examples[0].items():
+            if key == 'tools' or not isinstance(chat, list):
                 continue
             for turn in chat:
                 names = turn.keys() - {'content'}

@@ -805,6 +805,9 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
 
 def test_columns_that_are_not_read_are_said(tmp_path, capsys):
     """Not of a layout that compares all rows."""
+    # tools are no messages
+    rows = [sources.Row({'messages': QA, 'tools': tools}) for tools in ([3], [F | {'ok': True}], [F | {'ok': False}])]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
     for row in (TEXTS, {'prompt': 'p', 'response': 'a', 'helpfulness': 1}):
         sources.say_once.cache_clear()
         read(tmp_path / 'data.jsonl', [row | {'extra': f'the extra one is {i}'} for i in range(9)])
