@@ -867,7 +867,7 @@ def read_answer(row, task):
         example['response'] = said(example['response'])
         example['response'][-1]['reasoning_content'] = thoughts[0]
     # prompt_of has put the history into the prompt: train on its answers, too, as LLaMA-Factory does
-    if is_history(row.get('history')) and isinstance(example['prompt'], list):
+    if is_history(row.get('history')):
         return read_chat({'messages': example['prompt'] + example['response'], **label}, task)
     return [example | label]
 
@@ -1010,8 +1010,8 @@ def unread_texts(rows, layout):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
         fields = []  # those of messages
-        for chat in examples[0].values():
-            if not isinstance(chat, list):
+        for key, chat in examples[0].items():
+            if key == 'tools' or not isinstance(chat, list):
                 continue
             for turn in chat:
                 names = turn.keys() - {'content'}

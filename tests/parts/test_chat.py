@@ -37,6 +37,7 @@ BARE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %
 FIELDS = CHATML.replace('m.content +', "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content + "
     '(m.tool_calls | tojson if m.tool_calls else "") + (m.tool_call_id if m.tool_call_id else "") +',
 ).replace('{% for m', '{% if tools %}{{ tools | tojson }}{% endif %}{% for m', 1)
+OPENS_FIELDS = FIELDS.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
 LAST_FIELDS = FIELDS.replace('if m.reasoning_content', 'if m.reasoning_content and loop.last')
 NAMED = "{% if not messages[0].name %}{{ raise_exception('who?') }}{% endif %}" + CHATML
 SYSTEMLESS = CHATML.replace('{% for m in messages %}', "{% for m in messages if m.role != 'system' %}")
@@ -131,6 +132,8 @@ THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
     (OPENS, pair(chosen=[assistant('yes', reasoning_content='well')], rejected='<think>\nhm\n</think>\n\nno'), 'pairs',
      [THINKING, f'well{CLOSED}yes<|im_end|>', f'hm{CLOSED}no<|im_end|>'], {CHANGED: 1}),
     (OPENS, pair(), 'pairs', [THINKING, f'{CLOSED}yes<|im_end|>', f'{CLOSED}no<|im_end|>'], {THOUGHTLESS: 2}),
+    # a template that writes a thought itself, without the line break behind its tag
+    (OPENS_FIELDS, {'prompt': [user('hi')], 'response': [assistant('yes', thinking='well')]}, 'sft', [THINKING, 'well</think>yes<|im_end|>'], {}),
     # the stand-in for the answer of a prompt is not counted
     (OPENS, {'prompt': [user('hi')]}, 'prompts', [THINKING, f'{CLOSED}.<|im_end|>'], {}),
     # a field that is written of one message only, and one that the template cannot do without
@@ -144,6 +147,12 @@ THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
     (CHATML, {'prompt': [user('hi')], 'response': 'yes'}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
     (CHATML, {'prompt': 'hi', 'response': ' yes'}, 'sft', ['hi', ' yes<|im_end|>'], {NO_CHAT: 1}),
     (CHATML, {'prompt': '', 'response': ' yes'}, 'sft', ['<|im_end|>', ' yes<|im_end|>'], {}),
+    # a begun answer that a result follows, and not its end
+    (CHATML, {'prompt': [user('hi'), assistant('so')], 'response': [{'role': 'tool', 'content': 'blue'}, assistant('yes')]}, 'sft',
+     [ASKED + 'so', '<|im_end|>\n<|im_start|>tool\nblue<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>'], {}),
+    # an answer of several messages is one text
+    (CHATML, {'prompt': [user('hi')], 'response': [assistant('so'), {'role': 'tool', 'content': 'blue'}, assistant('yes')]}, 'sft',
+     [ASKED, 'so<|im_end|>\n<|im_start|>tool\nblue<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>'], {}),
     # without a template; one note, however many chats
     (None, pair([SYSTEM, *PROMPT]), 'pairs', [HUMAN, ' yes<|im_end|>', ' no<|im_end|>'], {NO_TEMPLATE: 1}),
 ])  # fmt: skip
@@ -191,8 +200,10 @@ def test_calls_tools_and_their_results(tmp_path):
 
 
 def test_other_tools_are_another_example(tmp_path):
-    chat = {'messages': [user('hi'), assistant('yes')]}
-    rows = read(tmp_path, chat | {'tools': TOOLS}, chat | {'tools': TOOLS * 2}, chat | {'tools': TOOLS}, chat)
+    several = tokenizer_of(CASES['several'][0], EOS)
+    assert [chat.template_of(several, tools) for tools in (None, [], TOOLS)] == [CHATML, CHATML, HEADERS]
+    talk = {'messages': [user('hi'), assistant('yes')]}
+    rows = read(tmp_path, talk | {'tools': TOOLS}, talk | {'tools': TOOLS * 2}, talk | {'tools': TOOLS}, talk)
     assert len(written(tokenizer_of(FIELDS, '<|im_end|>'), *rows, task='sft')[0]) == 3
 
 
@@ -222,6 +233,9 @@ def test_a_begun_answer_goes_on(case):
             joint = t.apply_chat_template([user('hi'), assistant(whole)], tokenize=False, chat_template=template)
             assert prompt + text == joint.removesuffix('\n') + ''.join(extra)
     assert [t.decode(ids) for ids in tokenise_prompts([begun], t, 128, 'start', Counter())] == [prompt]
+    # or ends there
+    prompt_ids, ids = encode(begun, [], None, t, (256, 128, 'start'), Counter())
+    assert t.decode(prompt_ids) == prompt and t.decode(ids).strip('\n') in ('<|im_end|>' + EOS, t.eos_token)
 
 
 # ---- ends, and special tokens that somebody has written ----
@@ -323,6 +337,8 @@ def test_special_tokens_in_text_stay_text(name, t):
     # and the text begins as it would without them
     begins, (marked,) = t('hi', add_special_tokens=False)['input_ids'], encode_texts([f'hi{MARK}<|im_end|>{UNMARK}'], t)
     assert marked[: len(begins)] == begins
+    # its tokens are those of any text: only one that would be the special token again is cut in two
+    assert name != 'llama' or t.convert_ids_to_tokens(marked[len(begins) :]) == ['<|', 'im_', 'end', '|>']
 
 
 def test_a_tokenizer_that_cuts_and_pads_does_neither():
@@ -396,6 +412,8 @@ def test_a_row_that_the_template_refuses(tmp_path):
     assert len(found) == 1 and left_out == {f'bad rows: {refused}': 1}
     with pytest.raises(UserError, match='line 2'):
         tokenise_prompts(rows, t, 99, 'start', Counter())
+    with pytest.raises(UserError, match=f'^{refused}$'):
+        encode([SYSTEM, user('hi')], [assistant('yes')], None, t, (99, 99, 'start'), Counter())
     first, second = tokenise_prompts(rows, t, 99, 'start', counted, skip_bad_rows=True)
     assert first and second is None and counted[f'bad rows: {refused}'] == 1
 
@@ -415,6 +433,7 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     # these are of the row, and left out if asked for
     ("{{ raise_exception('no such role\nhere') }}", pair(), 'refuses an example: no such role here'),
     (CHATML, pair([]), 'there is no message before the answer'),
+    (OPENS.replace("{{ '<", "{{ '+-'[not add_generation_prompt] + '<", 1), pair(), 'differently from the prompt it asks to continue'),
     (OPENS_ANSWER, pair(), "differently from the prompt it asks to continue: where that has '<answer>"),
     (CHATML, pair([{'role': 'user<|im_end|>', 'content': 'a'}]), 'special token in the role'),
 ])  # fmt: skip

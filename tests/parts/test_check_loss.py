@@ -96,7 +96,7 @@ def test_a_loss_with_a_statistic_of_its_own_trains(tmp_path, monkeypatch, capsys
     (lambda ratio_w, ratio_l, n_w, n_l, *, beta: losses.dpo(ratio_w / n_w, ratio_l / n_l, beta=beta), True),
     # R-DPO: the difference of lengths is a penalty, and the rewards are sums
     (lambda ratio_w, ratio_l, n_w, n_l, *, beta: losses.dpo(ratio_w, ratio_l + n_l - n_w, beta=beta), False),
-    (lambda ratio, n, *, beta: beta * ratio / n, True),
+    (lambda ratio, n, *, beta, its_own=1.0: its_own * beta * ratio / n, True),
     *((losses.LOSSES[name], name in ('ipo', 'simpo', 'orpo', 'sigmoid_norm')) for name in LOSSES),
 ])  # fmt: skip
 def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):

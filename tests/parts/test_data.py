@@ -22,7 +22,7 @@ from hf import attention, probe
 from runtime.files import file_hash
 from runtime.prefetch import prefetch
 from text import sources, tokenise, toy
-from text.examples import Examples, uniform_hash
+from text.examples import Examples, in_words, uniform_hash
 
 MANY = settings(max_examples=60, deadline=None, database=None)
 BARE = '{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}'
@@ -183,6 +183,21 @@ def test_empty_answers_are_dropped_and_counted(empty, template):
     if empty:  # label.py and reward.py measure it all the same
         _, ids = tokenise.encode(prompt, empty, None, tokenizer, (64, 32, 'start'), Counter())
         assert ids[-1] == tok.eos_token_id and ids.count(tok.eos_token_id) == 1
+
+
+def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
+    counts = {'answers cut': 1200, 'empty answers': 0, 'note: texts': 3, 'note: no template': 1}
+    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: texts (3 times)', 'note: no template'])
+    assert in_words(Counter()) == ('nothing', [])
+    words = {  # of one, of two
+        'tie': ('1 tie', '2 ties'), 'empty answers': ('1 empty answer', '2 empty answers'),
+        'bad rows: no rows': ('1 bad row: no rows', '2 bad rows: no rows'),
+        'same prompt again': ('1 time the same prompt again', '2 times the same prompt again'),
+        'pairs with equal answers': ('1 pair with equal answers', '2 pairs with equal answers'),
+        'special tokens in a text': ('1 special tokens in a text', '2 special tokens in a text'),
+    }  # fmt: skip
+    for reason, said in words.items():
+        assert tuple(in_words(Counter({reason: n}))[0] for n in (1, 2)) == said
 
 
 @pytest.mark.parametrize('task, answers', [('pairs', 2), ('singles', 1), ('sft', 1)])
@@ -384,15 +399,18 @@ def test_a_few_examples_are_the_first_and_need_few_rows(write, reads, all_first)
     assert len(reads) == before if all_first else len(reads) - before <= 180
     del reads[:]  # three chunks are enough, and the next one is read meanwhile
     assert len(load(source, enough={'train': 90}, cache=False)) == 90 and len(reads) == 120
+    assert len(load(source, enough={'train': None}, cache=False)) == 400
     # what was cached of the first is not taken for all
     assert len(parts(source)[0]) > 300
 
 
 def test_what_a_stopped_reading_left_out_is_counted(write, reads, capsys):
     tie, *rows = [{'prompt': f'{i}', 'responses': [' a', ' b'], 'scores': [0, min(i, 1)]} for i in range(400)]
-    found = parts(write([tie, *rows]), cache=False, enough={'train': 50, 'test': 2})[0]
-    assert len(found) == 50 and found.left_out['tie'] == 1 and len(reads) < 600
+    source, options = write([tie, *rows]), {'undivided': False, 'cache': False, 'enough': {'train': 50, 'test': 2}}
+    found = load(source, split='train', **options)
+    assert len(found) == 50 and found.left_out['tie'] == 1 and len(reads) < 300
     assert capsys.readouterr().out == 'note: the first 50 training examples are enough: the others are not read\n'
+    assert len(load(source, split='test', **options)) == 2 and not capsys.readouterr().out
 
 
 # ---- what is loaded ----
@@ -438,6 +456,13 @@ def test_every_source_must_give_something(write, rows, words):
         assert len(load(bad, split='test', undivided=False, skip_bad_rows=True)) == 0
     with pytest.raises(UserError, match='no train examples are left: raise data_fraction'):
         load(good, data_fraction=0.0)
+    # of which the tokens are equal once they are cut
+    cut, lengths = write([pair('p', ' a b c d', ' a b c e')], 'cut'), {'max_length': 5, 'max_prompt_length': 2}
+    with pytest.raises(
+        UserError, match='no train examples are left in data .*: 2 answers cut, 1 pair with equal answers'
+    ):
+        load(cut, **lengths)
+    assert len(load(cut, split='test', **lengths)) == 0
 
 
 def test_which_prompts_are_held_out(write):
@@ -868,6 +893,10 @@ def test_two_layouts():
     packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])
     assert packed.mask is None and padded.mask is not None
+    assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair
+    widths = np.array([[5, 2, 3], [1, 4, 1]])
+    taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
+    assert taken == [[10, 6], [15, 7], [16, 10]]
 
 
 def test_prefetch():

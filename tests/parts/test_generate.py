@@ -12,6 +12,7 @@ from test_model import NONE, PACKED
 
 import data
 import fsdp
+from configurator import UserError
 from hf import attention, generate, sharded
 from runtime import ranks
 
@@ -165,6 +166,10 @@ def test_draws_follow_the_scores(vocabulary):
     # of any size and sign, by their last 64 bits
     keys = generate._Draw([-1, 2**64 - 1, 2**64 + 5, 5], [0] * 4).keys
     assert keys[0] == keys[1] != keys[2] == keys[3]
+    # of what is no number nothing is drawn, and nothing is the largest
+    for processor in generate._processors([0], [0], 0, 1.0)[0], draw:
+        with pytest.raises(UserError, match='scores are not numbers'):
+            processor(None, torch.full((1, vocabulary), torch.nan))
 
 
 def test_stops_at_the_end_of_text(monkeypatch):

@@ -153,16 +153,8 @@ def test_samples_of_a_training_run():
     Path('run').mkdir()
     rows = []
     for examples, who, i in itertools.product((0, 8), ('policy', 'reference'), range(3)):
-        prompt = messages.ask(f'question {i % 2}')
-        rows.append(
-            {
-                'examples': examples,
-                'generator': who,
-                'sample': i,
-                'prompt': prompt,
-                'response': f'{who[0]}{i} at {examples}',
-            }
-        )
+        row = {'examples': examples, 'generator': who, 'sample': i, 'prompt': messages.ask(f'question {i % 2}')}
+        rows.append(row | {'response': f'{who[0]}{i} at {examples}'})
     file = write_jsonl('run/samples.jsonl', rows)
     for path in (file, 'run'):
         found, left_out = make_pairs(path)
@@ -171,16 +163,14 @@ def test_samples_of_a_training_run():
         assert +left_out == {'answers of earlier evaluations': 6, 'pairs of answers of one model': 2}
         assert found[0]['generators'] == ['policy', 'reference']
     # of two runs the policies
-    other = write_jsonl(
-        'other.jsonl', [row | {'response': row['response'].upper()} for row in rows[::-1] if row['sample'] < 2]
-    )
+    shouted = [row | {'response': row['response'].upper()} for row in rows[::-1] if row['sample'] < 2]
+    other = write_jsonl('other.jsonl', shouted)
     write_jsonl('gold.jsonl', [row | {'prompt': 'Review of the hotel:'} for row in rows])
     assert label('--answers=gold.jsonl', '--gold=toy', '--against=gold.jsonl')[0]['first'] == 'gold.jsonl'
     found, left_out = make_pairs('run', other)
     assert [pair['outputs'] for pair in found] == [['p0 at 8', 'R0 AT 8'], ['p1 at 8', 'R1 AT 8']]
-    assert (
-        left_out['answers without a counterpart'] == 4 and left_out['answers of --against without a counterpart'] == 2
-    )
+    assert left_out['answers without a counterpart'] == 4
+    assert left_out['answers of --against without a counterpart'] == 2
     Path('else').mkdir()
     refused('no file or folder else/samples.jsonl', '--gold=toy', '--answers=else')
     # of a run without a reference, the last evaluation has one answer to a prompt
@@ -227,6 +217,7 @@ NO_PAIR = '{"prompt": "a", "response": "b"}\n'
     (NO_PAIR + '{"prom', ['--gold=toy'], 'line 2: not valid JSON'),
     ('{"prompt": "a"}\n', ['--gold=toy'], "line 1: 'response' is missing"),
     (NO_PAIR, ['--gold=toy'], 'no prompt in samples.jsonl has two answers: sample with --n=2'),
+    (NO_PAIR, ['--gold=toy', '--against=other.jsonl'], 'no prompt of samples.jsonl has an answer in other.jsonl'),
     ('', ['--gold=toy'], 'there are no answers'),
     (None, ['--gold=toy', '--answers=None'], '--answers=FILE is missing'),
     (None, [], 'name one judge'),
@@ -246,6 +237,7 @@ NO_PAIR = '{"prompt": "a", "response": "b"}\n'
 ])  # fmt: skip
 def test_mistakes(content, options, error):
     write_samples(range(3))
+    write_samples(range(1), path='other.jsonl')
     if content is not None:
         Path('samples.jsonl').write_text(content)
     refused(re.escape(error), *options)
@@ -259,6 +251,14 @@ def test_what_is_missing_or_no_text():
     for name, reason in (('a', 'not a text file'), ('b', 'No such file or directory')):
         with pytest.raises(UserError, match=f'^cannot read --judge_prompt={name}.*: {reason}$'):
             judge.read_prompt(name)
+
+
+def test_verdicts_that_are_none():
+    rows = [{'pair': i, 'order': 0, 'preference': x, 'text': 'A'} for i, x in enumerate((None, 1, 1.5, 2))]
+    assert list(read_verdicts(Path(write_jsonl('v.jsonl', rows)))) == [(i, 0) for i in range(4)]
+    for wrong in ({'preference': 0}, {'preference': 3}, {'text': 3}, {'pair': 'a'}, {'order': None}):
+        with pytest.raises(UserError, match='line 5, is damaged'):
+            read_verdicts(Path(write_jsonl('v.jsonl', [*rows, rows[1] | {'pair': 9} | wrong])))
 
 
 def test_equal_answers_alone():

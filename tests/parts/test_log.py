@@ -8,7 +8,6 @@ import os
 import struct
 import sys
 import time
-from collections import Counter
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -22,7 +21,6 @@ import training
 from hf import load
 from runtime import guard, log, ranks
 from tests import forks
-from text.examples import in_words
 
 KEY = 'f00dfeed' * 5  # what a key looks like: must not appear in anything that is written
 
@@ -270,21 +268,6 @@ def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):
             bar.update()
     text = capsys.readouterr().err
     assert '\r' not in text and 'reading: 100 of 100 rows' in text
-
-
-def test_what_was_left_out_is_a_sentence_and_its_notes_are_notes():
-    counts = {'answers cut': 1200, 'empty answers': 0, 'note: texts': 3, 'note: no template': 1}
-    assert in_words(Counter(counts)) == ('1,200 answers cut', ['note: texts (3 times)', 'note: no template'])
-    assert in_words(Counter()) == ('nothing', [])
-    words = {  # of one, of two
-        'tie': ('1 tie', '2 ties'), 'empty answers': ('1 empty answer', '2 empty answers'),
-        'bad rows: no rows': ('1 bad row: no rows', '2 bad rows: no rows'),
-        'same prompt again': ('1 time the same prompt again', '2 times the same prompt again'),
-        'pairs with equal answers': ('1 pair with equal answers', '2 pairs with equal answers'),
-        'special tokens in a text': ('1 special tokens in a text', '2 special tokens in a text'),
-    }  # fmt: skip
-    for reason, said in words.items():
-        assert tuple(in_words(Counter({reason: n}))[0] for n in (1, 2)) == said
 
 
 @pytest.mark.parametrize('given, total, steps', [

@@ -10,11 +10,11 @@ from runtime import metrics
 from runtime.objective import Objective
 
 
-def objective(name, *, paired=True, needs_ref=True, per_token=False, **options):
+def objective(name, *, paired=True, needs_ref=True, divergence=False, per_token=False, **options):
     options = {'beta': 0.1, 'beta_prime': None} | options
-    uses = {'beta': True, 'alpha': False}
+    uses = {'beta': True, 'alpha': 'alpha' in options}
     functions = losses.LOSSES[name], losses.STATISTICS.get(name)
-    return Objective(name, *functions, options, uses, paired, needs_ref, False, False, per_token)
+    return Objective(name, *functions, options, uses, paired, needs_ref, divergence, False, per_token)
 
 
 def columns(**values):
@@ -28,13 +28,18 @@ SINGLES |= {'good': torch.tensor([True, False, True])}
 
 
 def test_pairs_with_their_reference():
-    """Log-ratios are 1 and 0 of chosen answers, -1 and 2 of rejected ones."""
-    found = metrics.of_dpo(objective('dpo'), PAIRS | REF, 'eval')
-    expected = {'kl_eval/chosen_per_token': -1 / 4, 'loss/eval': 0.65, 'logps_eval/rejected': -4.5}
-    expected |= {'logratio_eval/accuracies': 0.5, 'rewards_eval/accuracies': 0.5, 'rewards_eval/margins': 0}
-    expected |= {'rewards_eval/chosen': 0.05, 'rewards_eval/rejected': 0.05, 'kl_eval/chosen': -0.5}
-    expected |= {'length_eval/chosen': 2}
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    """Log-ratios are 1 and 0 of chosen answers, -1 and 2 of rejected ones. With a divergence, it is a part of the rewards."""
+    expected = {
+        'loss/eval': 0.65, 'logratio_eval/accuracies': 0.5, 'rewards_eval/accuracies': 0.5, 'rewards_eval/margins': 0,
+        'rewards_eval/chosen': 0.05, 'logps_eval/chosen': -4, 'kl_eval/chosen': -0.5, 'kl_eval/chosen_per_token': -1 / 4, 'length_eval/chosen': 2,
+        'rewards_eval/rejected': 0.05, 'logps_eval/rejected': -4.5, 'kl_eval/rejected': -0.5, 'kl_eval/rejected_per_token': -1 / 4, 'length_eval/rejected': 2,
+    }  # fmt: skip
+    assert metrics.of_dpo(objective('dpo'), PAIRS | REF, 'eval') == pytest.approx(expected)
+    asked = objective('tdpo2', divergence=True, alpha=0.5)
+    found = metrics.of_dpo(asked, PAIRS | REF | columns(div_w=[2.0, 8.0], div_l=[1.0, 2.0]), 'eval')
+    expected |= {'divergence_eval/chosen_per_token': 2.5, 'divergence_eval/rejected_per_token': 3 / 4}
+    expected |= {'rewards_eval/chosen': 0.3, 'rewards_eval/rejected': 0.125, 'rewards_eval/margins': 0.175}
+    assert found == pytest.approx(expected | {'rewards_eval/accuracies': 1})
 
 
 def test_pairs_without_a_reference():
@@ -57,6 +62,18 @@ def test_single_answers():
     found = metrics.of_dpo(objective('kto', paired=False), SINGLES, 'train')
     assert found['rewards_train/accuracies'] == pytest.approx(1 / 3)
     assert (found['rewards_train/chosen'], found['rewards_train/rejected']) == pytest.approx((0.06, 0.1))
+    # without a bad one there is nothing to say of them
+    good = {name: values[SINGLES['good']] for name, values in SINGLES.items()}
+    found = metrics.of_dpo(objective('kto', paired=False), good, 'train')
+    assert found['rewards_train/accuracies'] == 0.5 and not any(
+        'rejected' in name or 'margin' in name for name in found
+    )
+
+
+def test_samples():
+    """Of 1 and 3 tokens: the mean of an answer, and of a token."""
+    found = metrics.of_samples(torch.tensor([1.0, 2.0]), torch.tensor([1, 3]))
+    assert found == {'kl_eval/samples': 1.5, 'kl_eval/samples_per_token': 0.75}
 
 
 OF_REF = r'; loss 0.600000 \(dpo of a policy that is its reference: 0.693147\)\n'
@@ -68,12 +85,14 @@ ACC = r'; loss 1.000000 \(kto .* 0.500000\)\nnote: acc is the share of answers o
 @pytest.mark.parametrize('name, options, chosen, printed', [  # chosen: reward of the chosen answers; that of the others is 0
     ('dpo', {}, 0.0, OF_REF), ('dpo', {}, -2e-4, OF_REF + WARNING), ('dpo', {'tf32': True}, 2e-4, OF_REF),
     ('dpo', {'dtype': 'bfloat16'}, 2e-4, OF_REF), ('dpo', {'dtype': 'bfloat16'}, 0.02, OF_REF + WARNING),
-    ('dpo', {'ref_model': 'x'}, 2.0, OF_REF),
+    ('dpo', {'ref_model': 'x'}, 2.0, OF_REF), ('dpo', {'tf32': True}, -0.02, OF_REF + WARNING),
     ('simpo', {}, -3.0, '; loss 0.600000\n' + ALONE), ('kto', {}, 0.0, ACC),
 ])  # fmt: skip
 def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
     options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
     of_step = SINGLES if name == 'kto' else PAIRS | REF  # the z of its reference is 0
     asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
-    metrics.say_first_step(asked, of_step, {'rewards_train/chosen': chosen, 'rewards_train/rejected': -1e-9})
+    # a step of answers that are all good has no rejected ones
+    found = {'rewards_train/chosen': chosen} | ({} if name == 'kto' else {'rewards_train/rejected': -1e-9})
+    metrics.say_first_step(asked, of_step, found)
     assert re.fullmatch(f'step 0: rewards {chosen:.6f}, 0.000000{printed}', capsys.readouterr().out)

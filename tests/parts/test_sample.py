@@ -24,7 +24,7 @@ from hf.attention import set_attention
 from runtime import ranks
 from runtime.files import lock, move_folder
 from tests import forks
-from text import messages, tokenise, toy
+from text import tokenise, toy
 
 FLAGS = ['--n=3', '--temperature=0.7 1.3', '--top_p=0.9', '--max_new_tokens=10', '--batch_size=5', '--seed=4']
 CHATML = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
@@ -241,22 +241,6 @@ def test_functions_score_answers(folder, capsys):
         assert (found['f'], found['g']) == (len(row['response']), row['index'])
         assert found['score'] == found['f'] + 2 * found['g'] + 3 and found['score_score'] == 1
     assert 'rewards.jsonl: mean g 1.0000' in capsys.readouterr().out
-
-
-def test_prompts_as_chats():
-    hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
-    assert messages.as_chat(hh) == [user('a\n\nb'), assistant('c'), user('d')]
-    assert messages.as_chat('Review of the hotel:') == [user('Review of the hotel:')]
-    assert messages.instruction(hh) == hh
-    for text in (' odd \n', 'two\n\nlines', ''):
-        assert messages.instruction(messages.ask(text)) == text
-    assert messages.instruction([user(' x ')]) == ' x '
-    chat = [system('s'), user('u'), assistant('a'), user('v')]
-    assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: v'
-    # the example that is made a chat of stays as it was
-    example = {'prompt': 'a', 'response': ' b'}
-    assert messages.as_chats(example)['response'] == [assistant('b')]
-    assert example == {'prompt': 'a', 'response': ' b'}
 
 
 def test_sources(folder, capsys):

@@ -133,13 +133,18 @@ def test_an_empty_system_message_is_none():
     assert formats.parse_any({'systemInstruction': {}, 'contents': GEMINI}, 'sft') == [SFT]
 
 
+def test_a_number_chooses_between_no_two_answers():
+    turns = [user('q?'), assistant('b', n=0), assistant('a', n=True)]
+    assert formats.parse_any({'messages': turns}, 'sft')[0]['turns'] == turns
+
+
 TEXTS = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
 
 
 @pytest.mark.parametrize('made', [
     # KTO's labels elsewhere; a label between 0 and 1; no prompt; numbers as texts and texts as numbers; no list
     *([{'prompt': 'p', 'response': 'a', 'good': label}] for label in (-1, 0.2, 'no')), [{'chosen': 'a', 'rejected': 'b'}],
-    [TEXTS | {'margin': '2'}], [TEXTS | {'chosen': 3}], TEXTS, None,
+    [TEXTS | {'margin': '2'}], *([TEXTS | {'response': 'a', name: 3}] for name in ('prompt', 'chosen', 'rejected', 'response')), TEXTS, None,
 ])  # fmt: skip
 def test_a_reader_of_ones_own(made, monkeypatch):
     """Its rows may be plain dicts, and what it makes of them is checked: a label of -1 would count as good."""
@@ -183,6 +188,22 @@ def test_toy():
     ('<ul><li><p>a</p><p>b</p></li></ul>', '- a\n\nb'), ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
 def test_strip_html(html, text):
     assert messages.strip_html(html) == text
+
+
+def test_prompts_as_chats():
+    hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
+    assert messages.as_chat(hh) == [user('a\n\nb'), assistant('c'), user('d')]
+    assert messages.as_chat('Review of the hotel:') == [user('Review of the hotel:')]
+    assert messages.instruction(hh) == hh
+    for text in (' odd \n', 'two\n\nlines', ''):
+        assert messages.instruction(messages.ask(text)) == text
+    assert messages.instruction([user(' x ')]) == ' x '
+    chat = [system('s'), user('u'), assistant('a'), user('v')]
+    assert messages.instruction(chat) == 'user: u\n\nassistant: a\n\nuser: v'
+    # the example that is made a chat of stays as it was
+    example = {'prompt': 'a', 'response': ' b'}
+    assert messages.as_chats(example)['response'] == [assistant('b')]
+    assert example == {'prompt': 'a', 'response': ' b'}
 
 
 # ---- the hub ----
@@ -274,12 +295,12 @@ def said(human, gpt, **more):
 # fmt: off
 COLUMNS = {  # the names of a question's column and of one answer's (Amod counselling, Vertex, FLAN, ...), or of the better and the worse one's
     ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
-    ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question selected rejected, '
-        'question chosen reject, question response_j response_k, instruction chosen_response rejected_response, query response rejected_response, '
-        'question response_chosen response_rejected, question chosen_answer rejected_answer, question text_chosen text_rejected, question chosen_conversations rejected_conversations, '
-        'instruction win lose, question best_response worst_response, question y_w y_l, question answer rejected_answer',
+    ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question response_j response_k, '
+        'query response rejected_response, question answer rejected_answer',
 }
-OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]}]
+OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
+       {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"},
+       {'prompt': messages.ask('q?'), 'chosen': 'Assistant: a', 'rejected': 'Assistant: b'}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}}),
@@ -289,6 +310,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'}, {'repeated prompt, other blanks': {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'}}),
     (None, {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True}, {'repeated prompt, one answer': {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True}}),
     (None, PAIR | BRIEF, {'prompt and system': {'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}}),
+    (None, {'prompt': 'p', **ANSWERS}, {'names that are taken': {'prompt': 'p', **ANSWERS, 'real': 'x', 'generated': 'y'}}),
     (None, {'prompt': 'Q: 0?\nA:', **ANSWERS}, {'question that ends in a turn marker': {'question': 'Q: 0?\nA:', **ANSWERS}}),
     (None, SFT | {'prompt': [user('i\n\nabout this')]}, {'alpaca': {'instruction': 'i', 'input': 'about this', 'output': 'a', 'text': 'all of it: i'}}),
     (None, {'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}, {'markup that has the system message': {'system': 'Be brief.', 'prompt': 'Be brief.\nQ: 0?\nA:', **ANSWERS}}),
@@ -329,6 +351,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'chats in objects': {'chosen': {'messages': QA}, 'rejected': {'messages': [user('q?'), assistant('b')]}}}),
     ('pairs', PAIR | {'prompt': ASKS}, {
         'HelpSteer 3': {'domain': 'd', 'context': ASKS, 'response1': 'a', 'response2': 'b', 'overall_preference': -1},
+        'a chat beside a prompt': {'messages': [user('x'), assistant('y'), user('z')], **PAIR, 'prompt': ASKS},
         'Capybara, pairs': {'conversation': [{'input': 'x', 'output': 'y'}], 'prompt': 'a q?', 'chosen': TWO_TURNS, 'rejected': [*ASKS, assistant('b')]}}),
     ('pairs', PAIR | BRIEF, {
         'chats as JSON': {k: json.dumps(v) for k, v in (PAIR | BRIEF).items()},
@@ -360,7 +383,6 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'LIMO': {'question': 'q?', 'solution': 'a', 'answer': '4'}, 'OpenMathInstruct': {'problem': 'q?', 'generated_solution': 'a', 'expected_answer': '4'},
         'KodCode': {'style': 'complete', 'question': 'q?', 'solution': 'a', 'test': 'assert f()'}, 's1K': {'solution': 'a', 'question': 'q?', 'cot': None, 'attempt': 'x'},
         'Gemini': {'contents': GEMINI}, 'OpenChat': {'id': 'x', 'items': said('q?', 'a')},
-        'output': {'question': 'q?', 'output': 'a'}, 'generation': {'question': 'q?', 'generation': 'a'},
         'items that are no chat': {'question': 'q?', 'answer': 'a', 'items': [{'name': 'x'}]},
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
@@ -432,11 +454,10 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
 WHOLE = '<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>'
 VICUNA = 'USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>'
 DATA_SETS = [  # columns as these data sets have them: name, task, rows, the examples, what is left out
-    ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
+    ('HelpSteer', 'pairs', [{'prompt': q, 'response': x, 'helpfulness': n, 'verbosity': 9 - n} for q, x, n in (('q?', 'b', 1), ('q?', 'a', 4), ('q?', 'a', 4), ('r?', 'a', 3), ('r?', 'b', 3), ('s?', 'a', 3))], [PAIR], {'tie': 1, 'fewer than two answers': 1}),
     ('annotations, no verdict', 'pairs', [{'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': math.nan}], [], {'no verdict': 1}),
     ('HelpSteer 2, preferences', 'pairs', [{'prompt': 'q?', 'response_1': x, 'response_2': y, 'preference_strength': n} for x, y, n in (('b', 'a', 2), ('b', 'a', 0), ('a', 'b', -1), ('a', 'b', None))], [PAIR] * 2, {'tie': 2}),
     ('PKU-SafeRLHF, whole numbers as fractions, and none', 'pairs', [{'prompt': 'q?', 'response_0': 'b', 'response_1': 'a', 'better_response_id': x, 'safer_response_id': 0} for x in (1.0, None)], [PAIR], {'tie': 1}),
-    ('BeaverTails', 'singles', [{'prompt': 'q?', 'response': 'a', 'category': {'x': True}, 'is_safe': x} for x in (True, False)], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False)], {}),
     ('RewardBench 2', 'pairs', [{'prompt': 'q?', 'chosen': ['a'], 'rejected': ['b', 'c'], 'models': ['x'] * 3}], [PAIR, PAIR | {'rejected': [assistant('c')]}], {}),
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
     ('Arena, table without an answer', 'pairs', [{'prompt': '["q?"]', 'response_a': '[null]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}], [], {'empty answers': 1}),
@@ -445,10 +466,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
-    ('labels in words', 'singles', [{'prompt': 'q?', 'response': 'a', 'label': x} for x in ('Desirable', 'undesirable', 'yes', 'no', 'correct', 'incorrect')], [{'prompt': 'q?', 'response': 'a', 'good': x} for x in (True, False) * 3], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
-    *(('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 1})
-      for name in ('split', 'set', 'subset', 'fold', 'partition', 'type')),
+    ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'fold': x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format('fold'): 1}),
     *(('a flag of tests', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in (True, False, True)], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 2}) for name in ('is_test', 'held_out')),
     *(('scores that contradict', 'pairs', [pair('p', 'a', 'b') | {better: x, worse: 3} for x in (2, 3, 4.5, 1)], [pair('p', 'a', 'b')] * 4, {formats.CONTRADICTED: 2})
       for better, worse in (('score_chosen', 'score_rejected'), ('chosen-rating', 'rejected-rating'), ('chosen_avg_rating', 'rejected_avg_rating'), ('Reward_chosen', 'Reward_rejected'))),
@@ -465,6 +484,8 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('rows not to be used', 'sft', [{'messages': x, name: flag} for x, flag in zip((TWO_TURNS, QA), flags, strict=True)], [SFT], {formats.UNUSED: 1})
       for name, flags in (('skip', (True, False)), ('deleted', (1, 0)), ('is_valid', ('false', 'true')), ('keep', (0, 1)), ('status', ('DISCARDED', 'done')))),
     ('ms-swift, tools', 'prompts', [{'messages': [*ASKS, {'role': 'tool_call', 'content': 'f'}, {'role': 'tool_response', 'content': '8'}]}], [{'prompt': [*ASKS, assistant('f'), {'role': 'tool', 'content': '8'}]}], {}),
+    ('a pair of which one is not trained on', 'pairs', [pair([user('q?')], [assistant('a', weight=w)], [assistant('b')]) for w in (0, 1)], [PAIR], {formats.UNTRAINED: 1}),
+    *(('annotations, with what was asked', 'pairs', [{'prompt': x, 'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': 2}], [pair(x, 'b', 'a')], {}) for x in ('p', ASKS)),
     ('a draw that is no tie', 'sft', [{'prompt': 'p', 'response': 'a', 'draw': True, 'result': 'tie', 'reversed': True, 'status': 'rejected'}], [{'prompt': 'p', 'response': 'a'}], {}),
     ('OpenCodeReasoning, questions elsewhere', 'sft', [{'question': '-', 'solution': 'a'}], [], {"questions that are only '-', in place of one that is elsewhere": 1}),
     ('a thought beside a text', 'sft', [{'prompt': 'p', 'thinking': 'let me think', 'completion': 'a'}], [{'prompt': 'p', 'response': 'a'}], {formats.UNTHOUGHT: 1}),
@@ -480,8 +501,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
       for task, example in (('pairs', PAIR), ('sft', SFT)) for name, answers in (('instruction', 'completions'), ('question', 'answers'), ('prompt', 'answers'))),
     ('Arena, sides beside conversations', 'pairs', [{'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [*ASKS, assistant('b')], 'full_conversation': [{'user': user('q?'), 'model_side_a': assistant('x'), 'model_side_b': assistant('b')}]}], [PAIR | {'prompt': ASKS}], {}),
     *(('a conversation that is none of Arena', 'sft', [{'prompt': 'p', 'response': 'a', 'full_conversation': x}], [{'prompt': 'p', 'response': 'a'}], {}) for x in ('p a', [user('p')])),
-    *(('roles', 'sft', [{'messages': [{'role': asks, 'content': 'q?'}, {'role': answers, 'content': 'a'}]}], [SFT], {})
-      for asks, answers in (('human', 'gpt'), ('User', 'Assistant'), ('prompter', 'model'), ('HUMAN', 'bot'))),
     *(('keys of a message', 'sft', [{'conversations': [{role: 'user', text: 'q?'}, {role: 'assistant', text: 'a'}]}], [SFT], {}) for role, text in (('role', 'value'), ('from', 'content'), ('from', 'text'))),
     *(('OpenAI, a call as it was', 'sft', [{'messages': [user('q?'), {'role': 'assistant', 'content': x, 'function_call': {'name': 'f', 'arguments': '{}'}}]}],
        [SFT | {'response': [assistant('') | {'tool_calls': [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]}]}], {}) for x in ('', None)),
@@ -490,8 +509,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('a question alone, and one after an answer', None, [{'messages': ASKS[:1]}, {'messages': ASKS}], [{'prompt': ASKS[:1]}, {'prompt': ASKS[:1], 'response': [assistant('b')]}], {formats.UNASKED: 1}),
     ('no tools', 'sft', [{'messages': QA, 'tools': x} for x in ('', 'null', '[]')], [SFT] * 3, {}),
     ('Guanaco, cut short', 'sft', [{'text': '### Human: q?### Assistant: a### Human: x'}], [SFT], {formats.UNASKED: 1}),
+    ('ChatQA, no chat', 'sft', [{'messages': [], 'answers': ['a']}], [], {'conversations without a question and its answer': 1}),
     ('LIMA', 'sft', [{'conversations': ['a', 'b', 'q?', 'a']}, {'conversations': ['x']}], [MULTI], {'conversations without a question and its answer': 1}),
-    ('SmolTalk 2, tools', 'sft', [{'messages': QA, 'chat_template_kwargs': {'custom_instructions': None, 'xml_tools': [x]}} for x in ('{"name": "f"}', "{'name': 'f'}")], [SFT | {'tools': [F]}] * 2, {}),
+    *(('SmolTalk 2, tools', 'sft', [{'messages': QA, 'chat_template_kwargs': {'custom_instructions': None, name: [x]}} for x in ('{"name": "f"}', "{'name': 'f'}")], [SFT | {'tools': [F]}] * 2, {}) for name in ('xml_tools', 'python_tools')),
     ('an empty answer among others', 'sft', [{'messages': [user('x'), assistant(' '), *TWO_TURNS]}, {'messages': [user('q?'), assistant('a'), user('x'), assistant('')]}], [{'prompt': [user('x'), assistant(' '), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant(' ') | {'weight': 0}, *TWO_TURNS]}, SFT], {formats.UNASKED: 1}),
     ('Arena, an empty conversation', 'pairs', [{'winner': 'model_a', 'conversation_a': QA, 'conversation_b': x} for x in ([user('q?'), assistant('b')], [])], [PAIR], {'empty answers': 1}),
     ('OpenR1-Math, generations', 'sft', [{'problem': 'q?', 'answer': '4', 'generations': ['b', 'a'], 'correctness_math_verify': x} for x in ([False, True], [False, False])], [SFT], {'no right answer': 1}),
@@ -523,7 +543,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
 OF_COLUMNS = {  # what is said of a column, and (its name, a row)
     'is missing or of the wrong type': [
         ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
-        ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
+        ('output_1', {'instruction': 'q', 'output_1': None, 'output_2': 'b', 'preference': 1}), ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
         ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
     'is missing': [
         ('prompt', {'response': 'a'}), ('prompt', {'data': ['q', 'a']}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
@@ -533,7 +553,6 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
     'asks something, too': [
         ('instruction', {'messages': [user('q')], 'instruction': 'Use only French words.', 'response': 'a'}),
         ('question', {'prompt': 'q', 'question': {'id': '1'}, **ANSWERS}), ('question', {'prompt': 'p', 'question': 'q', **ANSWERS}),
-        ('options', {'question': 'q', 'options': ['a', 'b'], 'answer': 'a'}), ('article', {'question': 'q', 'article': 'c', 'answer': 'a'}),
         ('documents', {'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}),
         *(('history', {'history': [['a?', 'b']], **rest}) for rest in ({'prompt': [user('q')], **ANSWERS}, {'messages': [user('q')], **ANSWERS}, {'messages': said('q', 'a')}, {'text': 'a'})),
         ('history', {'question': 'q', 'history': [['x']], **ANSWERS}), ('prompt', {'prompt': 'p', 'text': 'a'}),
@@ -541,8 +560,6 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
-        *((name, {'question': 'q', name: [['a', 'b']], 'answer': 'a'}) for name in ('chat_history', 'dialogue_history', 'dialog_history')), ('preamble', {'prompt': 'p', 'preamble': 'You are to be brief.', **ANSWERS}),
-        ('instructions', {'instructions': 'Be brief.', 'input': 'q', 'output': 'a'}),
         ('document', {'conversations': said('q', '')[:1], 'document': 'what the question is about', **ANSWERS})],
     'is neither true': [
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
@@ -564,7 +581,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
     ('a message is no object', [{'winner': 'model_a', 'full_conversation': [{'user': ['q?'], 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
-        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}]),
+        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
@@ -651,6 +668,61 @@ def test_bad_rows(tmp_path, row, reason):
     assert examples == [good] * 2 and list(left_out.values()) == [2] and reason in next(iter(left_out))
 
 
+TIE, UNUSED, LOST, CHANGED = 'tie', formats.UNUSED, 'asks something, too, which would be lost', 'have changed places'
+TWO, LABELLED = {'prompt': 'p', **ANSWERS}, {'prompt': 'p', 'response': 'a'}
+BY_VERDICT = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
+              'preference_strength overall_preference')  # fmt: skip
+NAMED = [  # names that mean the same, a row with a column (or a value) of that name, its examples or what is said
+    ('skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid', lambda name: {'text': 'a', name: 'yes'}, UNUSED),
+    ('valid is_valid usable keep include', lambda name: {'text': 'a', name: 0.0}, UNUSED),
+    ('status review_status state', lambda name: {'text': 'a', name: 'Skipped'}, UNUSED), ('discarded skipped invalid', lambda name: {'text': 'a', 'state': name}, UNUSED),
+    ('tie is_tie tied draw equal is_equal no_preference', lambda name: TWO | {name: 1}, TIE),
+    (f'{BY_VERDICT} status review_status state outcome result majority human_choice human_preference', lambda name: TWO | {name: 'TIE'}, TIE),
+    *((BY_VERDICT, lambda name, x=x: {'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', name: x}, expected) for x, expected in ((2, [PAIR]), (None, TIE))),
+    ('{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages',
+     lambda name: {'query': 'q?', name.format('win'): 'a', name.format('lose'): 'b'}, [PAIR]),
+    ('chosen-rejected accepted-rejected selected-rejected preferred-non_preferred chosen-reject preferred-dispreferred winning-losing win-lose better-worse best-worst y_w-y_l',
+     lambda name: dict(zip(['query', *name.split('-')], ['q?', 'a', 'b'], strict=True)), [PAIR]),
+    ('flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better', lambda name: TWO | {name: True}, CHANGED),
+    ('context history options choices article passage starter_code chat_history conversation_history dialogue_history dialog_history previous_messages instructions '
+     'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context', lambda name: {'prompt': 'p', name: ['what the question is about'], 'response': 'a'}, LOST),
+    ('op opt option choice', lambda name: {'question': 'q', f'{name}a': 'x', f'{name}_b': 'y', 'answer': 'a'}, LOST),
+    ('generations responses completions outputs all_generated_responses samples answers', lambda name: {'prompt': 'q?', name: ['b', 'a'], 'scores': [0, 1]}, [PAIR]),
+    ('correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores', lambda name: {'prompt': 'q?', 'samples': ['b', 'a'], name: [0, 1]}, [PAIR]),
+    ('completion answer response text', lambda name: {'prompt': 'q?', 'samples': [{name: x, 'score': n} for n, x in enumerate('ba')]}, [PAIR]),
+    ('fine-grained_score overall_score score pm_score', lambda name: {'prompt': 'q?', 'samples': [{'text': x, name: n} for n, x in enumerate('ba')]}, [PAIR]),
+    *(('good label kto_tag desirable is_safe is_correct', lambda name, x=x: LABELLED | {name: x}, found) for x, found in ((0, [LABELLED | {'good': False}]), (None, 'is neither true'))),
+    ('false no 0 0.0 bad undesirable rejected negative neg incorrect', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': False}]),
+    ('true yes 1 1.0 good desirable chosen positive pos correct', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': True}]),
+    ('split data_split dataset_split set subset fold partition type', lambda name: LABELLED | {name: 'Test'}, [LABELLED, {'drop': formats.FOR_TESTS.format('{name}')}]),
+    ('test testing validation valid val dev eval held_out heldout holdout', lambda name: LABELLED | {'set': name}, [LABELLED, {'drop': formats.FOR_TESTS.format('set')}]),
+    ('reasoning_content thinking reasoning complex_cot cot', lambda name: {'question': 'q?', name: 'let me think', 'answer': 'a'}, [SFT | {'response': [assistant('a', reasoning_content='let me think')]}]),
+    ('question instruction problem query input', lambda name: {name: 'q?', 'response': 'a'}, [SFT]), ('response completion output generation answer', lambda name: {'prompt': 'p', name: 'a'}, [LABELLED]),
+    ('messages conversations conversation context_messages trajectory', lambda name: {name: QA}, [SFT]),
+    ('response completion output answer reply target', lambda name: {'prompt': 'p', f'My {name}s': 'a'}, 'may be an answer'),
+    ('role from speaker sender author', lambda name: {'text': 'q', name: 'user'}, "'text' is one message"),
+    ('response_ answer_ completion_ conversation_ conv_ output_ candidate_ messages_', lambda name: {'prompt': 'q?', f'{name}1': 'b', f'{name}2': 'a', 'winner': '2'}, [PAIR]),
+    ('model response answer completion conversation assistant output option', lambda name: {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner': f'{name}_b'}, [PAIR]),
+    ('corrected edited revised improved preferred expected reference', lambda name: LABELLED | {f'{name}_response': 'b'}, 'may be the better answer'),
+    *((names, lambda name, asks=asks: {'messages': [{'role': name if asks else 'user', 'content': 'q?'}, {'role': 'bot' if asks else name.upper(), 'content': 'a'}]}, [SFT]) for asks, names in
+      ((True, 'user human prompter question'), (False, 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call'))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'names, row_of, expected', NAMED, ids=lambda x: x.partition(' ')[0] if isinstance(x, str) else ''
+)
+def test_names_that_mean_the_same(names, row_of, expected):
+    """Each of them: one that is not known any more would leave its column unread."""
+    for name in names.split():
+        try:
+            first, *others = formats.parse_any(row_of(name))
+            first.pop('repeats', None)
+            assert repr([first, *others]) == repr(expected).replace('{name}', name), name
+        except (ValueError, formats.LeftOut) as reason:
+            assert isinstance(expected, str) and expected in str(reason), (name, reason)
+
+
 @pytest.mark.parametrize('skip', [False, True])
 def test_a_verdict_that_makes_others_doubtful_is_not_left_out_alone(tmp_path, skip):
     """0 beside response_1 and response_2: half of the pairs would be upside down if only the rows with 0 went."""
@@ -727,12 +799,27 @@ def test_how_a_source_is_read_is_said(tmp_path, rows, words):
     path = write(tmp_path / 'data.jsonl', rows)
     assert sources.describe(path) == words + path * words.endswith('in ')
     assert sources.describe(f'imdb:{raw("imdb")}') == "the reader 'imdb'"
+    # and whether a part of its rows is held out
+    assert sources.divides(path) == sources.divides(str(tmp_path)) and sources.divides(path)
+    write(tmp_path / 'test.jsonl', [TEXTS])
+    assert sources.divides(path) and not sources.divides(str(tmp_path))
+
+
+def test_columns_that_are_not_read_are_said(tmp_path, capsys):
+    """Not of a layout that compares all rows."""
+    # tools are no messages
+    rows = [sources.Row({'messages': QA, 'tools': tools}) for tools in ([3], [F | {'ok': True}], [F | {'ok': False}])]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
+    for row in (TEXTS, {'prompt': 'p', 'response': 'a', 'helpfulness': 1}):
+        sources.say_once.cache_clear()
+        read(tmp_path / 'data.jsonl', [row | {'extra': f'the extra one is {i}'} for i in range(9)])
+        assert ('note: columns not read: extra; if they' in capsys.readouterr().out) == (row is TEXTS)
 
 
 @pytest.mark.parametrize('row', [{}, {'response': 'it is this'}, {'chosen': 'it is this', 'rejected': 'it is that'}])
 def test_columns_that_may_ask_or_answer(row):
     """Texts of four words, different in most rows, of which no example has anything."""
-    texts = {'prompt': 'what is the sum', 'extra': 'the extra one is', 'short': 'number', 'whole': 'Q: what is the sum'}
+    texts = {'prompt': 'what the sum', 'extra': 'the extra one', 'short': 'short number', 'whole': 'Q: what the sum'}
     few = {'topic': 'sums of two numbers', 'level': 3} | row
     rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
     for i, labelled in enumerate(rows):
@@ -749,24 +836,16 @@ def test_columns_that_may_ask_or_answer(row):
     assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
     # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
     # verdicts beside a pair, but no topics, strengths or states
-    judges = {
-        'quality': 'Good',
-        'winner': 'B',
-        'preference': 2,
-        'choice': 'maths',
-        'overall_preference': -3,
-        'status': 'done',
-        'lang': 'no',
-    }
+    judges = {'quality': 'Good', 'winner': 'B', 'preference': 2, 'choice': 'maths', 'status': 'done', 'lang': 'no'}
+    judges |= {'overall_preference': -3}
     for answers, unread in (
         ({'response': 'a'}, ['ok', 'sure', 'said', 'quality']),
         (ANSWERS, ['ok', 'sure', 'label', 'said', 'quality', 'winner', 'preference']),
     ):
-        flags = [
-            {'id': i, 'on': 1, 'ok': i > 0, 'sure': float(i > 0), 'label': 0**i, 'said': ('yes', 'no')[i % 2]}
-            for i in range(3)
-        ]
-        rows = [sources.Row({'prompt': 'bad', **answers, **its_flags, **judges}) for its_flags in flags]
+        rows = []
+        for i in range(3):
+            flags = {'id': i, 'on': 1, 'ok': i > 0, 'sure': float(i > 0), 'label': 0**i, 'said': ('yes', 'no')[i % 2]}
+            rows.append(sources.Row({'prompt': 'bad', **answers, **flags, **judges}))
         assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
 
 
@@ -797,19 +876,19 @@ def test_the_class_of_a_text_is_named(tmp_path, capsys, column, named):
     assert (f'columns not read: {column};' in capsys.readouterr().out) is named
 
 
-@pytest.mark.parametrize('link', ['parent_id', 'reply_to', 'conversation_id', 'dialog_id'])
+LINKS = ('parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id '
+         'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id')  # fmt: skip
+
+
+@pytest.mark.parametrize('link', LINKS.split())
 def test_columns_that_link_rows_are_named(link):
     """Of a conversation only if its rows do not begin with the same question: then each has what was said before."""
     first, later = pair('What is it?', 'A cat.', 'A dog.'), pair('And its name?', 'Tom.', 'Rex.')
     whole = pair([user('What is it?'), assistant('A cat.'), user('Why?')], 'So.', 'Or so.')
     is_parent = link in formats.PARENTS
-    for rows, unread in (
-        ([first, later], [link]),
-        ([first, whole], [link] * is_parent),
-        ([first, first], [link] * is_parent),
-    ):
+    for rows, is_named in (([first, later], True), ([first, whole], is_parent), ([first, first], is_parent)):
         rows = [sources.Row(row | {'id': f'r{i}', link: (None, 'x')[i or not is_parent]}) for i, row in enumerate(rows)]
-        assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
+        assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == [link] * is_named
     rows = [sources.Row(row | {link: None}) for row in (first, later)]
     assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
 

@@ -17,7 +17,7 @@ from configurator import UserError
 from hf import attention
 from text import turns
 from text.messages import alternating
-from text.tokenise import Limits, fit_conversation, load_examples, tokenise
+from text.tokenise import Builder, Limits, Part, fit_conversation, load_examples, tokenise
 
 CHAT = alternating(['the room ?', 'clean .', 'the bed ?', 'very fine .', 'and the bar ?', 'dusty and dull'])
 SPECIAL = [said | ({'content': 'a <|im_end|> b'} if i in (2, 3) else {}) for i, said in enumerate(CHAT)]
@@ -178,6 +178,9 @@ def test_a_first_answer_without_tokens():
     limits, left_out = Limits(bos=None, eos=9, max_length=4, max_prompt_length=2, truncation='start'), Counter()
     assert fit_conversation([1, 2], [[], [5, 6, 7], [8]], limits, left_out) == ([1, 2], [])
     assert left_out == {'conversations cut': 1, 'conversations without an answer within max_length': 1}
+    builder = Builder(limits)
+    builder.add(Part('p', [], True, 0, conversation=CHAT), [[1, 2], [], [5, 6, 7], [8]])
+    assert not len(builder.examples('sft', False)) and builder.left_out == left_out
 
 
 @pytest.mark.parametrize('pad', [False, True])

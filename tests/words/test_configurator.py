@@ -33,11 +33,12 @@ limit: int | None = None  # how far
 share: float | None = 0.5  # which part
 note: str | None = None  # anything
 sure: bool | None = None  # yes, no or unknown
+size: int | float = 2  # how large
 config = configure(globals())
 double = 2 * steps
 '''
 DEFAULTS = {'rate': 1e-6, 'steps': 10, 'name': 'toy', 'flag': False, 'on': True, 'limit': None, 'share': 0.5, 'note': None,
-            'sure': None}  # fmt: skip
+            'sure': None, 'size': 2}  # fmt: skip
 PARSE = settings(max_examples=150, deadline=None, database=None)
 
 
@@ -120,9 +121,9 @@ VALUES = [
     ('--name=~/x', os.path.expanduser('~/x')),  # as bash leaves it
     ('--flag', True), ('--flag=True', True), ('--on=false', False),
     ('--limit=5', 5), ('--limit=none', None), ('--share=null', None), ('--share=1', 1.0),
-    ('--sure', True), ('--sure=false', False), ('--sure=none', None),
+    ('--size=3', 3), ('size = 3', 3), ('size = 2.5', 2.5), ('--sure', True), ('--sure=false', False), ('--sure=none', None),
     # config files
-    ('rate = 1', 1.0), ('rate = float("inf")', math.inf), ('share = None', None), ('limit = 3', 3), ('flag = True', True),
+    ('rate = 1', 1.0), ('rate = 2**62', 2.0**62), ('rate = float("inf")', math.inf), ('share = None', None), ('limit = 3', 3), ('flag = True', True),
     ('note = None', None), ('note = "none"', 'none'), ('name = "x"; name = "y"', 'y'),
 ]
 REFUSED_FILES = [  # text, line, words
@@ -141,7 +142,7 @@ REFUSED_FILES = [  # text, line, words
     # it cannot end the script as if all had gone well
     *((f'rate = 1.0\n{text}\n', 2) for text in ('raise SystemExit', 'exit()')),
     ('steps = 2**63', 1, 'no machine'),
-    ('rate = 2**63', 1, 'rate must be float'),
+    *((f'rate = {number}', 1, 'rate must be float') for number in ('2**63', '-(2**63)')),
     *((f'note = {text!r}', 1, 'characters that are no text') for text in ('a\0b', '\ud800')),
     *((f'\n{text}', 2, 'rate must be float, not') for text in ("rate = '1e-3'", 'rate = True', 'rate = None', 'rate = float("nan")',
                                                               'rate = 1j', 'rate = -10 ** 400', 'class rate: pass')),
@@ -184,6 +185,7 @@ def test_values_are_read_by_type(script, text, value):
 def test_config_files_that_are_refused(script, case):
     message = sentence(script, file(case[0]))
     assert all(word in message for word in (f'config.py, line {case[1]}:', *case[2:])), message
+    assert message.count(', line ') == 1  # python's own words name it once more
 
 
 @pytest.mark.parametrize('name, value, words', KNOWN)
@@ -232,7 +234,7 @@ def test_help_lists_every_option(script, capsys, argv):
     with pytest.raises(SystemExit, match='^0$'):
         script(*argv.split())
     out = capsys.readouterr().out
-    assert out.startswith('What the script is for.') and 'int | None' in out
+    assert out.startswith('What the script is for.') and 'int | None' in out and '\n\n\n  --rate' in out  # no heading
     lines = [line for line in out.splitlines() if line.startswith('  --')]
     declared = [line for line in SCRIPT.splitlines() if '  # ' in line]
     for line, option, (name, default) in zip(lines, declared, DEFAULTS.items(), strict=True):
