@@ -10,7 +10,7 @@ from copy import copy
 LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
 ASSISTANT = '\n\nAssistant:'
 # the beginning of a chat that was written as JSON or as a Python literal, and a message anywhere in it
-SERIALIZED_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|messages)["']:""")
+SERIALIZED_CHAT = re.compile(r"""\s*+(?:\[\s*+)?\{\s*["'](role|content|from|value|messages)["']:""")
 SERIALIZED_ROLE = re.compile(r"""["'](role|from)["']:\s*["'](user|human|system|assistant|gpt)["']""")
 REASONING = ('reasoning_content', 'thinking', 'reasoning')  # fields for a message's thoughts
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
