@@ -202,7 +202,8 @@ def _by_question(*files):
     prompts = {}  # (file, instruction, generator) -> prompts
     for file, answers in enumerate(files):
         for row in answers:
-            prompts.setdefault((file, row['instruction'], row['generator']), set()).add(str(row['prompt']))
+            key = file, row['instruction'], row['generator']
+            prompts.setdefault(key, set()).add(str(row['prompt']))
     of_several = {text for (_, text, _), found in prompts.items() if len(found) > 1}
     for answers in files:
         groups = {}

@@ -567,7 +567,8 @@ def read_pair(row, task):
         return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
     # or both are names of the columns that have the answers
     names = [row.get('chosen'), row.get('rejected')]
-    if all(isinstance(name, str) and name in row and not OPTION.fullmatch(name) for name in names):
+    are_columns = [isinstance(name, str) and name in row for name in names]
+    if all(are_columns) and not any(map(OPTION.fullmatch, names)):
         row['chosen'], row['rejected'] = [row[name] for name in names]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -578,7 +579,8 @@ def read_pair(row, task):
         for sides in SIDES:
             other = name.replace(*sides)
             scores.append((row[name], row.get(other)))
-    is_contradicted = any(isinstance(a, NUMBER) and isinstance(b, NUMBER) and a < b for a, b in scores)
+    are_numbers = [isinstance(a, NUMBER) and isinstance(b, NUMBER) for a, b in scores]
+    is_contradicted = any(a < b for a, b in compress(scores, are_numbers))
     return [example, {'drop': CONTRADICTED}] if is_contradicted else [example]
 
 
@@ -722,8 +724,9 @@ def read_scored(row, task):
     # text_or_chat reads a column of a row, and its errors name the column
     answers = [text_or_chat({column: found}, column) for found in answers]
     # not all numbers are finite
-    valid = [score is None or (isinstance(score, NUMBER) and abs(score) < 1e30) for score in scores]
-    if len(answers) != len(scores) or not all(valid):
+    numbers = [score for score in scores if score is not None]
+    are_finite = [isinstance(score, NUMBER) and abs(score) < 1e30 for score in numbers]
+    if len(answers) != len(scores) or not all(are_finite):
         raise ValueError(f'{column!r} and {score_column!r} are not as many texts and numbers')
     if task == 'sft' and scores and all(score is False for score in scores):
         raise LeftOut('no right answer')
@@ -1032,7 +1035,9 @@ def unread_texts(rows, layout):
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', *TEST_FLAGS, *(QUESTIONS if layout.read is read_scored else ())}
+    is_read = {*layout.columns, 'rejected', *TEST_FLAGS}
+    if layout.read is read_scored:
+        is_read.update(QUESTIONS)
     later = []
     for name, its_values in values.items():
         are_flags = its_values.issubset(YES + NO)

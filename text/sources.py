@@ -236,7 +236,9 @@ def _parsed(rows, parse, task, columns):
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        unread, judges = formats.unread_texts(head, layout) if layout and not needs_all_rows else ([], [])
+        unread, judges = [], []
+        if layout and not needs_all_rows:
+            unread, judges = formats.unread_texts(head, layout)
         if unread:
             advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
