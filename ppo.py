@@ -36,6 +36,7 @@ from hf.load import add_value_head, check_same_tokens, load_model, load_reward
 from rl import formulas, reward_functions, rollout
 from rl.rewards import Reward
 from runtime import errors
+from runtime.files import say_once
 from runtime.prefetch import move
 
 # model and data
@@ -213,8 +214,10 @@ def add_advantages(tokens, scores, n):
         groups = scores.view(-1, answers_per_prompt)  # (prompts, answers per prompt)
         of_answers = formulas.group_advantage(groups).view(-1)
         tokens['advantage'] = of_answers.repeat_interleave(n)  # a token gets that of its answer
-        # groups with equal scores give no gradient
-        return {'equal_groups/train': (groups.std(1) == 0).double().mean().item()}
+        equal_share = (groups.std(1) == 0).double().mean().item()  # such groups give no gradient
+        if equal_share == 1:
+            say_once('note: all answers to a prompt have the same score, for each prompt of a round: nothing to learn')
+        return {'equal_groups/train': equal_share}
     tokens['advantage'], tokens['target'] = rollout.advantages_and_targets(config, tokens, scores, n)
     # of value as a prediction of target: 1 is perfect, 0 as good as a constant
     variance = tokens['target'].var(correction=0)

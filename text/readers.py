@@ -146,6 +146,8 @@ def _read_columns(file):
             source.seek(0)
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
+        if len(set(schema.names)) < len(schema.names):
+            raise UserError(f'{file}: two columns have one name: rename them')
         words_of = _label_words(schema)
         # convert one batch at a time, since Python objects need far more memory
         rows = (raw for batch in batches for raw in batch.to_pylist())

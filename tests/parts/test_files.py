@@ -146,6 +146,19 @@ def test_files_that_are_no_data(tmp_path, name, content, says, monkeypatch):
         assert message.count(str(tmp_path)) == 1 and '--columns' not in message and 'layout' not in message
 
 
+@pytest.mark.parametrize('end', ['parquet', 'arrow'])
+def test_two_columns_with_one_name(tmp_path, end):
+    import pyarrow.parquet
+
+    table = pyarrow.table([['x'], ['y']], names=['text', 'text'])
+    if end == 'parquet':
+        pyarrow.parquet.write_table(table, tmp_path / 'a.parquet')
+    else:
+        with pyarrow.ipc.new_file(tmp_path / 'a.arrow', table.schema) as file:
+            file.write_table(table)
+    refused(tmp_path / f'a.{end}', f'a.{end}: two columns have one name: rename them')
+
+
 def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
     rows = [ROWS[0], {'frage': 'a'}, ROWS[1], {'frage': 1}] * 60
     says = r"line {}: .*of the 101 rows from there on, 51 are bad: 26 with 'frage' .text.; 25 with 'frage' .number.; mend it"

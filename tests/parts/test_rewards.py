@@ -337,6 +337,7 @@ def test_a_process_of_the_users_can_be_ended(here):
     done = forks.python(ROOT / RUN[0], *RUN[1:], '--data=toy', '--reward=own.py:ends', cwd=here)
     assert done.returncode == 0, done.stderr
     assert {row['score/train'] for row in metrics('run', 'train')} == {-15}
+    assert done.stdout.count('note: all answers to a prompt have the same score') == 1
 
 
 def test_late_answers_are_counted(here, capsys):
