@@ -17,7 +17,7 @@ from feedback import score
 from hf import attention, export, load, probe
 from rl import heads
 from runtime import ranks
-from text import tokenise, toy
+from text import formats, tokenise, toy
 from text.examples import Examples, in_words
 
 EOS, FULL = toy.tokenizer().eos_token_id, len(toy.tokenizer())  # FULL: rows of an embedding without a spare one
@@ -239,7 +239,7 @@ def test_margins_of_rows(tmp_path, monkeypatch):
     for _ in range(2):  # computed, then from the cache
         found = examples(file)
         assert found.margin.tolist() == [1, 0.5, 0, -2, 3] and found.margin.dtype == np.float32
-        assert in_words(found.left_out) == ('1 pair without a margin, taken as 0', [])
+        assert in_words(found.left_out) == ('1 pair without a margin, taken as 0', [formats.CONTRADICTED])  # of -2
     assert found.select(np.array([4, 1])).margin.tolist() == [3, 0.5]
     flipped = found.flip(0.99, 0)
     assert flipped.margin.tolist() == found.margin.tolist() and (flipped.spans != found.spans).any()
