@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 # option -> (minimum, maximum)
@@ -174,7 +175,7 @@ def looked_in(path, folder=None):
     missing = [part for part in (path, *path.parents) if not os.path.exists(part)]
     if not missing:
         return where
-    neighbours = Path(folder or missing[-1].parent).glob('*')
+    neighbours = islice(Path(folder or missing[-1].parent).glob('*'), 2000)  # to compare names takes time
     # ./ before a path: a folder sft is no name of another project
     hint = did_you_mean(f'./{missing[-1]}', neighbours).removeprefix('; ')
     return f'{where} ({hint})' if hint else where

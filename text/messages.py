@@ -32,7 +32,7 @@ ROLES = {name: role for role, names in {
 SPEAKERS = dict.fromkeys('human user prompter instruction'.split(), 'user') | {'system': 'system'}
 SPEAKERS |= dict.fromkeys('assistant ai bot chatbot gpt chatgpt model response'.split(), 'assistant')
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
-# (signs are short, and what stands before the first # is skipped for good: else a long row of signs would take minutes)
+# (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
 BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{1,9} ?|)(?:(system)|human|user|prompter|instruction)'
                        r'( ?[^\w\s]{0,9}[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 

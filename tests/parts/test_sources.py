@@ -939,7 +939,7 @@ def test_no_text_takes_long(start, sign):
     """How a dialogue begins is a pattern, which must not try all ways to divide a long row of signs."""
     began = process_time()
     with contextlib.suppress(ValueError):  # a text of spaces is empty
-        formats.parse_any({'text': f'{start}{sign * 200_000}'}, 'sft')
+        formats.parse_any({'text': start + sign * (9_000_000 if sign == '!' else 200_000)}, 'sft')
     assert process_time() - began < 5
 
 
