@@ -78,15 +78,13 @@ def launch(world, plan, folder):
     from tests.laws.launch import follow, rank
 
     plan = [[str(word) for word in command] for command in plan]
-    cache = str(Path(folder) / 'cache')
     if not world:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv('NANOPREF_CACHE', cache)
-            return follow(plan)
+        return follow(plan)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    common = {'NANOPREF_CACHE': cache, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'GROUP_WORLD_SIZE': '1'}
-    common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world)}
+    # one cache for the session: the toy world is tokenised once
+    common = {'NANOPREF_CACHE': os.environ['NANOPREF_CACHE'], 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    common |= {'WORLD_SIZE': str(world), 'LOCAL_WORLD_SIZE': str(world), 'GROUP_WORLD_SIZE': '1'}
     said = [Path(folder) / f'rank-{i}-of-{world}.txt' for i in range(world)]
     jobs = [(rank, plan, file, common | {'RANK': str(i), 'LOCAL_RANK': str(i)}) for i, file in enumerate(said)]
     assert forks.together(jobs) == [0] * world, [file.read_text()[-3000:] for file in said]

@@ -38,10 +38,9 @@ def none_left():
 def start(out_dir, world=0, torchrun=('--standalone',), prefix=(), **environment):
     """dpo.py in the background; world: ranks under torchrun, with these options; prefix: of the command."""
     launcher = ['-m', 'torch.distributed.run', *torchrun, f'--nproc_per_node={world}'] if world else []
-    environment = os.environ | {'NANOPREF_CACHE': str(out_dir.parent / 'cache')} | environment
     log = open(f'{out_dir}-{random.randrange(10**9)}.txt', 'w+')
     command = [*prefix, sys.executable, *launcher, 'dpo.py', *FLAGS, f'--out_dir={out_dir}']
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
     process.log = log
     STARTED.append(process)
     return process
@@ -127,7 +126,7 @@ def test_every_signal_in_one_run(tmp_path, whole):
     run. SIGUSR1 and kill -9 are below. Beside it: a second run in the same folder is refused while the first goes on, and after the end."""
     out = tmp_path / 'run'
     # while the data is read nothing can be lost: it ends at once
-    process = start(out)
+    process = start(out, NANOPREF_CACHE=str(tmp_path / 'empty'))
     until(lambda: (out / '.lock').exists(), process)
     process.send_signal(signal.SIGTERM)
     assert 'SIGTERM: stopped' in end(process, guard.SAVED) and os.listdir(out) == ['.lock']
