@@ -31,15 +31,43 @@ def begin():
     _helper.close()
     try:
         while True:
-            here.send(_run(*here.recv()))
+            function, *arguments = here.recv()
+            here.send(function(*arguments))
     finally:
         os._exit(0)  # also where the pipe is closed
 
 
+def _ask(*call):
+    """Have a function called by the helper. Returns what it returns."""
+    _helper.send(call)
+    return _helper.recv()
+
+
 def together(jobs, seconds=500):
     """Run jobs, each (function, argument, ...), in a process each, until all have ended or one has failed. Returns exit codes."""
-    _helper.send((jobs, seconds))
-    return _helper.recv()
+    return _ask(_run, jobs, seconds)
+
+
+class Popen:
+    """What subprocess.Popen(['python', *words], ...) is, so far as tests ask for it. It leads a session of its own."""
+
+    def __init__(self, words, cwd, env, log):
+        self.returncode = None
+        self.pid = _ask(_fork, (_alone, words, str(cwd), env, [log, log]))
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = _ask(_ended, self.pid)
+        return self.returncode
+
+    def wait(self, seconds=500):
+        deadline = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.poll()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
 
 def python(*words, cwd=ROOT, **environment):
@@ -52,20 +80,28 @@ def python(*words, cwd=ROOT, **environment):
         return subprocess.CompletedProcess(words, code, *(file.read_text() for file in said))
 
 
+def _fork(job):
+    """Do a job in a new process. Returns its id."""
+    pid = os.fork()
+    if not pid:
+        function, *arguments = job
+        os._exit(_exit_code(function, arguments))
+    return pid
+
+
+def _ended(pid):
+    """Return the exit code of a child, or None while it runs."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
 def _run(jobs, seconds):
-    codes, deadline = {}, time.monotonic() + seconds
-    for function, *arguments in jobs:
-        pid = os.fork()
-        if not pid:
-            os._exit(_exit_code(function, arguments))
-        codes[pid] = None
+    codes, deadline = dict.fromkeys(map(_fork, jobs)), time.monotonic() + seconds
     # one that fails leaves the others waiting for it; they may also wait for each other
     while None in codes.values() and not any(codes.values()) and time.monotonic() < deadline:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            codes[pid] = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.01)
+        time.sleep(0.01)
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            codes[pid] = _ended(pid)
     for pid in [pid for pid, code in codes.items() if code is None]:
         os.kill(pid, 9)
         codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -93,6 +129,12 @@ def _exit_code(function, arguments):
     return 1
 
 
+def _alone(*arguments):
+    """Call _python in a session of its own."""
+    os.setsid()
+    _python(*arguments)
+
+
 def _python(words, folder, environment, said):
     """Run a script, -m MODULE or -c CODE, with the modules of this project imported anew."""
     for name, module in list(sys.modules.items()):
@@ -102,7 +144,7 @@ def _python(words, folder, environment, said):
     gc.enable()
     # what pytest has put in the place of python's own
     for number, file in enumerate(said, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin, sys.stdout = open(os.devnull), open(1, 'w', closefd=False)
     sys.stderr = open(2, 'w', buffering=1, errors='backslashreplace', closefd=False)
     logging.getLogger('transformers').handlers[0].setStream(sys.stderr)

@@ -65,9 +65,9 @@ RESUMED = {
 
 
 def shardings(case):
-    """{(ranks, tokens): --shard} of a case: a step on one rank and one in microbatches, on two ranks in microbatches, on four ranks."""
+    """{(ranks, tokens): --shard} of a case: a step on one rank, on two ranks in microbatches; of KINDS on one in microbatches, and on four."""
     if case not in KINDS:
-        return {(world, size): 'none' for world, size in SHARDINGS if world < 4}
+        return {(1, ONE): 'none', (2, MANY): 'none'}
     even = KINDS.index(case) % 2 == 0
     return {how: mode for how, mode in SHARDINGS.items() if how != (4, MANY if even else ONE)}
 

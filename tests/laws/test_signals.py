@@ -17,6 +17,7 @@ import pytest
 from helpers import ROOT, launch, metrics, python, read_jsonl, refused, same_bits
 
 from runtime import guard
+from tests import forks
 
 FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every=96', '--n_eval_examples=16', '--lr=1e-3',
          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.2',
@@ -37,10 +38,16 @@ def none_left():
 
 def start(out_dir, world=0, torchrun=('--standalone',), prefix=(), **environment):
     """dpo.py in the background; world: ranks under torchrun, with these options; prefix: of the command."""
-    launcher = ['-m', 'torch.distributed.run', *torchrun, f'--nproc_per_node={world}'] if world else []
+    words = ['-m', 'torch.distributed.run', *torchrun, f'--nproc_per_node={world}'] if world else []
+    words += ['dpo.py', *FLAGS, f'--out_dir={out_dir}']
     log = open(f'{out_dir}-{random.randrange(10**9)}.txt', 'w+')
-    command = [*prefix, sys.executable, *launcher, 'dpo.py', *FLAGS, f'--out_dir={out_dir}']
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
+    # torchrun starts processes, and PYTHONPATH has a module that is imported already in one that is forked
+    how = {'cwd': ROOT, 'env': os.environ | environment}
+    if world or 'PYTHONPATH' in environment:
+        command = [*prefix, sys.executable, *words]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **how)
+    else:
+        process = forks.Popen(words, log=log.name, **how)
     process.log = log
     STARTED.append(process)
     return process

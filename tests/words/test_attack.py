@@ -206,6 +206,8 @@ def test_shards_of_a_hub_id(model, monkeypatch):
     config, found = transformers.AutoConfig.from_pretrained('model'), {f.name: str(f) for f in Path('model').iterdir()}
     monkeypatch.setattr(load.transformers.AutoConfig, 'from_pretrained', lambda name, **k: config)
     monkeypatch.setattr(hub, 'file_of', lambda name, file: found.get(file))
+    # the generation config would be asked for again and again
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(UserError, match='weights must be .safetensors files'):
         load.load_model('some/body')
 
