@@ -58,7 +58,7 @@ eval_every: int | None = 19968  # evaluate after so many examples; None: only at
 n_eval_examples = 256  # how many held-out examples
 do_first_eval = True  # evaluate before training
 log_every = 1  # print a line after so many examples
-save_every: int | str | None = 'auto'  # examples between checkpoints; 0: none; auto: every 15 minutes of a longer run
+save_every: int | str | None = 'auto'  # examples between checkpoints, or epoch_2; 0: none; auto: every 15 minutes
 keep_last = 2  # checkpoints that are kept
 save_dtype: str | None = None  # of the model that is left: float32, bfloat16, float16; None: as that which came in
 resume = True  # continue from the newest checkpoint of out_dir
@@ -133,9 +133,9 @@ class Run:
         return {'train': ENOUGH, 'test': n_eval_examples} if is_short else None
 
     def count_data(self, answers_each=1):
-        """Set run.total, the examples of all epochs, and print a summary of the data. ppo.py's are answers: answers_each to a prompt."""
-        in_epochs = self.config.n_epochs * len(self.train) * answers_each
-        n_examples = min(in_epochs, self.config.n_examples or in_epochs)
+        """Set run.epoch, its examples, and run.total, and print a summary of the data. ppo.py's are answers: answers_each to a prompt."""
+        self.epoch = len(self.train) * answers_each
+        n_examples = min(self.config.n_epochs * self.epoch, self.config.n_examples or math.inf)
         self.total = n_examples // answers_each * answers_each  # rounded down to whole prompts
         for line in show.summary(self, n_eval_examples):
             log.say(line)

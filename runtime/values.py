@@ -35,6 +35,9 @@ CHOICES = {
     'activation_checkpointing': (False, True, 'selective'), 'task': (None, 'pairs', 'singles', 'sft', 'prompts'),
     'device_map': (None, 'balanced', 'balanced_low_0', 'sequential'),
 }  # fmt: skip
+# option that is a number -> the words that it may be as well
+DIGITS = '[1-9][0-9]{0,5}'
+WORDS = {'max_tokens': 'auto', 'save_every': f'auto|epoch_{DIGITS}'}
 # environment variables that hold API keys. Options must not, because they are printed and saved
 SECRETS = 'NANOPREF_API_KEY OPENAI_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN WANDB_API_KEY'.split()
 MIN_KEY_LENGTH = 8  # shorter ones, such as EMPTY, are no secret, and may occur in texts
@@ -143,8 +146,9 @@ def problem(name, value):
         return f'must be a finite number, not {value}'
     if type(value) is int and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
-    if name in ('max_tokens', 'save_every') and isinstance(value, str) and value != 'auto':
-        return f'must be a number or auto, not {value!r}'
+    if name in WORDS and isinstance(value, str) and not re.fullmatch(WORDS[name], value):
+        words = WORDS[name].replace('|', ', ').replace(DIGITS, 'N')
+        return f'must be a number or {words}, not {value!r}'
     if name in CHOICES and value not in CHOICES[name]:
         known = [str(choice) for choice in CHOICES[name] if choice]
         return f'must be one of {", ".join(known)}, not {value!r}{did_you_mean(value, known)}'

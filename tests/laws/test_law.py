@@ -23,7 +23,8 @@ ONE, MANY = 4096, 110  # tokens of a microbatch: the whole step, or two or three
 # --shard of so many ranks and tokens; of the last two a case has one
 SHARDINGS = {(1, ONE): 'auto', (1, MANY): 'none', (2, MANY): 'full', (4, ONE): 'full', (4, MANY): 'none'}
 # a case of each kind of work between ranks and microbatches; the other formulas are on two ranks with copies of the model
-KINDS = 'dpo aot kto kto_uneven beta_dpo dr_beta_dpo dr_slic radpo2 separate_prompts padded sft sft_conversations'.split()
+KINDS = 'dpo aot kto kto_uneven beta_dpo dr_beta_dpo dr_slic radpo2 padded separate_prompts sft sft_conversations'
+KINDS = KINDS.split()
 MODES = [(world, size, mode) for world, size in ((2, MANY), (4, ONE)) for mode in ('none', 'grads', 'full')]
 TEXT = ['--batch_size=12', '--max_length=64', '--max_prompt_length=32']
 STEPS = [*TEXT, '--n_eval_examples=8', '--do_first_eval=false', '--lr=1e-3', '--warmup_steps=1', '--max_grad_norm=0.5',

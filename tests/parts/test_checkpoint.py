@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -547,6 +548,16 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
         found = re.search(f'^warning: memory: {said} {advice}', text, re.M)
         assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
         assert not (tmp_path / 'none/checkpoints').exists() and metrics(tmp_path / 'none') == metrics(tmp_path / 'auto')
+
+
+def test_save_every_second_epoch(tmp_path, whole):
+    epochs = ['--save_every=epoch_2', '--data_fraction=0.1', '--n_epochs=5', '--n_examples=None', '--keep_last=9']
+    for script, flags in {'dpo.py': [], 'ppo.py': PPO}.items():
+        done = run(tmp_path / script, *flags, *epochs, script=script)['run']
+        # the examples of an epoch, those of a step (of a round), and the ends of the steps that end or go beyond two and four epochs
+        epoch, step = done.total // 5, done.config.batch_size
+        ends = [step * math.ceil(n * epoch / step) for n in (2, 4)]
+        assert step < epoch and names(tmp_path / script) == [f'{end:010d}' for end in ends if end < done.total]
 
 
 @pytest.mark.parametrize(('every', 'free', 'fits'), [
