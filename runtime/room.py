@@ -40,8 +40,9 @@ def check_room(run, frozen_models=()):
 
     frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
     # epoch_2: every second epoch
-    if str(run.save_every).startswith('epoch_'):
-        run.save_every = run.config['save_every'] = int(run.save_every.removeprefix('epoch_')) * run.epoch
+    save_every = str(run.config['save_every'])
+    if save_every.startswith('epoch_'):
+        run.save_every = run.config['save_every'] = int(save_every.removeprefix('epoch_')) * run.epoch
     model_bytes, checkpoint_bytes = _bytes_on_disk(run.policy, run.config)
     checkpoints_fit = ranks.from_rank_0(lambda: _check_disk(run.config, model_bytes, checkpoint_bytes, run.total))
     # only for a CPU: if its memory is full, the system kills the process silently, where a GPU raises an error
