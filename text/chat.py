@@ -1,7 +1,7 @@
 """Write chats as text with the tokenizer's chat template, and mark special tokens that came from the data.
 
-A special token in the data must stay plain text. It is put between MARK and UNMARK, and encode_texts() encodes what stands
-between them as text. Special tokens that the template wrote are unmarked, and become tokens."""
+A special token in the data must stay plain text. It is put between MARK and UNMARK, and encode_texts() of tokenise.py encodes
+what stands between them as text. Special tokens that the template wrote are unmarked, and become tokens."""
 
 import contextlib
 import os
@@ -71,18 +71,17 @@ def _render_chats(prompt, answers, tools, tokenizer, left_out, blank):
     # the prompt's text ends where an answer begins, or goes on if the last message is the assistant's
     has_begun = prompt[-1]['role'] == 'assistant'
     options = {'add_generation_prompt': not has_begun, 'continue_final_message': has_begun}
-    write_prompt = partial(write, tokenizer=tokenizer, **options)
-    prompt_text = write_prompt(prompt, tools)
+    write_prompt = partial(write, tools=tools, tokenizer=tokenizer, **options)
+    prompt_text = write_prompt(prompt)
     texts = [_write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out) for answer in answers]
 
-    # _tools: count_unwritten passes None, for they are counted with the prompt
-    def write_other_answer(answer, _tools=None):
+    def write_other_answer(answer):
         # Counter(): the thoughts of the answers are counted already
         return _write_answer(prompt, answer, prompt_text, tools, tokenizer, Counter())
 
-    count_unwritten(prompt, tools, prompt_text, write_prompt, left_out)
+    count_unwritten(prompt, prompt_text, write_prompt, left_out, tools)
     for answer, text in zip(answers, texts, strict=True):
-        count_unwritten(answer, None, text, write_other_answer, left_out)
+        count_unwritten(answer, text, write_other_answer, left_out)
         has_content = any(turn['content'].strip() for turn in answer)
         if blank or has_content:
             continue
@@ -318,11 +317,11 @@ def _write_answer(prompt, answer, prompt_text, tools, tokenizer, left_out):
     return f'{thought}\n{end_tag}\n\n{rest.lstrip()}'.rstrip('\n')
 
 
-def count_unwritten(turns, tools, text, write_again, left_out):
-    """Count in left_out what the template does not write of messages and tools. text: of write_again(turns, tools)."""
+def count_unwritten(turns, text, write_again, left_out, tools=None):
+    """Count in left_out what the template does not write of messages, and of tools if given. text: of write_again(turns)."""
     num_changed = sum(turn['content'].strip() not in text for turn in turns)
     left_out['messages whose content the chat template changes or leaves out'] += num_changed
-    tools_unwritten = bool(tools) and write_again(turns, None) == text
+    tools_unwritten = bool(tools) and write_again(turns, tools=None) == text
     left_out['tools, which the chat template does not write'] += tools_unwritten
 
     def is_same_without(name, indices):
@@ -331,7 +330,7 @@ def count_unwritten(turns, tools, text, write_again, left_out):
         for i in indices:
             del reduced[i][name]
         try:
-            return write_again(reduced, tools) == text
+            return write_again(reduced) == text
         # the template needs the field
         except Refused:
             return False
@@ -344,27 +343,6 @@ def count_unwritten(turns, tools, text, write_again, left_out):
         if not is_same_without(name, unwritten):
             unwritten = [i for i in unwritten if is_same_without(name, [i])]
         left_out[f'messages with {name!r}, which the chat template does not write'] += len(unwritten)
-
-
-def encode_texts(texts, tokenizer, before=None):
-    """Return the token ids of each text, without BOS and EOS; what stands between marks is encoded as ordinary text.
-
-    before: the texts that they continue ('': none): a tokenizer that puts a space before every text must not put one there."""
-    if before is None or not puts_space(tokenizer):
-        return _encode_all(texts, tokenizer)
-    # a text's ids are those of the whole (the text before it, and the text) without those of the text before it
-    wholes = [start + text for start, text in zip(before, texts, strict=True)]
-    different = list(dict.fromkeys([*before, *wholes]))
-    ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
-    all_ids = []
-    for start, text, whole in zip(before, texts, wholes, strict=True):
-        whole_ids, start_ids = ids_of[whole], ids_of[start]
-        if whole_ids[: len(start_ids)] == start_ids:
-            all_ids.append(whole_ids[len(start_ids) :])
-        # a token of the whole goes over the border, and a prompt must be the same without an answer
-        else:
-            all_ids.append(_encode_marked(text, tokenizer, at_start=False))
-    return all_ids
 
 
 def puts_space(tokenizer):
@@ -383,60 +361,3 @@ def decode_answer(ids, prompt_ids, tokenizer, **options):
     whole = tokenizer.decode([*prompt_ids, *ids], **options)
     # a prompt that is cut within a character is no beginning of the whole
     return whole.removeprefix(prompt) if whole.startswith(prompt) else tokenizer.decode(ids, **options)
-
-
-def _encode_all(texts, tokenizer):
-    """Return the token ids of each text by itself; see encode_texts()."""
-    unmarked = [text for text in texts if MARK not in text]
-    ids_of_unmarked = []
-    if unmarked and tokenizer.is_fast:
-        # this call turns off truncation and padding, which the faster encode_batch_fast would apply
-        tokenizer(unmarked[0], add_special_tokens=False)
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(unmarked, add_special_tokens=False)
-        ids_of_unmarked = [encoding.ids for encoding in encodings]
-    elif unmarked:
-        ids_of_unmarked = tokenizer(unmarked, add_special_tokens=False)['input_ids']
-    next_ids = iter(ids_of_unmarked)
-    return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
-
-
-def _encode_marked(text, tokenizer, at_start=True):
-    """Return the ids of a text; its special tokens between marks are encoded as text. at_start: see _encode_piece()."""
-    # re.split puts the marked pieces at odd positions
-    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
-    ids = []
-    for i, piece in enumerate(pieces):
-        # remove unpaired marks, whose counterpart the chat template has cut off
-        piece = piece.replace(MARK, '').replace(UNMARK, '')
-        as_text = i % 2 == 1
-        piece_ids = _encode_piece(piece, tokenizer, as_text, at_start=at_start and i == 0)
-        # Unigram may have the special token in its vocabulary, too: split it after the first letter
-        if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
-            piece_ids = _encode_piece(piece[:1], tokenizer, as_text) + _encode_piece(piece[1:], tokenizer, as_text)
-        ids += piece_ids
-    return ids
-
-
-def _encode_piece(text, tokenizer, as_text, at_start=False):
-    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text. at_start:
-    allow the space that some tokenizers add at the start of a text."""
-    if not at_start:
-        # encode the piece after a newline, then remove the newline's ids, unless the tokenizer merged it with the text
-        newline = _encode_piece('\n', tokenizer, as_text, at_start=True)
-        ids = _encode_piece('\n' + text, tokenizer, as_text, at_start=True)
-        if ids[: len(newline)] == newline:
-            return ids[len(newline) :]
-    if not text:
-        return []
-    if not as_text:
-        return tokenizer(text, add_special_tokens=False)['input_ids']
-    if not tokenizer.is_fast:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    # the steps of the Rust tokenizer, without its search for added tokens
-    inner = tokenizer.backend_tokenizer
-    if inner.normalizer is not None:
-        text = inner.normalizer.normalize_str(text)
-    words = [text]
-    if inner.pre_tokenizer is not None:
-        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
-    return [token.id for word in words for token in inner.model.tokenize(word)]

@@ -1,11 +1,12 @@
 """Turn rows of text into tokenised Examples, cached on disk. Training scripts call load_examples.
 
 A raw row becomes an example (a Row), then Parts, then texts, then token ids, then an item of Examples:
-sources.read_examples -> as_parts -> chat.render or turns.segments -> chat.encode_texts -> Builder.add, fit.
+sources.read_examples -> as_parts -> chat.render or turns.segments -> encode_texts -> Builder.add, fit.
 No token spans the border of prompt and answer. Every answer ends with EOS, even if truncated."""
 
 import math
 import os
+import re
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from runtime import cache
 from runtime.files import file_hash
 from runtime.log import progress, say
 from text import sources, turns
-from text.chat import NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, Refused, encode_texts, render
+from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, Refused, puts_space, render
 from text.examples import Examples, bos_of, spans_of, uniform_hash
 from text.files import content_hash
 from text.formats import TURN_MARKERS
@@ -414,6 +415,87 @@ class Builder:
         good = np.array(self.good, bool)
         left_out = +self.left_out  # unary + drops zero counts
         return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
+
+
+# ---- token ids ----
+
+
+def encode_texts(texts, tokenizer, before=None):
+    """Return the token ids of each text, without BOS and EOS; what stands between marks is encoded as ordinary text.
+
+    before: the texts that they continue ('': none): a tokenizer that puts a space before every text must not put one there."""
+    if before is None or not puts_space(tokenizer):
+        return _encode_all(texts, tokenizer)
+    # a text's ids are those of the whole (the text before it, and the text) without those of the text before it
+    wholes = [start + text for start, text in zip(before, texts, strict=True)]
+    different = list(dict.fromkeys([*before, *wholes]))
+    ids_of = dict(zip(different, _encode_all(different, tokenizer), strict=True))
+    all_ids = []
+    for start, text, whole in zip(before, texts, wholes, strict=True):
+        whole_ids, start_ids = ids_of[whole], ids_of[start]
+        if whole_ids[: len(start_ids)] == start_ids:
+            all_ids.append(whole_ids[len(start_ids) :])
+        # a token of the whole goes over the border, and a prompt must be the same without an answer
+        else:
+            all_ids.append(_encode_marked(text, tokenizer, at_start=False))
+    return all_ids
+
+
+def _encode_all(texts, tokenizer):
+    """Return the token ids of each text by itself; see encode_texts()."""
+    unmarked = [text for text in texts if MARK not in text]
+    ids_of_unmarked = []
+    if unmarked and tokenizer.is_fast:
+        # this call turns off truncation and padding, which the faster encode_batch_fast would apply
+        tokenizer(unmarked[0], add_special_tokens=False)
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(unmarked, add_special_tokens=False)
+        ids_of_unmarked = [encoding.ids for encoding in encodings]
+    elif unmarked:
+        ids_of_unmarked = tokenizer(unmarked, add_special_tokens=False)['input_ids']
+    next_ids = iter(ids_of_unmarked)
+    return [_encode_marked(text, tokenizer) if MARK in text else next(next_ids) for text in texts]
+
+
+def _encode_marked(text, tokenizer, at_start=True):
+    """Return the ids of a text; its special tokens between marks are encoded as text. at_start: see _encode_piece()."""
+    # re.split puts the marked pieces at odd positions
+    pieces = re.split(f'{MARK}([^{MARK}{UNMARK}]*){UNMARK}', text)
+    ids = []
+    for i, piece in enumerate(pieces):
+        # remove unpaired marks, whose counterpart the chat template has cut off
+        piece = piece.replace(MARK, '').replace(UNMARK, '')
+        as_text = i % 2 == 1
+        piece_ids = _encode_piece(piece, tokenizer, as_text, at_start=at_start and i == 0)
+        # Unigram may have the special token in its vocabulary, too: split it after the first letter
+        if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
+            piece_ids = _encode_piece(piece[:1], tokenizer, as_text) + _encode_piece(piece[1:], tokenizer, as_text)
+        ids += piece_ids
+    return ids
+
+
+def _encode_piece(text, tokenizer, as_text, at_start=False):
+    """Return the ids of a piece of a text. as_text: also encode special and other added tokens as ordinary text. at_start:
+    allow the space that some tokenizers add at the start of a text."""
+    if not at_start:
+        # encode the piece after a newline, then remove the newline's ids, unless the tokenizer merged it with the text
+        newline = _encode_piece('\n', tokenizer, as_text, at_start=True)
+        ids = _encode_piece('\n' + text, tokenizer, as_text, at_start=True)
+        if ids[: len(newline)] == newline:
+            return ids[len(newline) :]
+    if not text:
+        return []
+    if not as_text:
+        return tokenizer(text, add_special_tokens=False)['input_ids']
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    # the steps of the Rust tokenizer, without its search for added tokens
+    inner = tokenizer.backend_tokenizer
+    if inner.normalizer is not None:
+        text = inner.normalizer.normalize_str(text)
+    words = [text]
+    if inner.pre_tokenizer is not None:
+        words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in inner.model.tokenize(word)]
 
 
 # ---- BOS, EOS and lengths ----

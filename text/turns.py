@@ -54,7 +54,7 @@ def segments(turns, tools, tokenizer, left_out):
         spans = [_span(turns, i, tools, full_text, write, special.stop) for i in answers]
     if None in spans or len(spans) != len(answers):
         return None
-    chat.count_unwritten(turns, tools, full_text, write, left_out)
+    chat.count_unwritten(turns, full_text, partial(write, tools=tools), left_out, tools)
     texts = []
     done = 0  # full_text[:done] is in texts
     for i, (start, end) in zip(answers, spans, strict=True):

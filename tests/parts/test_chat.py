@@ -17,8 +17,8 @@ from helpers import assistant, end_process_group, metrics, read_jsonl, run_scrip
 from configurator import UserError
 from hf import load
 from text import chat, messages, sources, toy
-from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer, encode_texts
-from text.tokenise import NO_CHAT, encode, tokenise, tokenise_prompts
+from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, decode_answer
+from text.tokenise import NO_CHAT, encode, encode_texts, tokenise, tokenise_prompts
 
 # fmt: off
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
