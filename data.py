@@ -107,7 +107,7 @@ def make_batches(examples: Examples, rows, rank, world_size, max_tokens, *, shar
     widths = examples.widths[rows]  # (n, 1 + answers): tokens of the prompt and of each answer
     n_answers = widths.shape[1] - 1
     lengths = tokens_taken(widths, share_prefix and not pad)  # (n,): tokens of each example, without padding
-    n_tokens = n_allocated = int(lengths.sum())
+    n_tokens = n_allocated = int(lengths.sum())  # two equal numbers, unless padding is allocated, too
     # every rank plans for all ranks, so they agree without talking
     if pad:
         padded_lengths = tokens_taken(widths, pad=True)

@@ -359,10 +359,10 @@ class Run:
     # ---- evaluation ----
 
     def eval_due_at_start(self):
-        """Return whether to evaluate before the first step. After a resume: whether it was due after the step before that."""
-        if self.seen:
-            return self.crossed(eval_every, first=self.seen - self.config.batch_size, seen=self.seen)
-        return do_first_eval
+        """Return whether to evaluate before the first step. After a resume: whether the last step before it has made that due."""
+        if not self.seen:
+            return do_first_eval
+        return self.crossed(eval_every, first=self.seen - self.config.batch_size, seen=self.seen)
 
     def eval_due(self, step):
         """Return whether to evaluate after this step."""

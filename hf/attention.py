@@ -261,13 +261,13 @@ class CopyPrompts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Return (T, H, D): the gradient (K, H, D), summed over the copies of each token. Autograd's own way would sort all keys."""
-        # every token of the row has a first copy: total begins with the gradients of these, in row order
-        (_, first_indices), *further_copies = ctx.varlen.copies
-        total = _rows(grad.contiguous(), first_indices)
-        for tokens, indices in further_copies:
-            # an assignment can add up, as tokens has none twice
-            total[tokens] = _rows(total, tokens) + _rows(grad, indices)
-        return total, None
+        # an item of copies: some tokens, each once, and the index in grad of a copy of each. The first item has all tokens of the row
+        (_all_tokens, of_first_copies), *further_copies = ctx.varlen.copies
+        total = _rows(grad.contiguous(), of_first_copies)
+        for tokens, of_copies in further_copies:
+            # += would do the same: no token comes twice here, so none overwrites another's sum
+            total[tokens] = _rows(total, tokens) + _rows(grad, of_copies)
+        return total, None  # none for varlen
 
 
 def _rows(x, index):

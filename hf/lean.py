@@ -39,9 +39,11 @@ class Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recipe, n_inputs, *tensors):
         """Return the output. tensors: n_inputs inputs of recipe.function, then the parameters that it uses."""
+        inputs, parameters = tensors[:n_inputs], tensors[n_inputs:]
+        # backward recomputes from the recipe's own inputs. Parameters are arguments only so that autograd asks for their gradients
         ctx.recipe = recipe
-        ctx.parameters = tensors[n_inputs:]
-        return recipe.function(*tensors[:n_inputs])
+        ctx.parameters = parameters
+        return recipe.function(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

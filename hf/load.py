@@ -152,9 +152,10 @@ def _read_config(name, *, trust_remote_code=False, empty=False, **_others):
     """Return a copy of a model's config. Fills _configs and _generation_configs. Raises UserError if the model is unusable."""
     if name == 'toy':
         return toy.model_config()
-    # the cache stands for a hub id and for a folder that is gone; another folder is read anew, as it may have changed.
-    # An empty model is for the export of one that was loaded before, so it has the config of that one
-    if name in _configs and (empty or not os.path.exists(name)):
+    # a folder may have changed since it was read; a hub id, or a folder that is gone, stays as it was read first.
+    # An empty model is for the export of one that was loaded before: it has the config that was read for that one
+    may_have_changed = os.path.exists(name) and not empty
+    if name in _configs and not may_have_changed:
         return copy.deepcopy(_configs[name])
     hub.check_exists(name)
     if os.path.isdir(name) and not os.path.exists(f'{name}/config.json'):
@@ -212,14 +213,18 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
     return model
 
 
-def _check_loaded(name, info, is_lm):
-    """Raise UserError if weights are missing or of another shape, and note those that are not used. info: from_pretrained's account."""
-    for key, in_file, in_config in sorted(info['mismatched_keys']):
+def _check_loaded(name, info, gets_new_head):
+    """Raise UserError if weights are missing or of another shape, and note those that are not used. info: from_pretrained's account.
+
+    gets_new_head: the file is a language model's, and becomes a reward model with a new head."""
+    mismatched = sorted(info['mismatched_keys'])
+    if mismatched:
+        key, in_file, in_config = mismatched[0]
         shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
         raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')
     missing = sorted(info['missing_keys'])
     unexpected = sorted(info['unexpected_keys'])
-    if is_lm:
+    if gets_new_head:
         # as intended, the file lacks score.weight, and its LM head is not used; other weights belong to numbered layers
         missing = [key for key in missing if not key.startswith('score.')]
         unexpected = [key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')]

@@ -270,20 +270,20 @@ def _new_config(model, adapters):
     """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: from adapter_options(). Raises UserError."""
     import peft
 
-    in_blocks = {module for block in blocks(model) for module in block.modules()}
-    linear = {module for module in in_blocks if isinstance(module, torch.nn.Linear | Conv1D)}
     names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}  # layers.0.up_proj -> up_proj
-    paths = {path for path, module in model.named_modules() if module in linear}
-    known = sorted({names[path] for path in paths})
+    in_blocks = {module for block in blocks(model) for module in block.modules()}
+    candidates = {path: module for path, module in model.named_modules() if module in in_blocks}
+    linear = {path: module for path, module in candidates.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    known = sorted({names[path] for path in linear})
     targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
     wanted = known if targets is None else targets.replace(',', ' ').split()
     if not wanted or set(wanted) - set(known):
         choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    excluded = [path for path, name in names.items() if name in wanted and path not in paths]
+    excluded = [path for path, name in names.items() if name in wanted and path not in linear]
     # Conv1D, the linear layer of GPT-2, stores its weight transposed
-    is_transposed = any(isinstance(module, Conv1D) for module in linear)
+    is_transposed = any(isinstance(module, Conv1D) for module in linear.values())
     layers = {'target_modules': wanted, 'exclude_modules': excluded or None, 'fan_in_fan_out': is_transposed}
     return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **layers)
 

@@ -227,16 +227,20 @@ def score(part, prompts, responses, rows, workers=None):
     plain_rows = [dict(row) for row in rows]
     if workers:
         # a call for each answer; its result is None if it timed out
-        results = _checked(part, prompts, rows, workers.threads.map(workers.ask, prompts, responses, plain_rows))
-        timed_out = [result is None for result in results]
-        return [0.0 if result is None else result for result in results], timed_out
+        results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
+        checked = _checked(part, prompts, rows, results)
+        timed_out = [result is None for result in checked]
+        scores = [0.0 if result is None else result for result in checked]
+        return scores, timed_out
     # here one call for all answers, without time limit
     try:
-        return call(part, prompts, responses, plain_rows), [False] * len(rows)
+        scores = call(part, prompts, responses, plain_rows)
+        return scores, [False] * len(rows)
     except Failed as error:
         joint_failure = error
-    # call it again, for one answer at a time: _checked raises a UserError that names the row for which it fails
-    _checked(part, prompts, rows, map(partial(call_one, part), prompts, responses, plain_rows))
+    # it failed: call it for one answer at a time, and _checked raises a UserError that names the row for which it fails
+    one_by_one = map(partial(call_one, part), prompts, responses, plain_rows)
+    _checked(part, prompts, rows, one_by_one)
     raise UserError(f'--reward: {part}: {joint_failure}; no answer alone makes it fail')
 
 

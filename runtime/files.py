@@ -121,10 +121,12 @@ def read_lines(path, parse, advice):
 
 def cut_rows(path, keep):
     """Rewrite a .jsonl file, if there is one, with only the complete rows for which keep(row) is true. UserError if one is damaged."""
+    if not path.is_file():
+        return
     advice = 'delete that line, or choose another --out_dir'
+    # a row that goes becomes ''
     lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)
-    if path.is_file():
-        replace_text(path, ''.join(lines))
+    replace_text(path, ''.join(lines))
 
 
 def sync(path):

@@ -53,12 +53,16 @@ def _check_parameters(name, fn, options, may_add):
     """Raise UserError if fn, of the loss `name`, takes options or columns that do not exist. may_add: a statistic adds columns."""
     for p in inspect.signature(fn).parameters.values():
         has_default = p.default is not p.empty
-        is_option = p.kind is p.KEYWORD_ONLY  # in a signature, options stand after a *, columns before it
-        if is_option and has_default and p.name in options:
-            raise UserError(f'the loss {name} has a default for {p.name!r}, as has dpo.py: set the option instead')
-        if is_option and not has_default and p.name not in options:
-            raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: add {p.name} = 1.0 to dpo.py')
-        if not (is_option or has_default or may_add or p.name in PAIRS | SINGLES):
+        # in a signature, options stand after a *, columns before it
+        if p.kind is p.KEYWORD_ONLY:
+            if has_default and p.name in options:
+                raise UserError(f'the loss {name} has a default for {p.name!r}, as has dpo.py: set the option instead')
+            if not has_default and p.name not in options:
+                advice = f'add {p.name} = 1.0 to dpo.py'
+                raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
+            continue
+        may_be_missing = has_default or may_add
+        if p.name not in PAIRS | SINGLES and not may_be_missing:
             known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
             raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
 
@@ -82,9 +86,10 @@ class Objective(NamedTuple):
         known = {**self.options, **columns}  # a column overrides the option of its name, such as beta of beta_dpo
         for name, log_probs in columns.items():
             if name.startswith('pi'):
+                suffix = name.removeprefix('pi')  # '_w', '_l', '_kl', or '' for single answers
                 # without a reference the log-ratio is the policy's log-prob
-                ref_log_probs = columns.get(name.replace('pi', 'ref'), 0.0)
-                known[name.replace('pi', 'ratio')] = log_probs - ref_log_probs
+                ref_log_probs = columns.get(f'ref{suffix}', 0.0)
+                known[f'ratio{suffix}'] = log_probs - ref_log_probs
         return call(fn, known)
 
     def loss_of_reference(self, columns):
@@ -106,11 +111,14 @@ def objective_of(config, losses, statistics):
     asks_for = parameter_names(fn, statistic)
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
-    has_risk = name.startswith('radpo')
-    # option -> whether this loss uses it: first the options in the signature of any loss, then those in none
-    uses = {option: option in asks_for for option in parameter_names(*losses.values(), *statistics.values())}
-    uses |= {'sft_coef': paired, 'frac_good': not paired, 'frac_bad': not paired, 'risk': has_risk, 'mu': has_risk}
-    uses |= {'importance': has_ratio and paired, 'importance_max': has_ratio and paired}
+    # uses: option -> whether this loss uses it. First the options that the signature of some loss names
+    in_signatures = parameter_names(*losses.values(), *statistics.values())
+    uses = {option: option in asks_for for option in in_signatures}
+    # then those that no signature names: they act before or after the loss
+    uses['sft_coef'] = paired
+    uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
+    uses |= dict.fromkeys(('risk', 'mu'), name.startswith('radpo'))
+    uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     # a divergence is one from the reference, so a loss that has one cannot go without reference
     uses['reference_free'] = has_ratio and not has_divergence
     options = _options_for(name, config, uses)

@@ -236,8 +236,9 @@ def choose_max_tokens(run, n_models):
         needs = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
         return sum(needs.values()) - needs['weights']  # the policy's weights are in memory already
 
-    choice = max((budget for budget in BUDGETS if bytes_to_come(budget) <= usable), default=BUDGETS[0])
-    # the minimum over the ranks is minus the maximum of the negative choices
+    fitting = [budget for budget in BUDGETS if bytes_to_come(budget) <= usable]
+    choice = max(fitting, default=BUDGETS[0])
+    # all ranks take the smallest choice: minus the largest of the negative ones
     max_tokens = -ranks.largest([-choice])[0]
     if torch.cuda.is_available():  # on a CPU, check_room() prints the details
         sizes = f'each rank will take about {_size(bytes_to_come(max_tokens))} more, where {_size(free)} are free'

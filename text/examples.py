@@ -160,14 +160,14 @@ class Examples:
             """Yield (Examples, rows of them that may give the answer for rows[place], perhaps none), the best first."""
             row = rows[place]
             own_prompt = self.prompt_hashes[row]
-            # of the step without this example: np.roll begins with it, and goes on with the next one
-            others = np.roll(rows, -place)[1:]
-            yield self, others[self.prompt_hashes[others] != own_prompt]
-            # the same of all examples
+            # 1. with another prompt, of this step. np.roll begins with the example itself, which [1:] drops, then the next one
+            step_others = np.roll(rows, -place)[1:]
+            yield self, step_others[self.prompt_hashes[step_others] != own_prompt]
+            # 2. with another prompt, of self, from the next one on; 3. of more
             others = np.roll(np.arange(len(self)), -row)[1:]
             yield self, others[self.prompt_hashes[others] != own_prompt]
             yield more, np.flatnonzero(more.prompt_hashes != own_prompt)
-            # all prompts are equal
+            # 4. all prompts are equal: any other example
             yield self, others
             yield more, np.arange(len(more))
 
