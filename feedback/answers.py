@@ -59,8 +59,7 @@ def collect(out_dir, wanted):
         field(row, 'response')
         field(row, 'finish', str | None)
         expected = wanted(*key)
-        # | overwrites fields of the row: it differs then if one of them had another value, or was missing
-        if expected is None or row | expected != row:
+        if expected is None or not expected.items() <= row.items():
             raise UserError('answers a prompt that is not in the data any more: choose another --out_dir')
         return key
 

@@ -65,18 +65,17 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters)
     weights = get_model_state_dict(model, options=options)
     folder = Path(folder)
+    tied = ties(model)
+
     # the model itself is not saved, but one that is not sharded: FSDP renames the class, which would end up in the config
-    make_unsharded = partial(_whole, build, weights, ties(model))
-    if has_adapters:
-        make_unsharded = partial(_merged, build, weights, folder)
+    def make_unsharded():
+        if has_adapters:
+            return _merged(build, weights, folder)
+        unsharded = build(empty=True)
+        tie_as(unsharded, tied)  # such as the LM head, if it is the embedding
+        return unsharded, weights
+
     return on_rank_0(partial(_write_folder, make_unsharded, tokenizer, folder, card, getattr(torch, dtype)))
-
-
-def _whole(build, weights, tied):
-    """Return an empty model, and its weights. tied: as from ties(), such as the LM head, if it is the embedding."""
-    model = build(empty=True)
-    tie_as(model, tied)
-    return model, weights
 
 
 def _merged(build, trained_weights, folder):

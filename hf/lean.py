@@ -38,12 +38,10 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recipe, n_inputs, *tensors):
-        """Return the output. tensors: n_inputs inputs of recipe.function, then the parameters that it uses."""
-        inputs, parameters = tensors[:n_inputs], tensors[n_inputs:]
-        # backward recomputes from the recipe's own inputs. Parameters are arguments only so that autograd asks for their gradients
+        """Return the output. tensors: n_inputs inputs of recipe.function, then its parameters, so that autograd asks for their gradients."""
         ctx.recipe = recipe
-        ctx.parameters = parameters
-        return recipe.function(*inputs)
+        ctx.parameters = tensors[n_inputs:]
+        return recipe.function(*tensors[:n_inputs])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -214,18 +214,14 @@ def _make_model(auto, name, config, *, is_lm=False, empty=False, trust_remote_co
 
 
 def _check_loaded(name, info, gets_new_head):
-    """Raise UserError if weights are missing or of another shape, and note those that are not used. info: from_pretrained's account.
-
-    gets_new_head: the file is a language model's, and becomes a reward model with a new head."""
-    mismatched = sorted(info['mismatched_keys'])
-    if mismatched:
-        key, in_file, in_config = mismatched[0]
+    """Raise UserError if weights are missing or of another shape, and note those that are not used. info: from_pretrained's account."""
+    for key, in_file, in_config in sorted(info['mismatched_keys']):  # the first, if there is one
         shapes = f'{key} is {tuple(in_file)} in the file and {tuple(in_config)} by its config.json'
         raise UserError(f'{name!r} has weights of other shapes than its config says: {shapes}')
     missing = sorted(info['missing_keys'])
     unexpected = sorted(info['unexpected_keys'])
     if gets_new_head:
-        # as intended, the file lacks score.weight, and its LM head is not used; other weights belong to numbered layers
+        # a language model's file: as intended, it lacks score.weight, and its LM head is not used; the rest is of numbered layers
         missing = [key for key in missing if not key.startswith('score.')]
         unexpected = [key for key in unexpected if re.search(r'\.\d+\.', f'.{key}')]
     if missing:
@@ -334,10 +330,9 @@ def load_tokenizer(name, trust_remote_code=False):
         _check_code(name)
     # transformers would read a chat template of any size into memory
     for file in Path(name).rglob('*.jinja'):
-        limit = 4_000_000
         size = file.stat().st_size
-        if size > limit:
-            raise UserError(f'{file} has {size:,} bytes, the limit is {limit:,}: is it a chat template?')
+        if size > 4_000_000:
+            raise UserError(f'{file} has {size:,} bytes, the limit is 4,000,000: is it a chat template?')
     # a missing tokenizer raises OSError, ValueError, KeyError or exceptions of the tokenizers library
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

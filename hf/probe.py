@@ -75,45 +75,35 @@ def deviation(model, ours, theirs):
 
     ours: packed or padded; theirs: the same examples, padded. Returns (their _difference, what to say if that is too large). The
     difference is infinite if the model cannot run a packed batch. If it cannot run a padded one, raises UserError."""
+    config = core(model).config
     is_packed = bool(ours.groups)  # only packed batches have groups
     # convolutions and linear attention would leak from one answer into the next
-    layer_types = getattr(core(model).config, 'layer_types', None) or ()
+    layer_types = getattr(config, 'layer_types', None) or ()
     other_layers = set(layer_types) - {'full_attention', 'sliding_attention'}
     if is_packed and other_layers:
         return math.inf, f'it has layers of type {" ".join(sorted(other_layers))}'
     try:
-        found, expected = _both_numbers(model, ours, theirs)
+        # set_attention changes it within the block, at whose end the present attention comes back
+        with padded_attention(model):
+            expected = _transformers_numbers(model, theirs)
+            set_attention(model, is_packed)
+            # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
+            if is_packed and config._attn_implementation != 'packed':
+                raise NotImplementedError('it takes no attention from outside')
+            found = model.response_scores(ours) if _is_reward(model) else model.response_logps(ours)[0]
     # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument
     except Exception as error:
         if errors.out_of_memory(error):
             raise
+        # on a padded batch it is of no use at all; on a packed one it cannot be packed, if the error is of the model
         if not is_packed:
             raise UserError(f'{_name(model)} cannot be trained here: its forward says {first_line(error)}') from None
         if not _is_of_model(error):
             raise
         return math.inf, first_line(error)
-    if found is None:
-        return math.inf, 'it takes no attention from outside'
     max_error = _difference(found, expected)
     kind = 'scores' if _is_reward(model) else 'log-probs'
     return max_error, f'other {kind} than those of transformers, off by {max_error:.1%}'
-
-
-def _both_numbers(model, ours, theirs):
-    """Return log-probs or scores, (A,), of the batch ours as we compute them, and of theirs as transformers does.
-
-    The first is None if ours is packed and the model cannot be given packed_attention."""
-    is_packed = bool(ours.groups)
-    # set_attention changes it within the block, at whose end the present attention comes back
-    with padded_attention(model):
-        expected = _transformers_numbers(model, theirs)
-        set_attention(model, is_packed)
-        # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
-        if is_packed and core(model).config._attn_implementation != 'packed':
-            return None, expected
-        if _is_reward(model):
-            return model.response_scores(ours), expected
-        return model.response_logps(ours)[0], expected
 
 
 def _is_of_model(error):

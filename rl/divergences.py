@@ -104,15 +104,13 @@ def released(mu, parts=2):
 
     def mass(logits, ref_logits, tail=None):
         z = (ref_logits - logits).detach()
-        vocab_size = z.shape[-1]
-        sizes = [vocab_size // parts] * parts
-        sizes[-1] += vocab_size % parts  # the last part takes the remainder
+        size, rest = divmod(z.shape[-1], parts)
+        sizes = [size] * (parts - 1) + [size + rest]  # the last part takes the remainder
         is_counted = []
         for part in z.split(sizes, -1):
             quantile = part.quantile(1 - mu, dim=-1, keepdim=True)
             is_counted.append(part > quantile)
-        p = ref_logits.softmax(-1)
-        return p * torch.cat(is_counted, -1), None  # None: it has no Tail
+        return ref_logits.softmax(-1) * torch.cat(is_counted, -1), None  # None: it has no Tail
 
     return Divergence(mass)
 

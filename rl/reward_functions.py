@@ -230,12 +230,10 @@ def score(part, prompts, responses, rows, workers=None):
         results = workers.threads.map(workers.ask, prompts, responses, plain_rows)
         checked = _checked(part, prompts, rows, results)
         timed_out = [result is None for result in checked]
-        scores = [0.0 if result is None else result for result in checked]
-        return scores, timed_out
+        return [0.0 if result is None else result for result in checked], timed_out
     # here one call for all answers, without time limit
     try:
-        scores = call(part, prompts, responses, plain_rows)
-        return scores, [False] * len(rows)
+        return call(part, prompts, responses, plain_rows), [False] * len(rows)
     except Failed as error:
         joint_failure = error
     # it failed: call it for one answer at a time, and _checked raises a UserError that names the row for which it fails
@@ -304,9 +302,7 @@ class Workers:
         command = [sys.executable, '-m', 'rl.reward_functions', str(theirs.fileno()), os.getcwd()]
         command += [self.part.file, self.part.function_or_model]
         # what it runs need not see keys
-        env = dict(os.environ)
-        for name in SECRETS:
-            env.pop(name, None)
+        env = {name: value for name, value in os.environ.items() if name not in SECRETS}
         # a new session shields the worker from Ctrl-C, and makes it a process group that ask() can kill
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=env, start_new_session=True)
         theirs.close()

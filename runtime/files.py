@@ -124,8 +124,7 @@ def cut_rows(path, keep):
     if not path.is_file():
         return
     advice = 'delete that line, or choose another --out_dir'
-    # a row that goes becomes ''
-    lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)
+    lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)  # '' for a row that goes
     replace_text(path, ''.join(lines))
 
 

@@ -63,8 +63,8 @@ def recorded(out_dir):
 def check_same(subject, recorded_run, run, neutral=NEUTRAL):
     """Raise UserError if run differs from recorded_run; print a note if recorded_run lacks hashes to compare.
 
-    A run is {'script': file name, 'options': {name: value}, 'contents': hashes}; hashes are {'model': {file: hash}, 'training
-    examples': hash}, say. Options in neutral may differ. subject: the message begins with it: 'FOLDER holds'."""
+    A run is {'script': file name, 'options': {name: value}, 'contents': {'model': {file: hash}, 'training examples': hash, ...}}.
+    neutral: names of options that may differ. subject: how messages begin, such as 'FOLDER holds'."""
     found = _differences(recorded_run, run, neutral)
     if found:
         advice = 'put back what it began with, or choose another --out_dir'

@@ -51,20 +51,18 @@ def _find(name, losses, statistics, options):
 
 def _check_parameters(name, fn, options, may_add):
     """Raise UserError if fn, of the loss `name`, takes options or columns that do not exist. may_add: a statistic adds columns."""
-    for p in inspect.signature(fn).parameters.values():
+    for key, p in inspect.signature(fn).parameters.items():
         has_default = p.default is not p.empty
         # in a signature, options stand after a *, columns before it
         if p.kind is p.KEYWORD_ONLY:
-            if has_default and p.name in options:
-                raise UserError(f'the loss {name} has a default for {p.name!r}, as has dpo.py: set the option instead')
-            if not has_default and p.name not in options:
-                advice = f'add {p.name} = 1.0 to dpo.py'
-                raise UserError(f'the loss {name} asks for {p.name!r}, which is no option: {advice}')
+            if has_default and key in options:
+                raise UserError(f'the loss {name} has a default for {key!r}, as has dpo.py: set the option instead')
+            if not has_default and key not in options:
+                raise UserError(f'the loss {name} asks for {key!r}, which is no option: add {key} = 1.0 to dpo.py')
             continue
-        may_be_missing = has_default or may_add
-        if p.name not in PAIRS | SINGLES and not may_be_missing:
+        if not (has_default or may_add or key in PAIRS | SINGLES):
             known = 'those at the top of losses.py, and options after a *; docs/code.md says how to add one'
-            raise UserError(f'the loss {name} asks for the column {p.name!r}, and there are only {known}')
+            raise UserError(f'the loss {name} asks for the column {key!r}, and there are only {known}')
 
 
 class Objective(NamedTuple):
@@ -111,13 +109,11 @@ def objective_of(config, losses, statistics):
     asks_for = parameter_names(fn, statistic)
     has_ratio = not asks_for.isdisjoint(('ratio', 'ratio_w', 'ratio_l'))
     has_divergence = not asks_for.isdisjoint(('div', 'div_w', 'div_l'))
-    # uses: option -> whether this loss uses it. First the options that the signature of some loss names
+    has_risk = name.startswith('radpo')
+    # option -> whether this loss uses it: those that the signature of any loss names, then those that act before or after a loss
     in_signatures = parameter_names(*losses.values(), *statistics.values())
     uses = {option: option in asks_for for option in in_signatures}
-    # then those that no signature names: they act before or after the loss
-    uses['sft_coef'] = paired
-    uses |= dict.fromkeys(('frac_good', 'frac_bad'), not paired)
-    uses |= dict.fromkeys(('risk', 'mu'), name.startswith('radpo'))
+    uses |= {'sft_coef': paired, 'frac_good': not paired, 'frac_bad': not paired, 'risk': has_risk, 'mu': has_risk}
     uses |= dict.fromkeys(('importance', 'importance_max'), has_ratio and paired)
     # a divergence is one from the reference, so a loss that has one cannot go without reference
     uses['reference_free'] = has_ratio and not has_divergence
@@ -158,10 +154,8 @@ def _check_options(config, objective):
         config.report_unused(['ref_model', 'cache_ref'], 'there is no reference')
 
     smoothing = options['label_smoothing']
-    risk = options['risk']
-    mu = options['mu']
     bad_smoothing = not 0 <= smoothing < 0.5 or (name == 'exo' and smoothing == 0)
-    bad_mu = objective.uses['mu'] and risk != 'erm' and mu > 1
+    bad_mu = objective.uses['mu'] and config.risk != 'erm' and config.mu > 1
     # is_mixed: kto gives the prompts of a step one another's answers
     is_alone = objective.is_mixed and options['batch_size'] < 2
     # the cache has log-probs of each prompt's own answers, and no divergences
@@ -169,7 +163,7 @@ def _check_options(config, objective):
     bad_cache = options['cache_ref'] and needs_ref and not_in_cache
     mistakes = [  # (whether it is made, message)
         (bad_smoothing, f'label_smoothing must lie between 0 and 0.5 (exo: above 0), not {smoothing}'),
-        (bad_mu, f'mu must lie between 0 and 1 for the risk {risk}, not {mu}'),
+        (bad_mu, f'mu must lie between 0 and 1 for the risk {config.risk}, not {config.mu}'),
         (importance and not needs_ref, '--importance is a ratio to the reference: leave out --reference_free'),
         (bad_cache, f'--cache_ref: the loss {name} needs the live reference'),
         (is_alone, f'{name} compares examples of a step with one another: batch_size must be 2 or more'),

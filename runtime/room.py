@@ -228,8 +228,7 @@ def choose_max_tokens(run, n_models):
     free = free_memory()
     frozen = n_models * _count(run.policy.parameters())
     # a GPU that is nine tenths full is slower; CPU allocators hold up to a third more than the tensors need
-    usable_share = 0.85 if next(run.policy.parameters()).is_cuda else 0.7
-    usable = usable_share * free
+    usable = free * (0.85 if next(run.policy.parameters()).is_cuda else 0.7)
 
     def bytes_to_come(max_tokens):
         tokens, is_step = _largest_batch(run, max_tokens)

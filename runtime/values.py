@@ -100,7 +100,7 @@ def hint(name, options):
     ours_of = names_elsewhere(options)  # name in another project -> what to write here, such as {'learning_rate': 'lr'}
     # names of other projects have to be more alike (0.7) than ours (0.6): else the hint for reward_name would be exp_name
     close_theirs = difflib.get_close_matches(plain, ours_of, cutoff=0.7)
-    # the best match comes first
+    # the best match comes first; a perfect one is a name of another project, or ours behind a prefix or with other dashes
     matches = difflib.get_close_matches(plain, {*close_theirs, *options}, n=3, cutoff=0.6)
     if not matches:
         return '--help lists the options (names of your own in a config file begin with _)'
@@ -180,7 +180,7 @@ def looked_in(path, folder=None):
     if not missing:
         return where
     neighbours = islice(Path(folder or missing[-1].parent).glob('*'), 2000)  # to compare names takes time
-    # ./ before a path: a folder sft is no name of another project
+    # with ./ before it: a path such as sft alone would be taken for an option's name in another project
     hint = did_you_mean(f'./{missing[-1]}', neighbours).removeprefix('; ')
     return f'{where} ({hint})' if hint else where
 

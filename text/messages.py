@@ -195,7 +195,7 @@ def _parse_chat(text, any_list):
 
 def parse_literal(text):
     """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither."""
-    # numpy prints arrays without commas
+    # numpy prints an array of dicts without the commas between them: the third try is for these
     with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
     for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):

@@ -145,15 +145,17 @@ def _print_text():
         shown = items if n is None else items[: max(0, n - counts.total())]
         texts = [_as_written(example, item) for item in shown]
         if tokenizer and shown:
-            texts = [_as_seen(example, task, tokenizer)]  # one text for all items
+            texts = [_as_seen(example, task, tokenizer)]  # instead, one text for all items
         for number, text in enumerate(texts, counts.total() + 1):
             print(printable(f'--- {task}, example {number}: {example.where or data} ---\n{text}\n'))
         counts[task] += len(items)
-        if tokenizer and len(lengths) < MEASURED:
-            # in tokens, with limits that truncate nothing
-            tokenised = tokenise([example], tokenizer, task, (2**30, 2**29, truncation), left_out, skip_bad_rows=True)
+        if len(lengths) >= MEASURED:
+            continue
+        if tokenizer:
+            no_limits = (2**30, 2**29, truncation)  # in tokens, so large that nothing is cut
+            tokenised = tokenise([example], tokenizer, task, no_limits, left_out, skip_bad_rows=True)
             lengths += [tokenised.longest()] if len(tokenised) else []
-        elif len(lengths) < MEASURED:
+        else:
             lengths += map(_num_characters, items)
     _print_summary(counts, lengths, left_out)
 
@@ -208,7 +210,7 @@ def _as_written(example, item):
     if 'turns' in example and 'trained' in item:
         return _format_lines(example['turns'], is_trained)
     texts = [_format_lines(item['prompt'], lambda turn: False)]
-    label = {True: ', good', False: ', bad', None: ''}[item.get('good')]
+    label = {True: ', good', False: ', bad', None: ''}[item.get('good')]  # None: it has no such label
     for name in ANSWERS:
         if name in item:
             texts.append(f'{name}{label}:\n' + _format_lines(item[name], lambda turn: True))

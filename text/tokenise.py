@@ -345,19 +345,17 @@ def _encode_in_chunks(items, tokenizer):
 
     # a thread encodes a chunk while the next one is read and rendered here
     with ThreadPoolExecutor(1) as pool:
-        future = None  # of the chunk that the thread encodes
-        chunk = []
-        characters = 0
+        futures = []  # of the chunks that are not yielded yet: the one that the thread encodes, and perhaps the next
+        chunk, characters = [], 0
         for builder, texts, part in items:
             chunk.append((builder, texts, part))
             characters += sum(map(len, texts))
             if len(chunk) == CHUNK or characters > CHARACTERS:
-                next_future = pool.submit(encode_chunk, chunk)
-                if future:
-                    yield future.result()
-                future, chunk, characters = next_future, [], 0
-        if future:
-            yield future.result()
+                futures.append(pool.submit(encode_chunk, chunk))
+                chunk, characters = [], 0
+            if len(futures) > 1:
+                yield futures.pop(0).result()
+        yield from (future.result() for future in futures)
         yield encode_chunk(chunk)  # the rest
 
 
@@ -417,7 +415,7 @@ class Builder:
         return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
 
 
-# ---- token ids ----
+# ---- token ids, BOS, EOS and lengths ----
 
 
 def encode_texts(texts, tokenizer, before=None):
@@ -496,9 +494,6 @@ def _encode_piece(text, tokenizer, as_text, at_start=False):
     if inner.pre_tokenizer is not None:
         words = [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
     return [token.id for word in words for token in inner.model.tokenize(word)]
-
-
-# ---- BOS, EOS and lengths ----
 
 
 def fit(prompt, answers, limits, left_out):
