@@ -152,6 +152,9 @@ def check_early(script):
         module_file = Path(script).resolve().with_name(f'{call[1]}.py')
         shared = types.SimpleNamespace(__file__=module_file)
     configure(script_globals, shared=shared, early=True)
+    os.getcwd()  # raises an error that errors.py explains
+    if sys.flags.optimize > 1:
+        raise UserError('transformers needs the docstrings that python -OO (PYTHONOPTIMIZE=2) drops: leave it out')
 
 
 def begin(out_dir, config, resume):
