@@ -312,7 +312,8 @@ def percent(name, why_none='too few verdicts'):
 
 equal_length = percent('length_controlled', why_none='no finite fit, or an exact one')
 if n_judged < winrate.ENOUGH:
-    equal_length = f'not told: {counted(n_judged, "prompts")}, and from {winrate.ENOUGH} on length can be told from quality'
+    found = counted(n_judged, 'prompts')
+    equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
