@@ -196,7 +196,7 @@ def compare_rewards(todo):
 # ---- the verdicts ----
 
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
-cut_rows(verdicts_file, keep=bool)  # drops an incomplete last line, to which the next one would be appended
+cut_rows(verdicts_file, keep=lambda row: True)  # drops an incomplete last line: the next would be appended to it
 append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
 if verdicts:

@@ -107,6 +107,8 @@ answers_per_prompt = 1 if offline else group_size
 if batch_size % answers_per_prompt or minibatch_size % answers_per_prompt:
     sizes = f'batch_size {batch_size} and minibatch_size {minibatch_size} count answers'
     raise UserError(f'{sizes}: both must be multiples of group_size {group_size}, those to a prompt')
+if n_examples and n_examples < answers_per_prompt:
+    raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 if minibatch_size > batch_size:
     raise UserError(f'minibatch_size {minibatch_size} is more than batch_size {batch_size}, the answers of a round')
 kl_in_loss = offline or loss == 'grpo'  # online PPO has the KL penalty in the rewards instead
@@ -126,8 +128,6 @@ run.count_data(answers_per_prompt)
 train = run.train
 held_out = run.held_out
 total = run.total
-if not total:
-    raise UserError(f'n_examples {n_examples} is less than one group of {answers_per_prompt} answers')
 
 # reference and critic must use the policy's token ids
 if ref_model:

@@ -5,7 +5,7 @@ per verdict). .jsonl files are append-only, so a killed run resumes where it sto
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -198,11 +198,10 @@ def _by_question(*files):
 
     A question is (instruction, its prompt if one generator of a file has several prompts of this instruction, which differ in their
     system messages, say, time). A file may ask it more than once; time: 0 for the answers to the first time, 1 to the second."""
-    prompts = {}  # (file, instruction, generator) -> prompts
+    prompts = defaultdict(set)  # (file, instruction, generator) -> prompts
     for file, answers in enumerate(files):
         for row in answers:
-            key = file, row['instruction'], row['generator']
-            prompts.setdefault(key, set()).add(str(row['prompt']))
+            prompts[file, row['instruction'], row['generator']].add(str(row['prompt']))
     of_several = {text for (_, text, _), found in prompts.items() if len(found) > 1}
     for answers in files:
         groups = {}

@@ -20,8 +20,8 @@ def check(config):
     if uses_tp and config['activation_checkpointing'] == 'selective':
         raise UserError('--activation_checkpointing=selective does not go with --tp')
     if (uses_tp or config['cpu_offload']) and config['shard'] in ('none', 'grads'):
-        needed = 'shard=full, where FSDP cuts everything'
-        raise UserError(f'tp and cpu_offload need {needed}: leave out shard={config["shard"]}')
+        option = 'tp' if uses_tp else 'cpu_offload'
+        raise UserError(f'{option} needs shard=full, where FSDP cuts everything: leave out shard={config["shard"]}')
     if config['attn'] and config['pack']:  # with --pack=False batches are padded anyway
         config.report_unused(['pack'], f'attention by {config["attn"]} works on padded batches')
     # all that follows is about device_map, which spreads a model over the GPUs of one process

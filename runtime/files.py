@@ -40,6 +40,8 @@ def writing(path):
         if not isinstance(error, OSError) and 'os error' not in str(error):
             raise
         reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
+        if isinstance(error, FileExistsError):
+            reason = f'{error.filename} is no folder, but a file or a link to nothing'
         raise UserError(f'cannot write {path}: {reason}') from None
 
 
@@ -125,7 +127,9 @@ def cut_rows(path, keep):
         return
     advice = 'delete that line, or choose another --out_dir'
     lines = read_lines(path, lambda row: json.dumps(row) + '\n' if keep(row) else '', advice)  # '' for a row that goes
-    replace_text(path, ''.join(lines))
+    content = ''.join(lines)
+    if path.read_bytes() != content.encode():
+        replace_text(path, content)
 
 
 def sync(path):

@@ -147,11 +147,12 @@ def check_early(script):
         return
     # make the same call here. configure() parses the source at __file__, so neither the script nor the shared module has to run
     script_globals = {'__file__': script, '__doc__': ast.get_docstring(ast.parse(source))}
-    shared = None
-    if call[1]:
-        module_file = Path(script).resolve().with_name(f'{call[1]}.py')
-        shared = types.SimpleNamespace(__file__=module_file)
+    module_file = Path(script).resolve().with_name(f'{call[1]}.py')
+    shared = types.SimpleNamespace(__file__=module_file) if call[1] else None
     configure(script_globals, shared=shared, early=True)
+    os.getcwd()  # raises an error that errors.py explains
+    if sys.flags.optimize > 1:
+        raise UserError('transformers needs the docstrings that python -OO (PYTHONOPTIMIZE=2) drops: leave it out')
 
 
 def begin(out_dir, config, resume):

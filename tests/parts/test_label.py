@@ -520,6 +520,18 @@ def toy_samples():
     return rows
 
 
+def test_verdicts_that_are_there_stay_as_they_are():
+    """A damaged line is told, whatever is in it, and a file without an incomplete line is not written anew."""
+    toy_samples()
+    label('--gold=toy')
+    file = Path('out/verdicts.jsonl')
+    before = file.stat()
+    label('--gold=toy')
+    assert file.stat().st_ino == before.st_ino
+    file.write_text('null\n' + file.read_text())
+    refused('verdicts.jsonl, line 1, is damaged', '--gold=toy')
+
+
 def test_verdicts_go_through_no_link(tmp_path):
     toy_samples()
     Path('out').mkdir()

@@ -234,8 +234,10 @@ def test_a_signal_while_sampling_saves(tmp_path, monkeypatch, small_toy):
     ('--reward_model=gold --noise_rate=0.2', '--noise_rate has no effect'),
     ('--reward_model=gold --per_answer', '--per_answer has no effect'),
     ('--reward_model=gold --gamma=1.5', 'gamma and lam must lie between 0 and 1'),
+    ('--reward_model=gold --group_size=4 --n_examples=2', 'n_examples 2 is less than one group of 4 answers'),
     ('--offline --group_size=2', '--group_size has no effect'),
     ('--offline --loss=grpo', '--offline goes with --loss=ppo'),
 ])  # fmt: skip
-def test_mistakes(flags, sentence, tmp_path):
+def test_mistakes(flags, sentence, tmp_path, capsys):
     assert sentence in refused('ppo.py', *flags.split(), f'--out_dir={tmp_path}/run')
+    assert 'the run ends after 0' not in capsys.readouterr().out

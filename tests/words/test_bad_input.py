@@ -217,8 +217,10 @@ def test_a_run_that_ends_while_another_waits_for_its_lock(run, refused, tmp_path
 
 def test_out_dir(run, refused, tmp_path):
     (tmp_path / 'file').write_text('')
-    for path in ('file', 'file/below'):
-        assert str(tmp_path / path) in refused('dpo.py', f'--out_dir={tmp_path / path}')
+    (tmp_path / 'link').symlink_to(tmp_path / 'nothing')
+    for path in ('file', 'file/below', 'link', 'link/below'):
+        assert str(tmp_path / path) in (message := refused('dpo.py', f'--out_dir={tmp_path / path}'))
+        assert ('link is no folder, but a file or a link to nothing' in message) == path.startswith('link')
     run('dpo.py')
     kept = {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*') if f.is_file()}
     message = refused('dpo.py', '--lr=1e-3')

@@ -321,6 +321,17 @@ def test_a_typo_ends_the_script_at_once(tmp_path):
     assert done.stderr.endswith(f'{sentence}\n') and json.loads(record.read_text())['message']['message'] == sentence
 
 
+@pytest.mark.parametrize('command, says', [
+    ('{python} -OO {root}/dpo.py', 'transformers needs the docstrings that python -OO'),
+    ('rmdir {here} && {python} {root}/dpo.py nowhere.py', 'the working directory has been deleted'),
+    ('cd {root}/tools && {python} plot.py', 'python -m tools.plot, tools.report or tools.bench'),
+])  # fmt: skip
+def test_where_nothing_can_start_a_sentence_says_so(command, says, tmp_path):
+    command = command.format(python=sys.executable, root=ROOT, here=tmp_path)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(f'error: .*{says}.*\n', done.stderr), done.stderr
+
+
 def test_closed_streams_are_opened():
     """Else the first file would get the number of one of them, here as the exit code, and whatever is printed."""
     code = 'import os; from runtime import guard; guard.watch("__main__"); print(1); children = os.system("echo"); '
