@@ -44,8 +44,8 @@ def _of_circumstances(error):
     # print() to a full disk: the error names no file
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return UserError(f'cannot print: {error.strerror}')
-    # getcwd() raises this one
-    if isinstance(error, FileNotFoundError) and not error.filename:
+    # getcwd() raises this one; libraries that raise one with a message of their own give it no number
+    if isinstance(error, FileNotFoundError) and error.errno and not error.filename:
         return UserError('the working directory has been deleted: change to one that is there')
     # exists() raises these: a folder without permission, or a name that is too long
     if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.ENAMETOOLONG):
