@@ -289,7 +289,7 @@ ENDS = [  # code, a flag, rank, exit code, what stderr begins with
     ('raise UserError("this is wrong")', '', '0', 2, 'error: this is wrong\n'),
     ('raise UserError("this is wrong")', '', '1', 2, ''),
     ('raise ValueError("a bug")', '', None, 1, 'Traceback'),
-    ('raise FileNotFoundError("a library has none")', '', None, 1, 'Traceback'),
+    ('raise FileNotFoundError("a bug of a library")', '', None, 1, 'Traceback'),
     ('raise MemoryError()', '', '1', 2, 'error: this machine is out of memory'),
     ('raise RuntimeError("CUDA error: out of memory")', '', None, 2, 'error: the GPU is out of memory'),
     ('raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [1.2.3.4]:9")', '', '0', 2, 'error: another rank has ended'),
