@@ -1242,3 +1242,19 @@ def test_texts_and_no_messages_become_chats():
     assert messages.as_chats({'prompt': 'q?', 'response': 'a'}) == SFT
     assert messages.as_chats({'prompt': []}, 'Be brief.') == {'prompt': [system('Be brief.')]}
     assert messages.instruction('\n\nHuman: q?') == '\n\nHuman: q?'
+
+
+@pytest.mark.parametrize('extra, unread', [  # of row i, whose prompt is 'what is the sum of {i}'
+    (lambda i: [f'the extra one is {i}'], ['extra']), (lambda i: [user(f'the extra one is {i}')], ['extra']), (lambda i: f'the sum of {i}', []),
+    (lambda i: [f'the extra one is {i}'] * 5 + [f'what is the sum of {i}'], [])])  # fmt: skip
+def test_columns_that_an_example_shows(extra, unread):
+    rows = [sources.Row({'prompt': f'what is the sum of {i}', 'response': 'a', 'extra': extra(i)}) for i in range(9)]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
+
+
+def test_columns_that_may_judge_later_rows():
+    """Neither one that is read, nor one of many values."""
+    row = {'prompt': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'sentiment': 3, 'tone': 'x'}
+    rows = [sources.Row(row | {'author': f'x{i}'}) for i in range(11)]
+    unread, later = formats.unread_texts(rows, formats.layout_of(frozenset(row)))
+    assert unread == [] and [columns for _, columns, _ in later] == [['sentiment'], ['tone'], ['role of messages']]
