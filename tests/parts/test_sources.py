@@ -1258,3 +1258,25 @@ def test_columns_that_may_judge_later_rows():
     rows = [sources.Row(row | {'author': f'x{i}'}) for i in range(11)]
     unread, later = formats.unread_texts(rows, formats.layout_of(frozenset(row)))
     assert unread == [] and [columns for _, columns, _ in later] == [['sentiment'], ['tone'], ['role of messages']]
+
+
+def test_how_a_source_is_found(tmp_path):
+    path = write(
+        tmp_path / 'a[1]b.jsonl', [{'text': 'f', 'chosen': 'f a', 'rejected': 'f b', 'q': 'p', 'x': 'c', 'y': 'd'}]
+    )
+    assert sources.locate(path) == (None, path, None)
+    # --columns counts in place of a reader, and nothing is said of the columns of no rows
+    named = {'columns': 'prompt=q, chosen=x, rejected=y'}
+    assert load(f'imdb:{path}', **named)[0] == [pair('p', 'c', 'd')]
+    (tmp_path / 'none.jsonl').write_text('')
+    assert not load(str(tmp_path / 'none.jsonl'), **named)[0]
+    # a file to be written may be there if it is none of the data
+    sources.keep_data(path, str(tmp_path / 'none.jsonl'))
+    (tmp_path / 'parts').mkdir()
+    for name in ('train', 'validation'):
+        write(tmp_path / 'parts' / f'{name}.jsonl', [{'text': name}])
+    assert load(str(tmp_path / 'parts'), 'test')[0][0]['response'] == 'validation'
+    for source in ('./missing', 'missing/*'):
+        assert 'is no file or folder' in refusal(source) and 'known datasets: alpaca_eval, annotations, hh,' in refusal(
+            source
+        )
