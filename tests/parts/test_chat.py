@@ -376,6 +376,9 @@ def test_special_tokens_of_texts_that_a_template_has_written():
     assert examples.left_out['texts that begin or end with a special token: theirs are read as tokens'] == 1
     (ids,) = tokenise_prompts(['Name a river.<|im_start|>'], t, 99, 'start', Counter())
     assert ids[-1] == t.convert_tokens_to_ids('<|im_start|>')
+    # a whole text to learn, which has no prompt
+    examples = ids_of(t, {'prompt': '', 'response': ASKED + 'yes'}, task='sft')
+    assert (examples[0][1][0] == t.convert_tokens_to_ids('<|im_start|>')).sum() == ASKED.count('<|im_start|>')
     # a BOS that begins a text is a token, and nothing else of it
     t.add_special_tokens({'bos_token': '<s>'})
     for begin in ('', '<s>'):
@@ -480,6 +483,13 @@ def test_messages_have_a_limit(tmp_path, monkeypatch):
         words = f'not a text of at most {length} characters'
         monkeypatch.setattr('text.chat.TEMPLATE_LENGTH', length)
         with pytest.raises(UserError, match=words) if too_long else silent():
+            written(tokenizer_of(CHATML, EOS), pair())
+    # and what they write
+    monkeypatch.undo()
+    longest = len(tokenizer_of(CHATML, EOS).apply_chat_template([*pair()['prompt'], *pair()['chosen']], tokenize=False))
+    for limit in (longest, longest - 1):
+        monkeypatch.setattr('text.chat.LONGEST', limit / 2)
+        with pytest.raises(UserError, match='characters for one chat') if limit < longest else silent():
             written(tokenizer_of(CHATML, EOS), pair())
 
 

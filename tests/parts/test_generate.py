@@ -106,9 +106,9 @@ def test_one_prompt_of_many_answers_is_read_once(before):
     assert net.config._attn_implementation == before and net.generation_config is own and not net.training
 
 
-@pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2'])
+@pytest.mark.parametrize('name', ['mamba', 'jamba', 'recurrent_gemma', 'llama4_text', 'lfm2', 'reformer'])
 def test_caches_that_cannot_be_put_together(name):
-    options = {'layer_types': ['conv', 'full_attention']} if name == 'lfm2' else {}
+    options = {'lfm2': {'layer_types': ['conv', 'full_attention']}, 'reformer': {'is_decoder': True}}.get(name, {})
     config = transformers.AutoConfig.for_model(name, num_hidden_layers=2, **options)
     with torch.device('meta'):
         assert not generate.can_refill(transformers.AutoModelForCausalLM.from_config(config))

@@ -162,6 +162,9 @@ def test_what_is_no_loss_of_pairs():
     assert ((losses.sft(pi, n) * n).sum() / n.sum()).item() == 1
     # scores 2 and 0.5 with margin 1: L(0.5) + 0.01 * 2.5^2
     assert formulas.bradley_terry(*double([2.0, 0.5, 1.0]), center_coef=0.01).item() == pytest.approx(L(0.5) + 0.0625)
+    # advantages of answers of one token, all of them: reward less value
+    one, two = double([[1.0], [2.0]]), double([[0.5], [3.0]])
+    assert formulas.gae(one, two, one > 0, gamma=0.9, lam=0.5).tolist() == [[0.5], [-1.0]]
     # exp(r) = exp(-2); exp(1000) is cut at the limit; no gradient
     x = torch.tensor([-14.0, 1000.0], requires_grad=True)
     w = losses.importance(x - torch.tensor([-12.0, 0.0]), importance_max=10.0)

@@ -70,6 +70,17 @@ def test_single_answers():
     )
 
 
+def test_answers_that_are_equal():
+    """As before the first step: no pair is right, and of single answers at kto's z the bad ones are."""
+    same = {'ref_w': PAIRS['pi_w'], 'ref_l': PAIRS['pi_l']}
+    found = metrics.of_dpo(objective('dpo'), PAIRS | same, 'eval')
+    assert found['rewards_eval/accuracies'] == found['logratio_eval/accuracies'] == 0
+    found = metrics.of_dpo(
+        objective('kto', paired=False), SINGLES | {'ref': SINGLES['pi'], 'z': columns(z=[0] * 3)['z']}, 'eval'
+    )
+    assert found['rewards_eval/accuracies'] == pytest.approx(1 / 3)
+
+
 def test_samples():
     """Of 1 and 3 tokens: the mean of an answer, and of a token."""
     found = metrics.of_samples(torch.tensor([1.0, 2.0]), torch.tensor([1, 3]))

@@ -298,7 +298,7 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
     ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question response_j response_k, '
         'query response rejected_response, question answer rejected_answer',
 }
-OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
+OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'Q: 0? A: 4', 'response': '4'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
        {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"},
        {'prompt': messages.ask('q?'), 'chosen': 'Assistant: a', 'rejected': 'Assistant: b'}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
@@ -437,6 +437,27 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', {'prompt': [system('Be brief.'), *ASKS], 'response': SAYS, 'turns': [system('Be brief.'), *TWO_TURNS]}, {'several turns and system': {'system': 'Be brief.', 'messages': TWO_TURNS}}),
     ('sft', SFT | {'tools': [F]}, {'functions': {'messages': QA, 'functions': [F]}}),
     ('sft', {'prompt': 'q?', 'response': 'a'}, {'names in capitals, too': {'prompt': 'q?', 'Prompt': 'x', 'response': 'a'}}),
+    ('sft', SFT | {'prompt': [system('Be brief.'), user('Be brief. q?')]}, {'a question that has the system message in it': {'system': 'Be brief.', 'prompt': 'Be brief. q?', 'response': 'a'}}),
+    ('sft', SFT, {
+        'no image': {'question': 'q?', 'answer': 'a', 'images': [], 'image': ''}, 'an input without messages': {'instruction': 'q?', 'input': [], 'output': 'a'},
+        'answers beside a whole chat': {'messages': QA, 'answers': ['x']}, 'a Sequence as ShareGPT names it': {'conversations': {'from': ['human', 'gpt'], 'value': ['q?', 'a']}}}),
+    *(('sft', {'prompt': [user('q?', **{name: []})], 'response': [assistant('a', tool_calls=[])]}, {'a message without them': {'messages': [user('q?', **{name: []}), assistant('a', tool_calls='')]}}) for name in ('replies', 'images')),
+    ('sft', {'prompt': 'q?'}, {'no samples': {'prompt': 'q?', 'samples': []}, 'a label of one word': {'prompt': 'q?', 'label': 'safe'}}),
+    ('sft', {'prompt': [user('q?')]}, {'samples without scores': {'question': 'q?', 'samples': [{'text': 'b'}]}, 'a label of words, beside a question': {'question': 'q?', 'label': 'b a'}}),
+    ('sft', {'prompt': '', 'response': 'a'}, {'no answers beside a text': {'text': 'a', 'answers': []}}),
+    ('sft', SFT | {'response': 'a'}, {'a chat beside its question': {'prompt': [user('q?')], 'question': 'q?', 'response': 'a'}}),
+    ('sft', SFT | {'prompt': [user('Is it: a')]}, {'a question that ends as its answer does': {'question': 'Is it: a', 'answer': 'a'}}),
+    ('sft', MULTI, {'history before a prompt': {'prompt': 'q?', 'response': 'a', 'history': [['a', 'b']]}}),
+    *(('pairs', {'prompt': f'{asks}\nA:', 'chosen': ' yes', 'rejected': ' no'}, {name: {column: value, 'chosen': f'{asks}\nA: yes', 'rejected': f'{asks}\nA: no'}})
+      for name, column, asks, value in (('an id of the prompt', 'prompt_id', 'Q: 0?', 'x 1'), ('prompts that the answers begin with', 'prompts', 'is this so', 'is this so'))),
+    ('pairs', PAIR | {'prompt': [*TWO_TURNS, user('z')]}, {'Search Arena, three turns': {'winner': 'model_b', 'turn': 1, **{f'conversation_{x}': [*TWO_TURNS, user('z'), assistant(y)] for x, y in ('ab', 'ba')}}}),
+    ('pairs', PAIR, {'scores of chats to a dialogue': {'prompt': messages.ask('q?'), 'answers': [[assistant('b')], [assistant('a')]], 'scores': [0, 1]}}),
+    ('sft', {'prompt': 'p', 'response': 'a'}, {'an expected number': {'prompt': 'p', 'response': 'a', 'expected': 3}}),
+    ('singles', {'prompt': 'p', 'response': 'a', 'good': True}, {'a label beside an expected answer': {'prompt': 'p', 'response': 'a', 'label': True, 'expected': 'b'}}),
+    ('sft', SFT | {'response': [assistant('')]}, {'an empty answer alone': {'messages': [user('q?'), assistant('')]}}),
+    ('prompts', {'prompt': ASKS, 'response': [assistant('')], 'turns': [*ASKS, assistant('')]}, {'a prompt before an empty answer': {'messages': [*ASKS, assistant('')]}}),
+    *(('sft', {'prompt': chat[:2], 'response': chat[2:], 'turns': chat}, {'two answers that no flag tells apart': {'messages': chat}}) for chat in [[user('q?'), assistant('b', ok=True), assistant('a', ok=True)]]),
+    ('sft', {'prompt': '', 'response': '<|im_start|>user\nq?'}, {'a question of a template': {'text': '<|im_start|>user\nq?'}}),
     ('sft', SFT | {'prompt': [user('q? red or blue')]}, {'options in the question': {'question': 'q? red or blue', 'options': ['red', 'blue'], 'answer': 'a'}}),
     ('singles', SFT | {'good': True}, {
         'LLaMA-Factory, KTO': {'instruction': 'q?', 'input': '', 'output': 'a', 'kto_tag': True},
@@ -522,8 +543,10 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('MT-Bench', 'pairs', [{'winner': 'model_b', 'turn': n, **{f'conversation_{side}': [user('q?'), assistant(x), *TWO_TURNS[:2]] for side, x in ('ab', 'ba')}} for n in (1, 2)], [PAIR], {'chosen and rejected have different prompts': 1}),
     *(('MT-Bench, questions', 'prompts', [{'question_id': 81, 'category': 'x', name: ['q?', 'why?', 'how?'], 'reference': []}], [{'prompt': [user('q?')]}], {formats.LATER: 2}) for name in ('turns', 'prompt')),
     ('a number beside a prompt', 'sft', [{'prompt': 'q?', 'answer_tokens': 7, 'my_output': ''}], [{'prompt': 'q?'}], {}),
+    ('no right answer', 'pairs', [{'prompt': 'q?', 'completions': ['b', 'a'], 'correctness': [False, False]}], [], {'tie': 1}),
     ('Arena-Hard, questions', 'prompts', [{'question_id': 'x', 'turns': [{'content': 'q?'}]}], [{'prompt': [user('q?')]}], {}),
-    ('texts of a template', 'sft', [{'text': x} for x in (WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question')], [{'prompt': '', 'response': x} for x in (WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question')], {formats.WHOLE: 2}),
+    *(('texts of a template', 'sft', [{'text': x} for x in texts], [{'prompt': '', 'response': x} for x in texts], {formats.WHOLE: 4})
+      for texts in [(WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question', '[INST] a [/INST] b [INST] c', '[INST] a [/INST] b [/INST] c')]),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
     ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
@@ -538,13 +561,14 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('chats that part, a text before them', 'pairs', [pair('a', TWO_TURNS, PARTED)], [], {DIFFERENT: 1}),
     ('texts that part', 'pairs', [{'chosen': x, 'rejected': y} for x, y in (('\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d', '\n\nHuman: a\n\nAssistant: x'), ('Q: a\nA: b\nQ: c\nA: d', 'Q: a\nA: x\nQ: y\nA: z'))], [], {DIFFERENT: 2}),
     *(('another prompt', 'pairs', [{'prompt': x, **{k: [user('a'), *v] for k, v in CHAT_PAIR.items()}}], [], {'answers to something else than the prompt': 1}) for x in ('another', [user('another')])),
+    ('another prompt, several turns', 'pairs', [pair('another', TWO_TURNS, [*ASKS, assistant('b')])], [], {'answers to something else than the prompt': 1}),
 ]
 
 OF_COLUMNS = {  # what is said of a column, and (its name, a row)
     'is missing or of the wrong type': [
         ('rejected', {'prompt': 'p', 'chosen': 'a'}), ('rejected', {'prompt': 'p', 'chosen': 'a', 'rejected': None}), ('prompt', {'prompt': 3, **ANSWERS}),
         ('output_1', {'instruction': 'q', 'output_1': None, 'output_2': 'b', 'preference': 1}), ('score_b', {'prompt': 'q', 'response_a': 'a', 'response_b': 'b', 'score_a': 1, 'score_b': 'x'}),
-        ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True})],
+        ('tool_calls', {'messages': [user('q'), assistant('') | {'tool_calls': 'f(x)'}]}), ('margin', {'prompt': 'p', **ANSWERS, 'margin': True}), *(('messages', {'messages': x, 'answers': ['a']}) for x in ('hello', 3, '[]'))],
     'is missing': [
         ('prompt', {'response': 'a'}), ('prompt', {'data': ['q', 'a']}), ('prompt', {'messages': said('q?', 'a'), 'chosen': ['c'], 'rejected': ['d']}), ('prompt', {'text': None}),
         ('prompt', {'Prompt': 'q', 'PROMPT': 'p', 'response': 'a'}), ('prompt', {}),
@@ -565,7 +589,8 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('label', {'prompt': 'p', 'completion': 'a', 'label': None}), ('good', {'prompt': 'p', 'response': 'a', 'good': 'perhaps'})],
     'may be an answer': [
         ('completions', {'prompt': 'q', 'completions': ['a', 'b'], 'labels': [1, 0]}), ('target_text', {'input': 'q', 'target_text': 'a'}),
-        ('better_reply', {'prompt': 'p', 'better_reply': 'a'})],
+        ('better_reply', {'prompt': 'p', 'better_reply': 'a'}),
+        ('answers', {'question': 'q', 'answers': {'a': 'x'}}), ('rejected_response', {'prompt': 'q', 'rejected_response': 'b'})],
     'may be the better answer': [
         ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'}), ('expectedOutput', {'input': 'q', 'output': 'b', 'expectedOutput': 'a'})],
     'may mean that the two answers have changed places': [
@@ -622,7 +647,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ("'chosen' has half", [{'prompt': 'p', 'chosen': [assistant('\udc00')], 'rejected': []}]),
     ("'prompt' has no messages", [{'prompt': [], 'chosen': [], 'rejected': []}]),
     ("'completion' does not end with an answer", [{'prompt': 'p', 'completion': [user('x')]}]),
-    ('not with the same question', [{'chosen': [assistant('x')], 'rejected': [assistant('y')]}]),
+    ('not with the same question', [{'chosen': [assistant('x')], 'rejected': [assistant('y')]}, {'chosen': QA, 'rejected': [user('r?'), assistant('b')]}]),
     ("'preference' is not a finite", [{'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}]),
     *((f'{name!r} would be lost', [{'question': 'q', 'answer': 'a', name: 'a.png'}]) for name in ('image_path', 'image_id', 'video_file')),
     ("'answer' is", [{'question': 'q', 'answer': True}, {'question': 'q', 'answer': math.nan}]),
@@ -1198,3 +1223,60 @@ def test_any_file_of_answers(tmp_path_factory, rows):
         assert all(isinstance(row['response'], str) for row in kept.values())
     except UserError as error:
         assert re.search(r'samples\.jsonl, line \d+, ', str(error)) and Path(path).read_bytes() == before
+
+
+def test_an_answer_to_a_question_that_is_not_there(tmp_path):
+    file = write(
+        tmp_path / 'd.jsonl', [{'message_id': '2', 'parent_id': '1', 'text': 'a', 'role': 'assistant', 'rank': 0}]
+    )
+    assert 'the conversation above the answer is not whole' in refusal(file, task='sft')
+
+
+def test_one_prompt_in_twenty_is_held_out(tmp_path):
+    """The same ones for ever: another rule would train on what earlier runs were evaluated on."""
+    held_out, _ = sources.load_rows(write(tmp_path / 'd.jsonl', pairs(100, prompts=100)), 'test')
+    assert [x['prompt'] for x in held_out] == ['p2', 'p12', 'p24', 'p58']
+
+
+def test_texts_and_no_messages_become_chats():
+    assert messages.as_chats({'prompt': 'q?', 'response': 'a'}) == SFT
+    assert messages.as_chats({'prompt': []}, 'Be brief.') == {'prompt': [system('Be brief.')]}
+    assert messages.instruction('\n\nHuman: q?') == '\n\nHuman: q?'
+
+
+@pytest.mark.parametrize('extra, unread', [  # of row i, whose prompt is 'what is the sum of {i}'
+    (lambda i: [f'the extra one is {i}'], ['extra']), (lambda i: [user(f'the extra one is {i}')], ['extra']), (lambda i: f'the sum of {i}', []),
+    (lambda i: [f'the extra one is {i}'] * 5 + [f'what is the sum of {i}'], [])])  # fmt: skip
+def test_columns_that_an_example_shows(extra, unread):
+    rows = [sources.Row({'prompt': f'what is the sum of {i}', 'response': 'a', 'extra': extra(i)}) for i in range(9)]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
+
+
+def test_columns_that_may_judge_later_rows():
+    """Neither one that is read, nor one of many values."""
+    row = {'prompt': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'sentiment': 3, 'tone': 'x'}
+    rows = [sources.Row(row | {'author': f'x{i}'}) for i in range(11)]
+    unread, later = formats.unread_texts(rows, formats.layout_of(frozenset(row)))
+    assert unread == [] and [columns for _, columns, _ in later] == [['sentiment'], ['tone'], ['role of messages']]
+
+
+def test_how_a_source_is_found(tmp_path):
+    path = write(
+        tmp_path / 'a[1]b.jsonl', [{'text': 'f', 'chosen': 'f a', 'rejected': 'f b', 'q': 'p', 'x': 'c', 'y': 'd'}]
+    )
+    assert sources.locate(path) == (None, path, None)
+    # --columns counts in place of a reader, and nothing is said of the columns of no rows
+    named = {'columns': 'prompt=q, chosen=x, rejected=y'}
+    assert load(f'imdb:{path}', **named)[0] == [pair('p', 'c', 'd')]
+    (tmp_path / 'none.jsonl').write_text('')
+    assert not load(str(tmp_path / 'none.jsonl'), **named)[0]
+    # a file to be written may be there if it is none of the data
+    sources.keep_data(path, str(tmp_path / 'none.jsonl'))
+    (tmp_path / 'parts').mkdir()
+    for name in ('train', 'validation'):
+        write(tmp_path / 'parts' / f'{name}.jsonl', [{'text': name}])
+    assert load(str(tmp_path / 'parts'), 'test')[0][0]['response'] == 'validation'
+    for source in ('./missing', 'missing/*'):
+        assert 'is no file or folder' in refusal(source) and 'known datasets: alpaca_eval, annotations, hh,' in refusal(
+            source
+        )

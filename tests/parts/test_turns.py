@@ -240,3 +240,10 @@ def test_texts_become_chats_on_request(tmp_path):
     plain = load_examples(file, 'train', tokenizer, 'pairs', **limits)
     assert tokenizer.decode(plain[1][0]) == 'q'
     assert plain.left_out['note: texts beside a chat template, which --chat would apply'] == 1
+
+
+def test_a_call_alone_that_the_template_does_not_write():
+    """Both are counted: the call that is lost, and the answer that is empty without it."""
+    found = tokens(tokenizer_of(CHATML, '<|im_end|>'), [CHAT[0], CALLS])
+    unwritten = "messages with 'tool_calls', which the chat template does not write"
+    assert not len(found) and found.left_out == {unwritten: 1, 'empty answers': 1}
