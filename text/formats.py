@@ -18,11 +18,13 @@ from text import messages
 from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, message, said, text_or_chat
 
 NUMBER = int | float
+MINUS_ONE = 'verdicts of -1, as ties'
 DIFFERENT = 'chosen and rejected have different prompts'
 UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 JUDGES = 'note: rows that the column {!r} may judge, which is not read'
+NO_QUESTION = 'note: examples with an empty question'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
@@ -84,6 +86,7 @@ VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
+FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
 GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
 BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
 # values that judge
@@ -164,6 +167,9 @@ def parse_any(row, task=None, columns=None, judges=()):
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
+    # a text to learn has no question
+    if layout.read is not read_text:
+        examples += [{'drop': NO_QUESTION} for example in examples if _asks_nothing(example)]
     marks = marks_of(row, chain(FOR_TESTS_IF, judges))
     examples += [{'drop': note.format(column)} for note, column in marks]
     return examples
@@ -184,6 +190,12 @@ def marks_of(row, marks):
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() in words:
                 yield reason, column
+
+
+def _asks_nothing(example):
+    """Return whether the prompt of an example, or its last message, is empty; not of {'drop': reason}."""
+    prompt = example.get('prompt', 'none')
+    return messages.is_empty(prompt[-1:] if isinstance(prompt, list) else prompt)
 
 
 def _completed(example, row):
@@ -428,7 +440,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
         if value and name != column:
             parts = value if isinstance(value, list) else [value]
             found.append((name, _texts_in(value) if is_history(value) else parts))
-    found += [(name, _texts_in(row.get(name), min_words=4)) for name in texts_in]
+    found += [(name, _texts_in(row[name], min_words=4)) for name in texts_in if name in row]
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
             raise ValueError(f'{name!r} asks something, too, which would be lost beside {column!r}')
@@ -635,7 +647,9 @@ def _lead_by_name(row, verdict_column, columns, task):
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
         raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write one of these names, or tie, there')
-    if not re.fullmatch(r'|none|nan|-1(\.0)?|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
+    if verdict in ('-1', '-1.0'):
+        raise LeftOut(MINUS_ONE)
+    if not re.fullmatch(r'|none|nan|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
         raise ValueError(f'{verdict[:24]!r} is neither of {" and ".join(columns)}, nor a tie')
     return 0
 
@@ -935,7 +949,9 @@ def _check_no_choice(row, turns):
         flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in turns]
         if len(flags) == len(turns):
             flags = list(compress(flags, are_answers))
-        if 0 < flags.count(True) < len(flags):
+        # axolotl's training_detail lists parts of an answer
+        are_parts = any(isinstance(turn.get(name), list | dict) for turn in compress(turns, are_answers))
+        if are_parts or 0 < flags.count(True) < len(flags):
             raise ValueError(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
         if not before['role'] == turn['role'] == 'assistant':
@@ -1001,12 +1017,12 @@ def read_prompt(row, task):
 def unread_texts(rows, layout):
     """Return (columns that may ask, answer or judge, and that no example shows; marks of later rows by which others judge).
 
-    They have texts in most rows, all different (a category or an id has fewer than four words, or the same in many rows); both
-    values of a flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class; or a link to a row or conversation."""
-    found = defaultdict(set)  # column -> its different texts
+    They have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values
+    of a flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class; or a link to a row or conversation."""
+    found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
-    for row, examples in each(rows, parse_any):
+    for number, (row, examples) in enumerate(each(rows, parse_any)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         for name in filter(row.get, THREADS):
@@ -1031,7 +1047,7 @@ def unread_texts(rows, layout):
             # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
             is_part = any(text in part or part in text for text in texts[:5] for part in shown)
             if shown.isdisjoint(texts) and not is_part:
-                found[name].update(texts)
+                found[name].update((number, text) if len(text.split()) >= 8 else text for text in texts)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
@@ -1040,14 +1056,14 @@ def unread_texts(rows, layout):
         is_read.update(QUESTIONS)
     later = []
     for name, its_values in values.items():
-        are_flags = its_values.issubset(YES + NO)
+        are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in CLASSES and layout.read is read_text
-        has_both = are_flags and its_values.intersection(YES) and its_values.intersection(NO)
+        has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
         if has_both or is_verdict or is_class or name in PARENTS or GRADES & its_values:
             unread.append(name)
         elif len(its_values) <= 10 and name not in is_read:
-            words = GRADES.union(YES, NO) - its_values if are_flags else GRADES
+            words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
     return [name for name in dict.fromkeys(unread) if name not in is_read], later
 

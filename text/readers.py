@@ -42,6 +42,19 @@ class Row(dict):
         return row
 
 
+def _object(fields):
+    """Return a JSON object of [(name, value)]. Raises ValueError if two have one name, of which json keeps the last alone."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'two fields of an object are called {twice[:24]!r}')
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def read_rows(hub_id, split, path, **options):
     """Yield the Rows of local files, or of a split of the hub dataset hub_id if path is None. Raises UserError.
 
@@ -85,6 +98,8 @@ def read_file(file):
         if not reason:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = f'{lines[0][:300].rstrip(".")}; it is damaged, {CUT_SHORT}, or not UTF-8'
+            if file.lower().endswith('.xz'):
+                reason += ', or padded with zeros: xz -d unpacks it then'
         if isinstance(error, json.JSONDecodeError):
             reason = f'line {error.lineno}: not valid JSON: {reason}'
         raise UserError(f'cannot read {file}: {reason}') from None
@@ -198,7 +213,7 @@ def _read_json(file):
         yield from _read_lines(file)
         return
     with _open(file) as stream:
-        value = json.loads(stream.read().decode('utf-8-sig'))
+        value = JSON.decode(stream.read().decode('utf-8-sig'))
     for number, raw in enumerate(value if is_list else _rows_of(value), 1):
         yield Row.of(raw, f'{file}, row {number}')
 
@@ -221,7 +236,7 @@ def _read_lines(file):
                 continue
             raw, error = {}, ''
             try:
-                raw = json.loads(line.decode('utf-8-sig'))
+                raw = JSON.decode(line.decode('utf-8-sig'))
             except UnicodeDecodeError:
                 error = NOT_UTF8
             except (ValueError, RecursionError) as wrong:

@@ -37,7 +37,7 @@ TYPES = {'prompt': TEXT, 'chosen': TEXT, 'rejected': TEXT, 'response': TEXT, 'go
 # winner: a column that says which of two answers is better
 SAY_WHICH = (
     "say which column is which: --columns='prompt=NAME, chosen=NAME, rejected=NAME', 'prompt=NAME, response=NAME, label=NAME', "
-    "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME' or 'messages=NAME'"
+    "'prompt=NAME, response_a=NAME, response_b=NAME, winner=NAME', 'messages=NAME' or 'text=NAME'"
 )
 
 
@@ -147,11 +147,22 @@ def divides(source):
 
 def joined(data):
     """Return the sources that data joins by +. A file or folder with a + in its path, also behind hh:, is one source."""
+    found, names = [], data.split('+')
+    while names:
+        # as many names as are a path together, or else one
+        together = ['+'.join(names[:count]) for count in range(len(names), 1, -1)]
+        source = next(filter(_is_path, together), names[0])
+        found.append(source)
+        names = names[source.count('+') + 1 :]
+    return found
+
+
+def _is_path(source):
+    """Return whether a source is a file, a folder or a pattern, perhaps behind the name of a reader."""
     with suppress(UserError):
-        _getter, path, _hub_id = locate(data)
-        if path:
-            return [data]
-    return data.split('+')
+        _getter, path, _hub_id = locate(source)
+        return path is not None
+    return False
 
 
 def keep_data(data, out):

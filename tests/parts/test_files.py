@@ -108,12 +108,15 @@ OF_ROWS = [  # what is wrong with a row, or all of them
     *(('a.jsonl', '{"prompt": "é", "response": "a"}'.encode(code), 'line 1: not valid UTF-8: save the file as UTF-8; ')
       for code in ('latin-1', 'utf-16')),
     ('a.json', b'{"text": "a"}\n{"text": \n', 'a.json, line 2: not valid JSON'),
+    ('a.jsonl', b'{"text": "a", "b": {"c": 1, "d": 2, "c": 1}}\n', "line 1: not valid JSON .two fields of an object are called 'c'.; "),
     *(('a.json', text, 'row 1: not an object with named fields') for text in (b'3', b'null', b'"a"')),
 ]  # fmt: skip
 OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     *((f'a.{end}', b'text\n' + b'x' * 1000, 'line 2 is longer than 999 characters') for end in ('txt', 'csv')),
     ('a.jsonl.gz', gzip.compress(b' ' * 1000, mtime=0), 'line 1 is longer than 999 characters'),
     ('a.json', b'[{"a": 1},\n {"a": }]', 'a.json: line 2: not valid JSON: Expecting value'),
+    ('a.json', b'[{"text": "a", "text": "b"}]', "cannot read .*a.json: two fields of an object are called 'text'"),
+    ('a.jsonl.xz', lzma.compress(b'{"text": "a"}\n') + bytes(8), 'it is damaged, .* or padded with zeros: xz -d unpacks it then'),
     ('a.json', b'[{"text": "\xe4"}]', 'cannot read .*a.json: .*or not UTF-8'), ('a.json', b'[' * 100_000, 'cannot read'),
     ('a.json.gz', gzip.compress(b'[{"text": "a"}]', mtime=0)[:-6], 'cannot read'), ('a.jsonl.gz', b'not gzip', 'cannot read'),
     ('a.jsonl.gz', gzip.compress(b'', mtime=0)[:10] + b'\xff' * 30, 'cannot read'),
@@ -244,6 +247,9 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         ['hh:a', 'b'],
         ['hh', 'shp:mine'],
         ['owner/name', 'hh'],
+        ['a+b.jsonl', 'hh'],
+        ['hh', 'shp:a+b.jsonl', '~/a+b.jsonl', 'a'],
+        ['hh', ''],
     ):
         assert sources.joined('+'.join(joined)) == joined
 

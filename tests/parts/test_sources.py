@@ -483,7 +483,11 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
     ('Arena, table without an answer', 'pairs', [{'prompt': '["q?"]', 'response_a': '[null]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}], [], {'empty answers': 1}),
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': QA} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
-    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in (two, -1, -1.0)], [PAIR], {'tie': 2}) for one, two in ((0, 1), (1, 2))),
+    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in (two, -1, -1.0)], [PAIR], {formats.MINUS_ONE: 2}) for one, two in ((0, 1), (1, 2))),
+    ('an empty question', 'sft', [{'system': '', 'question': '', 'answer': 'a'}, {'system': 'Be brief.', 'question': ' ', 'answer': 'a'}, {'system': '', 'question': 'q?', 'answer': 'a'}],
+     [SFT | {'prompt': [user('')]}, SFT | {'prompt': [system('Be brief.'), user(' ')]}, SFT], {formats.NO_QUESTION: 2}),
+    ('an empty prompt', 'sft', [{'prompt': '', 'response': 'a'}], [{'prompt': '', 'response': 'a'}], {formats.NO_QUESTION: 1}),
+    ('no question is missing', 'sft', [{'text': 'a'}], [{'prompt': '', 'response': 'a'}], {}),
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
@@ -597,6 +601,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('flipped', pair('p', 'a', 'b') | {'flipped': True}), *((name, pair('p', 'a', 'b') | {name: 'Rejected'}) for name in ('winner', 'majority')),
         ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
     'may tell which answers to train on': [
+        ('training_detail', {'messages': [user('q'), assistant('a', training_detail=[{'train': False, 'end_offset': 3}])]}),
         *(('mask', {'messages': [user('q'), assistant('a', mask=x), user('q'), assistant('a', mask=y)]}) for x, y in ((True, False), (0, 1), (None, True))),
         *((name, {'messages': TWO_TURNS, name: flags}) for name, flags in (('mask', [0, 0, 0, 1]), ('loss_mask', [False, True]), ('weights', [0.0, 1.0])))],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
@@ -686,7 +691,7 @@ def test_bad_rows(tmp_path, row, reason):
     path = write(tmp_path / 'data.jsonl', [good, good, row, row])
     message = refusal(path, undivided=True)
     assert message.startswith(f'{path}, line 3: ') and reason in message
-    assert '--skip_bad_rows' in message and 'README' in message and len(message) < 600
+    assert '--skip_bad_rows' in message and 'README' in message and len(message) < 620
     if 'all or none' not in message and isinstance(row, dict):
         assert all(repr(key) in message.partition('; found: ')[2] for key in row)
     examples, left_out = load(path, skip_bad_rows=True)
@@ -775,7 +780,7 @@ def test_columns_that_the_user_names(tmp_path):
     for columns, words in (
         ('prompt=ask, chosen=good_answr', "no column 'good_answr'; there are ask, tone, good_answer,"),
         ('promt=ask', "cannot read 'promt=ask': .*names are prompt, question"), ('prompt', "cannot read 'prompt'"),
-        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"messages=NAME' \(no other is read then\)"),
+        ('prompt=ask, prompt=tone', 'each once'), ('chosen=ask, rejected=tone', r"'text=NAME' \(no other is read then\)"),
     ):  # fmt: skip
         assert re.search(words, refusal(write(path, [row]), columns=columns))
 
@@ -799,7 +804,7 @@ def test_where_every_row_is_bad_it_is_the_layout(tmp_path):
     rows = [{'ask': f'q{i}', 'chosen': 'a', 'rejected': 'b'} for i in range(200)]
     path = write(tmp_path / 'data.jsonl', rows)
     message = refusal(path)
-    assert message.startswith(f'{path}, line 1: ') and '--skip_bad_rows' not in message and len(message) < 600
+    assert message.startswith(f'{path}, line 1: ') and '--skip_bad_rows' not in message and len(message) < 620
     for words in ('none of the first 101 rows', 'layout', "'ask' (text), 'chosen' (text), 'rejected' (text)",
                   'README', "--columns='prompt=NAME, chosen=NAME, rejected=NAME'", 'winner=NAME'):  # fmt: skip
         assert words in message
@@ -845,13 +850,17 @@ def test_columns_that_are_not_read_are_said(tmp_path, capsys):
 def test_columns_that_may_ask_or_answer(row):
     """Texts of four words, different in most rows, of which no example has anything."""
     texts = {'prompt': 'what the sum', 'extra': 'the extra one', 'short': 'short number', 'whole': 'Q: what the sum'}
-    few = {'topic': 'sums of two numbers', 'level': 3} | row
+    few = {'topic': 'sums of two or three numbers', 'level': 3} | row
     rows = [sources.Row({name: f'{text} {i}' for name, text in texts.items()} | few) for i in range(9)]
     for i, labelled in enumerate(rows):
         labelled |= {'meta': {'by': f'one of the {i} authors'}, 'votes': [{'for': f'this one by number {i}'}]}
     layout, others = formats.layout_of(frozenset(rows[0])), [sources.Row(few | {'prompt': 'p'})] * 4
     for found, rows_with in ((['extra'], rows), (['extra'], rows[:5] + others), ([], rows[:4] + others)):
         assert formats.unread_texts(rows_with, layout)[0] == found
+    # a long one, although it is the same in all rows
+    pirate = {'persona': 'you are a pirate of fifty who says arr'} | few
+    rows = [sources.Row({'prompt': f'what is {i}'} | pirate) for i in range(9)]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == ['persona']
     # HTML is not shown as it stands, and ties are not shown
     html = {'question': 'this is &lt; my ', 'answers': [{'pm_score': n, 'text': f'answer {n}'} for n in (1, 2)]}
     for other in (html, {'question': 'this is my ', 'response_a': 'a', 'response_b': 'b', 'winner': 'tie'}):
@@ -862,14 +871,15 @@ def test_columns_that_may_ask_or_answer(row):
     # flags of which both values occur, but no labels that are read, and no numbers that only begin with 0 and 1; grades; and
     # verdicts beside a pair, but no topics, strengths or states
     judges = {'quality': 'Good', 'winner': 'B', 'preference': 2, 'choice': 'maths', 'status': 'done', 'lang': 'no'}
-    judges |= {'overall_preference': -3}
+    judges |= {'overall_preference': -3, 'depth': -1}
     for answers, unread in (
-        ({'response': 'a'}, ['ok', 'sure', 'said', 'quality']),
-        (ANSWERS, ['ok', 'sure', 'label', 'said', 'quality', 'winner', 'preference']),
+        ({'response': 'a'}, ['ok', 'sure', 'said', 'vote', 'quality']),
+        (ANSWERS, ['ok', 'sure', 'label', 'said', 'vote', 'quality', 'winner', 'preference']),
     ):
         rows = []
         for i in range(3):
             flags = {'id': i, 'on': 1, 'ok': i > 0, 'sure': float(i > 0), 'label': 0**i, 'said': ('yes', 'no')[i % 2]}
+            flags['vote'] = (1, -1)[i % 2]
             rows.append(sources.Row({'prompt': 'bad', **answers, **flags, **judges}))
         assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == unread
 
