@@ -950,7 +950,7 @@ def _check_no_choice(row, turns):
         if len(flags) == len(turns):
             flags = list(compress(flags, are_answers))
         # axolotl's training_detail lists parts of an answer
-        are_parts = any(isinstance(turn.get(name), list | dict) for turn in compress(turns, are_answers))
+        are_parts = any(isinstance(flag, list | dict) for flag in flags)
         if are_parts or 0 < flags.count(True) < len(flags):
             raise ValueError(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):
@@ -1047,7 +1047,10 @@ def unread_texts(rows, layout):
             # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
             is_part = any(text in part or part in text for text in texts[:5] for part in shown)
             if shown.isdisjoint(texts) and not is_part:
-                found[name].update((number, text) if len(text.split()) >= 8 else text for text in texts)
+                for text in texts:
+                    # the same long text counts in every row
+                    is_long = len(text.split()) >= 8
+                    found[name].add((number, text) if is_long else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
