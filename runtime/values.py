@@ -22,8 +22,9 @@ RANGES = {option: bounds for bounds, options in {
     (1e-3, 1e6): 'timeout reward_timeout',
     (0, 1000): 'reward_workers',
     (1, 1000): 'concurrency threads width',
+    (1, 100_000): 'n',
     (1, math.inf): 'batch_size max_tokens n_epochs n_examples eval_every keep_last log_every max_length max_prompt_length '
-                   'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary n lora_rank tp max_points rounds '
+                   'max_new_tokens num_turns n_eval_model_samples n_steps prompt_tokens answer_tokens vocabulary lora_rank tp max_points rounds '
                    'minibatch_size ppo_epochs group_size sample_batch n_pairs n_held_out',
 }.items() for option in options.split()}  # fmt: skip
 # option -> allowed values

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 
 import pytest
 from helpers import ROOT
@@ -83,6 +84,9 @@ def test_top_level_and_lines():
     assert total(PRODUCT)[0] <= 15_595
     assert density['product without losses.py'] <= 11
     assert total(EXPERIMENTS)[0] <= 3300
+    # the lines that docs/code.md names, to the nearest ten
+    for name, lines in re.findall(r'^\| `(\w+\.py)` \| (\d+) \|', (ROOT / 'docs/code.md').read_text(), re.M):
+        assert abs(int(lines) - measure(ROOT / name)[0]) <= 5, name
 
 
 def test_no_import_cycle():
