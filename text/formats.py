@@ -195,7 +195,8 @@ def marks_of(row, marks):
 def _asks_nothing(example):
     """Return whether the prompt of an example, or its last message, is empty; not of {'drop': reason}."""
     prompt = example.get('prompt', 'none')
-    return messages.is_empty(prompt[-1:] if isinstance(prompt, list) else prompt)
+    last = prompt[-1:] if isinstance(prompt, list) else prompt
+    return messages.is_empty(last)
 
 
 def _completed(example, row):
@@ -950,7 +951,8 @@ def _check_no_choice(row, turns):
         if len(flags) == len(turns):
             flags = list(compress(flags, are_answers))
         # axolotl's training_detail lists parts of an answer
-        are_parts = any(isinstance(flag, list | dict) for flag in flags)
+        of_answers = [turn.get(name) for turn in compress(turns, are_answers)]
+        are_parts = any(isinstance(value, list | dict) for value in of_answers)
         if are_parts or 0 < flags.count(True) < len(flags):
             raise ValueError(f"{name!r} may tell which answers to train on: give each a 'weight', 1 or 0")
     for before, turn in pairwise(turns):

@@ -487,6 +487,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('an empty question', 'sft', [{'system': '', 'question': '', 'answer': 'a'}, {'system': 'Be brief.', 'question': ' ', 'answer': 'a'}, {'system': '', 'question': 'q?', 'answer': 'a'}],
      [SFT | {'prompt': [user('')]}, SFT | {'prompt': [system('Be brief.'), user(' ')]}, SFT], {formats.NO_QUESTION: 2}),
     ('an empty prompt', 'sft', [{'prompt': '', 'response': 'a'}], [{'prompt': '', 'response': 'a'}], {formats.NO_QUESTION: 1}),
+    ('a column of objects is no mask', 'sft', [{'messages': QA, 'targets': [{'x': 1}, {'x': 2}]}], [SFT], {}),
     ('no question is missing', 'sft', [{'text': 'a'}], [{'prompt': '', 'response': 'a'}], {}),
     ('PPE', 'pairs', [{'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': x} for x in ('model_b', 'tie')], [PAIR], {'tie': 1}),
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
