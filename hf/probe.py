@@ -89,7 +89,7 @@ def deviation(model, ours, theirs):
             set_attention(model, is_packed)
             # architectures with hard-coded attention, such as GPT-J and BLOOM, keep their own
             if is_packed and config._attn_implementation != 'packed':
-                raise NotImplementedError('it takes no attention from outside')
+                return math.inf, 'it takes no attention from outside'
             found = model.response_scores(ours) if _is_reward(model) else model.response_logps(ours)[0]
     # a model's forward may raise anything: MPT's needs a mask, StableLM's drops our argument
     except Exception as error:

@@ -39,7 +39,7 @@ def check_room(run, frozen_models=()):
     """Check disk and memory for a training.Run; note examples above max_tokens. UserError if the disk is too small. Collective.
 
     frozen_models: those that do not train; None and the policy itself do not count. Returns whether checkpoints fit on the disk."""
-    # epoch_2: every second epoch
+    # 'epoch_2', every second epoch, becomes a number of examples
     save_every = str(run.config['save_every'])
     if save_every.startswith('epoch_'):
         run.save_every = run.config['save_every'] = int(save_every.removeprefix('epoch_')) * run.epoch

@@ -148,7 +148,7 @@ def problem(name, value):
     if type(value) is int and abs(value) >= 2**63:
         return 'is an integer that no machine counts to'
     if name in WORDS and isinstance(value, str) and not re.fullmatch(WORDS[name], value):
-        words = WORDS[name].replace('|', ', ').replace(DIGITS, 'N')
+        words = WORDS[name].replace('|', ' or ').replace(DIGITS, 'N')
         return f'must be a number or {words}, not {value!r}'
     if name in CHOICES and value not in CHOICES[name]:
         known = [str(choice) for choice in CHOICES[name] if choice]

@@ -236,7 +236,7 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         assert sources.fingerprint(source)
     refused('~/mine/none-*.jsonl', 'no file or folder')
     assert divided(write(tmp_path, {'a:b': ROWS}) + '/a:b.jsonl')
-    write(tmp_path, {'a+b': ROWS})
+    write(tmp_path, {'a+b': ROWS, 'a+b.jsonl+c': ROWS})
     monkeypatch.chdir(tmp_path)
     for joined in (
         ['~/a+b.jsonl'],
@@ -248,6 +248,7 @@ def test_home_and_patterns(tmp_path, monkeypatch):
         ['hh', 'shp:mine'],
         ['owner/name', 'hh'],
         ['a+b.jsonl', 'hh'],
+        ['a+b.jsonl+c.jsonl', 'hh'],  # the longest that there is
         ['hh', 'shp:a+b.jsonl', '~/a+b.jsonl', 'a'],
         ['hh', ''],
     ):

@@ -159,7 +159,7 @@ KNOWN = [  # what values an option of this name can have
     ('seed', 2**32 - 1, None), ('top_p', 0.0, 'must be above 0 and at most 1, not 0.0'),
     ('attn', None, None), ('dtype', 'float16', "must be one of float32, bfloat16, not 'float16'"),
     ('attn', 'x', "must be one of sdpa, eager, flash_attention_2, flash_attention_3, not 'x'"),
-    ('against', '', 'is empty'), ('ref_model', '', 'is empty'), ('data', '', 'is empty'), ('judge_model', '', 'is empty'), ('out_dir', 'None', 'is None: give it a name'), ('system', 'None', None), ('system', '', None), ('save_every', 'auto', None), ('save_every', 'epoch_3', None), ('n', 10**9, 'must be at least 1 and at most 100000'), ('save_every', 'epoch_0', "must be a number or auto, epoch_N, not 'epoch_0'"), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
+    ('against', '', 'is empty'), ('ref_model', '', 'is empty'), ('data', '', 'is empty'), ('judge_model', '', 'is empty'), ('out_dir', 'None', 'is None: give it a name'), ('system', 'None', None), ('system', '', None), ('save_every', 'auto', None), ('save_every', 'epoch_3', None), ('n', 10**9, 'must be at least 1 and at most 100000'), ('save_every', 'epoch_0', "must be a number or auto or epoch_N, not 'epoch_0'"), ('max_tokens', 'all', "must be a number or auto, not 'all'"),
 ]
 # fmt: on
 
