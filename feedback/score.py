@@ -190,8 +190,7 @@ def main():
 def read():
     """Read all sources in --data; return (list of (task, example), Counter of skipped rows by reason).
 
-    task: 'pairs', or a task with single answers. UserError for data without answers, and if --out is one of its files
-    or another one than of scores."""
+    task: 'pairs', or one with single answers. UserError without answers, or if --out is data or no file of scores."""
     examples = []
     left_out = Counter()
     keep_data(data, out)

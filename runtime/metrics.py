@@ -28,7 +28,7 @@ def of_preferences(split, loss, chosen, rejected, is_right):
             metrics[f'divergence/{side}_per_token'] = columns['div'].sum() / n.sum()
 
     # a difference of means: the two sides may differ in their number of examples
-    metrics['rewards/margins'] = chosen['reward'].mean() - rejected['reward'].mean()
+    metrics['rewards/margins'] = metrics['rewards/chosen'] - metrics['rewards/rejected']
     metrics['rewards/accuracies'] = is_right.double().mean()
     return floats({key_of(name, split): value for name, value in metrics.items()})
 

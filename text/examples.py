@@ -187,9 +187,15 @@ class Examples:
         # the widths separate the examples; b'-' stands for no margins
         for column in (self.widths, self.good, self.margin):
             digest.update(b'-' if column is None else np.ascontiguousarray(column))
-        # not all of ids, which may have tokens of examples that select() removed
-        for start, end in self.spans.reshape(-1, 2).tolist():
-            digest.update(self.ids[start:end])
+        # stretches of pieces that follow one another, and not all of ids: select() may have removed examples
+        pieces = self.spans.reshape(-1, 2)
+        is_apart = pieces[1:, 0] != pieces[:-1, 1]
+        begins = np.flatnonzero(is_apart) + 1
+        for stretch in np.split(pieces, begins):
+            if len(stretch):
+                start = stretch[0, 0]
+                end = stretch[-1, 1]
+                digest.update(self.ids[start:end])
         return digest.hexdigest()
 
 

@@ -51,8 +51,7 @@ def flops(model, lengths, *, share, head, passes):
 def products_alone(model, tokens, predicted, dtype, device, clock):
     """Measure and return the seconds that the matrix products of linear layers take in a step with a live reference.
 
-    model: only its shapes count. tokens: of the step; predicted: those that run through the head. clock(): time in seconds, when
-    the device has done all that it was given."""
+    model: its shapes count. tokens: of a step; predicted: those through the head. clock(): seconds, once all is done."""
     total = 0.0
     # measure each shape once
     counts = collections.Counter()  # (out_features, in_features) -> number of such layers

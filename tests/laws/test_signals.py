@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -41,9 +42,9 @@ def start(out_dir, world=0, torchrun=('--standalone',), prefix=(), **environment
     words = ['-m', 'torch.distributed.run', *torchrun, f'--nproc_per_node={world}'] if world else []
     words += ['dpo.py', *FLAGS, f'--out_dir={out_dir}']
     log = open(f'{out_dir}-{random.randrange(10**9)}.txt', 'w+')
-    # torchrun starts processes, and PYTHONPATH has a module that is imported already in one that is forked
+    # a prefix is a command, and PYTHONPATH has a module that is imported already in a process that is forked
     how = {'cwd': ROOT, 'env': os.environ | environment}
-    if world or 'PYTHONPATH' in environment:
+    if prefix or 'PYTHONPATH' in environment:
         command = [*prefix, sys.executable, *words]
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **how)
     else:
@@ -253,12 +254,16 @@ def test_torchrun(tmp_path, whole):
     same(out, whole(2))
 
 
-def test_killed_at_random_moments(tmp_path):
-    """The script soak.py, short."""
+def test_killed_at_random_moments(tmp_path, monkeypatch, capsys):
+    """The script soak.py, short; what it starts is forked."""
     flags = '--kills=2', '--per_run=2', f'--seed={random.randrange(10**6)}', '--losses=beta_dpo'
-    done = python('-m', 'experiments.attack.soak', *flags, f'--folder={tmp_path}/soak')
-    survived = re.search(r'\b([2-9]) of \1 kills survived', done.stdout)
-    assert done.returncode == 0 and survived, done.stdout + done.stderr[-2000:]
+    monkeypatch.setattr(sys, 'argv', ['soak', *flags, f'--folder={tmp_path}/soak'])
+    monkeypatch.setattr(
+        subprocess, 'Popen', lambda words, cwd, env, stdout, **how: forks.Popen(words[1:], cwd, env, stdout.name)
+    )
+    soak = runpy.run_module('experiments.attack.soak')
+    code, said = soak['main'](), capsys.readouterr().out
+    assert code == 0 and re.search(r'\b([2-9]) of \1 kills survived', said), said
 
 
 def free_port():

@@ -419,7 +419,7 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
         line = arguments(world, tmp_path / f'out{i}', flags)
         argv.append(['dpo.py', *{flag.partition('=')[0]: flag for flag in line}.values()])
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'driver.py']
-    done = helpers.python(*torchrun, ROOT / 'dpo.py', json.dumps(argv), timeout=100, PYTHONPATH=ROOT)
+    done = forks.python(*torchrun, ROOT / 'dpo.py', json.dumps(argv), PYTHONPATH=ROOT)
     for number, (_, words) in enumerate(cases[:-1]):
         for rank in range(2):
             (line,) = [x for x in done.stdout.splitlines() if x.startswith(f'[{number} {rank}] ')]
