@@ -217,10 +217,9 @@ class Run:
         self.n_steps = n_steps or math.ceil(self.total / config.batch_size)
         # the state at the beginning of a run; evaluated=-1: not even at 0 examples
         self.state = {'examples': 0, 'evaluated': -1, 'bad_steps': 0, 'statistic': {}, 'max_tokens': self.max_tokens}
-        self.state['warmup'] = log.warmup_steps(config, self.n_steps)
+        # checkpoints of older versions lack 'warmup', which then was always the option
+        self.state['warmup'] = config.warmup_steps if newest else log.warmup_steps(config, self.n_steps)
         if newest:
-            # checkpoints of older versions lack 'warmup', which then was always the option
-            self.state['warmup'] = config.warmup_steps
             self.state |= checkpoint.load(newest, self.policy, self.optimizer)
         self.seen = self.state.pop('examples')  # save() takes the number as an argument
         # after a resume, the same microbatches as before, for bitwise equal sums

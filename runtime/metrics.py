@@ -105,7 +105,8 @@ def say_first_step(objective, columns, metrics):
     if not objective.needs_ref:
         say(f'note: {objective.name} has no reference: rewards, acc and margin are of the policy alone, not 0 at first')
     options = objective.options
-    tolerance = 1e-2 if options['dtype'] == 'bfloat16' or options['tf32'] else 1e-4
+    is_coarse = options['dtype'] == 'bfloat16' or options['tf32']
+    tolerance = 1e-2 if is_coarse else 1e-4
     is_same_model = objective.needs_ref and options['ref_model'] is None
     if is_same_model and max(abs(chosen), abs(rejected)) > tolerance:
         say('warning: policy and reference are one model, so the rewards should be 0 before the first step')

@@ -88,11 +88,11 @@ def flip_labels(rows):
     return [row | {'chosen': row['rejected'], 'rejected': row['chosen']} for row in rows]
 
 
-def forget_run(case):
-    """Make a run's checkpoint one of an older version, which did not write down its run; nothing seems damaged."""
+def forget_run(case, *names):
+    """Make a run's checkpoint one of an older version, which did not write down its run, nor these; nothing seems damaged."""
     (folder,) = Path(case, 'checkpoints').iterdir()
     state = folder / 'state.json'
-    change(state, ['run'])
+    change(state, ['run', *names])
     change(folder / 'manifest.json', **{'state.json': [state.stat().st_size, files.file_hash(state)]})
 
 
@@ -197,6 +197,12 @@ def test_older_versions_resume_with_a_note(here, world, capsys):
     assert 'kept no hash of evaluation examples, model, ref_model, training examples: not checked' in out
     assert metrics('dpo') == metrics(world / 'dpo')
     assert 'model' in json.loads(Path('dpo/config.json').read_text())['contents']
+    # its warm-up was the option, also in a short run
+    forget_run('sft', 'warmup')
+    change('sft/config.json', part='config', warmup_steps=150)
+    run_script('sft.py', *(flag for flag in COMMON if 'warmup' not in flag), '--model=model', '--out_dir=sft')
+    assert 'warm-up takes' not in capsys.readouterr().out
+    assert metrics('sft', 'train')[-1]['lr'] == pytest.approx(1e-2 * 2 / 151)
     copy_in('lora', 'reward')
     forget_run('lora')
     assert 'is of another model or optimizer' in sentence(run, 'lora', 'lora')
