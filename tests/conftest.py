@@ -9,6 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+# with xdist, one process only hands out the tests: torch and what imports it are imported below, where tests run
+from runtime import values
+from tests import forks
+from text import files
+
 # helpers.collect_garbage() collects it between tests
 gc.disable()
 
@@ -18,13 +23,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 # to ask whether there is a GPU must not begin its use: forked processes could not use it then
 os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
-
-import torch
-from helpers import collect_garbage, end_process_group, shrink_toy
-
-from runtime import values
-from tests import forks
-from text import files
 
 SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log attack claims trl endpoint reward sample'.split()
 
@@ -53,12 +51,16 @@ def pytest_runtestloop():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
+    from helpers import collect_garbage
+
     collect_garbage()
 
 
 @pytest.fixture(scope='session', autouse=True)
 def surroundings(tmp_path_factory):
     """No keys, no network. Tests that look into the cache set one of their own; one thread is faster for models this small."""
+    import torch
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('NANOPREF_CACHE', str(tmp_path_factory.mktemp('cache')))
         for name in ('RANK', 'HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy', *values.SECRETS):
@@ -71,6 +73,8 @@ def surroundings(tmp_path_factory):
 @pytest.fixture
 def small_toy(monkeypatch, tmp_path):
     """The toy world with 200 pairs a split in place of thousands, and a cache of the test's own."""
+    from helpers import shrink_toy
+
     shrink_toy(monkeypatch, tmp_path)
 
 
@@ -103,5 +107,7 @@ def hub(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope='module', autouse=True)
 def one_process_group():
     """Scripts that run in this process make a process group of one, which all tests of a file share."""
+    from helpers import end_process_group
+
     yield
     end_process_group()
