@@ -334,11 +334,7 @@ def evaluate(seen):
         if reward_parts:  # offline there may be none
             columns |= scorer.score_columns(examples, 'test', held_out.uid, ends=stop_ids)
         metrics.update(rollout.describe(run, examples, tokens, columns, 'eval'))
-        # the tokens of all answers lie one after the other: cut them into answers, of n tokens each, and sum over each
-        token_ratios = tokens['pi'] - tokens['ref']
-        by_answer = token_ratios.split(columns['n'].tolist())
-        scores = {name: column for name, column in columns.items() if name.startswith('score')}
-        return {'logratio': torch.stack([ratios.sum() for ratios in by_answer])} | scores
+        return {name: column for name, column in columns.items() if name.startswith(('logratio', 'score'))}
 
     # sample_batch: how many answers a rank samples side by side
     settings = {'n_written': n_eval_model_samples, 'max_new_tokens': max_new_tokens, 'max_rows': sample_batch}

@@ -319,10 +319,7 @@ def reward_bench(groups):
         missing += sizes.keys() - groups.keys()
         if present:
             # by RewardBench's rules, subsets are weighted by their published sizes, and all sections are equal
-            shares = []
-            for name in present:
-                is_right = [row['margin'] > 0 for row in groups[name]]
-                shares.append(np.mean(is_right))
+            shares = [np.mean([row['margin'] > 0 for row in groups[name]]) for name in present]
             score = np.average(shares, weights=[sizes[name] for name in present])
             section_scores.append(score)
             lines.append(f'  {section:24s} {score:.3f}')

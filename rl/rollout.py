@@ -100,7 +100,7 @@ def measure(run, ref, examples, stop):
 
     ref: the reference; may be the policy itself, which then runs without its adapters. stop: token ids that end an answer.
     Token columns: pi, ref (log-probs of policy and reference) and, with a critic, value. Answer columns: n (number of tokens),
-    start (index of the first token in the token columns), ended (whether the last token is in stop)."""
+    start (index of the first token in the token columns), ended (whether the last token is in stop), logratio (sum of pi - ref)."""
     # column 0 of widths is the prompt
     n = torch.from_numpy(examples.widths[:, 1:].flatten()).long()
     start = n.cumsum(0) - n
@@ -111,7 +111,10 @@ def measure(run, ref, examples, stop):
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last_tokens, list(stop)))
-    return tokens, {'n': n, 'start': start, 'ended': ended}
+    # the tokens of all answers lie one after the other: cut them into answers, of n tokens each, and sum over each
+    by_answer = (tokens['pi'] - tokens['ref']).split(n.tolist())
+    logratio = torch.stack([ratios.sum() for ratios in by_answer])
+    return tokens, {'n': n, 'start': start, 'ended': ended, 'logratio': logratio}
 
 
 def advantages_and_targets(config, tokens, scores, n):
@@ -140,11 +143,8 @@ def advantages_and_targets(config, tokens, scores, n):
 
 def describe(run, examples, tokens, answers, split):
     """Return the log metrics of sampled answers, name -> float. tokens, answers: columns by name. split: 'train' or 'eval'."""
-    logratio = tokens['pi'] - tokens['ref']
-    # estimates from tokens that the policy has sampled: its entropy is the mean of -pi, its KL to the reference that of pi - ref
     found = {
-        f'kl_{split}/samples': logratio.sum() / len(answers['n']),
-        f'kl_{split}/samples_per_token': logratio.mean(),
+        # an estimate from tokens that the policy has sampled, as is the KL
         f'entropy/{split}': -tokens['pi'].mean(),
         f'length/{split}': answers['n'].double().mean(),
         f'ended/{split}': answers['ended'].double().mean(),
@@ -158,4 +158,4 @@ def describe(run, examples, tokens, answers, split):
         well_formed = [toy.well_formed(answer) for _, answer in pairs]
         found[f'gold/{split}'] = torch.tensor(gold).double().mean()
         found[f'well_formed/{split}'] = torch.tensor(well_formed).double().mean()
-    return metrics.floats(found)
+    return metrics.of_samples(answers['logratio'], answers['n'], split) | metrics.floats(found)

@@ -261,7 +261,7 @@ def bad_step(run, first, rows, columns):
     # neither a gradient nor a weight can be traced to single examples: record them all
     slots = is_bad.nonzero().flatten().tolist() or range(len(rows))
     file = Path(run.config.out_dir) / 'bad_step.jsonl'
-    last = first + len(rows)
+    last = min(first + run.config.batch_size, run.total)  # in ppo.py the end of its round
     for slot in slots:
         row = int(rows[slot])
         record = {'examples': last, 'what': quantity, 'place': slot, 'index': row, 'uid': int(run.train.uid[row])}
@@ -274,7 +274,7 @@ def bad_step(run, first, rows, columns):
     run.state['bad_steps'] += 1
     count = run.state['bad_steps']
     allowed = run.config.skip_bad_steps
-    sentence = f'the {quantity} of the step from {first} to {last} examples is {state}'
+    sentence = f'the {quantity} of a step from {first} to {last} examples is {state}'
     written = f'{file} has {len(slots)} of its examples'
     if count > allowed:
         advice = f'look at them, lower the learning rate, or allow more than --skip_bad_steps={allowed}'

@@ -261,6 +261,8 @@ class Log:
         for name in self.trackers.keys() - self.failed:
             write, _close = self.trackers[name]
             self._attempt(name, write, row)
+        if seen == self.start:
+            self.began = time.perf_counter()  # the first evaluation tells nothing of the time that steps take
         before_step = seen - metrics.get('counters/step_examples', 0)
         is_due = seen // self.every > before_step // self.every
         if split != 'eval' and not is_due:

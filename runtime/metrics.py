@@ -64,10 +64,10 @@ def of_dpo(objective, columns, split):
     return metrics
 
 
-def of_samples(logratio, tokens):
+def of_samples(logratio, tokens, split='eval'):
     """Return the KL from n samples of the policy. logratio (n,): their log-prob less that of the reference; tokens (n,): lengths."""
-    per_token = (logratio.sum() / tokens.sum()).item()
-    return {'kl_eval/samples': logratio.mean().item(), 'kl_eval/samples_per_token': per_token}
+    per_token = logratio.sum() / tokens.sum()
+    return floats({f'kl_{split}/samples': logratio.mean(), f'kl_{split}/samples_per_token': per_token})
 
 
 def answers_of(objective, columns, side):

@@ -75,8 +75,12 @@ def _count(parameters, only_trained=False):
 
 
 def _lengths(run):
-    """Return the tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
-    return tokens_taken(run.train.widths, run.config.get('share_prefix', True), pad=not run.packed)
+    """Return the most tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
+    widths = run.train.widths
+    if run.task == 'prompts':  # ppo.py has yet to sample the answers, of up to so many tokens
+        answers = [run.config['max_new_tokens']] * run.config['group_size']
+        widths = np.array([[prompt, *answers] for prompt in widths[:, 0]])
+    return tokens_taken(widths, run.config.get('share_prefix', True), pad=not run.packed)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
@@ -124,7 +128,7 @@ def _check_memory(run, frozen):
         return
     # advise fewer tokens: activations must shrink by what is missing; the longest example is never divided
     share_that_fits = 1 - (total - available) / needs['activations']
-    tokens_that_fit = max(int(run.train.lengths.max()), int(tokens * share_that_fits))
+    tokens_that_fit = max(int(_lengths(run).max()), int(tokens * share_that_fits))
     advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
     say(f'warning: {text}: the system may kill this process; {advice}')
 

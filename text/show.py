@@ -266,7 +266,8 @@ def summary(run, n_eval_examples):
     train = run.train
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples
-    n_tokens = int(train.lengths.sum())
+    # to the task 'prompts' an answer is but a placeholder
+    n_tokens = int((train.widths[:, 0] if run.task == 'prompts' else train.lengths).sum())
     sizes = f'{counted(len(train), "training examples")} ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
     # n_eval_examples: how many the user wants

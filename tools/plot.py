@@ -87,18 +87,20 @@ colors = [palette[i % len(palette)] for i in range(len(runs))]
 
 for axis, (title, subtitle, curves) in zip(axes.flat, panels, strict=False):
     for curve in curves:
+        points = smoothed(curve.points, smooth) if curve.split == 'train' else curve.points
+        examples, values = np.array(points).reshape(-1, 2).T  # also without any
         # curve.extra: earlier runs are wider and lie below later ones, so that identical curves are all visible
         is_second = curve.metric == 1
         style = {'color': colors[curve.run], 'linestyle': '--' if is_second else '-'}
         if curve.split == 'train':
-            axis.plot(curve.examples, smoothed(curve.values, smooth), linewidth=1 + curve.extra, alpha=0.6, **style)
+            axis.plot(examples, values, linewidth=1 + curve.extra, alpha=0.6, **style)
             continue
         # points for evaluations, joined if there are more than two; hollow for the panel's second metric
-        style['linewidth'] = 1.5 + curve.extra if len(curve.examples) > 2 else 0
+        style['linewidth'] = 1.5 + curve.extra if len(examples) > 2 else 0
         style['markersize'] = 5 + 3 * curve.extra
         if is_second:
             style['markerfacecolor'] = 'white'
-        axis.plot(curve.examples, curve.values, marker='o', **style)
+        axis.plot(examples, values, marker='o', **style)
     entitle(axis, title, subtitle, 'training examples')
 
 if any(frontiers):

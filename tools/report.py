@@ -58,8 +58,7 @@ charts = []
 for title, subtitle, drawn in panels_of(runs):
     curves = []
     for curve in drawn:
-        values = smoothed(curve.values, smooth) if curve.split == 'train' else curve.values
-        points = list(zip(curve.examples, values, strict=True))
+        points = smoothed(curve.points, smooth) if curve.split == 'train' else curve.points
         n = max(1, math.ceil(len(points) / max_points))
         shown = {'metric': curve.metric, 'run': curve.run, 'split': curve.split, 'extra': curve.extra}
         curves.append(shown | {'points': points[::-n][::-1]})

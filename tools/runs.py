@@ -40,13 +40,12 @@ class Run(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A metric of a run in one split ('train' or 'eval'), as points with x = examples and y = values.
+    """A metric of a run in one split ('train' or 'eval'), as points (examples, value).
 
     gaps: number of values that are not finite; metric: index in the panel; run: index; extra: added width."""
 
     split: str
-    examples: list
-    values: list
+    points: list
     gaps: int
     metric: int = 0
     run: int = 0
@@ -139,13 +138,11 @@ def panels_of(runs):
         if not curves or has_better:
             continue
         # leave out outliers, which would flatten the rest; gaps: number of values that are nan or infinite
-        low, high = bounds([curve.values for curve in curves])
-        far = [value for curve in curves for value in curve.values if not low <= value <= high]
+        values = [[value for _, value in curve.points] for curve in curves]
+        low, high = bounds(values)
+        far = [value for of_curve in values for value in of_curve if not low <= value <= high]
         for i, curve in enumerate(curves):
-            drawn = [n for n, value in enumerate(curve.values) if low <= value <= high]
-            examples = [curve.examples[n] for n in drawn]
-            values = [curve.values[n] for n in drawn]
-            curves[i] = curve._replace(examples=examples, values=values)
+            curves[i] = curve._replace(points=[(x, value) for x, value in curve.points if low <= value <= high])
         if far:
             farthest = max(far, key=abs)
             subtitle += f'; outside: {len(far)}, such as {farthest:.3g}'
@@ -165,11 +162,11 @@ def curves_of(metrics, runs):
         train = [curve(run, 'train', metric) for run in runs]
         evaluations = [curve(run, 'eval', metric) for run in runs]
         # training log-probs vary with the lengths of the answers: draw only evaluations, if there are two or more
-        if metric.startswith('logps') and any(len(one.examples) > 1 for one in evaluations):
+        if metric.startswith('logps') and any(len(one.points) > 1 for one in evaluations):
             train = []
         for curves in (train, evaluations):
             for i, one in enumerate(curves):
-                if one.examples or one.gaps:
+                if one.points or one.gaps:
                     found.append(one._replace(metric=number, run=i, extra=extras[i]))
     return found
 
@@ -181,9 +178,7 @@ def curve(run, split, metric):
     points = [(row['counters/examples'], value_of(row, split, metric)) for row in rows]
     points = [(x, value) for x, value in points if value is not None]
     finite = [(x, value) for x, value in points if math.isfinite(value)]
-    examples = [x for x, _ in finite]
-    values = [value for _, value in finite]
-    return Curve(split, examples, values, gaps=len(points) - len(finite))
+    return Curve(split, finite, gaps=len(points) - len(finite))
 
 
 def bounds(curves):
@@ -205,11 +200,12 @@ def bounds(curves):
     return high - size, low + size
 
 
-def smoothed(values, fraction):
-    """Return the trailing moving average of values. fraction: window size as a share of len(values); 0: no smoothing."""
-    size = max(1, round(fraction * len(values)))
+def smoothed(points, fraction):
+    """Return points (x, value) with the trailing moving averages of values. fraction: window, a share of all points; 0: no smoothing."""
+    size = max(1, round(fraction * len(points)))
     # sums[k]: the sum of the first k values
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
+    sums = np.cumsum([0.0, *(value for _, value in points)])
+    ends = np.arange(1, len(points) + 1)
     starts = np.maximum(0, ends - size)
-    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    averages = (sums[ends] - sums[starts]) / (ends - starts)
+    return [(x, average) for (x, _), average in zip(points, averages.tolist(), strict=True)]

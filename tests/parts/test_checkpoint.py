@@ -616,7 +616,7 @@ def tokens(task):
 def test_bad_step_stops_before_the_weights_are_touched(tmp_path, monkeypatch, whole, flags):
     # the first call tries the formula out, before the run
     poison(monkeypatch, 'dpo', [4], [1, 4])
-    with pytest.raises(UserError, match='the step from 24 to 36 .* is not finite; .*bad_step.jsonl has 2 of its'):
+    with pytest.raises(UserError, match='a step from 24 to 36 .* is not finite; .*bad_step.jsonl has 2 of its'):
         run(tmp_path / 'run', *flags)
     bad = read_jsonl(tmp_path / 'run/bad_step.jsonl')
     assert {row['examples'] for row in bad} == {36} and all(row['loss'] == 'nan' for row in bad)
@@ -638,7 +638,7 @@ def test_a_skipped_step_leaves_the_statistic(tmp_path, monkeypatch, whole):
 def test_bad_step_of_ppo_names_prompts_of_the_training_set(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(formulas, 'grpo', lambda pi, *rest, **options: pi * torch.nan)
     flags = '--loss=grpo --group_size=3 --reward_model=gold --max_new_tokens=4 --minibatch_size=6'.split()
-    with pytest.raises(UserError, match=r'the step from 0 to 6 examples is not finite; .* has 6 of its examples'):
+    with pytest.raises(UserError, match=r'a step from 0 to 12 examples is not finite; .* has 6 of its examples'):
         run(tmp_path / 'run', *flags, script='ppo.py')
     bad, train = read_jsonl(tmp_path / 'run/bad_step.jsonl'), tokens('prompts')
     places = [row['index'] for row in bad]
@@ -655,9 +655,7 @@ def test_a_step_without_weight_is_bad(tmp_path, monkeypatch, whole):
         return torch.ones_like(loss) * (not loss.requires_grad or next(calls) != 2)
 
     monkeypatch.setattr(losses, 'drdpo_weight', weigh)
-    with pytest.raises(
-        UserError, match=r'the weight of the step from 24 to 36 examples is 0; .* has 12 of its examples'
-    ):
+    with pytest.raises(UserError, match=r'the weight of a step from 24 to 36 examples is 0; .* has 12 of its examples'):
         run(tmp_path / 'run', '--beta_prime=1')
     assert {row['what'] for row in read_jsonl(tmp_path / 'run/bad_step.jsonl')} == {'weight'}
 
@@ -666,9 +664,9 @@ def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, 
     """One infinite gradient is skipped; the second, after a resume, is beyond the number allowed."""
     flags = ['--skip_bad_steps=1', '--lr_schedule=cosine']
     poison(monkeypatch, 'sft', [3, 5], None)
-    with pytest.raises(UserError, match='the gradient of the step from 48 to 60 .*allow more than --skip_bad_steps=1'):
+    with pytest.raises(UserError, match='the gradient of a step from 48 to 60 .*allow more than --skip_bad_steps=1'):
         run(tmp_path / 'run', *flags, script='sft.py')
-    said = 'warning: the gradient of the step from 24 to 36 examples is not finite; .* has 12 of its examples: skipped, 1 of 1 allowed'
+    said = 'warning: the gradient of a step from 24 to 36 examples is not finite; .* has 12 of its examples: skipped, 1 of 1 allowed'
     assert re.search(said, capsys.readouterr().out)
     train = metrics(tmp_path / 'run', 'train')
     assert [r['counters/bad_steps'] for r in train] == [0, 0, 1, 1] and 'grad_norm' not in train[2]
@@ -677,7 +675,7 @@ def test_skipped_steps_are_counted_and_leave_the_weights(tmp_path, monkeypatch, 
     assert all(before[k].equal(after[k]) for k in before)  # weights and optimizer: nothing was touched
     monkeypatch.undo()
     poison(monkeypatch, 'sft', [1], [0])
-    with pytest.raises(UserError, match='the loss of the step from 48 to 60 .*allow more than --skip_bad_steps=1'):
+    with pytest.raises(UserError, match='the loss of a step from 48 to 60 .*allow more than --skip_bad_steps=1'):
         run(tmp_path / 'run', *flags, script='sft.py')
     bad = [row['examples'] for row in read_jsonl(tmp_path / 'run/bad_step.jsonl')]
     assert bad == [36] * 12 + [60]  # the unfinished step's rows are there once
@@ -816,11 +814,20 @@ def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world
         for rank in range(world_size // tp)
     ]
     largest, is_step = max(map(max, made)), packed and max(map(len, made)) == 1
-    run = SimpleNamespace(config=config, train=examples, packed=packed)
+    run = SimpleNamespace(config=config, train=examples, packed=packed, task='pairs')
     tokens, found = room._largest_batch(run, max_tokens)
     assert largest <= tokens <= 2.5 * largest and found == is_step
     # a microbatch of half a step is none
     assert not packed or room._largest_batch(run, tokens // 2) == (max(tokens // 2, 390), False)
+
+
+@pytest.mark.parametrize(('share', 'tokens'), [(True, [56, 58]), (False, [116, 124])])
+def test_sampled_answers_take_what_they_may(share, tokens):
+    """Prompts of 20 and 22 tokens with four answers of up to 9 tokens each; the answers of their rows are but placeholders."""
+    examples = Examples.of([(np.arange(20), [np.arange(70)]), (np.arange(22), [np.arange(2)])])
+    config = {'share_prefix': share, 'group_size': 4, 'max_new_tokens': 9}
+    run = SimpleNamespace(config=config, train=examples, packed=True, task='prompts')
+    assert room._lengths(run).tolist() == tokens
 
 
 def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import time
@@ -206,6 +207,18 @@ def test_rows_of_before_that_stay(tmp_path, start, evaluated, left):
     write_jsonl(tmp_path / 'metrics.jsonl', rows)
     log.cut_back(tmp_path, start, evaluated)
     assert [row['split'] for row in read_jsonl(tmp_path / 'metrics.jsonl')] == left
+
+
+def test_the_time_left_is_that_of_steps(tmp_path, monkeypatch, capsys):
+    """Of a run that goes on after 8 examples: 100 seconds until its first evaluation has ended, then a second for 8 examples."""
+    clock = iter([0, 100, 101, 102])
+    monkeypatch.setattr(log.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    logger = log.Log(tmp_path, 108, 8, 1)
+    logger.row('eval', 8, {'loss/eval': 1.0})
+    for seen in (16, 24):
+        logger.row('train', seen, {'loss/train': 1.0, 'counters/step_examples': 8})
+    assert re.findall(r'\d:\d\d left', capsys.readouterr().out) == ['0:11 left', '0:10 left']
 
 
 def test_per_second():

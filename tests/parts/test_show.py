@@ -120,7 +120,10 @@ def test_the_first_example_of_a_run():
     def first(answers, task, n_eval=0, n_notes=0):
         run = SimpleNamespace(train=Examples.of([(ids['a '], answers)]), held_out=[], total=1)
         run.tokenizer, run.task, run.config = tokenizer, task, Config(n_examples=None, batch_size=1)
-        _, *notes, shown = text.show.summary(run, n_eval)
+        sizes, *notes, shown = text.show.summary(run, n_eval)
+        # an answer to the task 'prompts' is only a placeholder
+        n_tokens = sum(map(len, [ids['a '], *answers][: 1 if task == 'prompts' else None]))
+        assert f'1 training example ({n_tokens} tokens)' in sizes
         assert str(notes).count('note: there is nothing to evaluate on') == len(notes) == n_notes
         return shown
 
