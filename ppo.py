@@ -268,10 +268,9 @@ def run_minibatch(step, this_round):
             weight = weight / batch.n[batch.answer]
         (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
 
-        # how far the policy has moved since sampling; approx_kl is formulas.kl_penalty(old, pi)
-        ratio = (pi - columns['old']).detach().exp()
-        is_clipped = (ratio - 1).abs() > clip
-        approx_kl = ratio - 1 - ratio.log()
+        # how far the policy has moved since sampling
+        is_clipped = torch.expm1(pi - columns['old']).abs() > clip
+        approx_kl = formulas.kl_penalty(columns['old'], pi)
         terms = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
         terms |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
         for name, column in terms.items():

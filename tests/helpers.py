@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -179,6 +180,13 @@ def metrics(folder, split=None, without=SPEEDS):
     """Rows of a run's metrics.jsonl, of one split or all, without what depends on the machine."""
     rows = [row for row in read_jsonl(Path(folder) / 'metrics.jsonl') if split in (None, row['split'])]
     return [{name: value for name, value in row.items() if not name.endswith(without)} for row in rows]
+
+
+def undocumented(folder):
+    """Names in the metrics.jsonl of all runs in a folder that docs/numbers.md lacks, where S stands for train or eval."""
+    text = (ROOT / 'docs/numbers.md').read_text()
+    found = {name for file in Path(folder).rglob('metrics.jsonl') for row in read_jsonl(file) for name in row}
+    return {name for name in found if f'`{name}`' not in text and f'`{re.sub("train|eval", "S", name)}`' not in text}
 
 
 def tensors(folder, pattern='*.safetensors'):

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assistant, launch, metrics, same_bits, tensors, user, write_jsonl
+from helpers import assistant, launch, metrics, same_bits, tensors, undocumented, user, write_jsonl
 from ties import same_gradients, same_runs, same_weights
 
 import data
@@ -123,6 +123,10 @@ def test_sharding_law(runs, case):
     for world, size in list(shardings(case))[1:]:
         agree(runs / str(world) / f'{case}-{size}', reference)
         same_gradients(tensors(runs / str(world), f'{case}-{size}.safetensors'), expected, limits)
+
+
+def test_every_number_of_these_runs_is_explained(runs):
+    assert undocumented(runs) == set()
 
 
 @pytest.mark.parametrize(('world', 'size', 'mode'), MODES)

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from helpers import launch, metrics, same_bits, tensors
+from helpers import launch, metrics, same_bits, tensors, undocumented
 from ties import same_gradients, same_runs
 
 ONE, MANY = 4096, 110  # tokens of a microbatch: a whole minibatch, or a few answers
@@ -81,6 +81,10 @@ def test_improves_the_toy_model(runs, mode):
     wanted += 'kl_train/samples kl_train/samples_per_token gold/train ended/train' if mode != 'offline' else ''
     trained = metrics(runs / f'toy-{mode}', 'train')
     assert trained[-1].keys() >= set(wanted.split()) and all(0 < row['approx_kl/train'] < 0.2 for row in trained)
+
+
+def test_every_number_of_these_runs_is_explained(runs):
+    assert undocumented(runs) == set()
 
 
 def test_resumes_bit_exactly(runs):
