@@ -178,8 +178,12 @@ def loss_and_weight(measured, step_columns, slots):
     measured: columns of measure(batch). step_columns: columns of the whole step (statistic, labels). slots: index in the step of
     each example in the microbatch; -1 for a filler, which takes those of the step's last example: run_step masks its loss."""
     columns = measured | {name: move(values[slots], run.device) for name, values in step_columns.items()}
-    # the formula of losses.py, called with what its signature names, and what importance and sft_coef put on top of it
-    loss = objective.loss(columns)
+    # the formula of losses.py, called with what its signature names: columns, options, log-ratios (ratio_w = pi_w - ref_w)
+    loss = objective.call(objective.fn, columns)
+    if objective.options['importance']:
+        loss = loss * objective.call(losses.importance, columns)
+    if objective.options['sft_coef']:
+        loss = loss + sft_coef * losses.sft(measured['pi_w'], measured['n_w'])
     return loss, columns.get('weight', torch.ones_like(loss))  # beta_dpo's statistic gives weights
 
 
@@ -264,7 +268,7 @@ def check_first_step():
         raise UserError('before the first step the loss is no number: weights of the model or its reference are broken')
     found = summary(columns, 'train')
     run.logger.row('check', 0, found)
-    metrics.say_first_step(objective, columns, found)
+    metrics.say_first_step(objective, columns, found, loss_and_weight)
     run.policy.reshard()  # policy.parameters() are the trained weights again, of which somebody may take a mean
 
 

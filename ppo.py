@@ -249,7 +249,7 @@ def run_minibatch(step, this_round):
     step: a data.Step whose rows are examples of this_round, a rollout.Round. Sums: loss and value_loss (weighted), clipped (number
     of clipped ratios), approx_kl (estimate of KL(sampling policy || current one)). Gradients of the weighted loss accumulate
     as the sum over all tokens, divided by the number of ranks."""
-    sums = {}  # of this rank
+    sums = Counter()  # of this rank
     # name -> (tokens,): all tokens of the round
     round_columns = move({name: column.float() for name, column in this_round.tokens.items()}, run.device)
     for batch in step.batches:
@@ -268,13 +268,13 @@ def run_minibatch(step, this_round):
             weight = weight / batch.n[batch.answer]
         (weight * (policy_loss + vf_coef * value_loss)).sum().backward()
 
-        # how far the policy has moved since sampling
+        # how far the policy has moved since sampling; a filler has not
         is_clipped = torch.expm1(pi - columns['old']).abs() > clip
         approx_kl = formulas.kl_penalty(columns['old'], pi)
         terms = {'loss': weight * policy_loss, 'value_loss': weight * value_loss}
-        terms |= {'clipped': is_real * is_clipped, 'approx_kl': is_real * approx_kl}
+        terms |= {'clipped': is_clipped, 'approx_kl': approx_kl}
         for name, column in terms.items():
-            sums[name] = sums.get(name, 0) + column.detach().double().sum().view(1)  # (1,)
+            sums[name] += column.detach().double().sum().view(1)  # (1,)
     # add up over ranks: each rank's sum is one number of a column, (ranks,)
     by_rank = fsdp.gather_columns(sums, slots=[run.rank], total=run.world_size)
     return {name: column.sum().item() for name, column in by_rank.items()}
@@ -296,8 +296,8 @@ def train_round(this_round):
         with errors.on_full_memory_of(step.batches, run.max_tokens):
             sums = run_minibatch(step, this_round)
         # numbers of each answer for bad_step.jsonl, (answers,); the loss is known for the whole step only
-        tables = {name: this_round.answers[name].view(-1, answers_per_prompt) for name in ('score', 'n')}
-        columns = {name: table[rows].double().flatten() for name, table in tables.items()}
+        numbers = (answers_per_prompt * rows[:, None] + np.arange(answers_per_prompt)).flatten()
+        columns = {name: this_round.answers[name][numbers].double() for name in ('score', 'n')}
         columns['loss'] = torch.full_like(columns['n'], sums['loss'])
         n = int(columns['n'].sum())
         total_weight = len(columns['n']) if per_answer else n

@@ -100,7 +100,7 @@ def _compute(run, model, examples):
             tables = [model.response_logps(batch).view(-1, n_answers) for batch in step.batches]
         by_batch = [dict(enumerate(table.T)) for table in tables]  # {0: of first answers, 1: of second ones}
         columns = fsdp.gather(by_batch, step)  # of all ranks together
-        result[rows] = torch.stack([columns[number] for number in range(n_answers)], dim=1)
+        result[rows] = torch.stack(list(columns.values()), dim=1)
         bar.update(len(rows))
     bar.close()
     return result

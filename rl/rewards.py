@@ -88,7 +88,7 @@ class Reward:
                 values, late = ranks.from_rank_0(partial(self._call_function, part, examples, split, uids, ends))
                 late_by_part.append(late)
             elif part.function_or_model == 'gold':
-                values = [toy.gold(prompt, answer) for prompt, answer in texts(examples, self.tokenizer)]
+                values = [toy.gold(*pair) for pair in texts(examples, self.tokenizer)]
             else:
                 items = [(prompt, answer) for prompt, answers in examples for answer in answers]
                 reward_model, tokenizer = self.reward_models[part]

@@ -111,9 +111,8 @@ def measure(run, ref, examples, stop):
     ends = examples.spans[:, 1:, 1].flatten()
     last_tokens = examples.ids[ends - 1]
     ended = torch.from_numpy(np.isin(last_tokens, list(stop)))
-    # the tokens of all answers lie one after the other: cut them into answers, of n tokens each, and sum over each
-    by_answer = (tokens['pi'] - tokens['ref']).split(n.tolist())
-    logratio = torch.stack([ratios.sum() for ratios in by_answer])
+    # the tokens of all answers lie one after the other: sum over each answer, of n tokens
+    logratio = torch.segment_reduce(tokens['pi'] - tokens['ref'], 'sum', lengths=n)
     return tokens, {'n': n, 'start': start, 'ended': ended, 'logratio': logratio}
 
 
@@ -142,20 +141,16 @@ def advantages_and_targets(config, tokens, scores, n):
 
 
 def describe(run, examples, tokens, answers, split):
-    """Return the log metrics of sampled answers, name -> float. tokens, answers: columns by name. split: 'train' or 'eval'."""
-    found = {
-        # an estimate from tokens that the policy has sampled, as is the KL
-        f'entropy/{split}': -tokens['pi'].mean(),
-        f'length/{split}': answers['n'].double().mean(),
-        f'ended/{split}': answers['ended'].double().mean(),
-    }
+    """Return log metrics of sampled answers, of which entropy and KL are estimates. tokens, answers: columns. split: train or eval."""
+    found = {f'entropy/{split}': -tokens['pi'].mean(), f'length/{split}': answers['n'].double().mean()}
     for name, column in answers.items():
-        if name.startswith(('score', 'late')):
-            found[f'{name}/{split}'] = column.mean()
+        if name.startswith(('ended', 'score', 'late')):
+            found[f'{name}/{split}'] = column.double().mean()
     if run.config.data == 'toy':
         pairs = texts(examples, run.tokenizer)
-        gold = [toy.gold(prompt, answer) for prompt, answer in pairs]
+        gold = [toy.gold(*pair) for pair in pairs]
         well_formed = [toy.well_formed(answer) for _, answer in pairs]
-        found[f'gold/{split}'] = torch.tensor(gold).double().mean()
-        found[f'well_formed/{split}'] = torch.tensor(well_formed).double().mean()
-    return metrics.of_samples(answers['logratio'], answers['n'], split) | metrics.floats(found)
+        found[f'gold/{split}'] = np.mean(gold)
+        found[f'well_formed/{split}'] = np.mean(well_formed)
+    kl = metrics.of_samples(answers['logratio'], answers['n'], split)
+    return kl | metrics.floats(found)

@@ -90,14 +90,15 @@ def floats(metrics):
     return {name: round(number, 10) for name, number in numbers.items() if not math.isnan(number)}
 
 
-def say_first_step(objective, columns, metrics):
+def say_first_step(objective, columns, metrics, loss_and_weight):
     """Print loss and rewards before the first step, and what this loss should be. Warns if rewards should be 0, and are not."""
     # a step of single answers may have no chosen or no rejected one, and then no such metric
     chosen = metrics.get('rewards_train/chosen', 0.0)
     rejected = metrics.get('rewards_train/rejected', 0.0)
     sentence = f'step 0: rewards {chosen:z.6f}, {rejected:z.6f}; loss {columns["loss"].mean():.6f}'
     if objective.needs_ref:
-        sentence += f' ({objective.name} of a policy that is its reference: {objective.loss_of_reference(columns):.6f})'
+        loss, _weight = loss_and_weight(objective.as_reference(columns), {}, ())
+        sentence += f' ({objective.name} of a policy that is its reference: {loss.mean():.6f})'
     say(sentence)
     # say what acc and margin on the screen mean, if they are not of pairs or not relative to a reference
     if not objective.paired:

@@ -90,19 +90,8 @@ class Objective(NamedTuple):
                 known[f'ratio{suffix}'] = log_probs - ref_log_probs
         return call(fn, known)
 
-    def loss(self, columns):
-        """Return the loss of each example, (examples,): the formula of losses.py, and what options put on top of it."""
-        import losses  # here, because losses.py, run as a script, needs this file
-
-        loss = self.call(self.fn, columns)
-        if self.options['importance']:
-            loss = loss * self.call(losses.importance, columns)
-        if self.options['sft_coef']:
-            loss = loss + self.options['sft_coef'] * losses.sft(columns['pi_w'], columns['n_w'])
-        return loss
-
-    def loss_of_reference(self, columns):
-        """Return the mean loss that a step would have if the reference were equal to the policy. columns: those of the step."""
+    def as_reference(self, columns):
+        """Return the columns that a step of these columns would have if the reference were equal to the policy."""
         # ref_w = pi_w, ref_l = pi_l, ...: then call() makes log-ratios of 0
         columns = columns | {name.replace('pi', 'ref'): x for name, x in columns.items() if name.startswith('pi')}
         if self.statistic:
@@ -110,7 +99,7 @@ class Objective(NamedTuple):
             columns['ratio_kl'] = torch.zeros_like(columns['loss'])
             new_columns, _state = self.call(self.statistic, columns | {'state': {}, 'generator': torch.Generator()})
             columns |= new_columns
-        return self.loss(columns).mean()
+        return columns
 
 
 def objective_of(config, losses, statistics):

@@ -77,10 +77,10 @@ def _count(parameters, only_trained=False):
 def _lengths(run):
     """Return the most tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
     widths = run.train.widths
+    config = run.config
     if run.task == 'prompts':  # ppo.py has yet to sample the answers, of up to so many tokens
-        answers = [run.config['max_new_tokens']] * run.config['group_size']
-        widths = np.array([[prompt, *answers] for prompt in widths[:, 0]])
-    return tokens_taken(widths, run.config.get('share_prefix', True), pad=not run.packed)
+        widths = np.pad(widths[:, :1], ((0, 0), (0, config['group_size'])), constant_values=config['max_new_tokens'])
+    return tokens_taken(widths, config.get('share_prefix', True), pad=not run.packed)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):

@@ -267,7 +267,8 @@ def summary(run, n_eval_examples):
     n_held_out = len(run.held_out)
     n_examples = run.config.n_examples
     # to the task 'prompts' an answer is but a placeholder
-    n_tokens = int((train.widths[:, 0] if run.task == 'prompts' else train.lengths).sum())
+    n_read = train.widths[:, 0] if run.task == 'prompts' else train.lengths
+    n_tokens = int(n_read.sum())
     sizes = f'{counted(len(train), "training examples")} ({n_tokens:,} tokens) and {n_held_out:,} to evaluate on'
     changed, notes = in_words(train.left_out)
     # n_eval_examples: how many the user wants

@@ -12,7 +12,6 @@ guard.watch(__name__)  # before the heavy imports
 
 import math
 import statistics
-import sys
 import textwrap
 from pathlib import Path
 
@@ -20,14 +19,14 @@ import numpy as np
 
 from configurator import UserError, configure
 from text.examples import counted
-from tools.runs import gold, labels, panels_of, read, smoothed, value_of
+from tools.runs import arguments, gold, labels, panels_of, read, smoothed, value_of
 
 # the picture
 out = 'plot.png'  # the extension decides the format (png, pdf, svg)
 smooth = 0.04  # moving average of training curves, as a fraction of the run's steps; 0: none
 width = 13.0  # inches
-config = configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
-folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
+flags, folders = arguments()
+config = configure(globals(), flags)
 
 
 def entitle(axis, title, subtitle, xlabel):

@@ -11,7 +11,6 @@ guard.watch(__name__)  # before the heavy imports
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from configurator import UserError, configure
@@ -19,7 +18,7 @@ from feedback.answers import read_verdicts
 from runtime.files import replace_text
 from runtime.log import SHOWN
 from text.examples import counted
-from tools.runs import differing, gold, labels, panels_of, read, read_options, smoothed, value_of
+from tools.runs import arguments, differing, gold, labels, panels_of, read, read_options, smoothed, value_of
 
 # the page, and what is drawn
 out = 'report.html'  # the page
@@ -29,8 +28,8 @@ max_points = 300  # of a curve; longer ones are thinned out
 max_samples = 100  # sampled prompts of a run, newest first
 max_pairs = 300  # judged pairs of a folder
 max_letters = 5000  # longer texts are cut
-config = configure(globals(), [word for word in sys.argv[1:] if word.startswith('-')])
-folders = [Path(word) for word in sys.argv[1:] if not word.startswith('-')]
+flags, folders = arguments()
+config = configure(globals(), flags)
 
 
 def cut(text):

@@ -1,7 +1,9 @@
 """Read run folders for plot.py and report.py: options, metrics and samples, and from them the names and curves of the runs."""
 
+import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +52,13 @@ class Curve(NamedTuple):
     metric: int = 0
     run: int = 0
     extra: float = 0.0
+
+
+def arguments():
+    """Return the command line's words with a dash, flags, and the Paths of all others, the folders of runs."""
+    words = sys.argv[1:]
+    flags = [word for word in words if word.startswith('-')]
+    return flags, [Path(word) for word in words if word not in flags]
 
 
 def read(folder):
@@ -140,7 +149,7 @@ def panels_of(runs):
         # leave out outliers, which would flatten the rest; gaps: number of values that are nan or infinite
         values = [[value for _, value in curve.points] for curve in curves]
         low, high = bounds(values)
-        far = [value for of_curve in values for value in of_curve if not low <= value <= high]
+        far = [value for value in itertools.chain(*values) if not low <= value <= high]
         for i, curve in enumerate(curves):
             curves[i] = curve._replace(points=[(x, value) for x, value in curve.points if low <= value <= high])
         if far:

@@ -52,9 +52,14 @@ def test_same_numbers_as_the_live_reference(run, tmp_path, loss):
     assert len(caches(tmp_path)) == 2  # training and evaluation
 
 
-def test_terms_on_top_of_the_formula(run, tmp_path):
-    """Both log-ratios are -log 2, so DPO's loss is log 2 and the importance 1/2; NLL 2 over 4 tokens, half of it added."""
+def test_terms_on_top_of_the_formula(run, tmp_path, capsys):
+    """Both log-ratios are -log 2, so DPO's loss is log 2 and the importance 1/2; NLL 2 over 4 tokens, half of it added.
+
+    The line `step 0` has these terms on both sides: what the loss is, and what it must be."""
     scope = run_script('dpo.py', *FLAGS, '--loss=dpo', '--importance', '--sft_coef=0.5', f'--out_dir={tmp_path}/run')
+    said = re.search(r'step 0: .* loss (\S+) \(dpo of a policy that is its reference: (\S+)\)', capsys.readouterr().out)
+    loss, wanted = map(float, said.groups())
+    assert loss == pytest.approx(wanted, abs=2e-6) and loss > 1
     measured = {'pi_w': -2.0, 'ref_w': math.log(2) - 2, 'n_w': 4.0, 'pi_l': -3.0, 'ref_l': math.log(2) - 3, 'n_l': 5.0}
     measured = {name: torch.tensor([value]) for name, value in measured.items()}
     loss, weight = scope['loss_and_weight'](measured, {}, torch.tensor([0]))
