@@ -186,7 +186,8 @@ def undocumented(folder):
     """Names in the metrics.jsonl of all runs in a folder that docs/numbers.md lacks, where S stands for train or eval."""
     text = (ROOT / 'docs/numbers.md').read_text()
     found = {name for file in Path(folder).rglob('metrics.jsonl') for row in read_jsonl(file) for name in row}
-    return {name for name in found if f'`{name}`' not in text and f'`{re.sub("train|eval", "S", name)}`' not in text}
+    general = {name: re.sub('train|eval', 'S', re.sub('^score_[a-z]+', 'score_NAME', name)) for name in found}
+    return {name for name in found if f'`{name}`' not in text and f'`{general[name]}`' not in text}
 
 
 def tensors(folder, pattern='*.safetensors'):
