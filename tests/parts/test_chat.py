@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,14 +355,16 @@ def test_a_tokenizer_in_python():
     plain, marked = encode_texts(['hi', f'hi {MARK}</s>{UNMARK} x'], t)
     assert plain == t('hi', add_special_tokens=False)['input_ids'] == marked[:2]
     assert t.eos_token_id not in marked and t.decode(marked) == 'hi </s> x'
+    knows_nothing = tokenizers.Tokenizer(tokenizers.models.BPE())
+    assert not chat.puts_space(transformers.PreTrainedTokenizerFast(tokenizer_object=knows_nothing))
 
 
 def test_what_a_template_writes_around_turns_is_special_too():
-    """Some tokenizers have the marks of turns as added tokens that are not special; <think> is one that people may write."""
+    """Some tokenizers have the marks of turns as added tokens that are not special; people may write <think> and line breaks."""
     t = toy.tokenizer()
-    t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>'])
+    t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>', '\n'])
     t.chat_template = THINKS
-    examples = ids_of(t, {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>c')]}, task='sft')
+    examples = ids_of(t, {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>\nc')]}, task='sft')
     prompt, (answer,) = examples[0]
     end, think = t.convert_tokens_to_ids(['<|im_end|>', '<think>'])
     assert (prompt == end).sum() == 1 and (answer == end).sum() == 1 and (answer == think).sum() == 2
@@ -435,6 +438,7 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     ('{{ nonsense', pair(), 'the chat template of .* a mistake in line 1: unexpected end of template'),
     # these are of the row, and left out if asked for
     ("{{ raise_exception('no such role\nhere') }}", pair(), 'refuses an example: no such role here'),
+    ("{{ raise_exception('') }}", pair(), 'refuses an example: TemplateError'),
     (CHATML, pair([]), 'there is no message before the answer'),
     (OPENS.replace("{{ '<", "{{ '+-'[not add_generation_prompt] + '<", 1), pair(), 'differently from the prompt it asks to continue'),
     (OPENS_ANSWER, pair(), "differently from the prompt it asks to continue: where that has '<answer>"),
@@ -459,7 +463,7 @@ def test_the_limits_of_a_template_are_those_of_the_docs():
     assert (chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES, messages.LONGEST) == (20, 2**30, 10_000_000)
 
 
-def test_a_template_has_memory_beside_that_of_the_process():
+def test_a_template_has_memory_beside_that_of_the_process(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     for soft, expected in ((before[0], now + 2**30), (now + 2**29, now + 2**29)):
@@ -468,6 +472,12 @@ def test_a_template_has_memory_beside_that_of_the_process():
             limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         assert abs(limit - expected) < 2**26 and resource.getrlimit(resource.RLIMIT_AS)[0] == soft
     resource.setrlimit(resource.RLIMIT_AS, before)
+    # nothing is limited in a thread, where a signal cannot be handled, nor where no file tells the memory
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(chat._limits().__enter__).result()
+    monkeypatch.setattr(chat, 'Path', lambda _: Path('/nowhere'))
+    with chat._limits():
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_messages_have_a_limit(tmp_path, monkeypatch):
