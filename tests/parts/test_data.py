@@ -881,6 +881,8 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         assert read_back(batch) == last_and_answers(mine)
         assert len(batch.slot) == 1 or batch.ids.numel() <= max_tokens
         assert not cached or batch.ref.tolist() == [answer[0] for _, answers in mine for answer in answers]
+    # a filler has a reference of the same kind
+    assert not cached or {batch.ref.dtype for batches, *_ in ranks for batch in batches} == {torch.float32}
     # tokens, and tokens with padding
     _, real, allocated = ranks[0]
     separate = sum(len(p) + len(a) for p, answers in groups for a in answers)
