@@ -881,8 +881,6 @@ def test_ranks_share_a_step_out(groups, world, max_tokens, layout, cached, rando
         assert read_back(batch) == last_and_answers(mine)
         assert len(batch.slot) == 1 or batch.ids.numel() <= max_tokens
         assert not cached or batch.ref.tolist() == [answer[0] for _, answers in mine for answer in answers]
-    # a filler has a reference of the same kind
-    assert not cached or {batch.ref.dtype for batches, *_ in ranks for batch in batches} == {torch.float32}
     # tokens, and tokens with padding
     _, real, allocated = ranks[0]
     separate = sum(len(p) + len(a) for p, answers in groups for a in answers)
@@ -895,7 +893,10 @@ def test_two_layouts():
     packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])
     assert packed.mask is None and padded.mask is not None
-    assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair
+    assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair, and has a reference of the same type
+    one = Examples.of(groups[:1])
+    one.ref = np.zeros((1, 2), np.float32)
+    assert [data.make_batches(one, np.array([0]), rank, 2, 99)[0][0].ref.dtype for rank in range(2)] == [torch.float32] * 2
     widths = np.array([[5, 2, 3], [1, 4, 1]])
     taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
     assert taken == [[10, 6], [15, 7], [16, 10]]
