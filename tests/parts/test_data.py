@@ -896,7 +896,9 @@ def test_two_layouts():
     assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair, and has a reference of the same type
     one = Examples.of(groups[:1])
     one.ref = np.zeros((1, 2), np.float32)
-    assert [data.make_batches(one, np.array([0]), rank, 2, 99)[0][0].ref.dtype for rank in range(2)] == [torch.float32] * 2
+    for rank in range(2):
+        ((batch,), *_) = data.make_batches(one, np.array([0]), rank, 2, 99)
+        assert batch.ref.dtype == torch.float32
     widths = np.array([[5, 2, 3], [1, 4, 1]])
     taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
     assert taken == [[10, 6], [15, 7], [16, 10]]
