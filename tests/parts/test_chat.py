@@ -355,6 +355,9 @@ def test_a_tokenizer_in_python():
     plain, marked = encode_texts(['hi', f'hi {MARK}</s>{UNMARK} x'], t)
     assert plain == t('hi', add_special_tokens=False)['input_ids'] == marked[:2]
     assert t.eos_token_id not in marked and t.decode(marked) == 'hi </s> x'
+    # what puts no space before a text takes each by itself
+    t = KINDS['wordpiece']
+    assert encode_texts(['no'], t, before=['hi']) == [t('no', add_special_tokens=False)['input_ids']]
     knows_nothing = tokenizers.Tokenizer(tokenizers.models.BPE())
     assert not chat.puts_space(transformers.PreTrainedTokenizerFast(tokenizer_object=knows_nothing))
 
