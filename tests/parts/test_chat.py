@@ -145,7 +145,7 @@ THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
     (SYSTEMLESS, pair([SYSTEM, user('hi')]), 'pairs', [ASKED, 'yes<|im_end|>', 'no<|im_end|>'], {CHANGED: 1}),
     # a text beside a chat is a message; two texts are no chat
     (CHATML, {'prompt': 'hi', 'response': [assistant('yes')]}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
-    (CHATML, {'prompt': [user('hi')], 'response': 'yes'}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
+    (CHATML, {'prompt': [user('hi')], 'response': 'y'}, 'sft', [ASKED, 'y<|im_end|>'], {}),
     (CHATML, {'prompt': 'hi', 'response': ' yes'}, 'sft', ['hi', ' yes<|im_end|>'], {NO_CHAT: 1}),
     (CHATML, {'prompt': '', 'response': ' yes'}, 'sft', ['<|im_end|>', ' yes<|im_end|>'], {}),
     # a begun answer that a result follows, and not its end
@@ -297,11 +297,14 @@ def test_tokens_are_those_of_the_whole(name, template):
     t.chat_template = template
     chat = [user('hi'), assistant('yes no'), user('no'), assistant('hi')]
     for turns in (chat[:2], chat):
-        examples = ids_of(t, {'prompt': turns[:-1], 'response': turns[-1:], 'turns': turns}, task='sft')
-        prompt, (answer,) = examples[0]
+        row = {'prompt': turns[:-1], 'response': turns[-1:], 'turns': turns}
+        prompt, (answer,) = ids_of(t, row, task='sft')[0]
         ids = [*prompt, *(max(x, ~x) for x in answer)][:-1]
         assert ids == t.apply_chat_template(turns, return_dict=True)['input_ids'][: len(ids)]
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
+        # to sample is to ask for the last answer alone
+        asked, _ = ids_of(t, row, task='prompts')[0]
+        assert [asked.tolist()] == tokenise_prompts([turns[:-1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
     for words, answer in (('hi no', ' yes'), ('hi ', 'no'), ('', 'no')):
         prompt_ids, ids = encode(words, answer, None, t, (128, 64, 'start'), Counter())
