@@ -915,3 +915,10 @@ def test_prefetch():
     assert next(work) == 1
     with pytest.raises(UserError, match='in the middle'):
         next(work)
+
+
+def test_what_is_held_out_of_a_source_is_no_example_to_train_on(write):
+    texts = sorted((f'prompt {i}' for i in range(200)), key=lambda text: sources.content_hash(text) % 20)
+    rows = [pair(texts[0], ' a', ' b'), pair(texts[-1], ' a', ' a')]
+    with pytest.raises(UserError, match=r"left in data '[^+]*only\.jsonl'; left out: 1 pair with equal answers"):
+        load(f'{write(40)}+{write(rows, "only")}', undivided=False)
