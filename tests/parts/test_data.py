@@ -922,3 +922,13 @@ def test_what_is_held_out_of_a_source_is_no_example_to_train_on(write):
     rows = [pair(texts[0], ' a', ' b'), pair(texts[-1], ' a', ' a')]
     with pytest.raises(UserError, match=r"left in data '[^+]*only\.jsonl'; left out: 1 pair with equal answers"):
         load(f'{write(40)}+{write(rows, "only")}', undivided=False)
+
+
+def test_a_part_for_testing_is_read_and_not_held_out(write, tmp_path):
+    for count, name in ((5, 'train'), (3, 'test')):
+        write(count, name)
+    assert [len(load(str(tmp_path), split=split, undivided=False)) for split in ('train', 'test')] == [5, 3]
+    # examples that are equal once they are cut are no fault of data_fraction
+    file = write([pair('p', ' a b c d', ' a b c e')], 'cut')
+    with pytest.raises(UserError, match='left in data'):
+        load(file, max_length=5, max_prompt_length=2, data_fraction=0.5)
