@@ -1300,3 +1300,9 @@ def test_a_row_of_which_nothing_is_made_is_no_sign_of_a_wrong_layout(monkeypatch
     rows = [{'n': n} for n in (1, 0, 2, 2)]
     monkeypatch.setattr(sources, 'get_mine', lambda split, path=None: (rows, parse), raising=False)
     assert 'mend it, or leave such rows out with --skip_bad_rows' in refusal('mine', undivided=True)
+
+
+def test_a_folder_here_is_no_part_of_a_hub_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'helpful-base').mkdir()
+    assert sources.get_hh_helpful.local_path(None) is None
