@@ -116,9 +116,9 @@ class Special(NamedTuple):
 
 
 def _any_of(words):
-    """Return a pattern that matches any of the words, longest first; without words it never matches."""
+    """Return a pattern that matches any of the words, longest first."""
     longest_first = sorted(words, key=len, reverse=True)
-    return re.compile('|'.join(map(re.escape, longest_first)) or '(?!)')
+    return re.compile('|'.join(map(re.escape, longest_first)))
 
 
 def special_of(tokenizer):

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,7 +145,7 @@ THINKING, CLOSED = ASKED + '<think>\n', '\n</think>\n\n'
     (SYSTEMLESS, pair([SYSTEM, user('hi')]), 'pairs', [ASKED, 'yes<|im_end|>', 'no<|im_end|>'], {CHANGED: 1}),
     # a text beside a chat is a message; two texts are no chat
     (CHATML, {'prompt': 'hi', 'response': [assistant('yes')]}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
-    (CHATML, {'prompt': [user('hi')], 'response': 'yes'}, 'sft', [ASKED, 'yes<|im_end|>'], {}),
+    (CHATML, {'prompt': [user('hi')], 'response': 'y'}, 'sft', [ASKED, 'y<|im_end|>'], {}),
     (CHATML, {'prompt': 'hi', 'response': ' yes'}, 'sft', ['hi', ' yes<|im_end|>'], {NO_CHAT: 1}),
     (CHATML, {'prompt': '', 'response': ' yes'}, 'sft', ['<|im_end|>', ' yes<|im_end|>'], {}),
     # a begun answer that a result follows, and not its end
@@ -296,11 +297,14 @@ def test_tokens_are_those_of_the_whole(name, template):
     t.chat_template = template
     chat = [user('hi'), assistant('yes no'), user('no'), assistant('hi')]
     for turns in (chat[:2], chat):
-        examples = ids_of(t, {'prompt': turns[:-1], 'response': turns[-1:], 'turns': turns}, task='sft')
-        prompt, (answer,) = examples[0]
+        row = {'prompt': turns[:-1], 'response': turns[-1:], 'turns': turns}
+        prompt, (answer,) = ids_of(t, row, task='sft')[0]
         ids = [*prompt, *(max(x, ~x) for x in answer)][:-1]
         assert ids == t.apply_chat_template(turns, return_dict=True)['input_ids'][: len(ids)]
         assert [prompt.tolist()] == tokenise_prompts([chat[:1]], t, 128, 'start', Counter())
+        # to sample is to ask for the last answer alone
+        asked, _ = ids_of(t, row, task='prompts')[0]
+        assert [asked.tolist()] == tokenise_prompts([turns[:-1]], t, 128, 'start', Counter())
     # a text, too; and the answer's text comes back as it was, also where the space before it is the prompt's
     for words, answer in (('hi no', ' yes'), ('hi ', 'no'), ('', 'no')):
         prompt_ids, ids = encode(words, answer, None, t, (128, 64, 'start'), Counter())
@@ -354,14 +358,19 @@ def test_a_tokenizer_in_python():
     plain, marked = encode_texts(['hi', f'hi {MARK}</s>{UNMARK} x'], t)
     assert plain == t('hi', add_special_tokens=False)['input_ids'] == marked[:2]
     assert t.eos_token_id not in marked and t.decode(marked) == 'hi </s> x'
+    # what puts no space before a text takes each by itself
+    t = KINDS['wordpiece']
+    assert encode_texts(['no'], t, before=['hi']) == [t('no', add_special_tokens=False)['input_ids']]
+    knows_nothing = tokenizers.Tokenizer(tokenizers.models.BPE())
+    assert not chat.puts_space(transformers.PreTrainedTokenizerFast(tokenizer_object=knows_nothing))
 
 
 def test_what_a_template_writes_around_turns_is_special_too():
-    """Some tokenizers have the marks of turns as added tokens that are not special; <think> is one that people may write."""
+    """Some tokenizers have the marks of turns as added tokens that are not special; people may write <think> and line breaks."""
     t = toy.tokenizer()
-    t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>'])
+    t.add_tokens(['<|im_start|>', '<|im_end|>', '<think>', '\n'])
     t.chat_template = THINKS
-    examples = ids_of(t, {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>c')]}, task='sft')
+    examples = ids_of(t, {'prompt': [user('a <|im_end|> b')], 'response': [assistant('<think>\nc')]}, task='sft')
     prompt, (answer,) = examples[0]
     end, think = t.convert_tokens_to_ids(['<|im_end|>', '<think>'])
     assert (prompt == end).sum() == 1 and (answer == end).sum() == 1 and (answer == think).sum() == 2
@@ -435,6 +444,7 @@ TEXTS = {'prompt': 'hi', 'chosen': ' a', 'rejected': ' b'}
     ('{{ nonsense', pair(), 'the chat template of .* a mistake in line 1: unexpected end of template'),
     # these are of the row, and left out if asked for
     ("{{ raise_exception('no such role\nhere') }}", pair(), 'refuses an example: no such role here'),
+    ("{{ raise_exception('') }}", pair(), 'refuses an example: TemplateError'),
     (CHATML, pair([]), 'there is no message before the answer'),
     (OPENS.replace("{{ '<", "{{ '+-'[not add_generation_prompt] + '<", 1), pair(), 'differently from the prompt it asks to continue'),
     (OPENS_ANSWER, pair(), "differently from the prompt it asks to continue: where that has '<answer>"),
@@ -459,7 +469,7 @@ def test_the_limits_of_a_template_are_those_of_the_docs():
     assert (chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES, messages.LONGEST) == (20, 2**30, 10_000_000)
 
 
-def test_a_template_has_memory_beside_that_of_the_process():
+def test_a_template_has_memory_beside_that_of_the_process(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     for soft, expected in ((before[0], now + 2**30), (now + 2**29, now + 2**29)):
@@ -468,6 +478,12 @@ def test_a_template_has_memory_beside_that_of_the_process():
             limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         assert abs(limit - expected) < 2**26 and resource.getrlimit(resource.RLIMIT_AS)[0] == soft
     resource.setrlimit(resource.RLIMIT_AS, before)
+    # nothing is limited in a thread, where a signal cannot be handled, nor where no file tells the memory
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(chat._limits().__enter__).result()
+    monkeypatch.setattr(chat, 'Path', lambda _: Path('/nowhere'))
+    with chat._limits():
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_messages_have_a_limit(tmp_path, monkeypatch):

@@ -399,6 +399,15 @@ def test_what_a_rank_wrote_elsewhere_is_missed(tmp_path):
     shapes = {'one': (2,), 'other': (3,)}
     said = sentence(checkpoint._write, tmp_path / '0000000005', {'one': one}, shapes, '{}', 1, group)
     assert 'all hosts must see one out_dir' in said and not list(tmp_path.iterdir())
+    # nor where rows before it wait for room
+    files.append(tmp_path / 'none/samples.jsonl', '{}\n')
+    said = sentence(checkpoint._write, tmp_path / '0000000005', {'one': one}, {'one': (2,)}, '{}', 1, group)
+    assert 'rows that wait for room: 1' in said and not list(tmp_path.iterdir())
+    files._kept.clear()
+    # nor where there can be no folder
+    (tmp_path / 'file').touch()
+    said = sentence(checkpoint._write, tmp_path / 'file/0000000005', {'one': one}, {'one': (2,)}, '{}', 1, group)
+    assert 'Not a directory' in said
 
 
 def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_pause):

@@ -893,7 +893,12 @@ def test_two_layouts():
     packed, padded = probe.two_layouts(Examples.of(groups), 'cpu')
     assert read_back(packed) == read_back(padded) == last_and_answers(groups[:2])
     assert packed.mask is None and padded.mask is not None
-    assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair
+    assert data.pack([], []).n.tolist() == [1, 1]  # what stands in for a pair, and has a reference of the same type
+    one = Examples.of(groups[:1])
+    one.ref = np.zeros((1, 2), np.float32)
+    for rank in range(2):
+        ((batch,), *_) = data.make_batches(one, np.array([0]), rank, 2, 99)
+        assert batch.ref.dtype == torch.float32
     widths = np.array([[5, 2, 3], [1, 4, 1]])
     taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
     assert taken == [[10, 6], [15, 7], [16, 10]]
@@ -910,3 +915,20 @@ def test_prefetch():
     assert next(work) == 1
     with pytest.raises(UserError, match='in the middle'):
         next(work)
+
+
+def test_what_is_held_out_of_a_source_is_no_example_to_train_on(write):
+    texts = sorted((f'prompt {i}' for i in range(200)), key=lambda text: sources.content_hash(text) % 20)
+    rows = [pair(texts[0], ' a', ' b'), pair(texts[-1], ' a', ' a')]
+    with pytest.raises(UserError, match=r"left in data '[^+]*only\.jsonl'; left out: 1 pair with equal answers"):
+        load(f'{write(40)}+{write(rows, "only")}', undivided=False)
+
+
+def test_a_part_for_testing_is_read_and_not_held_out(write, tmp_path):
+    for count, name in ((5, 'train'), (3, 'test')):
+        write(count, name)
+    assert [len(load(str(tmp_path), split=split, undivided=False)) for split in ('train', 'test')] == [5, 3]
+    # examples that are equal once they are cut are no fault of data_fraction
+    file = write([pair('p', ' a b c d', ' a b c e')], 'cut')
+    with pytest.raises(UserError, match='left in data'):
+        load(file, max_length=5, max_prompt_length=2, data_fraction=0.5)

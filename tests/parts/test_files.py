@@ -538,3 +538,11 @@ def test_other_names_have_no_sides(tmp_path):
         {name: ROWS[i : i + 1] for i, name in enumerate(('goods', 'bads', 'unsafe', 'my_chosen', 'a_incorrect'))},
     )
     assert sorted(answers(str(tmp_path), undivided=True)) == sorted(ALL[:5])
+
+
+def test_numbers_alone_tell_no_split_and_the_only_config_is_taken(tmp_path):
+    for names, splits in (('data part', ['train']), ('easy hard', ['easy', 'hard'])):
+        folder = write(tmp_path / names, {f'data/{name}-00000-of-00001': ROWS[:1] for name in names.split()})
+        assert sorted(files.folder_splits(folder)) == splits
+    Path(folder, 'README.md').write_text('---\nconfigs: [{config_name: one, data_files: data/easy*}]\n---\n')
+    assert files.folder_splits(folder) == {'train': [f'{folder}/data/easy-00000-of-00001.jsonl']}

@@ -188,7 +188,7 @@ def test_stops_at_the_end_of_text(monkeypatch):
     monkeypatch.setattr(generate.guard, 'stop_asked_here', lambda: True)
     for size in (1, 2):
         monkeypatch.setattr(ranks, 'tp_size', lambda size=size: size)
-        assert (sample(net, PROMPTS * 8, range(32)) == short) == (size == 2)
+        assert (sample(net, PROMPTS * 8, range(32), max_rows=20) == short) == (size == 2)
 
 
 def test_sharded(tmp_path, monkeypatch, capsys):
@@ -234,6 +234,7 @@ def test_sharded(tmp_path, monkeypatch, capsys):
     assert lines[5] == {'examples': 0, 'generator': 'reference', 'sample': 1, **written}
     # the mean of what is measured is a KL only on samples of the policy itself
     generate.say_once.cache_clear()
+    generate.sample_held_out(run, {'policy': net}, [], 0, max_new_tokens=1, temperature=0.7)
     for settings in ({}, {'temperature': 1.0, 'top_p': 1.0}, {'temperature': 0.7}, {'top_p': 0.9}):
         generate.sample_held_out(run, {'policy': net}, examples, 0, lambda *_: {}, max_new_tokens=1, **settings)
         assert ('no KL' in capsys.readouterr().out) == (settings == {'temperature': 0.7})  # once

@@ -92,10 +92,10 @@ def scored(subset, *margins):
 
 def test_what_is_printed():
     """By hand: 3 of 4 pairs, a tie counts as wrong; sections weighted by the published sizes, 100 to 40 and 984 to 164."""
-    lines = '\n'.join(score.report(scored('mine', 2.0, 1.0, 0.0, 5.0) + scored('other', -3.0)))
+    lines = '\n'.join(score.report(scored('mine', 1.5, 1.5, 0.0, 5.0) + scored('other', -3.0)))
     assert '0.600 (95% interval 0.231 to 0.882 over 5 prompts), 3 of 5 pairs' in lines
     assert ', 3 of 5 pairs; equal scores, which count as wrong: 1' in lines
-    assert 'mean 1.0000, median 1.0000' in lines and 'chosen 1.0000, rejected 0.0000' in lines
+    assert 'mean 1.0000, median 1.5000' in lines and 'chosen 1.0000, rejected 0.0000' in lines
     assert re.search(r'mine +0.750 .*3 of 4', lines) and re.search(r'other +0.000 .*0 of 1', lines)
     assert 'RewardBench' not in lines
 

@@ -144,7 +144,7 @@ TEXTS = {'prompt': 'p', 'chosen': 'a', 'rejected': 'b'}
 @pytest.mark.parametrize('made', [
     # KTO's labels elsewhere; a label between 0 and 1; no prompt; numbers as texts and texts as numbers; no list
     *([{'prompt': 'p', 'response': 'a', 'good': label}] for label in (-1, 0.2, 'no')), [{'chosen': 'a', 'rejected': 'b'}],
-    [TEXTS | {'margin': '2'}], *([TEXTS | {'response': 'a', name: 3}] for name in ('prompt', 'chosen', 'rejected', 'response')), TEXTS, None,
+    [TEXTS | {'margin': '2'}], *([TEXTS | {'response': 'a', name: 3}] for name in ('prompt', 'chosen', 'rejected', 'response')), TEXTS, None, ['p'],
 ])  # fmt: skip
 def test_a_reader_of_ones_own(made, monkeypatch):
     """Its rows may be plain dicts, and what it makes of them is checked: a label of -1 would count as good."""
@@ -1291,3 +1291,18 @@ def test_how_a_source_is_found(tmp_path):
         assert 'is no file or folder' in refusal(source) and 'known datasets: alpaca_eval, annotations, hh,' in refusal(
             source
         )
+
+
+def test_a_row_of_which_nothing_is_made_is_no_sign_of_a_wrong_layout(monkeypatch):
+    def parse(row):
+        return [TEXTS][: row['n']] if row['n'] < 2 else int('no number')
+
+    rows = [{'n': n} for n in (1, 0, 2, 2)]
+    monkeypatch.setattr(sources, 'get_mine', lambda split, path=None: (rows, parse), raising=False)
+    assert 'mend it, or leave such rows out with --skip_bad_rows' in refusal('mine', undivided=True)
+
+
+def test_a_folder_here_is_no_part_of_a_hub_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'helpful-base').mkdir()
+    assert sources.get_hh_helpful.local_path(None) is None

@@ -247,3 +247,18 @@ def test_a_call_alone_that_the_template_does_not_write():
     found = tokens(tokenizer_of(CHATML, '<|im_end|>'), [CHAT[0], CALLS])
     unwritten = "messages with 'tool_calls', which the chat template does not write"
     assert not len(found) and found.left_out == {unwritten: 1, 'empty answers': 1}
+
+
+def test_what_is_no_conversation_to_learn():
+    # a begun answer is no turn of its own
+    tokenizer = tokenizer_of(GENERATES, '<|im_end|>')
+    row = {'prompt': [CHAT[0], assistant('Sure: ')], 'response': [assistant('yes')]}
+    examples = tokenise([row], tokenizer, 'sft', (256, 128, 'start'), Counter())
+    whole, trained = shown(tokenizer, examples)
+    assert whole.endswith('Sure: yes<|im_end|>') and trained == ['yes<|im_end|>']
+    # to sample, or for a label, the template's own prompt comes first, whatever it marks
+    tokenizer = tokenizer_of(MARKS_ALL, '<|im_end|>')
+    for task in ('prompts', 'singles'):
+        row = {'prompt': CHAT[:1], 'response': CHAT[1:2], 'good': True}
+        prompt, _ = tokenise([row], tokenizer, task, (256, 128, 'start'), Counter())[0]
+        assert tokenizer.decode(prompt).endswith('<|im_start|>assistant\n')

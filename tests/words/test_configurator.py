@@ -29,6 +29,7 @@ steps = 10  # how many
 name = 'toy'  # which one
 flag = False  # a switch
 on = True  # another
+# ---- more in a box ----
 limit: int | None = None  # how far
 share: float | None = 0.5  # which part
 note: str | None = None  # anything
@@ -235,6 +236,7 @@ def test_help_lists_every_option(script, capsys, argv):
         script(*argv.split())
     out = capsys.readouterr().out
     assert out.startswith('What the script is for.') and 'int | None' in out and '\n\n\n  --rate' in out  # no heading
+    assert '\n\nmore in a box\n  --limit' in out
     lines = [line for line in out.splitlines() if line.startswith('  --')]
     declared = [line for line in SCRIPT.splitlines() if '  # ' in line]
     for line, option, (name, default) in zip(lines, declared, DEFAULTS.items(), strict=True):
