@@ -87,11 +87,10 @@ VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
-GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
-BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
-# values that judge
-GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic '
-             'fail reject dislike disliked thumbs_down thumbsdown downvote unhelpful unacceptable 👎'.split())
+GOOD = 'good desirable chosen positive pos correct safe pass passed accept accepted like liked thumbs_up upvote helpful 👍'.split()
+BAD = ('bad undesirable rejected negative neg incorrect poor wrong failed fail reject unsafe harmful toxic dislike disliked '
+       'thumbs_down thumbsdown downvote unhelpful unacceptable 👎').split()
+GRADES = {*BAD, 'good', 'correct', 'positive'}  # values that judge
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -658,7 +657,8 @@ def _lead_by_name(row, verdict_column, columns, task):
     if named:
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
-        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write one of these names, or tie, there')
+        mend = "write one of these names, or tie, there, or name the answers: --columns='response_0=NAME, response_1=NAME ...'"
+        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: {mend}')
     if verdict in ('-1', '-1.0'):
         raise LeftOut(MINUS_ONE)
     if not re.fullmatch(r'|none|nan|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
@@ -908,9 +908,9 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    if value not in GOOD + BAD:
-        raise ValueError(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in GOOD}
+    if value not in (*YES, *NO, *GOOD, *BAD):
+        raise ValueError(f'{column!r} is neither true (1) nor false (0), nor a word such as good or bad')
+    return {'good': value in YES + GOOD}
 
 
 def read_chat(row, task):
@@ -1010,7 +1010,7 @@ def read_prompt(row, task):
         if task != 'prompts' and has_content and any(word in name for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     # CarperAI's answers are texts in the column 'label'; a label is a single word
-    if 'prompt' in row and isinstance(row.get('label'), str) and messages.has_words(row['label'], 2):
+    if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
         return read_answer(row, task)
     # of one user's questions (MT-Bench's texts, Arena-Hard's {'content': text}) the first is a prompt: the others follow its answer
     column = first_of((*QUESTIONS, 'turns'), row)

@@ -612,7 +612,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
     ('a message is no object', [{'winner': 'model_a', 'full_conversation': [{'user': ['q?'], 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
-        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
+        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a', 'c'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
