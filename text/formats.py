@@ -43,7 +43,7 @@ DOCUMENTS = 'document documents passages contexts ctxs body story paragraph prem
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
 ANSWERS = 'response completion output generation solution answer label'.split()
 # columns with an answer that may be meant in place of another one
-BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_?([Rr]esponse|[Oo]utput|completion)|expected|ideal')
+BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_?(response|output|completion)|expected|ideal')
 THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thought behind the answer
 # an unknown column whose name contains one of these may be an answer
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
@@ -69,7 +69,7 @@ RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
     'definition=instruction input=input output=output', 'human=instruction assistant=response',
     'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
     'generated_solution=response', 'output_text=response', 'model_a_name=model_a', 'model_b_name=model_b',
-    'model_0_name=model_0', 'model_1_name=model_1', 'model_2_name=model_2', 'systemInstruction=system', 'system_instruction=system',
+    'model_0_name=model_0', 'model_1_name=model_1', 'model_2_name=model_2', 'system_instruction=system',
 )]
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
@@ -87,11 +87,10 @@ VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
-GOOD = [*YES, *'good desirable chosen positive pos correct'.split()]
-BAD = [*NO, *'bad undesirable rejected negative neg incorrect'.split()]
-# values that judge
-GRADES = set('good bad poor correct incorrect wrong positive negative failed rejected undesirable unsafe harmful toxic '
-             'fail reject dislike disliked thumbs_down thumbsdown downvote unhelpful unacceptable 👎'.split())
+GOOD = 'good desirable chosen positive pos correct safe pass passed accept accepted like liked thumbs_up upvote helpful 👍'.split()
+BAD = ('bad undesirable rejected negative neg incorrect poor wrong failed fail reject unsafe harmful toxic dislike disliked '
+       'thumbs_down thumbsdown downvote unhelpful unacceptable 👎').split()
+GRADES = {*BAD, 'good', 'correct', 'positive'}  # values that judge
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
@@ -242,19 +241,30 @@ def layout_of(columns):
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
 
 
+def plain_name(name):
+    """Return a column's name as the lists above have it: 'Response A', 'response-a' -> 'response_a', 'isSafe' -> 'is_safe'."""
+    return re.sub('[ -]|(?<=[a-z])(?=[A-Z][a-z])', '_', name.strip()).lower()
+
+
+@lru_cache(1000)
+def _plain_names(columns):
+    """Return the plain_name of each column, a tuple; or the columns as they are if two would get one name."""
+    plain_names = tuple(map(plain_name, columns))
+    return plain_names if len(set(plain_names)) == len(columns) else columns
+
+
+def plain(row):
+    """Return a row, with its names in the one spelling of plain_name, as a dict."""
+    return dict(zip(_plain_names(tuple(row)), row.values(), strict=True))
+
+
 def unified(row, columns=None):
     """Return a copy of a row with our column names, every chat as a list of messages, and no null columns.
 
     columns: {our name: column of the row}; if given, only these are read. Raises ValueError."""
+    row = plain(row)
     if columns:
-        row = {name: row.get(column) for name, column in columns.items()}
-    # Prompt -> prompt, 'Response A' -> response_a (KNOWN: names with a meaning), unless two columns would get one name
-    lowered = {}
-    for name, value in row.items():
-        plain_name = re.sub('[ -]', '_', name.strip().lower())
-        lowered[plain_name if plain_name in KNOWN else name] = value
-    if len(lowered) == len(row):
-        row = lowered
+        row = {name: row.get(column, row.get(plain_name(column))) for name, column in columns.items()}
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
@@ -450,7 +460,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
 def _texts_in(value, min_words=0):
     """Return all strings of at least min_words words in a JSON-like value, stripped."""
     if isinstance(value, str):
-        return [value.strip()] if len(value.split()) >= min_words else []
+        return [value.strip()] if messages.has_words(value, min_words) else []
     parts = list(value.values()) if isinstance(value, dict) else value
     return [text for part in parts for text in _texts_in(part, min_words)] if isinstance(parts, list) else []
 
@@ -550,9 +560,9 @@ def _split_off_prompt(row, answers):
         raise ValueError("'prompt' is missing")
     chosen, rejected = answers.values()
     # a column such as 'prompts' may be the prompt
-    for name in [name for name in row if any(word in name.lower() for word in QUESTIONS)]:
+    for name in [name for name in row if any(word in name for word in QUESTIONS)]:
         text = str(row[name]).strip()
-        if len(text.split()) > 2 and text not in chosen:
+        if messages.has_words(text, 3) and text not in chosen:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
     # HH has ASSISTANT in both texts, even if the prompts before it differ
     common = os.path.commonprefix([chosen, rejected])
@@ -579,9 +589,9 @@ def read_pair(row, task):
         scored += [(0, said(text)) for text in row['rejected']]
         return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
     # or both are names of the columns that have the answers
-    names = [row.get('chosen'), row.get('rejected')]
-    are_columns = [isinstance(name, str) and name in row for name in names]
-    if all(are_columns) and not any(map(OPTION.fullmatch, names)):
+    names = [plain_name(row[side][:99]) for side in ('chosen', 'rejected') if isinstance(row.get(side), str)]
+    are_columns = len(names) == 2 and set(names) <= row.keys()
+    if are_columns and not any(map(OPTION.fullmatch, names)):
         row['chosen'], row['rejected'] = [row[name] for name in names]
     example = example_of(row, {'chosen': 'chosen', 'rejected': 'rejected'})
     if 'margin' in row:
@@ -647,7 +657,8 @@ def _lead_by_name(row, verdict_column, columns, task):
     if named:
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
-        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: write one of these names, or tie, there')
+        mend = "write one of these names, or tie, there, or name the answers: --columns='response_0=NAME, response_1=NAME ...'"
+        raise messages.DoubtfulCode(f'{verdict[:24]!r} {doubt}: {mend}')
     if verdict in ('-1', '-1.0'):
         raise LeftOut(MINUS_ONE)
     if not re.fullmatch(r'|none|nan|equal|draw|neither|.*same|.=.|.*(tie|both).*', verdict):
@@ -876,7 +887,7 @@ def read_answer(row, task):
     example = example_of(row, {'response': column})
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
     texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
-    thoughts = [text for text in texts if len(text.split()) > 2]
+    thoughts = [text for text in texts if messages.has_words(text, 3)]
     may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
     if thoughts and not label and not may_have_own:
         # only messages have fields for thoughts
@@ -897,9 +908,9 @@ def label_of(row):
     if column is None or isinstance(row[column], list | dict):
         return {}
     value = str(row[column]).lower()
-    if value not in GOOD + BAD:
-        raise ValueError(f'{column!r} is neither true (1) nor false (0)')
-    return {'good': value in GOOD}
+    if value not in (*YES, *NO, *GOOD, *BAD):
+        raise ValueError(f'{column!r} is neither true (1) nor false (0), nor a word such as good or bad')
+    return {'good': value in YES + GOOD}
 
 
 def read_chat(row, task):
@@ -996,7 +1007,7 @@ def read_prompt(row, task):
     like_answers = (*LIKE_ANSWERS, 'solution') if task else LIKE_ANSWERS
     for name, value in row.items():
         has_content = value and isinstance(value, str | list | dict)
-        if task != 'prompts' and has_content and any(word in name.lower() for word in like_answers):
+        if task != 'prompts' and has_content and any(word in name for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
     # CarperAI's answers are texts in the column 'label'; a label is a single word
     if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
@@ -1027,6 +1038,7 @@ def unread_texts(rows, layout):
     for number, (row, examples) in enumerate(each(rows, parse_any)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
+        row = plain(row)
         for name in filter(row.get, THREADS):
             first_turn = as_chat(examples[0]['prompt'])[:1]
             threads[name, str(row[name])].add(str(first_turn))
@@ -1040,8 +1052,10 @@ def unread_texts(rows, layout):
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]
-            if isinstance(value, NUMBER | str) and not is_label and name not in TEXTS:
-                values[name].add(str(value).strip().lower())
+            # a list of flags or grades is about parts of the row: its answers, or several judges
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, NUMBER | str) and not is_label and name not in TEXTS:
+                    values[name].add(str(part).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
                 continue
@@ -1051,12 +1065,11 @@ def unread_texts(rows, layout):
             if shown.isdisjoint(texts) and not is_part:
                 for text in texts:
                     # the same long text counts in every row
-                    is_long = len(text.split()) >= 8
-                    found[name].add((number, text) if is_long else text)
+                    found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', *TEST_FLAGS}
+    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
     if layout.read is read_scored:
         is_read.update(QUESTIONS)
     later = []
@@ -1077,7 +1090,7 @@ def unread_texts(rows, layout):
 # (name, sets of columns separated by commas, reader); the first layout with a set that the row has is used
 READERS = (
     ('AlpacaEval annotations', 'preference output_1', read_annotation),
-    ('SHP', 'history human_ref_A human_ref_B labels', read_shp),
+    ('SHP', 'history human_ref_a human_ref_b labels', read_shp),
     ('OpenAssistant', 'message_id text role', read_trees),
     ('summaries', 'info summaries choice', read_summaries),
     ('arena', 'prompt response_a response_b winner_model_a winner_model_b', read_votes),

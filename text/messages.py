@@ -4,7 +4,6 @@ import ast
 import html
 import json
 import re
-from contextlib import suppress
 from copy import copy
 
 LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
@@ -19,6 +18,7 @@ TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_m
 MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
+UNSPACED = re.compile('[\u3040-\u30ff\u3400-\u9fff]{2}')  # about a word of the languages that have no spaces between words
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
 MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
 # a role as written, in lower case -> the role that chat templates know
@@ -35,6 +35,23 @@ SPEAKERS |= dict.fromkeys('assistant ai bot chatbot gpt chatgpt model response'.
 # (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
 BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{1,9} ?|)(?:(system)|human|user|prompter|instruction)'
                        r'( ?[^\w\s]{0,9}[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
+
+
+class SameName(ValueError):
+    """Two fields of a JSON object have one name, of which json keeps the last alone."""
+
+
+def _object(fields):
+    """Return a JSON object of [(name, value)]. Raises SameName."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SameName(f'two fields of an object are called {twice[:24]!r}')
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class DoubtfulCode(ValueError):
@@ -69,6 +86,8 @@ def text_or_chat(row, key):
     if key == 'answer' and isinstance(row.get(key), int | float):
         return str(field(row, key, int | float))
     value = field(row, key, (str, list))
+    if are_texts(value, 1):
+        [value] = value
     if isinstance(value, str):
         # as_messages has already parsed every chat that is complete
         if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
@@ -91,7 +110,8 @@ def no_answer_error(key, last_role):
 def read_message(turn):
     """Return a copy of a message: 'role', 'content', other fields, 'weight': 0 of an untrained answer alone. Raises ValueError."""
     if not isinstance(turn, dict):
-        raise ValueError('a message is no object with a role and content')
+        no_object = 'a message is no object with a role and content'
+        raise ValueError(f'{no_object}: write {{"role": "user", "content": TEXT}}, or a text in place of the list')
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
         raise ValueError("a message has 'replies': a tree in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -143,6 +163,11 @@ def _text_of_part(part):
     return field(part, 'text')
 
 
+def has_words(text, count):
+    """Return whether a text has at least so many words; about one in two letters of Chinese or Japanese begins one."""
+    return len(text.split()) >= count or len(UNSPACED.findall(text)) >= count
+
+
 def are_texts(value, count=None):
     """Return whether a value is a non-empty list of strings, of length `count` if given."""
     if not isinstance(value, list) or not value:
@@ -157,6 +182,9 @@ def as_messages(value, must_be_chat=False):
         value = _parse_chat(value, any_list=must_be_chat)
     if isinstance(value, dict) and value.keys() == {'messages'}:
         value = value['messages']
+    # a list of messages that are each JSON
+    if are_texts(value) and all(map(SERIALIZED_CHAT.match, value)):
+        value = list(map(parse_literal, value))
     if isinstance(value, dict) and ('role' in value or 'from' in value):
         # {'role': [...], 'content': [...]}, a Sequence of `datasets`
         if all(isinstance(item, list) for item in value.values()):
@@ -165,7 +193,8 @@ def as_messages(value, must_be_chat=False):
     if not must_be_chat or not isinstance(value, list) or not value:
         return value
     if are_texts(value):
-        return alternating(value)
+        # perhaps each with its speaker: ['User: ...', 'Assistant: ...']
+        return dialogue('\n'.join(value)) or alternating(value)
     for asks, replies in (('input', 'output'), ('human', 'assistant')):
         if not all(isinstance(exchange, dict) and {asks, replies} <= exchange.keys() for exchange in value):
             continue
@@ -188,19 +217,27 @@ def _parse_chat(text, any_list):
         return text
     parsed = parse_literal(text)
     turns = parsed if isinstance(parsed, list) else [parsed]
-    forms = ({'role', 'content'}, {'from', 'value'}, {'messages'})
+    forms = ({'role', 'content'}, {'role', 'text'}, {'role', 'parts'}, {'from', 'value'}, {'messages'})
     are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in forms) for turn in turns)
     return parsed if turns and (are_messages or are_texts(parsed)) else text
 
 
 def parse_literal(text):
     """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither."""
-    # numpy prints an array of dicts without the commas between them: the third try is for these
-    with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
-    for parse, source in ((json.loads, text), (ast.literal_eval, text), (ast.literal_eval, with_commas)):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(source.strip())
+    text = text.strip()
+    for parse in (JSON.decode, ast.literal_eval, _eval_numpy):
+        try:
+            return parse(text)
+        except SameName:
+            raise
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
     return None
+
+
+def _eval_numpy(text):
+    """Return the value of a Python literal with arrays of dicts, which numpy prints without the commas between them."""
+    return ast.literal_eval(re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text))
 
 
 def ask(text):

@@ -10,15 +10,16 @@ from itertools import islice
 from pathlib import Path
 
 from configurator import UserError
-from text import files
+from text import files, messages
 from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
-# table cells that are JSON once in lower case. re.ASCII: \d must not match the digits of other scripts
-NUMBER = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE', re.ASCII)
-# table columns that stay text even if every cell is a number, such as the answers to sums
+# table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
+# (re.ASCII: \d must not match the digits of other scripts)
+NO_TEXT = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}', re.ASCII | re.DOTALL)
+# table columns that stay text even if no cell is one, such as the answers to sums
 TEXT_NAMES = set('prompt question instruction query input context system response completion output answer chosen rejected text '
                  'history human_ref chosen_response rejected_response problem solution inputs targets'.split())  # fmt: skip
 
@@ -40,19 +41,6 @@ class Row(dict):
         row.where = where
         row.error = error or ('' if is_object else 'not an object with named fields')
         return row
-
-
-def _object(fields):
-    """Return a JSON object of [(name, value)]. Raises ValueError if two have one name, of which json keeps the last alone."""
-    found = dict(fields)
-    if len(found) < len(fields):
-        names = [name for name, _ in fields]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'two fields of an object are called {twice[:24]!r}')
-    return found
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_rows(hub_id, split, path, **options):
@@ -213,7 +201,7 @@ def _read_json(file):
         yield from _read_lines(file)
         return
     with _open(file) as stream:
-        value = JSON.decode(stream.read().decode('utf-8-sig'))
+        value = messages.JSON.decode(stream.read().decode('utf-8-sig'))
     for number, raw in enumerate(value if is_list else _rows_of(value), 1):
         yield Row.of(raw, f'{file}, row {number}')
 
@@ -236,7 +224,7 @@ def _read_lines(file):
                 continue
             raw, error = {}, ''
             try:
-                raw = JSON.decode(line.decode('utf-8-sig'))
+                raw = messages.JSON.decode(line.decode('utf-8-sig'))
             except UnicodeDecodeError:
                 error = NOT_UTF8
             except (ValueError, RecursionError) as wrong:
@@ -257,12 +245,12 @@ def _read_text(file):
 
 
 def _read_table(file, delimiter=','):
-    """Yield the Rows of a .csv or .tsv file. Columns of numbers or booleans are converted; empty cells become None."""
-    # read the file twice, since one cell that is no number makes the whole column text
+    """Yield the Rows of a .csv or .tsv file. Columns of numbers, booleans, lists or objects are converted; empty cells become None."""
+    # read the file twice, since one cell of text makes the whole column text
     names, text_columns = set(), set()
     for _line, cells, _error in _cells(file, delimiter):
         names.update(cells)
-        text_columns.update(name for name, cell in cells.items() if cell and not NUMBER.fullmatch(cell))
+        text_columns.update(name for name, cell in cells.items() if cell and not NO_TEXT.fullmatch(cell))
     for name in names:
         # a column for texts may end in the mark of one of two answers: response_a, answer1, human_ref_B
         stem = re.sub(r'_?[\da-z]$', '', name.lower())
@@ -270,8 +258,14 @@ def _read_table(file, delimiter=','):
             text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):
         for name, cell in cells.items():
-            if cell and name not in text_columns:
-                cells[name] = json.loads(cell.lower())  # a number, true or false
+            if not cell or name in text_columns:
+                continue
+            try:
+                value = messages.parse_literal(cell if cell[0] in '[{' else cell.lower())
+            except messages.SameName as wrong:
+                value, error = None, error or str(wrong)
+            # one in brackets may be a text nevertheless
+            cells[name] = cell if value is None else value
         yield Row.of(cells, f'{file}, line {line}', error)
 
 

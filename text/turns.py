@@ -41,6 +41,8 @@ def segments(turns, tools, tokenizer, left_out):
             left_out['empty answers'] += 1
             trained.discard(i)
     if not trained:
+        # the fields that are lost
+        chat.count_unwritten(turns, full_text, partial(write, tools=tools), left_out, tools)
         return []
 
     # spans: (start, end) of every answer in full_text

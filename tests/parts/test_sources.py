@@ -585,7 +585,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('documents', {'question': 'q', 'documents': [{'id': 'a.pdf', 'text': 'what the question is about'}], 'answer': 'a'}),
         *(('history', {'history': [['a?', 'b']], **rest}) for rest in ({'prompt': [user('q')], **ANSWERS}, {'messages': [user('q')], **ANSWERS}, {'messages': said('q', 'a')}, {'text': 'a'})),
         ('history', {'question': 'q', 'history': [['x']], **ANSWERS}), ('prompt', {'prompt': 'p', 'text': 'a'}),
-        ('A', {'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}), ('option_a', {'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}),
+        ('a', {'question': 'q', 'A': 'red', 'B': 'blue', 'answer': 'B'}), ('option_a', {'question': 'q', 'option_a': 1, 'option_b': 2, 'answer': 'b'}),
         ('opa', {'question': 'q', 'opa': 'red', 'opb': 'blue', 'cop': 1}), ('starter_code', {'question': 'q', 'starter_code': 'def f', 'input_output': None}),
         ('body', {'Body': 'Jo has three pens.', 'Question': 'How many?', 'Answer': '3'}),
         ('ctxs', {'messages': [user('q')], 'ctxs': [{'text': 'what the question is about'}], 'answers': ['a']}), ('context', {'context': 'q', 'text': 'a'}),
@@ -597,7 +597,7 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         ('better_reply', {'prompt': 'p', 'better_reply': 'a'}),
         ('answers', {'question': 'q', 'answers': {'a': 'x'}}), ('rejected_response', {'prompt': 'q', 'rejected_response': 'b'})],
     'may be the better answer': [
-        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'}), ('expectedOutput', {'input': 'q', 'output': 'b', 'expectedOutput': 'a'})],
+        ('edited_response', {'prompt': 'q', 'response': 'b', 'edited_response': 'a'}), ('expected', {'input': 'q', 'output': 'b', 'expected': 'a'}), ('expected_output', {'input': 'q', 'output': 'b', 'expectedOutput': 'a'})],
     'may mean that the two answers have changed places': [
         ('flipped', pair('p', 'a', 'b') | {'flipped': True}), *((name, pair('p', 'a', 'b') | {name: 'Rejected'}) for name in ('winner', 'majority')),
         ('swapped', {'prompt': 'p', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'swapped': 1})],
@@ -607,12 +607,12 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
         *((name, {'messages': TWO_TURNS, name: flags}) for name, flags in (('mask', [0, 0, 0, 1]), ('loss_mask', [False, True]), ('weights', [0.0, 1.0])))],
     'of a message would be lost': [('images', {'messages': [user('q', images=['a.png']), assistant('a')]})],
     'would be lost': [
-        ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('Image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
+        ('images', {'messages': [user('q'), assistant('a')], 'images': ['a.png']}), ('image', {'Question': 'q', 'Answer': 'a', 'Image': 'a.png'})],
 }
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
     ('a message is no object', [{'winner': 'model_a', 'full_conversation': [{'user': ['q?'], 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
-        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
+        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a', 'c'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
