@@ -18,9 +18,6 @@ def path_of(kind, key):
     folder = os.path.expanduser(os.environ.get('NANOPREF_CACHE') or '~/.cache/nanopref')
     if folder.startswith('~'):  # a process without a home, as in some containers
         raise UserError('there is no home folder to keep tokens in: set NANOPREF_CACHE to a folder')
-    place = next(place for place in (Path(folder), *Path(folder).parents) if place.exists())
-    if not place.is_dir():
-        raise UserError(f'tokens cannot be kept in {folder}, since {place} is a file: set NANOPREF_CACHE to a folder')
     return Path(folder) / f'{kind}-{key[:32]}.safetensors'
 
 

@@ -17,8 +17,8 @@ CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 # table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
-# (re.ASCII: \d must not match the digits of other scripts)
-NO_TEXT = re.compile(r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}', re.ASCII | re.DOTALL)
+# (?a: no digits of other scripts; s: a dot may be a line break)
+NO_TEXT = re.compile(r'(?as)-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}')
 # table columns that stay text even if no cell is one, such as the answers to sums
 TEXT_NAMES = set('prompt question instruction query input context system response completion output answer chosen rejected text '
                  'history human_ref chosen_response rejected_response problem solution inputs targets'.split())  # fmt: skip
@@ -253,7 +253,7 @@ def _read_table(file, delimiter=','):
         text_columns.update(name for name, cell in cells.items() if cell and not NO_TEXT.fullmatch(cell))
     for name in names:
         # a column for texts may end in the mark of one of two answers: response_a, answer1, human_ref_B
-        stem = re.sub(r'_?[\da-z]$', '', name.lower())
+        stem = re.sub(r'(_?\d|_[a-z])$', '', name.lower())
         if name.lower() in TEXT_NAMES or stem in TEXT_NAMES:
             text_columns.add(name)
     for line, cells, error in _cells(file, delimiter):

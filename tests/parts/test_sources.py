@@ -1306,3 +1306,41 @@ def test_a_folder_here_is_no_part_of_a_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'helpful-base').mkdir()
     assert sources.get_hh_helpful.local_path(None) is None
+
+
+@pytest.mark.parametrize('rows, expected', [
+    ([{'Prompt': 'p', 'chosenResponse': 'a', 'rejected-response': 'b'}], pair('p', 'a', 'b')),
+    ([{'Question': 'q', 'Answer': 'a', 'isSafe': False}], {'prompt': [user('q')], 'response': [assistant('a')], 'good': False}),
+    ([{'prompt': 'p', 'response': 'a', 'label': '👍'}], {'prompt': 'p', 'response': 'a', 'good': True}),
+    # one text in a list, and messages that are each JSON
+    ([pair('p', ['a'], ['b'])], pair([user('p')], [assistant('a')], [assistant('b')])),
+    ([{'messages': list(map(json.dumps, (user('q'), assistant('a'))))}], {'prompt': [user('q')], 'response': [assistant('a')]}),
+    ([{'conversation': ['User: q', 'Assistant: a']}], {'prompt': [user('q')], 'response': [assistant('a')]}),
+])  # fmt: skip
+def test_names_and_lists_in_other_spellings(tmp_path, rows, expected):
+    ((found,), _) = read(tmp_path / 'rows.jsonl', rows)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_tables_keep_lists(tmp_path):
+    """In JSON or as pandas writes them; what only looks like one is a text."""
+    rows = [{'prompt': 'p', 'completions': "['a', 'b']", 'scores': '[0, 1]'}]
+    ((found,), _) = read(tmp_path / 'rows.csv', rows)
+    assert (found['chosen'], found['rejected']) == ([assistant('b')], [assistant('a')])
+    rows = [{'prompt': 'p', 'response': 'a', 'source': '[INST]'}, {'prompt': 'q', 'response': 'b', 'source': '[1'}]
+    found, _ = read(tmp_path / 'texts.csv', rows)
+    assert [example.raw['source'] for example in found] == ['[INST]', '[1']
+
+
+def test_a_text_in_json_has_no_field_twice(tmp_path):
+    twice = '[{"role": "user", "role": "assistant", "content": "q"}]'
+    for file in ('rows.jsonl', 'rows.csv'):
+        assert "two fields of an object are called 'role'" in refusal(write(tmp_path / file, [{'messages': twice}]))
+
+
+def test_words_without_spaces_count():
+    assert (
+        messages.has_words('今日はとても良い天気です', 5)
+        and not messages.has_words('今日は', 3)
+        and not messages.has_words('a b', 3)
+    )
