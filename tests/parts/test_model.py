@@ -738,7 +738,9 @@ def test_memory_by_hand(saved, device, monkeypatch):
     monkeypatch.setattr(room, 'say', said.append)
     train = data.Examples.of(examples([(3, (4, 9)), (1, (2, 2)), (3, (2, 2))]))  # 16, 5 and 7 tokens
     config = {'save_dtype': None, 'optimizer': 'AdamW', 'save_every': 0}
-    run = types.SimpleNamespace(config=config, policy=net, train=train, total=50, packed=True, max_tokens=7)
+    run = types.SimpleNamespace(
+        config=config, policy=net, train=train, total=50, packed=True, task='pairs', max_tokens=7
+    )
     sizes = room.check_room(run)
     assert sizes == (2 * (n + vocab * width), 12 * n, 50)
     words = 'longer than max_tokens=7 (the longest: 16): 1 example, each in a microbatch of its own'
