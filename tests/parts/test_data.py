@@ -622,6 +622,11 @@ def test_the_hash_of_examples():
     others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
     assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
     assert some.select(slice(0)).content() == some.select(slice(0)).content()
+    # wherever in ids the tokens are
+    chosen = [([9], [[1], [2]]), ([6], [[7], [8]]), ([6], [[7], [8]]), ([9], [[1], [2]])]
+    assert some.select(np.array([2, 1, 1, 2])).content() == Examples.of(chosen).content()
+    swapped = [(prompt, answers[::-1]) for prompt, answers in chosen]
+    assert Examples.of(chosen).flip(1.1, 0).content() == Examples.of(swapped).content()
 
 
 # ---- what scripts train on ----
