@@ -18,9 +18,7 @@ TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_m
 MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
-UNSPACED = re.compile(
-    '[\u3040-\u30ff\u3400-\u9fff]{2}'
-)  # about a word of the languages that have no spaces between words
+UNSPACED = re.compile('[\u3040-\u30ff\u3400-\u9fff]{2}')  # about one word, in languages without spaces
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
 MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
 # a role as written, in lower case -> the role that chat templates know
@@ -166,7 +164,7 @@ def _text_of_part(part):
 
 
 def has_words(text, count):
-    """Return whether a text has at least so many words; about one in two letters of Chinese or Japanese begins one."""
+    """Return whether a text has at least `count` words; two characters of Chinese or Japanese in a row count as one."""
     return len(text.split()) >= count or len(UNSPACED.findall(text)) >= count
 
 
