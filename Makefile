@@ -1,5 +1,5 @@
 # make demo: SFT, then Dr. DPO, on a toy world, in about a minute.   make test: all tests.   make lint: ruff.
-# make test-fast: the tests without torchrun launches.   make claims: the papers' claims on the toy world;
+# make test-fast: the tests that run no whole script.   make claims: the papers' claims on the toy world;
 # make real: a pretrained model on real pairs, a quarter of an hour; DATA=hh:PATH where there is no hub, REAL="--n_pairs=32".
 # CLAIMS="--quick", "--seeds='11 12 13'": options of python -m experiments.claims.
 NEW = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

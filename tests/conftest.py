@@ -1,5 +1,6 @@
 """Surroundings of every test: one thread, a cache of the session's own, no process group left from another file."""
 
+import ast
 import gc
 import json
 import os
@@ -28,17 +29,27 @@ SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log a
 
 
 @cache
-def launches(path):
-    """Whether a test file starts torchrun: those of laws/ do, and those that name it."""
-    return path.parent.name == 'laws' or 'torch.distributed.run' in path.read_text()
+def launching(path):
+    """Names of the functions in a test file that run a whole script or start a process, by themselves or through one another."""
+    found = {'run_script', 'launch', 'python', 'subprocess'}
+    # names that each function uses, its fixtures included
+    used = {}
+    for function in ast.parse(path.read_text()).body:
+        if isinstance(function, ast.FunctionDef):
+            nodes = list(ast.walk(function))
+            names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            used[function.name] = names | {node.arg for node in nodes if isinstance(node, ast.arg)}
+    while more := {name for name, names in used.items() if names & found} - found:
+        found |= more
+    return found
 
 
 def pytest_collection_modifyitems(items):
-    """The slow files first, so that two processes that share the files out end at nearly the same time."""
+    """The slow files first, so that two processes that share the files out end at nearly the same time; launches are marked."""
     order = {f'test_{name}.py': i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.name, len(SLOW)))
     for item in items:
-        if launches(item.path):
+        if item.path.parent.name == 'laws' or item.originalname in launching(item.path):
             item.add_marker(pytest.mark.launch)
 
 
