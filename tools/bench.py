@@ -7,7 +7,7 @@
 
 Variants are cumulative: `padded` is the original DPO code (padded rows, prompts repeated, logits at every position); the next ones
 pack rows, share prompts, compute logits at answer tokens only, and cache the reference. Loss and gradient are the same. trl,
-trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built, warmed up by one step, timed on the same pairs
+trl_fastest and trl_cuda are TRL's trainer. In each round every variant is built, warmed up by the largest step, timed on the same pairs
 and freed, one at a time; every other round runs backwards, to cancel slow drift of the machine. The figures are medians. On a CPU
 all of them, TRL's too, run in a process that keeps freed memory (runtime/ranks.py), as our scripts do.
 """
@@ -303,8 +303,7 @@ def release():
 
 # ---- measure ----
 
-# indices of the pairs of each step, (num_steps, batch_size); the first step is the warm-up
-steps = np.arange((n_steps + 1) * batch_size).reshape(-1, batch_size)
+steps = np.arange(n_steps * batch_size).reshape(-1, batch_size)  # (n_steps, batch_size): indices of the pairs of each step
 meta_model = build(empty=True)
 rng = np.random.default_rng(seed)
 if data == 'synthetic':
@@ -339,9 +338,11 @@ trl_options = {'step_pairs': min(PADDED_PAIRS, batch_size), 'tools': (clock, res
                'half': dtype == 'bfloat16', 'optimizer': optimizer}  # fmt: skip
 runs = [TrlVariant(name, build, **trl_options) if name.startswith('trl') else Variant(name) for name in names]
 rounds = min(rounds, n_steps) if len(runs) > 1 else 1
+# warm up with the step of the most tokens: later ones then find all the memory that they need, as in a long run
+warm_up = examples.widths[steps].sum((1, 2)).argmax()
 bar = progress((n_steps + rounds) * len(runs), ' steps', 'bench')
-for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
-    steps_of_round = np.concatenate([steps[:1], timed_steps])
+for number, timed_steps in enumerate(np.array_split(steps, rounds)):
+    steps_of_round = np.concatenate([steps[[warm_up]], timed_steps])
     # every other round runs backwards
     for run in runs[::-1] if number % 2 == 1 else runs:
         bar.set_description_str(run.name, refresh=False)
@@ -358,7 +359,7 @@ for number, timed_steps in enumerate(np.array_split(steps[1:], rounds)):
 bar.close()
 
 # the table
-lengths = examples.widths[batch_size:].astype(float)  # (timed pairs, 3): tokens of prompt, chosen and rejected answer
+lengths = examples.widths.astype(float)  # (pairs, 3): tokens of prompt, chosen and rejected answer
 table = []  # {column: value} of each variant: medians over its timed steps; TRL's have fewer columns
 for run in runs:
     seconds = statistics.median(run.times)
