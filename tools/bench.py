@@ -303,9 +303,8 @@ def release():
 
 # ---- measure ----
 
-steps = np.arange(n_steps * batch_size).reshape(
-    -1, batch_size
-)  # (n_steps, batch_size): indices of the pairs of each step
+# indices of the pairs of each step, (n_steps, batch_size)
+steps = np.arange(n_steps * batch_size).reshape(-1, batch_size)
 meta_model = build(empty=True)
 rng = np.random.default_rng(seed)
 if data == 'synthetic':
