@@ -177,6 +177,17 @@ def test_files_of_somebody_else_are_refused(name):
     assert Path('out', name).read_text() == 'precious'
 
 
+def test_a_run_that_ended_while_this_one_loaded_its_model(monkeypatch):
+    def lock_after_it(folder):
+        lock(folder)
+        Path(folder, 'config.json').write_text('{"config": {"max_new_tokens": 99}}')
+        Path(folder, 'samples.jsonl').touch()
+
+    monkeypatch.setattr('runtime.files.lock', lock_after_it)
+    assert 'out holds a different run' in refused('--n_examples=1')
+    assert '99' in Path('out/config.json').read_text()
+
+
 def test_stops_and_greedy(folder):
     """Stop tokens of generation_config.json hold in a sharded model, too; temperature 0 is model.generate's greedy answer."""
     _, rows = run(f'--model={folder}/model', '--temperature=0', '--max_new_tokens=16')
