@@ -184,7 +184,7 @@ def test_a_run_that_ended_while_this_one_loaded_its_model(monkeypatch):
         Path(folder, 'samples.jsonl').touch()
 
     monkeypatch.setattr('runtime.files.lock', lock_after_it)
-    assert 'out holds a different run' in refused('--n_examples=1')
+    assert 'out holds a different run' in refused('--n_examples=1', '--max_new_tokens=8')
     assert '99' in Path('out/config.json').read_text()
 
 
