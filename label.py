@@ -125,7 +125,8 @@ if reward_model is not None:
 
 # out_dir must be new, or hold a run with the same answers and options except these
 neutral = set('out_dir endpoint concurrency timeout retries max_tokens'.split())
-log.check_out_dir(out_dir, record, resume=True, neutral=neutral)
+written = 'verdicts.jsonl annotations.json report.json'.split()
+log.check_out_dir(out_dir, record, resume=True, neutral=neutral, written=written)
 lock(out_dir)
 
 n_prompts = len({pair['question'] for pair in pairs})
@@ -197,7 +198,6 @@ def compare_rewards(todo):
 
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
 cut_rows(verdicts_file, keep=lambda row: True)  # drops an incomplete last line: the next would be appended to it
-append(verdicts_file, [])  # creates the file
 verdicts = read_verdicts(verdicts_file)  # key -> row
 if verdicts:
     log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
@@ -218,6 +218,9 @@ with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as ba
         append(verdicts_file, [row], sync=endpoint is not None or ends_block)
         verdicts[row['pair'], row['order']] = row
         bar.update()
+if not verdicts:  # out_dir stays free for a corrected command
+    raise_if_missing(failed, 'verdicts')
+append(verdicts_file, [])  # creates the file
 
 # ---- annotations and report ----
 

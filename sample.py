@@ -173,7 +173,9 @@ if not endpoint:
     record['weights'] = ranks.from_rank_0(partial(content_of, model))
 # these options may change when a run is resumed
 neutral = set('out_dir reward endpoint batch_size max_tokens concurrency timeout skip_bad_rows'.split())
-ranks.on_rank_0(partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral))
+written = 'samples.jsonl model_outputs.json rewards.jsonl'.split()
+check_out_dir = partial(log.check_out_dir, out_dir, record, resume=True, neutral=neutral, written=written)
+ranks.on_rank_0(check_out_dir)
 prompts, left_out = ranks.first_of_host(read_prompts)
 # an answer's key: (prompt index, sample number)
 keys = list(itertools.product(range(len(prompts)), range(n_samples)))
@@ -292,10 +294,11 @@ log.say(f'first prompt: {text[-300:]!r}')
 
 # claim out_dir, and skip the answers that it has already
 ranks.on_rank_0(partial(lock, out_dir))
+ranks.on_rank_0(check_out_dir)  # again: another run may have ended while this one loaded its model
+ranks.on_rank_0(partial(log.claim_out_dir, out_dir, record))
 done = set(ranks.from_rank_0(lambda: list(collect(out_dir, expected_row))))  # keys
 if done:
     log.say(f'{out_dir} has {counted(len(done), "answers")} already')
-ranks.on_rank_0(partial(log.claim_out_dir, out_dir, record))
 guard.on_stop(lambda: f'what is answered is in {out_dir}; the same command goes on there')
 
 started = time.perf_counter()

@@ -66,7 +66,7 @@ VARIANTS = {'padded': 'plain transformers, padded', 'head': 'nanopref', 'cached'
 
 
 class Clock:
-    """The time since the start, and about how much is left: what the rest is expected to take, at the pace of the stages that are over."""
+    """The time since the start, and about how much is left: what the rest is expected to take, at the pace of the stages so far."""
 
     def __init__(self, stages):
         """stages: name -> seconds that it is expected to take, in order."""
@@ -89,8 +89,12 @@ class Clock:
             self.share = int(found[1]) / int(found[2])
         self.spoke = time.time()
         passed = self.spoke - self.began
-        left = sum(self.left.values()) - self.left.get(self.stage, 0) * self.share
-        print(f'[{minutes(passed)}, about {minutes(self.pace * left)} left] {text}', flush=True)
+        of_stage = self.left.get(self.stage, 0)
+        left = sum(self.left.values()) - of_stage * self.share
+        # a stage that takes longer than expected tells the pace before it is over
+        until_its_end = self.total - sum(self.left.values()) + of_stage
+        pace = max(self.pace, passed / max(60, until_its_end))
+        print(f'[{minutes(passed)}, about {minutes(pace * left)} left] {text}', flush=True)
 
     def tick(self):
         """Print a line every half minute if nothing else is said."""

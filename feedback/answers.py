@@ -49,7 +49,7 @@ def raise_if_missing(failed, what):
 
 
 def collect(out_dir, wanted):
-    """Merge the sample files of all ranks into a sorted samples.jsonl, and return its rows as {(prompt index, sample): row}.
+    """Merge samples.jsonl and other ranks' samples-NUMBER.jsonl into the first, sorted. Return {(prompt index, sample): row}.
 
     wanted(index, sample): the fields that this row must have, or None if the run has no such answer. Raises UserError for other rows."""
 
@@ -64,7 +64,7 @@ def collect(out_dir, wanted):
         return key
 
     merged = Path(out_dir) / 'samples.jsonl'
-    rank_files = sorted(Path(out_dir).glob('samples-*.jsonl'))
+    rank_files = sorted(path for path in Path(out_dir).glob('samples-*.jsonl') if path.stem[8:].isdecimal())
     rows = {}
     for path in (merged, *rank_files):
         # if two files have the same answer, the first file's stays: the right operand of | wins

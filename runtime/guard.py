@@ -166,7 +166,6 @@ def begin(out_dir, config, resume):
 
     def check_and_lock():
         log.check_out_dir(out_dir, config, resume)
-        log.check_names(out_dir)
         files.lock(out_dir)
         # again: the run that held the lock may have ended while this one waited
         log.check_out_dir(out_dir, config, resume)

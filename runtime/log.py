@@ -1,7 +1,7 @@
 """The logs of a run: out_dir/config.json, metrics.jsonl, lines on the screen, and optionally wandb or tensorboard.
 
-check_out_dir() and check_names() protect out_dir from other runs, before anything is loaded. claim_out_dir() writes
-config.json when training starts. Then Log writes a row for each step and evaluation."""
+check_out_dir() protects out_dir from other runs, before anything is loaded. claim_out_dir() writes config.json when training
+starts. Then Log writes a row for each step and evaluation."""
 
 import importlib.util
 import json
@@ -28,19 +28,18 @@ WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl 
 SHOWN = {'loss': 'loss', 'rewards/accuracies': 'acc', 'rewards/margins': 'margin', 'rewards/chosen': 'chosen',
          'rewards/rejected': 'rejected', 'score': 'reward', 'gold': 'gold', 'kl/samples': 'kl', 'clipped': 'clipped',
          'explained_variance': 'ev', 'length': 'length', 'ended': 'ended'}  # fmt: skip
-IS_LINK = '{} is a symbolic link, and a run would write through it: remove the link'
 
 
-def check_names(out_dir):
-    """Raise UserError if a file that a run would write in out_dir is a symlink, or is there without the config.json of its run."""
+def check_names(out_dir, written):
+    """Raise UserError if a file that a run would write (written) in out_dir is a symlink, or lies there without its config.json."""
     folder = Path(out_dir)
     has_config = (folder / 'config.json').exists()
-    for name in ('.lock', 'config.json', *WRITTEN):
+    for name in ('.lock', 'config.json', *written):
         # a run writes NAME.tmp first, and renames it
         for path in (folder / name, folder / f'{name}.tmp'):
             if path.is_symlink():
-                raise UserError(IS_LINK.format(path))
-            if name in WRITTEN and not has_config and path.exists():
+                raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
+            if name in written and not has_config and path.exists():
                 found = f'{out_dir} has {path.name}, but no config.json that says which run has written it'
                 raise UserError(f'{found}: put that back, or choose another --out_dir')
 
@@ -115,23 +114,20 @@ def _in_full(value):
     return ''.join(parts)
 
 
-def check_out_dir(out_dir, config, resume, neutral=NEUTRAL):
+def check_out_dir(out_dir, config, resume, neutral=NEUTRAL, written=WRITTEN):
     """Raise UserError if a run with these options cannot use out_dir, or if its tracker (wandb, tensorboard) is not installed.
 
-    out_dir must be writable, and either new, or of the same run, unfinished, with resume on. neutral: options that may differ."""
+    out_dir must be writable, and new or of the same run, unfinished, with resume on. neutral: options that may differ."""
     for name in ('wandb', 'tensorboard'):
         if config.get(name) and not importlib.util.find_spec(name):
             raise UserError(f'--{name} needs a package that is not installed: pip install {name}')
     folder = Path(out_dir)
-    # sample.py and label.py append rows to these
-    for path in (folder / 'samples.jsonl', folder / 'verdicts.jsonl'):
-        if path.is_symlink():
-            raise UserError(IS_LINK.format(path))
     with writing(f'to out_dir {out_dir}'):
         # out_dir may have to be made: try to write to the nearest folder that exists
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=nearest).close()
         recorded_run = recorded(out_dir)
+    check_names(out_dir, written)
     if not recorded_run:
         return
     # no contents: their hashes are compared later, when models and data are loaded

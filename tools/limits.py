@@ -37,8 +37,8 @@ def flops(model, lengths, *, share, head, passes):
     attended = (prompt + chosen) ** 2 / 2 + rejected * prompt + rejected**2 / 2
     if not share:
         # the prompt is computed twice
-        tokens = tokens + prompt
-        attended = attended + prompt**2 / 2
+        tokens += prompt
+        attended += prompt**2 / 2
     head_tokens = chosen + rejected if head else tokens
     # 2 FLOPs per weight and token; 2 per channel for each attention score, and 2 for its part of the output
     shape = model.config

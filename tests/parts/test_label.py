@@ -434,6 +434,12 @@ def test_faults_and_failures():
         report, rows = label(*run)
         assert report['failed'] == 0 and len(verdicts()) == 24 and len(server.seen) == 52
         assert label(*run) == [report, rows] and len(server.seen) == 52  # nothing is left to ask
+    # a run without any verdict leaves nothing that would refuse the corrected command
+    with serve(lambda n, body: (503, 'ill')) as server:
+        write_samples([3])
+        with pytest.raises(UserError, match='ill'):
+            run_script('label.py', '--answers=samples.jsonl', '--out_dir=none', *flags(server, '--retries=0'))
+    assert os.listdir('none') == ['.lock']
 
 
 def test_killed_and_continued():
@@ -530,6 +536,15 @@ def test_verdicts_that_are_there_stay_as_they_are():
     assert file.stat().st_ino == before.st_ino
     file.write_text('null\n' + file.read_text())
     refused('verdicts.jsonl, line 1, is damaged', '--gold=toy')
+
+
+@pytest.mark.parametrize('name', ['verdicts.jsonl', 'annotations.json', 'report.json'])
+def test_files_of_somebody_else_are_refused(name):
+    toy_samples()
+    Path('out').mkdir()
+    Path('out', name).write_text('precious')
+    refused(f'out has {name}, but no config.json', '--gold=toy')
+    assert Path('out', name).read_text() == 'precious'
 
 
 def test_verdicts_go_through_no_link(tmp_path):

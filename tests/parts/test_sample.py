@@ -145,9 +145,12 @@ def test_resume(asked, monkeypatch):
         there = {row['seed'] for row in by_time[:kept] + by_time[30:32]}
         assert len(asked) < 36 - len(there) + 3 * 5  # batches that were begun are generated whole
         assert set(asked) >= {row['seed'] for row in rows} - there and (asked or kept == 36)
-    # another place, and another process there
+    # another place, and another process there; a file that is no rank's stays
     asked.clear()
     Path('out').rename('moved')
+    Path('moved/samples-old.jsonl').write_bytes(lines[0])
+    run_script('sample.py', *FLAGS, '--out_dir=moved')
+    Path('moved/samples-old.jsonl').unlink()
     assert run(*FLAGS, out_dir='moved')[0] == whole and not asked
     lock('elsewhere')  # gives up that of the run
     slept = []
@@ -164,6 +167,25 @@ def test_resume(asked, monkeypatch):
     Path('new.tmp/folder').mkdir(parents=True)
     move_folder(Path('new.tmp'), Path('new'))
     assert len(synced) == 4  # both folders, and where the name stands
+
+
+@pytest.mark.parametrize('name', ['samples.jsonl', 'model_outputs.json', 'rewards.jsonl'])
+def test_files_of_somebody_else_are_refused(name):
+    Path('out').mkdir()
+    Path('out', name).write_text('precious')
+    assert f'out has {name}, but no config.json' in refused('--n_examples=1')
+    assert Path('out', name).read_text() == 'precious'
+
+
+def test_a_run_that_ended_while_this_one_loaded_its_model(monkeypatch):
+    def lock_after_it(folder):
+        lock(folder)
+        Path(folder, 'config.json').write_text('{"config": {"max_new_tokens": 99}}')
+        Path(folder, 'samples.jsonl').touch()
+
+    monkeypatch.setattr('runtime.files.lock', lock_after_it)
+    assert 'out holds a different run' in refused('--n_examples=1', '--max_new_tokens=8')
+    assert '99' in Path('out/config.json').read_text()
 
 
 def test_stops_and_greedy(folder):

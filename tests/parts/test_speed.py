@@ -285,7 +285,7 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
 
 
 def test_the_clock_of_real(capsys):
-    """Time left goes by stages done, and by the share of the present one, at the pace of those done."""
+    """Time left goes by stages done, and by the share of the present one, at the pace of those done, or its own if it is slower."""
     clock = real.Clock({'model': 100, 'dpo': 200, 'answers': 100})
 
     def said(passed, text=''):
@@ -300,6 +300,7 @@ def test_the_clock_of_real(capsys):
     assert said(200) == '[3:20, about 10:00 left'  # 100 of 400 took 200
     assert said(300) == '[5:00, about 10:00 left'  # its reference's pass, before training
     assert said(400, 'train      32/64  loss 0.69') == '[6:40, about 6:40 left'
+    assert said(900) == '[15:00, about 10:00 left'  # 300 of 400 would have taken 900, were it over
     clock.began = time.time() - 600
     clock.begin('answers')
     assert said(600) == '[10:00, about 3:20 left'
