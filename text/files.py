@@ -193,9 +193,16 @@ def _files_below(folder):
         # os.walk visits what `folders` holds: links last, so that files get the name that they have without a link
         folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
         found += visible
-    broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
+    # a snapshot in the hub's cache has links to the files beside the snapshots
+    real_folder = Path(folder).resolve()
+    root = next((above.parent for above in real_folder.parents if above.name == 'snapshots'), real_folder)
+    of_data = [path for path in found if path.name.lower().endswith(ENDINGS)]
+    broken = [path for path in of_data if not path.exists()]
+    outside = [path for path in of_data if path.exists() and not path.resolve().is_relative_to(root)]
     if broken:
         say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
+    if outside:
+        say_once(f'note: links lead out of {folder} ({len(outside)}): {outside[0]} is {outside[0].resolve()}')
     return found
 
 

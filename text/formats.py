@@ -24,6 +24,7 @@ UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 JUDGES = 'note: rows that the column {!r} may judge, which is not read'
+AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
 NO_QUESTION = 'note: examples with an empty question'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
@@ -36,8 +37,8 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
 ABOUT = ('context history options choices article passage starter_code chat_history conversation_history dialogue_history '
          'dialog_history previous_messages instructions').split()
-# columns that are each one of a question's options: A and B, option_a, opb, choice1
-OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
+# columns that are each one of a question's options: A and B, option_a, opb, choice1, ans0, mc_answer1
+OPTION = re.compile(r'((op|opt|option|choice|ans|mc_answer|ending)[_ ]?[a-e0-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
 DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
@@ -158,9 +159,9 @@ def each(rows, read):
             yield row, ValueError(f'its columns cannot be read ({error})')
 
 
-def parse_any(row, task=None, columns=None, judges=()):
-    """Return the examples of a row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
-    row = unified(row, columns)
+def parse_any(raw, task=None, columns=None, judges=()):
+    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
+    row = unified(raw, columns)
     layout = layout_of(frozenset(row))
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
@@ -170,7 +171,11 @@ def parse_any(row, task=None, columns=None, judges=()):
     if layout.read is not read_text:
         examples += [{'drop': NO_QUESTION} for example in examples if _asks_nothing(example)]
     marks = marks_of(row, chain(FOR_TESTS_IF, judges))
-    examples += [{'drop': note.format(column)} for note, column in marks]
+    examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks]
+    # tables may have a list of answers as one text
+    answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
+    if any(text.startswith(('["', "['")) for text in answers):
+        examples.append({'drop': AS_LIST})
     return examples
 
 
@@ -239,6 +244,11 @@ def layout_of(columns):
     hint = f'; the nearest layout, {nearest.name}, has {", ".join(sorted(nearest.columns))}'
     has_a_column = not nearest.columns.isdisjoint(columns)
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
+
+
+def spelled(plain, names):
+    """Return the first of the names that has this plain_name, or else the plain_name."""
+    return next((name for name in names if plain_name(name) == plain), plain)
 
 
 def plain_name(name):
@@ -1035,20 +1045,19 @@ def unread_texts(rows, layout):
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
+    # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
+    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
+    if layout.read is read_scored:
+        is_read.update(QUESTIONS)
     for number, (row, examples) in enumerate(each(rows, parse_any)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         row = plain(row)
         for name in filter(row.get, THREADS):
-            first_turn = as_chat(examples[0]['prompt'])[:1]
+            # a text to learn has an empty prompt
+            first_turn = as_chat(examples[0]['prompt'] or examples[0].get('response', ''))[:1]
             threads[name, str(row[name])].add(str(first_turn))
-        fields = []  # those of messages
-        for key, chat in examples[0].items():
-            if key == 'tools' or not isinstance(chat, list):
-                continue
-            for turn in chat:
-                names = turn.keys() - {'content'}
-                fields += [(f'{name} of messages', turn[name]) for name in names]
+        fields = _inner_fields(examples[0], row, is_read)
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]
@@ -1068,10 +1077,6 @@ def unread_texts(rows, layout):
                     found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
-    if layout.read is read_scored:
-        is_read.update(QUESTIONS)
     later = []
     for name, its_values in values.items():
         are_flags = its_values.issubset(FLAGS)
@@ -1083,7 +1088,20 @@ def unread_texts(rows, layout):
         elif len(its_values) <= 10 and name not in is_read:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
-    return [name for name in dict.fromkeys(unread) if name not in is_read], later
+    names = [name for name in dict.fromkeys(unread) if name not in is_read]
+    return [spelled(name, chain(*rows)) for name in names], later
+
+
+def _inner_fields(example, row, is_read):
+    """Return [(phrase for the note, value)] of the fields of an example's messages, and of those in objects that may ask or answer."""
+    chats = [chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list)]
+    turns = chain.from_iterable(chats)
+    fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn.keys() - {'content'}]
+    for column in row.keys() - is_read:
+        parts = row[column] if isinstance(row[column], list) else [row[column]]
+        for part in filter(lambda part: isinstance(part, dict), parts):
+            fields += [(f'{name} of {column}', part[name]) for name in part.keys() & {*TEXTS, 'system'}]
+    return fields
 
 
 # fmt: off

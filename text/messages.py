@@ -4,6 +4,7 @@ import ast
 import html
 import json
 import re
+from contextlib import suppress
 from copy import copy
 
 LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
@@ -29,25 +30,24 @@ ROLES = {name: role for role, names in {
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # speakers in a dialogue that is one text -> their role
-SPEAKERS = dict.fromkeys('human user prompter instruction'.split(), 'user') | {'system': 'system'}
-SPEAKERS |= dict.fromkeys('assistant ai bot chatbot gpt chatgpt model response'.split(), 'assistant')
+SPEAKERS = {name: role for role, names in {
+    'user': 'human user prompter instruction 用户 ユーザー 사용자',
+    'assistant': 'assistant ai bot chatbot gpt chatgpt model response 助手 アシスタント 어시스턴트', 'system': 'system',
+}.items() for name in names.split()}  # fmt: skip
+ASKERS = '|'.join(name for name, role in SPEAKERS.items() if role == 'user')
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
 # (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
-BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{1,9} ?|)(?:(system)|human|user|prompter|instruction)'
+BEGINNING = re.compile(rf'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{{1,9}} ?|)(?:(system)|{ASKERS})'
                        r'( ?[^\w\s]{0,9}[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 
 
-class SameName(ValueError):
-    """Two fields of a JSON object have one name, of which json keeps the last alone."""
-
-
 def _object(fields):
-    """Return a JSON object of [(name, value)]. Raises SameName."""
+    """Return a JSON object of [(name, value)]. Raises LookupError if two have one name, of which json keeps the last alone."""
     found = dict(fields)
     if len(found) < len(fields):
         names = [name for name, _ in fields]
         twice = next(name for name in names if names.count(name) > 1)
-        raise SameName(f'two fields of an object are called {twice[:24]!r}')
+        raise LookupError(f'two fields of an object are called {twice[:24]!r}')
     return found
 
 
@@ -223,21 +223,16 @@ def _parse_chat(text, any_list):
 
 
 def parse_literal(text):
-    """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither."""
+    """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither.
+
+    Raises LookupError as _object does."""
     text = text.strip()
-    for parse in (JSON.decode, ast.literal_eval, _eval_numpy):
-        try:
+    for parse in (JSON.decode, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
-        except SameName:
-            raise
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return None
-
-
-def _eval_numpy(text):
-    """Return the value of a Python literal with arrays of dicts, which numpy prints without the commas between them."""
-    return ast.literal_eval(re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text))
+    # numpy prints an array of dicts without the commas between them
+    with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
+    return parse_literal(with_commas) if with_commas != text else None
 
 
 def ask(text):

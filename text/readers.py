@@ -16,6 +16,9 @@ from text.files import ENDINGS, FORMATS, HELP, PACKED
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
+# how files begin, whatever they are called (.zip: .xlsx, too)
+MAGIC = {b'\x1f\x8b': '.gz', b'BZh': '.bz2', b'\xfd7zXZ': '.xz', b'(\xb5/\xfd': '.zst', b'PAR1': '.parquet', b'ARROW1': '.arrow',
+         b'PK\x03\x04': '.zip'}  # fmt: skip
 # table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
 # (?a: no digits of other scripts; s: a dot may be a line break)
 NO_TEXT = re.compile(r'(?as)-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}')
@@ -71,7 +74,12 @@ def read_file(file):
     read = READERS[files.format_of(file)]
     try:
         with open(file, 'rb') as stream:
-            head = stream.read(40).lstrip().lower()
+            start = stream.read(40)
+        kind = next((ending for magic, ending in MAGIC.items() if start.startswith(magic)), '')
+        if not file.lower().endswith(kind):
+            fix = 'unpack or convert it' if kind == '.zip' else 'let its name end so'
+            raise UserError(f'{file} is a {kind} file, as its first bytes say: {fix}')
+        head = start.lstrip().lower()
         if head.startswith(b'version https://git-lfs'):
             raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
         # a web page saved as .txt would be read as rows
@@ -227,7 +235,7 @@ def _read_lines(file):
                 raw = messages.JSON.decode(line.decode('utf-8-sig'))
             except UnicodeDecodeError:
                 error = NOT_UTF8
-            except (ValueError, RecursionError) as wrong:
+            except (ValueError, LookupError, RecursionError) as wrong:
                 # .msg of a JSONDecodeError is the message without the position
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)})'
                 # only the last line of a file can lack its newline
@@ -262,7 +270,7 @@ def _read_table(file, delimiter=','):
                 continue
             try:
                 value = messages.parse_literal(cell if cell[0] in '[{' else cell.lower())
-            except messages.SameName as wrong:
+            except LookupError as wrong:
                 value, error = None, error or str(wrong)
             # one in brackets may be a text nevertheless
             cells[name] = cell if value is None else value

@@ -369,7 +369,12 @@ def _advice(row, source):
     reader, _, _ = source.partition(':')
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then)'
+    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
+    has_one_row = row.where.lower().endswith('.json, row 1') and all(isinstance(value, list | dict) for value in row.values())
+    if has_one_row:
+        return "if the file has several rows, write a list of them, or one a line (pandas: orient='records')"
+    inner = "; write an object's fields as columns first" if dict in map(type, row.values()) else ''
+    return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then){inner}'
 
 
 def _columns(row):
