@@ -17,6 +17,7 @@ from runtime import hub
 from runtime.cache import path_of
 from runtime.files import replace_text, say_once
 from runtime.values import looked_in
+from text.messages import as_list
 
 FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 # suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and
@@ -194,15 +195,12 @@ def _files_below(folder):
         folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
         found += visible
     # a snapshot in the hub's cache has links to the files beside the snapshots
-    real_folder = Path(folder).resolve()
-    root = next((above.parent for above in real_folder.parents if above.name == 'snapshots'), real_folder)
-    of_data = [path for path in found if path.name.lower().endswith(ENDINGS)]
-    broken = [path for path in of_data if not path.exists()]
-    outside = [path for path in of_data if path.exists() and not path.resolve().is_relative_to(root)]
-    if broken:
-        say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
-    if outside:
-        say_once(f'note: links lead out of {folder} ({len(outside)}): {outside[0]} is {outside[0].resolve()}')
+    root = os.path.realpath(folder).partition('/snapshots/')[0]
+    real_paths = {path: Path(os.path.realpath(path)) for path in found if path.name.lower().endswith(ENDINGS)}
+    strange = [path for path, real in real_paths.items() if not path.exists() or not real.is_relative_to(root)]
+    if strange:
+        first = f'{strange[0]} to {real_paths[strange[0]]}'
+        say_once(f'note: links to nothing, which are left out, or out of the folder {folder} ({len(strange)}): {first}')
     return found
 
 
@@ -266,10 +264,6 @@ def _choose_config(configs, wanted, path):
 
 def _named_files(folder, fields):
     """Return {split: existing files} that the fields of a README's config name in data_files."""
-
-    def as_list(value):
-        return value if isinstance(value, list) else [value]
-
     splits = {}
     # data_files: a glob pattern, or a list of patterns or of dicts {'split': name, 'path': pattern or list of patterns}
     for item in as_list(fields.get('data_files') or []):

@@ -15,7 +15,7 @@ from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
 from text import messages
-from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, message, said, text_or_chat
+from text.messages import ASSISTANT, answer, are_texts, as_chat, as_list, ask, field, message, said, text_or_chat
 
 NUMBER = int | float
 MINUS_ONE = 'verdicts of -1, as ties'
@@ -167,9 +167,11 @@ def parse_any(raw, task=None, columns=None, judges=()):
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    # a text to learn has no question
+    # a text to learn has no question; of a chat, the last message is one
     if layout.read is not read_text:
-        examples += [{'drop': NO_QUESTION} for example in examples if _asks_nothing(example)]
+        prompts = [example['prompt'] for example in examples if 'prompt' in example]
+        questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
+        examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
     marks = marks_of(row, chain(FOR_TESTS_IF, judges))
     examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks]
     # tables may have a list of answers as one text
@@ -194,13 +196,6 @@ def marks_of(row, marks):
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() in words:
                 yield reason, column
-
-
-def _asks_nothing(example):
-    """Return whether the prompt of an example, or its last message, is empty; not of {'drop': reason}."""
-    prompt = example.get('prompt', 'none')
-    last = prompt[-1:] if isinstance(prompt, list) else prompt
-    return messages.is_empty(last)
 
 
 def _completed(example, row):
@@ -295,7 +290,7 @@ def _find_chat(row):
     """Give a row's system message and chat the names 'system' (a text) and 'messages' (or 'prompt'), in place."""
     # Gemini: the system message is one, perhaps without a role
     system = row.get('system')
-    parts = system if isinstance(system, list) else [system]
+    parts = as_list(system)
     if system and all(isinstance(part, dict) for part in parts):
         turns = [messages.read_message({'role': 'system'} | part) for part in parts]
         row['system'] = '\n'.join(turn['content'] for turn in turns)
@@ -362,7 +357,12 @@ def _unpack(row):
             row['prompt'] = ask(messages.strip_html(row.pop('question')))
             items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
         row[many[0]] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
-        row['scores'] = [_score_of(item) for item in items]
+        row['scores'] = []
+        for item in items:
+            # as Nectar, UltraFeedback, NeMo RL and Gemini have them
+            name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
+            sign = -1 if name == 'rank' else 1  # the lowest rank is the best
+            row['scores'].append(sign * field(item, name, NUMBER))
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -376,15 +376,12 @@ def _unpack(row):
     # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
-    # SQuAD: several answers that mean the same; the first is used
+    # SQuAD: several answers that mean the same, of which the first is used; ChatQA: a list of one, beside a chat
     answers = row.get('answers')
     if isinstance(answers, dict) and answers.keys() == {'text', 'answer_start'}:
         row['answer'] = next(iter(row.pop('answers')['text']), '')
-    # ChatQA: the chat ends with a question, whose answer is the only item of the list 'answers'
-    chat = row.get('messages')
-    has_chat = isinstance(chat, list) and bool(chat)
-    if are_texts(answers, 1) and has_chat and messages.read_message(chat[-1])['role'] == 'user':
-        row['messages'] = chat + said(row.pop('answers')[0])
+    elif are_texts(answers, 1) and 'messages' in row:
+        [row['answer']] = row.pop('answers')
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str | list) and isinstance(row.get('messages'), list):
         chat = row['chosen'] = row.pop('messages')
@@ -459,8 +456,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     for name in (*names, 'history') if is_history(row.get('history')) else names:
         value = row.get(name)
         if value and name != column:
-            parts = value if isinstance(value, list) else [value]
-            found.append((name, _texts_in(value) if is_history(value) else parts))
+            found.append((name, _texts_in(value) if is_history(value) else as_list(value)))
     found += [(name, _texts_in(row[name], min_words=4)) for name in texts_in if name in row]
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
@@ -776,13 +772,6 @@ def read_scored(row, task):
     return rank_answers(prompt, scored, task)
 
 
-def _score_of(item):
-    """Return the score of an object with an answer, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
-    name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
-    sign = -1 if name == 'rank' else 1  # the lowest rank is the best
-    return sign * field(item, name, NUMBER)
-
-
 def rank_groups(rows, task, read):
     """Yield (row, examples or ValueError): all rows' answers to a prompt are ranked. read(row): (prompt, [(score, answer)])."""
     groups = {}  # prompt as JSON -> (first row, prompt, scored answers)
@@ -1062,7 +1051,7 @@ def unread_texts(rows, layout):
         for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]
             # a list of flags or grades is about parts of the row: its answers, or several judges
-            for part in value if isinstance(value, list) else [value]:
+            for part in as_list(value):
                 if isinstance(part, NUMBER | str) and not is_label and name not in TEXTS:
                     values[name].add(str(part).strip().lower())
             # objects describe the row, unless they are messages
@@ -1088,8 +1077,7 @@ def unread_texts(rows, layout):
         elif len(its_values) <= 10 and name not in is_read:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
-    names = [name for name in dict.fromkeys(unread) if name not in is_read]
-    return [spelled(name, chain(*rows)) for name in names], later
+    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread) if name not in is_read], later
 
 
 def _inner_fields(example, row, is_read):
@@ -1098,9 +1086,8 @@ def _inner_fields(example, row, is_read):
     turns = chain.from_iterable(chats)
     fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn.keys() - {'content'}]
     for column in row.keys() - is_read:
-        parts = row[column] if isinstance(row[column], list) else [row[column]]
-        for part in filter(lambda part: isinstance(part, dict), parts):
-            fields += [(f'{name} of {column}', part[name]) for name in part.keys() & {*TEXTS, 'system'}]
+        objects = [part for part in as_list(row[column]) if isinstance(part, dict)]
+        fields += [(f'{name} of {column}', part[name]) for part in objects for name in part.keys() & {*TEXTS, 'system'}]
     return fields
 
 

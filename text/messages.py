@@ -30,14 +30,12 @@ ROLES = {name: role for role, names in {
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # speakers in a dialogue that is one text -> their role
-SPEAKERS = {name: role for role, names in {
-    'user': 'human user prompter instruction 用户 ユーザー 사용자',
-    'assistant': 'assistant ai bot chatbot gpt chatgpt model response 助手 アシスタント 어시스턴트', 'system': 'system',
-}.items() for name in names.split()}  # fmt: skip
-ASKERS = '|'.join(name for name, role in SPEAKERS.items() if role == 'user')
+ASKERS = 'human user prompter instruction 用户 ユーザー 사용자'.split()
+REPLIERS = 'assistant ai bot chatbot gpt chatgpt model response 助手 アシスタント 어시스턴트'.split()
+SPEAKERS = dict.fromkeys(ASKERS, 'user') | dict.fromkeys(REPLIERS, 'assistant') | {'system': 'system'}
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
 # (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
-BEGINNING = re.compile(rf'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{{1,9}} ?|)(?:(system)|{ASKERS})'
+BEGINNING = re.compile(rf'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{{1,9}} ?|)(?:(system)|{"|".join(ASKERS)})'
                        r'( ?[^\w\s]{0,9}[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 
 
@@ -168,6 +166,11 @@ def has_words(text, count):
     return len(text.split()) >= count or len(UNSPACED.findall(text)) >= count
 
 
+def as_list(value):
+    """Return a list as it is, and any other value as a list of it."""
+    return value if isinstance(value, list) else [value]
+
+
 def are_texts(value, count=None):
     """Return whether a value is a non-empty list of strings, of length `count` if given."""
     if not isinstance(value, list) or not value:
@@ -216,16 +219,14 @@ def _parse_chat(text, any_list):
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
         return text
     parsed = parse_literal(text)
-    turns = parsed if isinstance(parsed, list) else [parsed]
+    turns = as_list(parsed)
     forms = ({'role', 'content'}, {'role', 'text'}, {'role', 'parts'}, {'from', 'value'}, {'messages'})
     are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in forms) for turn in turns)
     return parsed if turns and (are_messages or are_texts(parsed)) else text
 
 
 def parse_literal(text):
-    """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither.
-
-    Raises LookupError as _object does."""
+    """Return the value of a text in JSON or Python (pandas writes that to CSV), else None. Raises LookupError as _object does."""
     text = text.strip()
     for parse in (JSON.decode, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):

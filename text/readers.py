@@ -15,10 +15,13 @@ from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
+FETCH, RENAME = 'fetch the data again, perhaps after a login', 'let its name end so'
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
-# how files begin, whatever they are called (.zip: .xlsx, too)
-MAGIC = {b'\x1f\x8b': '.gz', b'BZh': '.bz2', b'\xfd7zXZ': '.xz', b'(\xb5/\xfd': '.zst', b'PAR1': '.parquet', b'ARROW1': '.arrow',
-         b'PK\x03\x04': '.zip'}  # fmt: skip
+# how other files begin, in lower case -> (what they are, which their names should tell, what to do)
+MAGIC = {b'version https://git-lfs': ('git-lfs pointer', 'fetch the data with: git lfs pull'),
+         b'<!doctype html': ('web page', FETCH), b'<html': ('web page', FETCH), b'pk\x03\x04': ('.zip', 'unpack or convert it'),
+         b'\x1f\x8b': ('.gz', RENAME), b'bzh': ('.bz2', RENAME), b'\xfd7zxz': ('.xz', RENAME), b'(\xb5/\xfd': ('.zst', RENAME),
+         b'par1': ('.parquet', RENAME), b'arrow1': ('.arrow', RENAME)}  # fmt: skip
 # table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
 # (?a: no digits of other scripts; s: a dot may be a line break)
 NO_TEXT = re.compile(r'(?as)-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}')
@@ -74,17 +77,10 @@ def read_file(file):
     read = READERS[files.format_of(file)]
     try:
         with open(file, 'rb') as stream:
-            start = stream.read(40)
-        kind = next((ending for magic, ending in MAGIC.items() if start.startswith(magic)), '')
-        if not file.lower().endswith(kind):
-            fix = 'unpack or convert it' if kind == '.zip' else 'let its name end so'
-            raise UserError(f'{file} is a {kind} file, as its first bytes say: {fix}')
-        head = start.lstrip().lower()
-        if head.startswith(b'version https://git-lfs'):
-            raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
-        # a web page saved as .txt would be read as rows
-        if head.startswith((b'<!doctype html', b'<html')):
-            raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
+            head = stream.read(40).lstrip().lower()
+        for magic, (kind, advice) in MAGIC.items():
+            if head.startswith(magic) and not file.lower().endswith(kind):
+                raise UserError(f'{file} is a {kind}, as its first bytes say: {advice}')
         yield from read(file)
     except UserError:
         raise

@@ -240,17 +240,15 @@ def _parsed(rows, parse, task, columns):
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
         found_columns = dict.fromkeys(chain(*head))
-        known = {*found_columns, *map(formats.plain_name, found_columns)}
         for column in column_of.values():
-            if found_columns and known.isdisjoint((column, formats.plain_name(column))):
+            if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        unread, judges = [], []
-        if layout and not needs_all_rows:
-            unread, judges = formats.unread_texts(head, layout)
+        is_by_row = layout and not needs_all_rows
+        unread, judges = formats.unread_texts(head, layout) if is_by_row else ([], [])
         if unread:
             advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
@@ -287,9 +285,7 @@ def describe(source):
     if parse:
         return f'the reader {source.partition(":")[0]!r}'
     layout = _first_layout(head)
-    known = 'no known layout'
-    if layout:
-        known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}'
+    known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
     found_columns = ', '.join(dict.fromkeys(chain(*head))) or 'none'
     return f'{known} (columns: {found_columns})'
 
@@ -370,10 +366,10 @@ def _advice(row, source):
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
     # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
-    has_one_row = row.where.lower().endswith('.json, row 1') and all(isinstance(value, list | dict) for value in row.values())
-    if has_one_row:
+    kinds = set(map(type, row.values()))
+    if row.where.lower().endswith('.json, row 1') and kinds <= {list, dict}:
         return "if the file has several rows, write a list of them, or one a line (pandas: orient='records')"
-    inner = "; write an object's fields as columns first" if dict in map(type, row.values()) else ''
+    inner = "; write an object's fields as columns first" if dict in kinds else ''
     return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then){inner}'
 
 
