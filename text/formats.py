@@ -25,6 +25,7 @@ UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt 
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 JUDGES = 'note: rows that the column {!r} may judge, which is not read'
 AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
+NO_TEXT = 'note: rows whose {!r} is a word such as nan or None: if it means nothing, leave it empty'
 NO_QUESTION = 'note: examples with an empty question'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
@@ -50,7 +51,7 @@ THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thoug
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
 LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
-TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS}.difference(LABELS)
+TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS, 'system'}.difference(LABELS)
 # the names that --columns accepts
 COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
            'response_a response_b response_0 response_1 response_2 winner').split()
@@ -79,12 +80,13 @@ STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ cand
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
-SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
+SCORED += [(one, two, f'{one}_{score}', f'{two}_{score}') for one, two in COMPARED for score in ('rating', 'score')]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
+BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
+           'better_response human_preference human_choice').split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
+VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012]|first|second)(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
@@ -95,7 +97,7 @@ GRADES = {*BAD, 'good', 'correct', 'positive'}  # values that judge
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
-JUDGED = [*VERDICTS, *STATES, *'outcome result majority human_choice human_preference'.split()]
+JUDGED = [*VERDICTS, *STATES, 'outcome', 'result', 'majority']
 MARKS = [
     (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
     (UNUSED, 'valid is_valid usable keep include'.split(), NO),
@@ -110,13 +112,15 @@ MARKS = [
 SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
 TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
-FOR_TESTS_IF = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES)]
+# what notes say of columns that have one of these words; tables and programs write NOTHING where there is no text
+MAY_LACK, NOTHING = 'input context system response completion output'.split(), 'nan none null n/a <noinput>'.split()
+NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, MAY_LACK, NOTHING)]
 # columns with the scores of two answers, and with the class of a text
 RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
 # columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
-PARENTS = 'parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id'.split()
-THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
+PARENTS = re.compile(r'parent|(in_)?(reply|response)_to|(parent|(in_)?(reply|response)_to|prev(ious)?)_(\w+_)?id')
+THREADS = re.compile(r'(conv(ersation)?|dialog(ue)?|chat|thread|session|ticket)_(uu)?(id|ts)')
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')  # columns where null has a meaning: not labelled, or no winner
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples answers'.split()
@@ -172,7 +176,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
         prompts = [example['prompt'] for example in examples if 'prompt' in example]
         questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
         examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
-    marks = marks_of(row, chain(FOR_TESTS_IF, judges))
+    marks = marks_of(row, chain(NOTED, judges))
     examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks]
     # tables may have a list of answers as one text
     answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
@@ -273,8 +277,9 @@ def unified(row, columns=None):
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
-    # nulls stay where they mean "not labelled" or "no winner"
-    row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
+    # nulls stay where they mean "not labelled" or "no winner"; NaN, which is not equal to itself, is one in place of a text
+    nulls = {name for name, value in row.items() if value is None or (name in TEXTS and value != value)}
+    row = {name: value for name, value in row.items() if name not in nulls or name in NULL_SAYS}
     for name in row:
         if messages.MEDIA.fullmatch(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
@@ -652,7 +657,7 @@ def _lead_by_name(row, verdict_column, columns, task):
     models = [str(name).lower() for name in names]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
-        side = {'a': sides[0], 'b': sides[1]}.get(named[3], named[3])
+        side = {'a': sides[0], 'first': sides[0], 'b': sides[1], 'second': sides[1]}.get(named[3], named[3])
     else:
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
     if side in sides:
@@ -1042,7 +1047,7 @@ def unread_texts(rows, layout):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         row = plain(row)
-        for name in filter(row.get, THREADS):
+        for name in filter(THREADS.fullmatch, filter(row.get, row)):
             # a text to learn has an empty prompt
             first_turn = as_chat(examples[0]['prompt'] or examples[0].get('response', ''))[:1]
             threads[name, str(row[name])].add(str(first_turn))
@@ -1071,8 +1076,10 @@ def unread_texts(rows, layout):
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in CLASSES and layout.read is read_text
+        # one answer of each row may be worse than another
+        is_class |= bool(RATED.search(name)) and layout.read in (read_answer, read_chat) and len(its_values) > 1
         has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
-        if has_both or is_verdict or is_class or name in PARENTS or GRADES & its_values:
+        if has_both or is_verdict or is_class or PARENTS.fullmatch(name) or GRADES & its_values:
             unread.append(name)
         elif len(its_values) <= 10 and name not in is_read:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
@@ -1084,10 +1091,10 @@ def _inner_fields(example, row, is_read):
     """Return [(phrase for the note, value)] of the fields of an example's messages, and of those in objects that may ask or answer."""
     chats = [chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list)]
     turns = chain.from_iterable(chats)
-    fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn.keys() - {'content'}]
-    for column in row.keys() - is_read:
+    fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn if name != 'content']
+    for column in filter(lambda column: column not in is_read, row):
         objects = [part for part in as_list(row[column]) if isinstance(part, dict)]
-        fields += [(f'{name} of {column}', part[name]) for part in objects for name in part.keys() & {*TEXTS, 'system'}]
+        fields += [(f'{name} of {column}', part[name]) for part in objects for name in part if name in TEXTS]
     return fields
 
 

@@ -288,8 +288,7 @@ def dialogue(text):
     # 'System:' within a dialogue is a part of a text
     if not first[3]:
         names.pop('system', None)
-    either = '|'.join(names.values())
-    return split_dialogue(text, rf'{sign}({either}){colon}')
+    return split_dialogue(text, rf'{sign}({"|".join(names.values())}){colon}')
 
 
 def split_dialogue(text, turn_pattern):

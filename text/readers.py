@@ -21,7 +21,7 @@ NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
 MAGIC = {b'version https://git-lfs': ('git-lfs pointer', 'fetch the data with: git lfs pull'),
          b'<!doctype html': ('web page', FETCH), b'<html': ('web page', FETCH), b'pk\x03\x04': ('.zip', 'unpack or convert it'),
          b'\x1f\x8b': ('.gz', RENAME), b'bzh': ('.bz2', RENAME), b'\xfd7zxz': ('.xz', RENAME), b'(\xb5/\xfd': ('.zst', RENAME),
-         b'par1': ('.parquet', RENAME), b'arrow1': ('.arrow', RENAME)}  # fmt: skip
+         b'par1': ('.parquet', RENAME), b'arrow1': ('.arrow', RENAME), b'{"': ('json', RENAME), b'[{"': ('json', RENAME)}  # fmt: skip
 # table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
 # (?a: no digits of other scripts; s: a dot may be a line break)
 NO_TEXT = re.compile(r'(?as)-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}')
@@ -79,7 +79,7 @@ def read_file(file):
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
         for magic, (kind, advice) in MAGIC.items():
-            if head.startswith(magic) and not file.lower().endswith(kind):
+            if head.startswith(magic) and kind not in Path(file.lower()).name:
                 raise UserError(f'{file} is a {kind}, as its first bytes say: {advice}')
         yield from read(file)
     except UserError:
@@ -213,8 +213,7 @@ def _read_json(file):
 def _rows_of(value):
     """Return the only list of objects (but for messages) that a JSON object has in it, or else the value as the only row."""
     values = value.values() if isinstance(value, dict) else []
-    filled = [inner for inner in values if isinstance(inner, list) and inner]
-    lists = [inner for inner in filled if isinstance(inner[0], dict)]
+    lists = [inner for inner in values if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
     if len(lists) == 1 and lists[0][0].keys().isdisjoint(('role', 'from')):
         return lists[0]
     return [value]

@@ -357,18 +357,19 @@ def _advice(row, source):
     if separator := re.search(r'[;\t|,]', only_column):
         return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
     # row.error: the line could not be parsed (readers.py)
-    if re.search('JSON|object', row.error):
-        return 'a row is a JSON object with named fields, on a line of its own or in one list'
+    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
+    kinds = set(map(type, row.values()))
+    is_all_rows = row.where.lower().endswith('.json, row 1') and kinds <= {list, dict}
+    if is_all_rows or re.search('JSON|object', row.error):
+        return (
+            "a row is a JSON object with named fields, on a line of its own or in one list (pandas: orient='records')"
+        )
     if row.error:
         return 'mend the file'
     # the reader of a HubDataset has a .parse if it expects one layout
     reader, _, _ = source.partition(':')
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
-    kinds = set(map(type, row.values()))
-    if row.where.lower().endswith('.json, row 1') and kinds <= {list, dict}:
-        return "if the file has several rows, write a list of them, or one a line (pandas: orient='records')"
     inner = "; write an object's fields as columns first" if dict in kinds else ''
     return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then){inner}'
 
