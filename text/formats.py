@@ -112,9 +112,10 @@ MARKS = [
 SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
 TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
-# what notes say of columns that have one of these words; tables and programs write NOTHING where there is no text
-MAY_LACK, NOTHING = 'input context system response completion output'.split(), 'nan none null n/a <noinput>'.split()
-NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, MAY_LACK, NOTHING)]
+# columns that few rows need; tables and programs write NOTHING where there is no text
+ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.split()
+# what notes say of columns that have one of these words
+NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, ADDED, NOTHING)]
 # columns with the scores of two answers, and with the class of a text
 RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
@@ -277,8 +278,8 @@ def unified(row, columns=None):
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
-    # nulls stay where they mean "not labelled" or "no winner"; NaN, which is not equal to itself, is one in place of a text
-    nulls = {name for name, value in row.items() if value is None or (name in TEXTS and value != value)}
+    # nulls stay where they mean "not labelled" or "no winner"; NaN, which is not equal to itself, is one of ADDED
+    nulls = {name for name, value in row.items() if value is None or (name in ADDED and value != value)}
     row = {name: value for name, value in row.items() if name not in nulls or name in NULL_SAYS}
     for name in row:
         if messages.MEDIA.fullmatch(name) and row[name]:

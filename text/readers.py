@@ -80,7 +80,7 @@ def read_file(file):
             head = stream.read(40).lstrip().lower()
         for magic, (kind, advice) in MAGIC.items():
             if head.startswith(magic) and kind not in Path(file.lower()).name:
-                raise UserError(f'{file} is a {kind}, as its first bytes say: {advice}')
+                raise UserError(f'{file} is a {kind} by its first bytes: {advice}')
         yield from read(file)
     except UserError:
         raise
