@@ -251,6 +251,7 @@ def spelled(plain, names):
     return next((name for name in names if plain_name(name) == plain), plain)
 
 
+@lru_cache(1000)
 def plain_name(name):
     """Return a column's name as the lists above have it: 'Response A', 'response-a' -> 'response_a', 'isSafe' -> 'is_safe'."""
     return re.sub('[ -]|(?<=[a-z])(?=[A-Z][a-z])', '_', name.strip()).lower()
@@ -282,7 +283,7 @@ def unified(row, columns=None):
     nulls = {name for name, value in row.items() if value is None or (name in ADDED and value != value)}
     row = {name: value for name, value in row.items() if name not in nulls or name in NULL_SAYS}
     for name in row:
-        if messages.MEDIA.fullmatch(name) and row[name]:
+        if messages.MEDIA(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
     # these change the row in place
@@ -961,7 +962,7 @@ def read_chat(row, task):
 def _check_no_choice(row, turns):
     """Raise ValueError if a flag may tell which answers to train on, or which of two answers in a row counts."""
     are_answers = [turn['role'] == 'assistant' for turn in turns]
-    for name in filter(messages.MASK.search, chain(row, *compress(turns, are_answers))):
+    for name in filter(messages.MASK, chain(row, *compress(turns, are_answers))):
         # a column may list the flags of all messages, or of the answers
         flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in turns]
         if len(flags) == len(turns):

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from copy import copy
+from functools import lru_cache
 
 LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
 ASSISTANT = '\n\nAssistant:'
@@ -16,12 +17,14 @@ REASONING = ('reasoning_content', 'thinking', 'reasoning')  # fields for a messa
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
 # fields with such names may say so, too, but not whether true or false is trained on
-MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
+MASK = lru_cache(1000)(re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE).search)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
 UNSPACED = re.compile('[\u3040-\u30ff\u3400-\u9fff]{2}')  # about one word, in languages without spaces
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
-MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
+MEDIA = lru_cache(1000)(
+    re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE).fullmatch
+)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -140,7 +143,7 @@ def read_message(turn):
         turn['tool_calls'] = parse_literal(turn['tool_calls'] or '[]')
         field(turn, 'tool_calls', list)  # raises an error if it is no list
     for name in turn:
-        if MEDIA.fullmatch(name) and turn[name]:
+        if MEDIA(name) and turn[name]:
             raise ValueError(f'{name!r} of a message would be lost: only text is read')
     # a message with a tool call or a thought (a field of BESIDE) needs no content
     if any(turn.get(key) for key in BESIDE):
