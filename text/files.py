@@ -199,8 +199,10 @@ def _files_below(folder):
     real_paths = {path: Path(os.path.realpath(path)) for path in found if path.name.lower().endswith(ENDINGS)}
     strange = [path for path, real in real_paths.items() if not path.exists() or not real.is_relative_to(root)]
     if strange:
-        first = f'{strange[0]} to {real_paths[strange[0]]}'
-        say_once(f'note: links to nothing, which are left out, or out of the folder {folder} ({len(strange)}): {first}')
+        first, to = strange[0], real_paths[strange[0]]
+        say_once(
+            f'note: links to nothing, which are left out, or out of the folder {folder} ({len(strange)}): {first} to {to}'
+        )
     return found
 
 

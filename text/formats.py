@@ -177,8 +177,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
         prompts = [example['prompt'] for example in examples if 'prompt' in example]
         questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
         examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
-    marks = marks_of(row, chain(NOTED, judges))
-    examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks]
+    examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks_of(row, chain(NOTED, judges))]
     # tables may have a list of answers as one text
     answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
     if any(text.startswith(('["', "['")) for text in answers):
@@ -257,16 +256,10 @@ def plain_name(name):
     return re.sub('[ -]|(?<=[a-z])(?=[A-Z][a-z])', '_', name.strip()).lower()
 
 
-@lru_cache(1000)
-def _plain_names(columns):
-    """Return the plain_name of each column, a tuple; or the columns as they are if two would get one name."""
-    plain_names = tuple(map(plain_name, columns))
-    return plain_names if len(set(plain_names)) == len(columns) else columns
-
-
 def plain(row):
-    """Return a row, with its names in the one spelling of plain_name, as a dict."""
-    return dict(zip(_plain_names(tuple(row)), row.values(), strict=True))
+    """Return a row, with its names in the one spelling of plain_name, as a dict; or as they are if two would get one name."""
+    plain_row = {plain_name(name): value for name, value in row.items()}
+    return plain_row if len(plain_row) == len(row) else dict(row)
 
 
 def unified(row, columns=None):
@@ -556,8 +549,7 @@ def _joined(prompt, chat):
     # the prompt, without its system message, must be in the chat; or all questions of the chat, if several, in the prompt
     prompt_text = '\n'.join(turn['content'].strip() for turn in prompt if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
-    users = [turn for turn in chat[:-1] if turn['role'] == 'user']
-    questions = [turn['content'].strip() for turn in users]
+    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
@@ -631,8 +623,7 @@ def read_compared(row, task):
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0  # null is a tie
     else:
         # SCORED: (first answer, second answer, their scores)
-        fitting = (names for names in SCORED if set(names) <= row.keys())
-        *columns, first_score, second_score = next(fitting)
+        *columns, first_score, second_score = next(names for names in SCORED if set(names) <= row.keys())
         lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')
@@ -655,8 +646,7 @@ def _lead_by_name(row, verdict_column, columns, task):
     verdict = str(row[verdict_column]).strip(' []().').lower()
     named = VERDICT.fullmatch(verdict)
     # or the name of one of the models, if they are different
-    names = [row.get(f'model_{side}', '?') for side in sides]
-    models = [str(name).lower() for name in names]
+    models = [str(row.get(f'model_{side}', '?')).lower() for side in sides]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
         side = {'a': sides[0], 'first': sides[0], 'b': sides[1], 'second': sides[1]}.get(named[3], named[3])
@@ -774,8 +764,7 @@ def read_scored(row, task):
     is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
     prompt = prompt.rstrip() if is_dialogue else as_chat(prompt)
     write = answer if is_dialogue else said
-    pairs = zip(scores, answers, strict=True)
-    scored = [(score, write(found)) for score, found in pairs if score is not None]
+    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(prompt, scored, task)
 
 
@@ -1091,8 +1080,7 @@ def unread_texts(rows, layout):
 
 def _inner_fields(example, row, is_read):
     """Return [(phrase for the note, value)] of the fields of an example's messages, and of those in objects that may ask or answer."""
-    chats = [chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list)]
-    turns = chain.from_iterable(chats)
+    turns = chain.from_iterable(chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list))
     fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn if name != 'content']
     for column in filter(lambda column: column not in is_read, row):
         objects = [part for part in as_list(row[column]) if isinstance(part, dict)]

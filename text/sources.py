@@ -247,8 +247,7 @@ def _parsed(rows, parse, task, columns):
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        is_by_row = layout and not needs_all_rows
-        unread, judges = formats.unread_texts(head, layout) if is_by_row else ([], [])
+        unread, judges = formats.unread_texts(head, layout) if layout and not needs_all_rows else ([], [])
         if unread:
             advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
@@ -342,8 +341,7 @@ def _refusal(row, error, any_valid, following, source):
     # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
-            most_common = Counter(bad).most_common(2)
-            common = [f'{count} with {shorten(names, 90)}' for names, count in most_common]
+            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
