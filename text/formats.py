@@ -671,9 +671,8 @@ def _lead_by_name(row, verdict_column, columns, task):
 
 def read_votes(row, task):
     """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
-    values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     lists = []
-    for value in values:
+    for value in map(row.get, ('prompt', 'response_a', 'response_b')):
         if isinstance(value, str):
             value = json.loads(value) if value.startswith('[') else [value]
         lists.append(value)

@@ -406,9 +406,8 @@ class Builder:
             del self.left_out[THOUGHTLESS]
         # an example has the widths of prompt, chosen and rejected, or of prompt and answer
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        good = np.array(self.good, bool)
-        left_out = +self.left_out  # unary + drops zero counts
-        return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
+        ids, good, uid = np.asarray(self.ids), np.array(self.good, bool), np.asarray(self.uid)
+        return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
 
 
 # ---- token ids, BOS, EOS and lengths ----
