@@ -17,6 +17,7 @@ from runtime import hub
 from runtime.cache import path_of
 from runtime.files import replace_text, say_once
 from runtime.values import looked_in
+from text.messages import as_list
 
 FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 # suffix of compressed files -> function that opens them, or pyarrow's name of the compression: Python < 3.14 has no zstd, and
@@ -193,9 +194,15 @@ def _files_below(folder):
         # os.walk visits what `folders` holds: links last, so that files get the name that they have without a link
         folders[:] = [path.name for path in sorted(visible, key=Path.is_symlink) if path.name in folders]
         found += visible
-    broken = [path for path in found if path.name.lower().endswith(ENDINGS) and not path.exists()]
-    if broken:
-        say_once(f'note: left out, since they are links to nothing ({len(broken)}) in {folder}: {broken[0]}')
+    # a snapshot in the hub's cache has links to the files beside the snapshots
+    root = os.path.realpath(folder).partition('/snapshots/')[0]
+    real_paths = {path: Path(os.path.realpath(path)) for path in found if path.name.lower().endswith(ENDINGS)}
+    strange = [path for path, real in real_paths.items() if not path.exists() or not real.is_relative_to(root)]
+    if strange:
+        first, to = strange[0], real_paths[strange[0]]
+        say_once(
+            f'note: links to nothing, which are left out, or out of the folder {folder} ({len(strange)}): {first} to {to}'
+        )
     return found
 
 
@@ -259,10 +266,6 @@ def _choose_config(configs, wanted, path):
 
 def _named_files(folder, fields):
     """Return {split: existing files} that the fields of a README's config name in data_files."""
-
-    def as_list(value):
-        return value if isinstance(value, list) else [value]
-
     splits = {}
     # data_files: a glob pattern, or a list of patterns or of dicts {'split': name, 'path': pattern or list of patterns}
     for item in as_list(fields.get('data_files') or []):

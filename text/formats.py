@@ -15,7 +15,7 @@ from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
 from text import messages
-from text.messages import ASSISTANT, answer, are_texts, as_chat, ask, field, message, said, text_or_chat
+from text.messages import ASSISTANT, answer, are_texts, as_chat, as_list, ask, field, message, said, text_or_chat
 
 NUMBER = int | float
 MINUS_ONE = 'verdicts of -1, as ties'
@@ -24,6 +24,8 @@ UNTRAINED = 'answers of weight 0, which are not to be trained on'
 UNTHOUGHT = 'note: thoughts in a column of their own, which answers to a prompt of text cannot have'
 FOR_TESTS = 'note: rows that are for tests, as their column {!r} says'
 JUDGES = 'note: rows that the column {!r} may judge, which is not read'
+AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
+NO_TEXT = 'note: rows whose {!r} is a word such as nan or None: if it means nothing, leave it empty'
 NO_QUESTION = 'note: examples with an empty question'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
@@ -36,8 +38,8 @@ QUESTIONS = 'prompt question instruction problem query input'.split()
 # columns with more context for a question
 ABOUT = ('context history options choices article passage starter_code chat_history conversation_history dialogue_history '
          'dialog_history previous_messages instructions').split()
-# columns that are each one of a question's options: A and B, option_a, opb, choice1
-OPTION = re.compile(r'((op|opt|option|choice)[_ ]?[a-e1-5]|[a-e])', re.IGNORECASE)
+# columns that are each one of a question's options: A and B, option_a, opb, choice1, ans0, mc_answer1
+OPTION = re.compile(r'((op|opt|option|choice|ans|mc_answer|ending)[_ ]?[a-e0-5]|[a-e])', re.IGNORECASE)
 # columns with texts that a question is about, or with names of files, or numbers
 DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
@@ -49,7 +51,7 @@ THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thoug
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
 LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
-TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS}.difference(LABELS)
+TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS, 'system'}.difference(LABELS)
 # the names that --columns accepts
 COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
            'response_a response_b response_0 response_1 response_2 winner').split()
@@ -78,12 +80,13 @@ STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ cand
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
 SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
-SCORED += [(one, two, f'{one}_rating', f'{two}_rating') for one, two in COMPARED]
+SCORED += [(one, two, f'{one}_{score}', f'{two}_{score}') for one, two in COMPARED for score in ('rating', 'score')]
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
-BY_NAME = 'winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label'.split()
+BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
+           'better_response human_preference human_choice').split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012])(\.0|>+.|'
+VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012]|first|second)(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
@@ -94,7 +97,7 @@ GRADES = {*BAD, 'good', 'correct', 'positive'}  # values that judge
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
 STATES = 'status review_status state'.split()
-JUDGED = [*VERDICTS, *STATES, *'outcome result majority human_choice human_preference'.split()]
+JUDGED = [*VERDICTS, *STATES, 'outcome', 'result', 'majority']
 MARKS = [
     (UNUSED, 'skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid'.split(), YES),
     (UNUSED, 'valid is_valid usable keep include'.split(), NO),
@@ -109,13 +112,16 @@ MARKS = [
 SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
 TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
-FOR_TESTS_IF = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES)]
+# columns that few rows need; tables and programs write NOTHING where there is no text
+ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.split()
+# what notes say of columns that have one of these words
+NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, ADDED, NOTHING)]
 # columns with the scores of two answers, and with the class of a text
 RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
 # columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
-PARENTS = 'parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id'.split()
-THREADS = 'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id'.split()
+PARENTS = re.compile(r'parent|(in_)?(reply|response)_to|(parent|(in_)?(reply|response)_to|prev(ious)?)_(\w+_)?id')
+THREADS = re.compile(r'(conv(ersation)?|dialog(ue)?|chat|thread|session|ticket)_(uu)?(id|ts)')
 NULL_SAYS = (*LABELS, *VERDICTS, 'output_1')  # columns where null has a meaning: not labelled, or no winner
 # columns with lists of answers, and with lists of their scores
 MANY = 'generations responses completions outputs all_generated_responses samples answers'.split()
@@ -158,19 +164,24 @@ def each(rows, read):
             yield row, ValueError(f'its columns cannot be read ({error})')
 
 
-def parse_any(row, task=None, columns=None, judges=()):
-    """Return the examples of a row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
-    row = unified(row, columns)
+def parse_any(raw, task=None, columns=None, judges=()):
+    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
+    row = unified(raw, columns)
     layout = layout_of(frozenset(row))
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
     examples = [example if 'drop' in example else _completed(example, row) for example in layout.read(row, task)]
-    # a text to learn has no question
+    # a text to learn has no question; of a chat, the last message is one
     if layout.read is not read_text:
-        examples += [{'drop': NO_QUESTION} for example in examples if _asks_nothing(example)]
-    marks = marks_of(row, chain(FOR_TESTS_IF, judges))
-    examples += [{'drop': note.format(column)} for note, column in marks]
+        prompts = [example['prompt'] for example in examples if 'prompt' in example]
+        questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
+        examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
+    examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks_of(row, chain(NOTED, judges))]
+    # tables may have a list of answers as one text
+    answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
+    if any(text.startswith(('["', "['")) for text in answers):
+        examples.append({'drop': AS_LIST})
     return examples
 
 
@@ -189,13 +200,6 @@ def marks_of(row, marks):
         for column in filter(row.__contains__, columns):
             if str(row[column]).strip().lower() in words:
                 yield reason, column
-
-
-def _asks_nothing(example):
-    """Return whether the prompt of an example, or its last message, is empty; not of {'drop': reason}."""
-    prompt = example.get('prompt', 'none')
-    last = prompt[-1:] if isinstance(prompt, list) else prompt
-    return messages.is_empty(last)
 
 
 def _completed(example, row):
@@ -241,21 +245,21 @@ def layout_of(columns):
     raise ValueError(f"'prompt' is missing, and no other column is known{hint if has_a_column else ''}")
 
 
+def spelled(plain, names):
+    """Return the first of the names that has this plain_name, or else the plain_name."""
+    return next((name for name in names if plain_name(name) == plain), plain)
+
+
+@lru_cache(1000)
 def plain_name(name):
     """Return a column's name as the lists above have it: 'Response A', 'response-a' -> 'response_a', 'isSafe' -> 'is_safe'."""
     return re.sub('[ -]|(?<=[a-z])(?=[A-Z][a-z])', '_', name.strip()).lower()
 
 
-@lru_cache(1000)
-def _plain_names(columns):
-    """Return the plain_name of each column, a tuple; or the columns as they are if two would get one name."""
-    plain_names = tuple(map(plain_name, columns))
-    return plain_names if len(set(plain_names)) == len(columns) else columns
-
-
 def plain(row):
-    """Return a row, with its names in the one spelling of plain_name, as a dict."""
-    return dict(zip(_plain_names(tuple(row)), row.values(), strict=True))
+    """Return a row, with its names in the one spelling of plain_name, as a dict; or as they are if two would get one name."""
+    plain_row = {plain_name(name): value for name, value in row.items()}
+    return plain_row if len(plain_row) == len(row) else dict(row)
 
 
 def unified(row, columns=None):
@@ -268,10 +272,11 @@ def unified(row, columns=None):
     # 'data' next to 'id' is a chat (UltraChat)
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
-    # nulls stay where they mean "not labelled" or "no winner"
-    row = {name: value for name, value in row.items() if value is not None or name in NULL_SAYS}
+    # nulls stay where they mean "not labelled" or "no winner"; NaN, which is not equal to itself, is one of ADDED
+    nulls = {name for name, value in row.items() if value is None or (name in ADDED and value != value)}
+    row = {name: value for name, value in row.items() if name not in nulls or name in NULL_SAYS}
     for name in row:
-        if messages.MEDIA.fullmatch(name) and row[name]:
+        if messages.MEDIA(name) and row[name]:
             raise ValueError(f'{name!r} would be lost: only text is read')
     row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
     # these change the row in place
@@ -285,7 +290,7 @@ def _find_chat(row):
     """Give a row's system message and chat the names 'system' (a text) and 'messages' (or 'prompt'), in place."""
     # Gemini: the system message is one, perhaps without a role
     system = row.get('system')
-    parts = system if isinstance(system, list) else [system]
+    parts = as_list(system)
     if system and all(isinstance(part, dict) for part in parts):
         turns = [messages.read_message({'role': 'system'} | part) for part in parts]
         row['system'] = '\n'.join(turn['content'] for turn in turns)
@@ -352,7 +357,12 @@ def _unpack(row):
             row['prompt'] = ask(messages.strip_html(row.pop('question')))
             items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
         row[many[0]] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
-        row['scores'] = [_score_of(item) for item in items]
+        row['scores'] = []
+        for item in items:
+            # as Nectar, UltraFeedback, NeMo RL and Gemini have them
+            name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
+            sign = -1 if name == 'rank' else 1  # the lowest rank is the best
+            row['scores'].append(sign * field(item, name, NUMBER))
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -366,15 +376,12 @@ def _unpack(row):
     # WebGPT: {'full_text': question, ...}
     if isinstance(row.get('question'), dict):
         row['question'] = row['question'].get('full_text', row['question'])
-    # SQuAD: several answers that mean the same; the first is used
+    # SQuAD: several answers that mean the same, of which the first is used; ChatQA: a list of one, beside a chat
     answers = row.get('answers')
     if isinstance(answers, dict) and answers.keys() == {'text', 'answer_start'}:
         row['answer'] = next(iter(row.pop('answers')['text']), '')
-    # ChatQA: the chat ends with a question, whose answer is the only item of the list 'answers'
-    chat = row.get('messages')
-    has_chat = isinstance(chat, list) and bool(chat)
-    if are_texts(answers, 1) and has_chat and messages.read_message(chat[-1])['role'] == 'user':
-        row['messages'] = chat + said(row.pop('answers')[0])
+    elif are_texts(answers, 1) and 'messages' in row:
+        [row['answer']] = row.pop('answers')
     # ms-swift: the chat ends with the chosen answer, the rejected one has its own column
     if isinstance(row.get('rejected_response'), str | list) and isinstance(row.get('messages'), list):
         chat = row['chosen'] = row.pop('messages')
@@ -449,8 +456,7 @@ def check_nothing_lost(row, column, turns, names=(), texts_in=DOCUMENTS):
     for name in (*names, 'history') if is_history(row.get('history')) else names:
         value = row.get(name)
         if value and name != column:
-            parts = value if isinstance(value, list) else [value]
-            found.append((name, _texts_in(value) if is_history(value) else parts))
+            found.append((name, _texts_in(value) if is_history(value) else as_list(value)))
     found += [(name, _texts_in(row[name], min_words=4)) for name in texts_in if name in row]
     for name, parts in found:
         if any(str(part).strip() not in text for part in parts):
@@ -543,8 +549,7 @@ def _joined(prompt, chat):
     # the prompt, without its system message, must be in the chat; or all questions of the chat, if several, in the prompt
     prompt_text = '\n'.join(turn['content'].strip() for turn in prompt if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])
-    users = [turn for turn in chat[:-1] if turn['role'] == 'user']
-    questions = [turn['content'].strip() for turn in users]
+    questions = [turn['content'].strip() for turn in chat[:-1] if turn['role'] == 'user']
     prompt_has_questions = len(questions) > 1 and all(question in prompt_text for question in questions)
     if prompt_text not in chat_text and not prompt_has_questions:
         raise LeftOut('answers to something else than the prompt')
@@ -618,8 +623,7 @@ def read_compared(row, task):
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0  # null is a tie
     else:
         # SCORED: (first answer, second answer, their scores)
-        fitting = (names for names in SCORED if set(names) <= row.keys())
-        *columns, first_score, second_score = next(fitting)
+        *columns, first_score, second_score = next(names for names in SCORED if set(names) <= row.keys())
         lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
     if not lead and task != 'prompts':
         raise LeftOut('tie')
@@ -642,11 +646,10 @@ def _lead_by_name(row, verdict_column, columns, task):
     verdict = str(row[verdict_column]).strip(' []().').lower()
     named = VERDICT.fullmatch(verdict)
     # or the name of one of the models, if they are different
-    names = [row.get(f'model_{side}', '?') for side in sides]
-    models = [str(name).lower() for name in names]
+    models = [str(row.get(f'model_{side}', '?')).lower() for side in sides]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
-        side = {'a': sides[0], 'b': sides[1]}.get(named[3], named[3])
+        side = {'a': sides[0], 'first': sides[0], 'b': sides[1], 'second': sides[1]}.get(named[3], named[3])
     else:
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
     if side in sides:
@@ -668,9 +671,8 @@ def _lead_by_name(row, verdict_column, columns, task):
 
 def read_votes(row, task):
     """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
-    values = [row[key] for key in ('prompt', 'response_a', 'response_b')]
     lists = []
-    for value in values:
+    for value in map(row.get, ('prompt', 'response_a', 'response_b')):
         if isinstance(value, str):
             value = json.loads(value) if value.startswith('[') else [value]
         lists.append(value)
@@ -761,16 +763,8 @@ def read_scored(row, task):
     is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
     prompt = prompt.rstrip() if is_dialogue else as_chat(prompt)
     write = answer if is_dialogue else said
-    pairs = zip(scores, answers, strict=True)
-    scored = [(score, write(found)) for score, found in pairs if score is not None]
+    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
     return rank_answers(prompt, scored, task)
-
-
-def _score_of(item):
-    """Return the score of an object with an answer, as Nectar, UltraFeedback, NeMo RL and Gemini have them. Raises ValueError."""
-    name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
-    sign = -1 if name == 'rank' else 1  # the lowest rank is the best
-    return sign * field(item, name, NUMBER)
 
 
 def rank_groups(rows, task, read):
@@ -956,7 +950,7 @@ def read_chat(row, task):
 def _check_no_choice(row, turns):
     """Raise ValueError if a flag may tell which answers to train on, or which of two answers in a row counts."""
     are_answers = [turn['role'] == 'assistant' for turn in turns]
-    for name in filter(messages.MASK.search, chain(row, *compress(turns, are_answers))):
+    for name in filter(messages.MASK, chain(row, *compress(turns, are_answers))):
         # a column may list the flags of all messages, or of the answers
         flags = row[name] if isinstance(row.get(name), list) else [turn.get(name) for turn in turns]
         if len(flags) == len(turns):
@@ -1035,25 +1029,24 @@ def unread_texts(rows, layout):
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
+    # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
+    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
+    if layout.read is read_scored:
+        is_read.update(QUESTIONS)
     for number, (row, examples) in enumerate(each(rows, parse_any)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         row = plain(row)
-        for name in filter(row.get, THREADS):
-            first_turn = as_chat(examples[0]['prompt'])[:1]
+        for name in filter(THREADS.fullmatch, filter(row.get, row)):
+            # a text to learn has an empty prompt
+            first_turn = as_chat(examples[0]['prompt'] or examples[0].get('response', ''))[:1]
             threads[name, str(row[name])].add(str(first_turn))
-        fields = []  # those of messages
-        for key, chat in examples[0].items():
-            if key == 'tools' or not isinstance(chat, list):
-                continue
-            for turn in chat:
-                names = turn.keys() - {'content'}
-                fields += [(f'{name} of messages', turn[name]) for name in names]
+        fields = _inner_fields(examples[0], row, is_read)
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
             is_label = name in LABELS and 'good' in examples[0]
             # a list of flags or grades is about parts of the row: its answers, or several judges
-            for part in value if isinstance(value, list) else [value]:
+            for part in as_list(value):
                 if isinstance(part, NUMBER | str) and not is_label and name not in TEXTS:
                     values[name].add(str(part).strip().lower())
             # objects describe the row, unless they are messages
@@ -1068,22 +1061,30 @@ def unread_texts(rows, layout):
                     found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
-    if layout.read is read_scored:
-        is_read.update(QUESTIONS)
     later = []
     for name, its_values in values.items():
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in CLASSES and layout.read is read_text
+        # one answer of each row may be worse than another
+        is_class |= bool(RATED.search(name)) and layout.read in (read_answer, read_chat) and len(its_values) > 1
         has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
-        if has_both or is_verdict or is_class or name in PARENTS or GRADES & its_values:
+        if has_both or is_verdict or is_class or PARENTS.fullmatch(name) or GRADES & its_values:
             unread.append(name)
         elif len(its_values) <= 10 and name not in is_read:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
-    return [name for name in dict.fromkeys(unread) if name not in is_read], later
+    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread) if name not in is_read], later
+
+
+def _inner_fields(example, row, is_read):
+    """Return [(phrase for the note, value)] of the fields of an example's messages, and of those in objects that may ask or answer."""
+    turns = chain.from_iterable(chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list))
+    fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn if name != 'content']
+    for column in filter(lambda column: column not in is_read, row):
+        objects = [part for part in as_list(row[column]) if isinstance(part, dict)]
+        fields += [(f'{name} of {column}', part[name]) for part in objects for name in part if name in TEXTS]
+    return fields
 
 
 # fmt: off

@@ -4,7 +4,9 @@ import ast
 import html
 import json
 import re
+from contextlib import suppress
 from copy import copy
+from functools import lru_cache
 
 LONGEST = 10_000_000  # most characters of a text, or of all messages of a chat
 ASSISTANT = '\n\nAssistant:'
@@ -15,12 +17,14 @@ REASONING = ('reasoning_content', 'thinking', 'reasoning')  # fields for a messa
 # other names of the field 'weight', where they are true or false, 1 or 0 (AgentInstruct, axolotl, XTuner, slime)
 TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_mask step_loss_mask calculate_loss compute_loss'.split()
 # fields with such names may say so, too, but not whether true or false is trained on
-MASK = re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE)
+MASK = lru_cache(1000)(re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE).search)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
 UNSPACED = re.compile('[\u3040-\u30ff\u3400-\u9fff]{2}')  # about one word, in languages without spaces
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
-MEDIA = re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE)
+MEDIA = lru_cache(1000)(
+    re.compile('(image|img|video|audio)s?(_?(path|file|byte)s?)?|image_id|attachments', re.IGNORECASE).fullmatch
+)
 # a role as written, in lower case -> the role that chat templates know
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
@@ -29,25 +33,22 @@ ROLES = {name: role for role, names in {
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # speakers in a dialogue that is one text -> their role
-SPEAKERS = dict.fromkeys('human user prompter instruction'.split(), 'user') | {'system': 'system'}
-SPEAKERS |= dict.fromkeys('assistant ai bot chatbot gpt chatgpt model response'.split(), 'assistant')
+ASKERS = 'human user prompter instruction 用户 ユーザー 사용자'.split()
+REPLIERS = 'assistant ai bot chatbot gpt chatgpt model response 助手 アシスタント 어시스턴트'.split()
+SPEAKERS = dict.fromkeys(ASKERS, 'user') | dict.fromkeys(REPLIERS, 'assistant') | {'system': 'system'}
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
 # (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
-BEGINNING = re.compile(r'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{1,9} ?|)(?:(system)|human|user|prompter|instruction)'
+BEGINNING = re.compile(rf'\s*?(?:Below is an instruction[^#]*+)?(\n\n|(\*\*)|[^\w\s]{{1,9}} ?|)(?:(system)|{"|".join(ASKERS)})'
                        r'( ?[^\w\s]{0,9}[:：](?(2)(?:\*\*)?))', re.IGNORECASE)  # fmt: skip
 
 
-class SameName(ValueError):
-    """Two fields of a JSON object have one name, of which json keeps the last alone."""
-
-
 def _object(fields):
-    """Return a JSON object of [(name, value)]. Raises SameName."""
+    """Return a JSON object of [(name, value)]. Raises LookupError if two have one name, of which json keeps the last alone."""
     found = dict(fields)
     if len(found) < len(fields):
         names = [name for name, _ in fields]
         twice = next(name for name in names if names.count(name) > 1)
-        raise SameName(f'two fields of an object are called {twice[:24]!r}')
+        raise LookupError(f'two fields of an object are called {twice[:24]!r}')
     return found
 
 
@@ -142,7 +143,7 @@ def read_message(turn):
         turn['tool_calls'] = parse_literal(turn['tool_calls'] or '[]')
         field(turn, 'tool_calls', list)  # raises an error if it is no list
     for name in turn:
-        if MEDIA.fullmatch(name) and turn[name]:
+        if MEDIA(name) and turn[name]:
             raise ValueError(f'{name!r} of a message would be lost: only text is read')
     # a message with a tool call or a thought (a field of BESIDE) needs no content
     if any(turn.get(key) for key in BESIDE):
@@ -166,6 +167,11 @@ def _text_of_part(part):
 def has_words(text, count):
     """Return whether a text has at least `count` words; two characters of Chinese or Japanese in a row count as one."""
     return len(text.split()) >= count or len(UNSPACED.findall(text)) >= count
+
+
+def as_list(value):
+    """Return a list as it is, and any other value as a list of it."""
+    return value if isinstance(value, list) else [value]
 
 
 def are_texts(value, count=None):
@@ -216,28 +222,21 @@ def _parse_chat(text, any_list):
     if not SERIALIZED_CHAT.match(text) and not (any_list and text.startswith('[')):
         return text
     parsed = parse_literal(text)
-    turns = parsed if isinstance(parsed, list) else [parsed]
+    turns = as_list(parsed)
     forms = ({'role', 'content'}, {'role', 'text'}, {'role', 'parts'}, {'from', 'value'}, {'messages'})
     are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in forms) for turn in turns)
     return parsed if turns and (are_messages or are_texts(parsed)) else text
 
 
 def parse_literal(text):
-    """Return the value of a text in JSON, or of a Python literal (pandas writes those to CSV); None if it is neither."""
+    """Return the value of a text in JSON or Python (pandas writes that to CSV), else None. Raises LookupError as _object does."""
     text = text.strip()
-    for parse in (JSON.decode, ast.literal_eval, _eval_numpy):
-        try:
+    for parse in (JSON.decode, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(text)
-        except SameName:
-            raise
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return None
-
-
-def _eval_numpy(text):
-    """Return the value of a Python literal with arrays of dicts, which numpy prints without the commas between them."""
-    return ast.literal_eval(re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text))
+    # numpy prints an array of dicts without the commas between them
+    with_commas = re.sub(r"\}\s+\{(?='(role|content|from|value)':)", '}, {', text)
+    return parse_literal(with_commas) if with_commas != text else None
 
 
 def ask(text):
@@ -292,8 +291,7 @@ def dialogue(text):
     # 'System:' within a dialogue is a part of a text
     if not first[3]:
         names.pop('system', None)
-    either = '|'.join(names.values())
-    return split_dialogue(text, rf'{sign}({either}){colon}')
+    return split_dialogue(text, rf'{sign}({"|".join(names.values())}){colon}')
 
 
 def split_dialogue(text, turn_pattern):

@@ -15,7 +15,13 @@ from text.files import ENDINGS, FORMATS, HELP, PACKED
 
 CUT_SHORT = 'perhaps a download that was cut short'
 LONGEST = 2**28  # characters of a line
+FETCH, RENAME = 'fetch the data again, perhaps after a login', 'let its name end so'
 NOT_UTF8 = 'not valid UTF-8: save the file as UTF-8'
+# how other files begin, in lower case -> (what they are, which their names should tell, what to do)
+MAGIC = {b'version https://git-lfs': ('git-lfs pointer', 'fetch the data with: git lfs pull'),
+         b'<!doctype html': ('web page', FETCH), b'<html': ('web page', FETCH), b'pk\x03\x04': ('.zip', 'unpack or convert it'),
+         b'\x1f\x8b': ('.gz', RENAME), b'bzh': ('.bz2', RENAME), b'\xfd7zxz': ('.xz', RENAME), b'(\xb5/\xfd': ('.zst', RENAME),
+         b'par1': ('.parquet', RENAME), b'arrow1': ('.arrow', RENAME), b'{"': ('json', RENAME), b'[{"': ('json', RENAME)}  # fmt: skip
 # table cells that are JSON once in lower case, or a list or an object, in JSON or as pandas writes them
 # (?a: no digits of other scripts; s: a dot may be a line break)
 NO_TEXT = re.compile(r'(?as)-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?|[Tt]rue|[Ff]alse|TRUE|FALSE|\[.*\]|\{.*\}')
@@ -72,11 +78,9 @@ def read_file(file):
     try:
         with open(file, 'rb') as stream:
             head = stream.read(40).lstrip().lower()
-        if head.startswith(b'version https://git-lfs'):
-            raise UserError(f'{file} is a git-lfs pointer, not the data: fetch it with: git lfs pull')
-        # a web page saved as .txt would be read as rows
-        if head.startswith((b'<!doctype html', b'<html')):
-            raise UserError(f'{file} is a web page, not the data: fetch it again, perhaps after a login')
+        for magic, (kind, advice) in MAGIC.items():
+            if head.startswith(magic) and kind not in Path(file.lower()).name:
+                raise UserError(f'{file} is a {kind} by its first bytes: {advice}')
         yield from read(file)
     except UserError:
         raise
@@ -209,8 +213,7 @@ def _read_json(file):
 def _rows_of(value):
     """Return the only list of objects (but for messages) that a JSON object has in it, or else the value as the only row."""
     values = value.values() if isinstance(value, dict) else []
-    filled = [inner for inner in values if isinstance(inner, list) and inner]
-    lists = [inner for inner in filled if isinstance(inner[0], dict)]
+    lists = [inner for inner in values if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
     if len(lists) == 1 and lists[0][0].keys().isdisjoint(('role', 'from')):
         return lists[0]
     return [value]
@@ -227,7 +230,7 @@ def _read_lines(file):
                 raw = messages.JSON.decode(line.decode('utf-8-sig'))
             except UnicodeDecodeError:
                 error = NOT_UTF8
-            except (ValueError, RecursionError) as wrong:
+            except (ValueError, LookupError, RecursionError) as wrong:
                 # .msg of a JSONDecodeError is the message without the position
                 error = f'not valid JSON ({getattr(wrong, "msg", wrong)})'
                 # only the last line of a file can lack its newline
@@ -262,7 +265,7 @@ def _read_table(file, delimiter=','):
                 continue
             try:
                 value = messages.parse_literal(cell if cell[0] in '[{' else cell.lower())
-            except messages.SameName as wrong:
+            except LookupError as wrong:
                 value, error = None, error or str(wrong)
             # one in brackets may be a text nevertheless
             cells[name] = cell if value is None else value

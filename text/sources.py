@@ -240,17 +240,14 @@ def _parsed(rows, parse, task, columns):
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
         found_columns = dict.fromkeys(chain(*head))
-        known = {*found_columns, *map(formats.plain_name, found_columns)}
         for column in column_of.values():
-            if found_columns and known.isdisjoint((column, formats.plain_name(column))):
+            if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known
-        unread, judges = [], []
-        if layout and not needs_all_rows:
-            unread, judges = formats.unread_texts(head, layout)
+        unread, judges = formats.unread_texts(head, layout) if layout and not needs_all_rows else ([], [])
         if unread:
             advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
             say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
@@ -287,9 +284,7 @@ def describe(source):
     if parse:
         return f'the reader {source.partition(":")[0]!r}'
     layout = _first_layout(head)
-    known = 'no known layout'
-    if layout:
-        known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}'
+    known = f'{layout.name}, told by {", ".join(sorted(layout.columns))}' if layout else 'no known layout'
     found_columns = ', '.join(dict.fromkeys(chain(*head))) or 'none'
     return f'{known} (columns: {found_columns})'
 
@@ -346,8 +341,7 @@ def _refusal(row, error, any_valid, following, source):
     # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
-            most_common = Counter(bad).most_common(2)
-            common = [f'{count} with {shorten(names, 90)}' for names, count in most_common]
+            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
@@ -361,15 +355,21 @@ def _advice(row, source):
     if separator := re.search(r'[;\t|,]', only_column):
         return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
     # row.error: the line could not be parsed (readers.py)
-    if re.search('JSON|object', row.error):
-        return 'a row is a JSON object with named fields, on a line of its own or in one list'
+    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
+    kinds = set(map(type, row.values()))
+    is_all_rows = row.where.lower().endswith('.json, row 1') and kinds <= {list, dict}
+    if is_all_rows or re.search('JSON|object', row.error):
+        return (
+            "a row is a JSON object with named fields, on a line of its own or in one list (pandas: orient='records')"
+        )
     if row.error:
         return 'mend the file'
     # the reader of a HubDataset has a .parse if it expects one layout
     reader, _, _ = source.partition(':')
     if getattr(globals().get(f'get_{reader}'), 'parse', None):
         return f'so it is the layout: the reader {reader!r} is for another one; without {reader + ":"!r} the columns decide'
-    return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then)'
+    inner = "; write an object's fields as columns first" if dict in kinds else ''
+    return f'mend what is wrong, or, if it is the layout, {SAY_WHICH} (no other is read then){inner}'
 
 
 def _columns(row):

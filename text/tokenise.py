@@ -201,6 +201,7 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
 
     texts: [prompt, *answers], or a conversation's segments. skip_bad_rows: count rows that the template rejects, do not raise."""
     seen_uids = set()
+    has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
     for row in rows:
         # the builder of the row's split: of two, the second is for the test split; a plain dict has no .held_out
         builder = builders[-1] if getattr(row, 'held_out', False) else builders[0]
@@ -221,17 +222,12 @@ def _render_rows(rows, builders, tokenizer, task, skip_bad_rows=False, chat=Fals
             continue
         # only now, since a rejected row yields no example
         seen_uids.update(part.uid for part in parts)
-        if _may_need_chat(parts[0], tokenizer):
-            left_out[NO_CHAT] += 1
+        # texts without turn markers beside a chat template: the user may have forgotten --chat
+        prompt, answers, *_ = parts[0]
+        may_need_chat = has_template and isinstance(prompt, str) and isinstance(answers[0], str) and prompt != ''
+        left_out[NO_CHAT] += may_need_chat and not prompt.endswith(TURN_MARKERS)
         left_out['empty answers'] += sum(texts is None for texts, _ in rendered)
         yield from ((builder, texts, part) for texts, part in rendered if texts is not None)
-
-
-def _may_need_chat(part, tokenizer):
-    """Return whether a Part is text without turn markers beside a chat template: the user may have forgotten --chat."""
-    has_template = tokenizer.chat_template not in (None, PLAIN_CHAT)
-    is_text = isinstance(part.prompt, str) and isinstance(part.answers[0], str)
-    return has_template and is_text and part.prompt != '' and not part.prompt.endswith(TURN_MARKERS)
 
 
 def as_parts(row, task, left_out, last_turn_only=False):
@@ -410,9 +406,8 @@ class Builder:
             del self.left_out[THOUGHTLESS]
         # an example has the widths of prompt, chosen and rejected, or of prompt and answer
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        good = np.array(self.good, bool)
-        left_out = +self.left_out  # unary + drops zero counts
-        return Examples(np.asarray(self.ids), spans, good, np.asarray(self.uid), left_out, margin=margin)
+        ids, good, uid = np.asarray(self.ids), np.array(self.good, bool), np.asarray(self.uid)
+        return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
 
 
 # ---- token ids, BOS, EOS and lengths ----

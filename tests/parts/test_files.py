@@ -123,7 +123,11 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     ('a.csv', b'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
     ('a.csv', b'text,b,b\nx,y,z\n', 'line 1: two columns have one name'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .* or it is not valid UTF-8: save the file as UTF-8'),
-    ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
+    ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page by its first bytes: fetch the data again'),
+    *((name, start + b'x' * 50, f'{name} is a {kind} by its first bytes: {fix}') for name, start, kind, fix in (
+        ('a.jsonl', b'\x1f\x8b', '.gz', 'let its name end so'), ('a.csv', b'BZh9', '.bz2', 'let'), ('a.json', b'\xfd7zXZ', '.xz', 'let'),
+        ('a.tsv', b'(\xb5/\xfd', '.zst', 'let'), ('a.json', b'PAR1', '.parquet', 'let'), ('a.parquet', b'ARROW1', '.arrow', 'let'),
+        ('a.csv', b'PK\3\4', '.zip', 'unpack or convert it'), ('a.txt', b'{"text": ', 'json', 'let'), ('a.txt', b' [{"text": ', 'json', 'let'))),
     ('a.arrow', b'', 'cannot read .*a.arrow: .*cut short'), ('a.parquet', b'', 'cannot read'), ('a.parquet', b'PAR1 not really', 'cannot read'),
     *((name, b'{"text": "a"}', f'/{name}: data files end in .jsonl, .*: convert it to one of them') for name in ('a.zip', 'a')),
 ]  # fmt: skip
@@ -137,6 +141,21 @@ def test_a_value_that_is_wrong_in_all_rows(tmp_path, row, words):
     """It may be the value, or the layout."""
     path = write_jsonl(tmp_path / 'a.jsonl', [row])
     refused(path, f'{words}.*; mend what is wrong, or, if it is the layout, say which column is which: --columns=')
+
+
+def test_a_file_that_is_one_row_of_all_values(tmp_path):
+    """As pandas writes it; where objects hold the texts, --columns cannot name them."""
+    rows = {'prompt': ['q', 'r'], 'response': ['a', 'b']}
+    for whole in (rows, {'train': [rows], 'test': [rows]}, {name: {'0': 'a', '1': 'b'} for name in rows}):
+        (tmp_path / 'a.json').write_text(json.dumps(whole))
+        assert '--columns' not in refused(
+            tmp_path / 'a.json', "on a line of its own or in one list .pandas: orient='records'."
+        )
+    refused(
+        write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x', 'body': {'prompt': 'q'}}]),
+        "; write an object's fields as columns first",
+    )
+    assert 'fields as columns' not in refused(write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x'}]), '--columns')
 
 
 @pytest.mark.parametrize('name, content, says', OF_ROWS + OF_FILES, ids=str)
@@ -194,7 +213,7 @@ def test_pointers_and_truncated_downloads_are_named(tmp_path, ending):
     path = Path(write(tmp_path, {'data': ROWS}, ending), f'data{ending}')
     whole = path.read_bytes()
     pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n'
-    lfs = 'is a git-lfs pointer, not the data: fetch it with: git lfs pull'
+    lfs = 'is a git-lfs pointer by its first bytes: fetch the data with: git lfs pull'
     for content, says in ((whole[: len(whole) * 2 // 3], 'cut short'), (pointer, lfs)):
         path.write_bytes(content)
         assert str(path) in refused(path, says)
@@ -266,7 +285,7 @@ def test_a_folder_as_the_hub_has_it(tmp_path, held_out, capsys):
     # shards that git-annex has not fetched
     (tmp_path / 'data/train-00002-of-00003.parquet').symlink_to('not fetched')
     assert answers(str(tmp_path)) == ALL[::2] + ALL[1::2]
-    assert 'links to nothing (1) in' in capsys.readouterr().out
+    assert 'note: links to nothing, which are left out, or out' in capsys.readouterr().out
     refused(f'{tmp_path}[tests]', rf"no split 'tests'; there are train, {held_out}|{held_out}, train: say which")
 
 
@@ -285,6 +304,21 @@ def test_splits_as_datasets_tells_them(tmp_path_factory, monkeypatch, names):
     theirs = data_files.DataFilesDict.from_patterns(data_files.get_data_patterns('.'), base_path='.')
     ours = {split: sorted(map(os.path.abspath, found)) for split, found in files.folder_splits(folder).items()}
     assert ours == {str(split): sorted(map(os.path.abspath, found)) for split, found in theirs.items()}
+
+
+def test_links_out_of_a_folder_are_named(tmp_path, capsys):
+    """Not in the hub's cache, where a snapshot has links to files beside it."""
+    blob = Path(write(tmp_path / 'hub/blobs', {'x': ROWS}), 'x.jsonl')
+    for folder, is_named in (('hub/snapshots/c0ffee', False), ('mine', True)):
+        link = tmp_path / folder / 'data/rows.jsonl'
+        link.parent.mkdir(parents=True)
+        link.symlink_to(blob)
+        (link.parent / 'same.jsonl').symlink_to('rows.jsonl')
+        assert len(answers(str(link.parents[1]), undivided=True)) == 2 * len(ROWS)
+        out = capsys.readouterr().out
+        assert (
+            f'out of the folder {link.parents[1]} (2): {link.parent}/' in out and f' to {blob}\n' in out
+        ) is is_named
 
 
 def test_files_that_are_not_read(tmp_path, capsys):

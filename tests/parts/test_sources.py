@@ -387,7 +387,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'data beside columns that are known': {'question': 'q?', 'answer': 'a', 'data': ['x', 'y'], 'items': [user('x')]},
         'Infinity-Instruct': {'conversations': said('q?', 'a'), 'label': {'ability': ['x']}}}),
     ('sft', MULTI, {
-        'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]}, 'ChatQA': {'messages': ASKS, 'answers': ['a']},
+        'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]},
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
@@ -420,7 +420,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     ('sft', SFT | {'prompt': [user('i\n\nabout this')]}, {
         'Natural Instructions': {'definition': 'i', 'inputs': 'about this', 'targets': 'a'},
         'Natural Instructions, other names': {'definition': 'i', 'input': 'about this', 'output': 'a'}}),
-    ('sft', {'prompt': ASKS, 'response': SAYS}, {'Arena, the better conversation': {'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}}),
+    ('sft', {'prompt': ASKS, 'response': SAYS}, {'ChatQA': {'messages': ASKS, 'answers': ['a']}, 'Arena, the better conversation': {'winner': 'model_a', 'conversation_a': TWO_TURNS, 'conversation_b': [user('a'), assistant('x'), *TWO_TURNS[2:]]}}),
     ('sft', {'prompt': 'POST: p\nTL;DR:', 'response': ' a b'}, {'CarperAI, summaries': {'prompt': 'POST: p\nTL;DR:', 'label': ' a b'}}),
     ('sft', {'prompt': [user('x'), assistant('y'), *ASKS], 'response': SAYS, 'turns': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}, {'OpenAI, one of three not trained on': {'messages': [user('x'), assistant('y') | {'weight': 0}, *TWO_TURNS]}}),
     ('sft', SFT | {'prompt': [user('a'), assistant('b'), user('q?')]}, {'XTuner, answers not trained on': {'conversation': [{'input': 'a', 'output': 'b', 'need_calculate_loss': False}, {'input': 'q?', 'output': 'a', 'need_calculate_loss': True}]}}),
@@ -702,13 +702,13 @@ def test_bad_rows(tmp_path, row, reason):
 TIE, UNUSED, LOST, CHANGED = 'tie', formats.UNUSED, 'asks something, too, which would be lost', 'have changed places'
 TWO, LABELLED = {'prompt': 'p', **ANSWERS}, {'prompt': 'p', 'response': 'a'}
 BY_VERDICT = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
-              'preference_strength overall_preference')  # fmt: skip
+              'better_response human_preference human_choice preference_strength overall_preference')  # fmt: skip
 NAMED = [  # names that mean the same, a row with a column (or a value) of that name, its examples or what is said
     ('skip skipped exclude excluded discard discarded ignore ignored deleted is_deleted removed invalid', lambda name: {'text': 'a', name: 'yes'}, UNUSED),
     ('valid is_valid usable keep include', lambda name: {'text': 'a', name: 0.0}, UNUSED),
     ('status review_status state', lambda name: {'text': 'a', name: 'Skipped'}, UNUSED), ('discarded skipped invalid', lambda name: {'text': 'a', 'state': name}, UNUSED),
     ('tie is_tie tied draw equal is_equal no_preference', lambda name: TWO | {name: 1}, TIE),
-    (f'{BY_VERDICT} status review_status state outcome result majority human_choice human_preference', lambda name: TWO | {name: 'TIE'}, TIE),
+    (f'{BY_VERDICT} status review_status state outcome result majority', lambda name: TWO | {name: 'TIE'}, TIE),
     *((BY_VERDICT, lambda name, x=x: {'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', name: x}, expected) for x, expected in ((2, [PAIR]), (None, TIE))),
     ('{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages',
      lambda name: {'query': 'q?', name.format('win'): 'a', name.format('lose'): 'b'}, [PAIR]),
@@ -717,7 +717,7 @@ NAMED = [  # names that mean the same, a row with a column (or a value) of that 
     ('flip flipped is_flipped label_flipped swap swapped is_swapped order_swapped reversed rejected_is_better', lambda name: TWO | {name: True}, CHANGED),
     ('context history options choices article passage starter_code chat_history conversation_history dialogue_history dialog_history previous_messages instructions '
      'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context', lambda name: {'prompt': 'p', name: ['what the question is about'], 'response': 'a'}, LOST),
-    ('op opt option choice', lambda name: {'question': 'q', f'{name}a': 'x', f'{name}_b': 'y', 'answer': 'a'}, LOST),
+    ('op opt option choice ans mc_answer ending', lambda name: {'question': 'q', f'{name}a': 'x', f'{name}_b': 'y', 'answer': 'a'}, LOST),
     ('generations responses completions outputs all_generated_responses samples answers', lambda name: {'prompt': 'q?', name: ['b', 'a'], 'scores': [0, 1]}, [PAIR]),
     ('correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores', lambda name: {'prompt': 'q?', 'samples': ['b', 'a'], name: [0, 1]}, [PAIR]),
     ('completion answer response text', lambda name: {'prompt': 'q?', 'samples': [{name: x, 'score': n} for n, x in enumerate('ba')]}, [PAIR]),
@@ -734,6 +734,13 @@ NAMED = [  # names that mean the same, a row with a column (or a value) of that 
     ('role from speaker sender author', lambda name: {'text': 'q', name: 'user'}, "'text' is one message"),
     ('response_ answer_ completion_ conversation_ conv_ output_ candidate_ messages_', lambda name: {'prompt': 'q?', f'{name}1': 'b', f'{name}2': 'a', 'winner': '2'}, [PAIR]),
     ('model response answer completion conversation assistant output option', lambda name: {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'winner': f'{name}_b'}, [PAIR]),
+    ('b second', lambda name: {'prompt': 'q?', 'response_1': 'b', 'response_2': 'a', 'winner': name}, [PAIR]),
+    ('rating score', lambda name: {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', f'response_a_{name}': 1, f'response_b_{name}': 2}, [PAIR]),
+    ('input context system', lambda name: {'question': 'q?', name: math.nan, 'answer': 'a'}, [SFT]),
+    ('nan None NULL n/a <noinput>', lambda name: {'question': 'q?', 'input': name, 'answer': 'a'}, [SFT | {'prompt': [user('q?\n\n{name}')]}, {'drop': formats.NO_TEXT.format('input')}]),
+    *((f'{who} {who.upper()}', lambda name, x=replies: {'text': f'{name}：q?\n{x}：a'}, [SFT]) for who, replies in (('user', 'model'), ('用户', '助手'), ('ユーザー', 'アシスタント'), ('사용자', '어시스턴트'))),
+    ('chosen better', lambda name: {'prompt': 'p', name: "['a', 'c']", {'chosen': 'rejected', 'better': 'worse'}[name]: 'b'}, [pair('p', "['a', 'c']", 'b'), {'drop': formats.AS_LIST}]),
+    ('response answer', lambda name: {'prompt': 'p', name: '["a", "c"]'}, [LABELLED | {'response': '["a", "c"]'}, {'drop': formats.AS_LIST}]),
     ('corrected edited revised improved preferred expected reference', lambda name: LABELLED | {f'{name}_response': 'b'}, 'may be the better answer'),
     *((names, lambda name, asks=asks: {'messages': [{'role': name if asks else 'user', 'content': 'q?'}, {'role': 'bot' if asks else name.upper(), 'content': 'a'}]}, [SFT]) for asks, names in
       ((True, 'user human prompter question'), (False, 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call'))),
@@ -912,8 +919,8 @@ def test_the_class_of_a_text_is_named(tmp_path, capsys, column, named):
     assert (f'columns not read: {column};' in capsys.readouterr().out) is named
 
 
-LINKS = ('parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id '
-         'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id')  # fmt: skip
+LINKS = ('parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id reply_to_id in_response_to_tweet_id '
+         'conversation_id conv_id dialogue_id dialog_id chat_id thread_id session_id thread_ts')  # fmt: skip
 
 
 @pytest.mark.parametrize('link', LINKS.split())
@@ -921,12 +928,39 @@ def test_columns_that_link_rows_are_named(link):
     """Of a conversation only if its rows do not begin with the same question: then each has what was said before."""
     first, later = pair('What is it?', 'A cat.', 'A dog.'), pair('And its name?', 'Tom.', 'Rex.')
     whole = pair([user('What is it?'), assistant('A cat.'), user('Why?')], 'So.', 'Or so.')
-    is_parent = link in formats.PARENTS
+    is_parent = bool(formats.PARENTS.fullmatch(link))
     for rows, is_named in (([first, later], True), ([first, whole], is_parent), ([first, first], is_parent)):
         rows = [sources.Row(row | {'id': f'r{i}', link: (None, 'x')[i or not is_parent]}) for i, row in enumerate(rows)]
         assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == [link] * is_named
     rows = [sources.Row(row | {link: None}) for row in (first, later)]
     assert formats.unread_texts(rows, formats.layout_of(frozenset(rows[0])))[0] == []
+
+
+@pytest.mark.parametrize('row, named', [
+    ({'text': 'a', 'Thread ID': 'x'}, 'Thread ID'), ({'text': 'a', 'threadId': None}, ''), ({'question': 'q', 'answer': 'a', 'My Score': 1}, 'My Score'),
+    ({'messages': QA, 'reward': 0.5}, 'reward'), ({'chosen': QA, 'rejected': QA, 'score': 1}, ''),
+    ({'messages': QA, 'metadata': {'system': 'you are the number', 'seed': 'one two three four'}}, 'system of metadata'),
+    ({'instruction': 'q', 'items': [{'input': 'this is the number', 'output': 'a'}]}, 'input of items'),
+    ({'messages': QA, 'metadata': {'input': 'q?', 'output': 'a'}}, ''), ({'prompt': 'p', 'completions': [{'answer': 'one of them all', 'score': 1}]}, '')])  # fmt: skip
+def test_columns_are_named_as_the_file_spells_them(tmp_path, capsys, row, named):
+    """Rows of one thread, scores of single answers, and what objects ask or answer."""
+    sources.say_once.cache_clear()
+    rows = [
+        json.dumps(row)
+        .replace(': 1', f': {i}')
+        .replace('0.5', f'0.{i}')
+        .replace('number', f'number {i}')
+        .replace('"a"', f'"a {i}"')
+        for i in range(1, 5)
+    ]
+    read(tmp_path / 'data.jsonl', [json.loads(text) for text in rows], task='prompts' if 'completions' in row else None)
+    out = capsys.readouterr().out
+    assert out.startswith(f'note: columns not read: {named};') if named else 'not read' not in out
+
+
+def test_rows_for_tests_are_named_as_the_file_spells_them(tmp_path):
+    _, left_out = read(tmp_path / 'data.jsonl', [pair('p', 'a', 'b') | {'Split': 'Test'}])
+    assert left_out == {formats.FOR_TESTS.format('Split'): 1}
 
 
 @pytest.mark.parametrize('task', ['pairs', 'sft', None])
