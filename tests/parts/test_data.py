@@ -750,7 +750,8 @@ PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan, [5, 5], 1, 10, [[[0, 1]]]),
     (data.plan, [5, 6], 1, 10, [[[1], [0]]]),
     (data.plan, [50], 2, 10, [[[0]], [[]]]),
-    (data.plan, [3, 3], 2, 3, [[[0]], [[1]]]),  # equal ones in their order
+    (data.plan, [1, 1, 1], 4, 1, [[[0]], [[1]], [[2]], [[]]]),  # equal ones in their order
+    (data.plan, [1, 2, 1], 2, 2, [[[1]], [[0, 2]]]),
     (data.plan, [3, 3, 2, 2, 2], 1, 6, [[[0, 4], [2, 3], [1]]]),  # longest first makes 7 and 5 of two
     (data.plan, [50, 40, 20, 10], 2, 50, [[[0], [2]], [[1], [3]]]),  # dealt in turn
     (data.plan_padded, [9, 2, 10, 2, 2, 2], 1, 20, [[[0, 2], [1, 3, 4, 5]]]),  # similar widths side by side
