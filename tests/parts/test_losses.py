@@ -481,7 +481,7 @@ def test_worst_mass_is_that_of_a_sort(mu, dtype):
 
 # ---- the LM head that turns hidden states into log-probs and divergences ----
 
-CONFIGS = {'plain': {}, 'scale': {'logit_scale': 0.3}, 'multiplier': {'lm_head_multiplier': 0.7}}
+CONFIGS = {'plain': {}, 'scale': {'logit_scale': 0.3}, 'multiplier': {'lm_head_multiplier': 2.0}}
 CONFIGS['soft cap'] = {'final_logit_softcapping': 3.0}
 CONFIGS['inverse scale and cap'] = {'logits_scaling': 2.0, 'final_logit_softcapping': 3.0}
 
