@@ -123,7 +123,7 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     ('a.csv', b'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
     ('a.csv', b'text,b,b\nx,y,z\n', 'line 1: two columns have one name'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .* or it is not valid UTF-8: save the file as UTF-8'),
-    ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again'),
+    *(('a.txt', page + b'>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page, not the data: fetch it again') for page in (b'<!DOCTYPE html', b'\n<HTML')),
     ('a.arrow', b'', 'cannot read .*a.arrow: .*cut short'), ('a.parquet', b'', 'cannot read'), ('a.parquet', b'PAR1 not really', 'cannot read'),
     *((name, b'{"text": "a"}', f'/{name}: data files end in .jsonl, .*: convert it to one of them') for name in ('a.zip', 'a')),
 ]  # fmt: skip
@@ -175,10 +175,12 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
 def test_an_object_that_holds_the_rows(tmp_path, indent):
     """Whole, or a single row; of two lists none is meant, and messages are no rows."""
     chat = {'messages': [user('q'), assistant('a')], 'id': ['x']}
+    talk = {'conversations': [{'from': 'human', 'value': 'q'}]}
     two = {'train': ROWS, 'test': ROWS}
     for content, rows in (
         ({'data': ROWS, 'tags': ['x']}, ROWS),
         (chat, [chat]),
+        (talk, [talk]),
         (two, [two]),
         ({'data': []}, [{'data': []}]),
     ):

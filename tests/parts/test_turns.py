@@ -181,6 +181,9 @@ def test_a_first_answer_without_tokens():
     builder = Builder(limits)
     builder.add(Part('p', [], True, 0, conversation=CHAT), [[1, 2], [], [5, 6, 7], [8]])
     assert not len(builder.examples('sft', False)) and builder.left_out == left_out
+    # one of the token 0 alone, and one with its end before its last token
+    assert fit_conversation([1, 2], [[0], [5, 6, 7], [8]], limits, left_out) == ([1, 2], [[0, 9]])
+    assert fit_conversation([1], [[5, 9, 3], [6], [8]], limits, left_out) == ([1], [[5, 9, 3]])
 
 
 @pytest.mark.parametrize('pad', [False, True])
