@@ -904,7 +904,7 @@ def test_two_layouts():
     one.ref = np.zeros((1, 2), np.float32)
     for rank in range(2):
         ((batch,), *_) = data.make_batches(one, np.array([0]), rank, 2, 99)
-        assert batch.ref.dtype == torch.float32
+        assert batch.ref.dtype == torch.float32 and len(batch.ref) == len(batch.n) == 2
     widths = np.array([[5, 2, 3], [1, 4, 1]])
     taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
     assert taken == [[10, 6], [15, 7], [16, 10]]

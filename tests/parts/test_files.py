@@ -438,15 +438,17 @@ def test_the_words_of_labels(tmp_path):
     """`datasets` keeps them beside the numbers, in all its files; 0 may be good."""
     hub = pytest.importorskip('datasets')
     labels = {'label': hub.ClassLabel(names=['good', 'bad']), 'grade': hub.ClassLabel(names=['0', '1'])}
+    labels['size'] = hub.ClassLabel(names=['1', 'many'])
     features = hub.Features(prompt=hub.Value('string'), response=hub.Value('string'), **labels)
-    rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2, 'grade': 1} for i in range(4)]
+    rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2, 'grade': 1, 'size': 1} for i in range(4)]
     rows.append({'prompt': 'p', 'response': 'r', 'label': None})
     table = hub.Dataset.from_list(rows, features=features)
     table.to_parquet(str(tmp_path / 'a.parquet'))
     table.save_to_disk(str(tmp_path / 'saved'))
     for path in ('a.parquet', 'saved'):
         found, _ = sources.load_rows(str(tmp_path / path), 'train', undivided=True, skip_bad_rows=True)
-        assert [(row['good'], row.raw['grade']) for row in found[:4]] == [(True, 1), (False, 1)] * 2
+        raw = [(row['good'], row.raw['grade'], row.raw['size']) for row in found[:4]]
+        assert raw == [(True, 1, 'many'), (False, 1, 'many')] * 2
 
 
 # ---- the hub ----
