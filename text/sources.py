@@ -240,9 +240,9 @@ def _parsed(rows, parse, task, columns):
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
         found_columns = dict.fromkeys(chain(*head))
-        known = {*found_columns, *map(formats.plain_name, found_columns)}
+        known = set(map(formats.plain_name, found_columns))
         for column in column_of.values():
-            if found_columns and known.isdisjoint((column, formats.plain_name(column))):
+            if found_columns and formats.plain_name(column) not in known:
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
