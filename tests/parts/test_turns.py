@@ -278,7 +278,9 @@ def test_calls_and_tools_that_the_template_writes():
     examples = tokens(thinks, chat)
     unwritten = "messages with 'tool_calls', which the chat template does not write"
     assert examples.left_out == {unwritten: 1, 'empty answers': 1}
-    assert shown(thinks, examples)[1] == [f'<think>\n\n</think>\n\n{said}<|im_end|>' for said in ('clean .', 'very fine .')]
+    assert shown(thinks, examples)[1] == [
+        f'<think>\n\n</think>\n\n{said}<|im_end|>' for said in ('clean .', 'very fine .')
+    ]
     marks = tokenizer_of('{{ (tools or []) | join }}' + GENERATES, '<|im_end|>')
     row = {'prompt': CHAT[:1], 'response': CHAT[1:2], 'turns': CHAT[:2], 'tools': TOOLS}
     text, trained = shown(marks, tokenise([row], marks, 'sft', (256, 128, 'start'), Counter()))
