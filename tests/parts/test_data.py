@@ -620,6 +620,7 @@ def test_the_hash_of_examples():
     changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
     moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
     others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
+    others.append(Examples.of([([1, 2], [[3], [4, 0]]), ([6], [[7], [8]])]))
     assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
     assert some.select(slice(0)).content() == some.select(slice(0)).content()
     # wherever in ids the tokens are
