@@ -20,6 +20,7 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -78,10 +79,15 @@ if reward_model is None:
 
 pairs, left_out = make_pairs(answers, against)
 # indices of pairs with identical answers, which need no judge
-equal = {i for i, pair in enumerate(pairs) if len(set(map(str.strip, pair['outputs']))) == 1}
+equal = set()
+for i, pair in enumerate(pairs):
+    first_output, second_output = pair['outputs']
+    if first_output.strip() == second_output.strip():
+        equal.add(i)
 # a verdict's key: (pair index, order); order 2 shows the second answer first
 orders = (1, 2) if endpoint else (1,)
-keys = [(i, order) for i in range(len(pairs)) if i not in equal for order in orders]
+different = [i for i in range(len(pairs)) if i not in equal]
+keys = list(itertools.product(different, orders))
 record = config | {'content of answers': f'{content_hash(pairs):016x}'}  # everything that verdicts depend on
 failed = Counter()  # request errors by reason
 
@@ -131,7 +137,8 @@ lock(out_dir)
 
 n_prompts = len({pair['question'] for pair in pairs})
 counts = f'{counted(len(pairs), "pairs of answers")} to {counted(n_prompts, "prompts")}, {len(equal)} of them equal'
-log.say(f'data: {counts}, {counted(len(keys), "verdicts to take")}; left out: {in_words(left_out)[0]}')
+reasons, _ = in_words(left_out)
+log.say(f'data: {counts}, {counted(len(keys), "verdicts to take")}; left out: {reasons}')
 if reward_model is not None:
     model, tokenizer = score.load_scorer(reward_model, device, trust_remote_code=trust_remote_code)
     # longer texts are cut, and not refused
@@ -249,7 +256,9 @@ replace_text(Path(out_dir) / 'annotations.json', json.dumps(rows, indent=1))
 clear = [i for i, preference in enumerate(preferences) if preference is not None]
 questions = [pairs[i]['question'] for i in clear]
 wins = 2 - np.array([preferences[i] for i in clear])
-lengths = [[len(output.strip()) for output in pairs[i]['outputs']] for i in clear]
+lengths = []
+for i in clear:
+    lengths.append([len(output.strip()) for output in pairs[i]['outputs']])
 lengths = np.array(lengths).reshape(-1, 2)  # also without any
 names = [sorted({pair['generators'][k] for pair in pairs}) for k in (0, 1)]
 first_name, second_name = map(' + '.join, names)

@@ -218,8 +218,10 @@ Commit {record['commit'] or 'unknown'}; {versions}.
         text += '\n' + SCORE.replace('{first}', first_ids)
     evaluations = [row for row in rows if row['split'] == 'eval']
     if evaluations:
-        table = [f'| {name} | {value:.4g} |' for name, value in evaluations[-1].items() if isinstance(value, float)]
-        text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n' + '\n'.join(table) + '\n'
+        text += '\nHeld-out examples, after training:\n\n| metric | value |\n|---|---|\n'
+        for name, value in evaluations[-1].items():
+            if isinstance(value, float):
+                text += f'| {name} | {value:.4g} |\n'
     listed = '\n'.join(f'{name} = {value!r}' for name, value in options.items())
     text += f'\nOptions:\n\n```python\n{listed}\n```\n'
     # reduce paths that start with /, ~ or ../ to their last component: /home/me/out/dpo -> dpo

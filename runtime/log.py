@@ -272,10 +272,10 @@ class Log:
                 parts.append(f'{short_name} {row[key]:.4g}')
         if split == 'train':
             seconds_each = (time.perf_counter() - self.began) / max(1, seen - self.start)
-            left = max(0, int(seconds_each * (self.total - seen)))  # seconds
+            minutes, seconds = divmod(max(0, int(seconds_each * (self.total - seen))), 60)
             grad = row.get('grad_norm', math.nan)
             speed = row.get('examples_per_second', math.nan)
-            parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {left // 60}:{left % 60:02d} left')
+            parts.append(f'grad {grad:.3g}  {speed:.1f} ex/s  {minutes}:{seconds:02d} left')
         say('  '.join(parts))
 
     def close(self):

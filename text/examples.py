@@ -115,7 +115,7 @@ class Examples:
 
     def first_answers(self):
         """Return the prompts with their first answers only (the chosen ones of pairs), for SFT."""
-        return replace(self, spans=self.spans[:, :2], ref=None, margin=None)
+        return replace(self, spans=self.spans[:, :2])
 
     def control(self, good, bad):
         """Append the token id `good` or `bad` to each prompt, by the label of its only answer (conditional SFT)."""

@@ -24,7 +24,8 @@ FORMATS = '.jsonl .ndjson .json .parquet .csv .tsv .arrow .txt'.split()
 # its bz2 leaves out what follows a damaged stream of several, as pbzip2 writes them, without an error
 PACKED = {'.gz': gzip.open, '.bz2': 'bz2', '.xz': lzma.open, '.zst': 'zstd'}
 # all endings of data files; .parquet and .arrow files have compression of their own
-ENDINGS = (*FORMATS, *(name + suffix for name in FORMATS if name not in ('.parquet', '.arrow') for suffix in PACKED))
+PACKABLE = [name for name in FORMATS if name not in ('.parquet', '.arrow')]
+ENDINGS = (*FORMATS, *(name + suffix for name in PACKABLE for suffix in PACKED))
 # words that tell files of better answers from those of worse ones
 SIDE = re.compile('(?<![a-z])(chosen|rejected|accepted|(dis)?preferred|winner|loser|good|bad|better|worse|(in)?correct|pos|neg|'
                   'positive|negative|(un)?safe|(un)?desirable)(?![a-z])', re.IGNORECASE)  # fmt: skip

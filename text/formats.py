@@ -9,7 +9,7 @@ To add a layout, write a reader and add a row to READERS."""
 import json
 import os
 import re
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from functools import lru_cache
 from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
@@ -61,26 +61,33 @@ SIDES = [sides.split('/') for sides in (
     'win/lose better/worse best/worst y_w/y_l').split()]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
-RENAMED = [{name.format(good): 'chosen', name.format(bad): 'rejected'} for name in SIDE_NAMES for good, bad in SIDES]
-RENAMED += [dict(names.split('=') for names in entry.split()) for entry in (
-    'response_j=chosen response_k=rejected', 'pos_resp=chosen neg_resp=rejected', 'response=chosen rejected_response=rejected',
-    'messages=chosen rejected_messages=rejected', 'system_prompt=system', 'system_message=system', 'input_text=input',
-    'answer=chosen rejected_answer=rejected', 'real=chosen generated=rejected',
-    'messages=messages rejected_message=rejected_response', 'contents=prompt completions=completions',
-    'messages=messages functions=tools', 'inputs=input targets=output', 'input=input target=output',
-    'definition=instruction input=input output=output', 'human=instruction assistant=response',
-    'user=instruction assistant=response', 'reasoning_content=reasoning_content content=response', 'r1_solution_1=response',
-    'generated_solution=response', 'output_text=response', 'model_a_name=model_a', 'model_b_name=model_b',
-    'model_0_name=model_0', 'model_1_name=model_1', 'model_2_name=model_2', 'system_instruction=system',
-)]
+RENAMED = []
+for name in SIDE_NAMES:
+    for good, bad in SIDES:
+        RENAMED.append({name.format(good): 'chosen', name.format(bad): 'rejected'})
+for entry in (
+    'response_j=chosen response_k=rejected, pos_resp=chosen neg_resp=rejected, response=chosen rejected_response=rejected, '
+    'messages=chosen rejected_messages=rejected, system_prompt=system, system_message=system, input_text=input, '
+    'answer=chosen rejected_answer=rejected, real=chosen generated=rejected, '
+    'messages=messages rejected_message=rejected_response, contents=prompt completions=completions, '
+    'messages=messages functions=tools, inputs=input targets=output, input=input target=output, '
+    'definition=instruction input=input output=output, human=instruction assistant=response, '
+    'user=instruction assistant=response, reasoning_content=reasoning_content content=response, r1_solution_1=response, '
+    'generated_solution=response, output_text=response, model_a_name=model_a, model_b_name=model_b, model_0_name=model_0, '
+    'model_1_name=model_1, model_2_name=model_2, system_instruction=system'
+).split(','):
+    RENAMED.append(dict(names.split('=') for names in entry.split()))
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
 STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_ messages_'.split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
-SCORED = [(one, two, f'score_{one[-1]}', f'score_{two[-1]}') for one, two in COMPARED]
-SCORED += [(one, two, f'{one}_{score}', f'{two}_{score}') for one, two in COMPARED for score in ('rating', 'score')]
+SCORED = []
+for one, two in COMPARED:
+    SCORED.append((one, two, f'score_{one[-1]}', f'score_{two[-1]}'))
+    SCORED.append((one, two, f'{one}_rating', f'{two}_rating'))
+    SCORED.append((one, two, f'{one}_score', f'{two}_score'))
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
            'better_response human_preference human_choice').split()
@@ -257,9 +264,12 @@ def plain_name(name):
 
 
 def plain(row):
-    """Return a row, with its names in the one spelling of plain_name, as a dict; or as they are if two would get one name."""
+    """Return a row, with its names in the one spelling of plain_name, as a dict. Names that would be the same stay as they are."""
     plain_row = {plain_name(name): value for name, value in row.items()}
-    return plain_row if len(plain_row) == len(row) else dict(row)
+    if len(plain_row) == len(row):
+        return plain_row
+    counts = Counter(map(plain_name, row))
+    return {plain_name(name) if counts[plain_name(name)] == 1 else name: value for name, value in row.items()}
 
 
 def unified(row, columns=None):
@@ -273,12 +283,15 @@ def unified(row, columns=None):
     chat_columns = [*CHATS, 'data'] if 'id' in row else CHATS
     row = {name: messages.as_messages(value, must_be_chat=name in chat_columns) for name, value in row.items()}
     # nulls stay where they mean "not labelled" or "no winner"; NaN, which is not equal to itself, is one of ADDED
-    nulls = {name for name, value in row.items() if value is None or (name in ADDED and value != value)}
-    row = {name: value for name, value in row.items() if name not in nulls or name in NULL_SAYS}
-    for name in row:
-        if messages.MEDIA(name) and row[name]:
+    filled = {}
+    for name, value in row.items():
+        is_null = value is None or (name in ADDED and value != value)
+        if is_null and name not in NULL_SAYS:
+            continue
+        if value and messages.MEDIA(name):
             raise ValueError(f'{name!r} would be lost: only text is read')
-    row = dict(zip(rename_columns(tuple(row)), row.values(), strict=True))
+        filled[name] = value
+    row = dict(zip(rename_columns(tuple(filled)), filled.values(), strict=True))
     # these change the row in place
     _find_chat(row)
     _unpack(row)
@@ -592,7 +605,8 @@ def read_pair(row, task):
     if are_texts(row.get('chosen')) and are_texts(row.get('rejected')):
         scored = [(1, said(text)) for text in row['chosen']]
         scored += [(0, said(text)) for text in row['rejected']]
-        return [example for example in rank_answers(as_chat(prompt_of(row)), scored, task) if 'drop' not in example]
+        examples = rank_answers(as_chat(prompt_of(row)), scored, task)
+        return [example for example in examples if 'drop' not in example]
     # or both are names of the columns that have the answers
     names = [plain_name(row[side][:99]) for side in ('chosen', 'rejected') if isinstance(row.get(side), str)]
     are_columns = len(names) == 2 and set(names) <= row.keys()
@@ -649,7 +663,8 @@ def _lead_by_name(row, verdict_column, columns, task):
     models = [str(row.get(f'model_{side}', '?')).lower() for side in sides]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
-        side = {'a': sides[0], 'first': sides[0], 'b': sides[1], 'second': sides[1]}.get(named[3], named[3])
+        names = dict(zip(['a', 'b', 'first', 'second'], sides * 2, strict=True))
+        side = names.get(named[3], named[3])
     else:
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
     if side in sides:
@@ -1079,11 +1094,18 @@ def unread_texts(rows, layout):
 
 def _inner_fields(example, row, is_read):
     """Return [(phrase for the note, value)] of the fields of an example's messages, and of those in objects that may ask or answer."""
-    turns = chain.from_iterable(chat for key, chat in example.items() if key != 'tools' and isinstance(chat, list))
-    fields = [(f'{name} of messages', turn[name]) for turn in turns for name in turn if name != 'content']
-    for column in filter(lambda column: column not in is_read, row):
-        objects = [part for part in as_list(row[column]) if isinstance(part, dict)]
-        fields += [(f'{name} of {column}', part[name]) for part in objects for name in part if name in TEXTS]
+    fields = []
+    for key, chat in example.items():
+        if key == 'tools' or not isinstance(chat, list):
+            continue
+        for turn in chat:
+            fields += [(f'{name} of messages', turn[name]) for name in turn if name != 'content']
+    for column, value in row.items():
+        if column in is_read:
+            continue
+        for part in as_list(value):
+            names = TEXTS & part.keys() if isinstance(part, dict) else ()
+            fields += [(f'{name} of {column}', part[name]) for name in sorted(names)]
     return fields
 
 
@@ -1107,8 +1129,11 @@ READERS = (
     ('text', 'text', read_text),
     ('prompt', ','.join((*QUESTIONS, 'turns')), read_prompt),
 )
-LAYOUTS = [Layout(name, frozenset(columns.split()), read) for name, several, read in READERS for columns in several.split(',')]
 # fmt: on
+LAYOUTS = []
+for name, several, read in READERS:
+    for columns in several.split(','):
+        LAYOUTS.append(Layout(name, frozenset(columns.split()), read))
 # every column name that has a meaning somewhere above
 KNOWN = frozenset(chain(COLUMNS, ABOUT, DOCUMENTS, LABELS, THOUGHTS, *RENAMED, *(layout.columns for layout in LAYOUTS)))
 OF_ALL_ROWS = {read_shp, read_rated, read_trees}  # readers that get all rows at once

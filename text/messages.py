@@ -223,9 +223,16 @@ def _parse_chat(text, any_list):
         return text
     parsed = parse_literal(text)
     turns = as_list(parsed)
-    forms = ({'role', 'content'}, {'role', 'text'}, {'role', 'parts'}, {'from', 'value'}, {'messages'})
-    are_messages = all(isinstance(turn, dict) and any(keys <= turn.keys() for keys in forms) for turn in turns)
+    are_messages = all(map(_is_message, turns))
     return parsed if turns and (are_messages or are_texts(parsed)) else text
+
+
+def _is_message(value):
+    """Return whether a value is a message, or an object with messages, in any form."""
+    if not isinstance(value, dict):
+        return False
+    forms = ('role content', 'role text', 'role parts', 'from value', 'messages')
+    return any(value.keys() >= set(form.split()) for form in forms)
 
 
 def parse_literal(text):
@@ -356,7 +363,9 @@ def strip_html(markup):
     without_comments = re.sub('(?s)<!--.*?-->', '', markup)
     # [slash, name, text after this tag, slash, name, ...]; the text before the first tag gets '', '' for slash and name
     pieces = ['', '', *re.split(tag_pattern, without_comments)]
-    for slash, tag, after in zip(pieces[::3], map(str.lower, pieces[1::3]), pieces[2::3], strict=True):
+    slashes, tags, texts = pieces[::3], pieces[1::3], pieces[2::3]
+    for slash, tag, after in zip(slashes, tags, texts, strict=True):
+        tag = tag.lower()
         if tag == 'pre':
             in_pre = not slash
         # a paragraph at the start of a list item stays on its line

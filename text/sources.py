@@ -341,7 +341,8 @@ def _refusal(row, error, any_valid, following, source):
     # among good rows, the bad ones are the user's to fix
     if any_valid or len(bad) < len(seen):
         if len(bad) > 1:
-            common = [f'{count} with {shorten(names, 90)}' for names, count in Counter(bad).most_common(2)]
+            most_common = Counter(bad).most_common(2)
+            common = [f'{count} with {shorten(names, 90)}' for names, count in most_common]
             text += f'; of the {len(seen)} rows from there on, {len(bad)} are bad: {"; ".join(common)}'
         return f'{text}; mend it, or leave such rows out with --skip_bad_rows ({help_text})'
     text += f'; none of the first {len(seen)} rows can be read' if len(seen) > 1 else '; the only row cannot be read'
@@ -354,14 +355,12 @@ def _advice(row, source):
     only_column = next(iter(row)) if len(row) == 1 else ''
     if separator := re.search(r'[;\t|,]', only_column):
         return f'its columns are separated by {separator[0]!r}: in a .csv it is a comma, in a .tsv a tab'
-    # row.error: the line could not be parsed (readers.py)
-    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
     kinds = set(map(type, row.values()))
+    # pandas and `datasets` can write {column: all of its values}, or {'train': rows, 'test': rows}
     is_all_rows = row.where.lower().endswith('.json, row 1') and kinds <= {list, dict}
+    # row.error: the line could not be parsed (readers.py)
     if is_all_rows or re.search('JSON|object', row.error):
-        return (
-            "a row is a JSON object with named fields, on a line of its own or in one list (pandas: orient='records')"
-        )
+        return "a row is a JSON object with named fields, on a line of its own or in a list (pandas: orient='records')"
     if row.error:
         return 'mend the file'
     # the reader of a HubDataset has a .parse if it expects one layout

@@ -406,7 +406,9 @@ class Builder:
             del self.left_out[THOUGHTLESS]
         # an example has the widths of prompt, chosen and rejected, or of prompt and answer
         spans = spans_of(self.widths, parts=3 if task == 'pairs' else 2)
-        ids, good, uid = np.asarray(self.ids), np.array(self.good, bool), np.asarray(self.uid)
+        ids = np.asarray(self.ids)
+        good = np.array(self.good, bool)
+        uid = np.asarray(self.uid)
         return Examples(ids, spans, good, uid, left_out=+self.left_out, margin=margin)  # unary + drops zero counts
 
 

@@ -115,7 +115,9 @@ for unused in axes.flat[num_panels:]:
 
 # escape $, which would start math mode; replace lone surrogates (of file names that are not UTF-8), which have no glyph
 names = [name.replace('$', r'\$').encode('utf-8', 'replace').decode() for name in labels(runs)]
-handles = [plt.Line2D([], [], color=colors[i], marker='o', label=name) for i, name in enumerate(names)]
+handles = []
+for color, name in zip(colors, names, strict=True):
+    handles.append(plt.Line2D([], [], color=color, marker='o', label=name))
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
 # a name without an extension: the name of the file that is written
 out = out if Path(out).suffix else f'{out}.png'

@@ -151,7 +151,8 @@ def panels_of(runs):
         low, high = bounds(values)
         far = [value for value in itertools.chain(*values) if not low <= value <= high]
         for i, curve in enumerate(curves):
-            curves[i] = curve._replace(points=[(x, value) for x, value in curve.points if low <= value <= high])
+            near = [(x, value) for x, value in curve.points if low <= value <= high]
+            curves[i] = curve._replace(points=near)
         if far:
             farthest = max(far, key=abs)
             subtitle += f'; outside: {len(far)}, such as {farthest:.3g}'

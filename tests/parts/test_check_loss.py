@@ -153,6 +153,9 @@ def test_which_losses_are_per_token(flags, per_token, monkeypatch):
     (f'dpo {ROOT}/config/cdpo_toy.py', {'label_smoothing': 0.0}),  # the file has 0.1
     ('dpo --importance_max=3', 'importance_max has no effect: importance is off'),
     ('dpo --importance --reference_free', 'leave out --reference_free'), ('dpo --importance', {'importance': True}),
+    *((words, 'has no effect: the loss ') for words in ('dpo --frac_good=0.5', 'tdpo1 --reference_free', 'simpo --reference_free')),
+    ('kto --frac_good=0.5 --frac_bad=0.5', {'frac_good': 0.5}), ('kto --share_prefix=false', 'there is one answer to a prompt'),
+    ('simpo --ref_model=x', '--ref_model has no effect: there is no reference'), ('robust', {'label_smoothing': 0.1}),
 ])  # fmt: skip
 def test_options_of_a_loss(flags, found, monkeypatch):
     arguments = parse(f'dpo.py --loss={flags}', monkeypatch), losses.LOSSES, losses.STATISTICS

@@ -620,6 +620,7 @@ def test_the_hash_of_examples():
     changed = Examples(two.ids, two.spans, ~two.good, two.uid, two.left_out)
     moved = Examples.of([([1], [[2, 3], [4, 5]]), ([6], [[7], [8]])])
     others = [some, some.select(np.array([1, 0])), two.flip(1.1, 0), margin, two.first_answers(), moved, changed]
+    others.append(Examples.of([([1, 2], [[3], [4, 0]]), ([6], [[7], [8]])]))
     assert len({two.content(), *(x.content() for x in others)}) == len(others) + 1
     assert some.select(slice(0)).content() == some.select(slice(0)).content()
     # wherever in ids the tokens are
@@ -750,7 +751,8 @@ PLANS = [  # plan, lengths, ranks, max_tokens, what comes out
     (data.plan, [5, 5], 1, 10, [[[0, 1]]]),
     (data.plan, [5, 6], 1, 10, [[[1], [0]]]),
     (data.plan, [50], 2, 10, [[[0]], [[]]]),
-    (data.plan, [3, 3], 2, 3, [[[0]], [[1]]]),  # equal ones in their order
+    (data.plan, [1, 1, 1], 4, 1, [[[0]], [[1]], [[2]], [[]]]),  # equal ones in their order
+    (data.plan, [1, 2, 1], 2, 2, [[[1]], [[0, 2]]]),
     (data.plan, [3, 3, 2, 2, 2], 1, 6, [[[0, 4], [2, 3], [1]]]),  # longest first makes 7 and 5 of two
     (data.plan, [50, 40, 20, 10], 2, 50, [[[0], [2]], [[1], [3]]]),  # dealt in turn
     (data.plan_padded, [9, 2, 10, 2, 2, 2], 1, 20, [[[0, 2], [1, 3, 4, 5]]]),  # similar widths side by side
@@ -903,7 +905,7 @@ def test_two_layouts():
     one.ref = np.zeros((1, 2), np.float32)
     for rank in range(2):
         ((batch,), *_) = data.make_batches(one, np.array([0]), rank, 2, 99)
-        assert batch.ref.dtype == torch.float32
+        assert batch.ref.dtype == torch.float32 and len(batch.ref) == len(batch.n) == 2
     widths = np.array([[5, 2, 3], [1, 4, 1]])
     taken = [data.tokens_taken(widths, **how).tolist() for how in ({}, {'share_prefix': False}, {'pad': True})]
     assert taken == [[10, 6], [15, 7], [16, 10]]

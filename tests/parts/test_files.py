@@ -123,7 +123,8 @@ OF_FILES = [  # what is wrong with a file, whether or not bad rows are left out
     ('a.csv', b'text,b\nx,y\n"x\ny,z', '/a.csv, line 3: not a valid table .unexpected end of data.*cut short'),
     ('a.csv', b'text,b,b\nx,y,z\n', 'line 1: two columns have one name'),
     ('a.csv', 'text\nx\n'.encode('utf-16'), 'line 1: .* or it is not valid UTF-8: save the file as UTF-8'),
-    ('a.txt', b'<!DOCTYPE html>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page by its first bytes: fetch the data again'),
+    *(('a.txt', page + b'>\n<p>Sign in</p>\n', '^[^ ]*a.txt is a web page by its first bytes: fetch the data again')
+      for page in (b'<!DOCTYPE html', b'\n<HTML')),
     *((name, start + b'x' * 50, f'{name} is a {kind} by its first bytes: {fix}') for name, start, kind, fix in (
         ('a.jsonl', b'\x1f\x8b', '.gz', 'let its name end so'), ('a.csv', b'BZh9', '.bz2', 'let'), ('a.json', b'\xfd7zXZ', '.xz', 'let'),
         ('a.tsv', b'(\xb5/\xfd', '.zst', 'let'), ('a.json', b'PAR1', '.parquet', 'let'), ('a.parquet', b'ARROW1', '.arrow', 'let'),
@@ -148,13 +149,9 @@ def test_a_file_that_is_one_row_of_all_values(tmp_path):
     rows = {'prompt': ['q', 'r'], 'response': ['a', 'b']}
     for whole in (rows, {'train': [rows], 'test': [rows]}, {name: {'0': 'a', '1': 'b'} for name in rows}):
         (tmp_path / 'a.json').write_text(json.dumps(whole))
-        assert '--columns' not in refused(
-            tmp_path / 'a.json', "on a line of its own or in one list .pandas: orient='records'."
-        )
-    refused(
-        write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x', 'body': {'prompt': 'q'}}]),
-        "; write an object's fields as columns first",
-    )
+        assert '--columns' not in refused(tmp_path / 'a.json', "on a line of its own or in a list .pandas: orient='records'.")
+    with_object = write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x', 'body': {'prompt': 'q'}}])
+    refused(with_object, "; write an object's fields as columns first")
     assert 'fields as columns' not in refused(write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x'}]), '--columns')
 
 
@@ -194,10 +191,12 @@ def test_other_columns_in_a_half_of_the_rows_are_counted(tmp_path):
 def test_an_object_that_holds_the_rows(tmp_path, indent):
     """Whole, or a single row; of two lists none is meant, and messages are no rows."""
     chat = {'messages': [user('q'), assistant('a')], 'id': ['x']}
+    talk = {'conversations': [{'from': 'human', 'value': 'q'}]}
     two = {'train': ROWS, 'test': ROWS}
     for content, rows in (
         ({'data': ROWS, 'tags': ['x']}, ROWS),
         (chat, [chat]),
+        (talk, [talk]),
         (two, [two]),
         ({'data': []}, [{'data': []}]),
     ):
@@ -470,15 +469,17 @@ def test_the_words_of_labels(tmp_path):
     """`datasets` keeps them beside the numbers, in all its files; 0 may be good."""
     hub = pytest.importorskip('datasets')
     labels = {'label': hub.ClassLabel(names=['good', 'bad']), 'grade': hub.ClassLabel(names=['0', '1'])}
+    labels['size'] = hub.ClassLabel(names=['1', 'many'])
     features = hub.Features(prompt=hub.Value('string'), response=hub.Value('string'), **labels)
-    rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2, 'grade': 1} for i in range(4)]
+    rows = [{'prompt': f'p{i}', 'response': 'r', 'label': i % 2, 'grade': 1, 'size': 1} for i in range(4)]
     rows.append({'prompt': 'p', 'response': 'r', 'label': None})
     table = hub.Dataset.from_list(rows, features=features)
     table.to_parquet(str(tmp_path / 'a.parquet'))
     table.save_to_disk(str(tmp_path / 'saved'))
     for path in ('a.parquet', 'saved'):
         found, _ = sources.load_rows(str(tmp_path / path), 'train', undivided=True, skip_bad_rows=True)
-        assert [(row['good'], row.raw['grade']) for row in found[:4]] == [(True, 1), (False, 1)] * 2
+        raw = [(row['good'], row.raw['grade'], row.raw['size']) for row in found[:4]]
+        assert raw == [(True, 1, 'many'), (False, 1, 'many')] * 2
 
 
 # ---- the hub ----

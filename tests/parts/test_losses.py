@@ -161,7 +161,11 @@ def test_what_is_no_loss_of_pairs():
     assert losses.sft(pi, n).tolist() == [2.0, 0.75]
     assert ((losses.sft(pi, n) * n).sum() / n.sum()).item() == 1
     # scores 2 and 0.5 with margin 1: L(0.5) + 0.01 * 2.5^2
-    assert formulas.bradley_terry(*double([2.0, 0.5, 1.0]), center_coef=0.01).item() == pytest.approx(L(0.5) + 0.0625)
+    scores = double([2.0, 0.5, 1.0])
+    assert formulas.bradley_terry(*scores, center_coef=0.01).item() == pytest.approx(L(0.5) + 0.0625)
+    # L(-0.5) = L(0.5) + 0.5
+    smoothed = formulas.bradley_terry(*scores, center_coef=0, label_smoothing=0.1).item()
+    assert smoothed == pytest.approx(L(0.5) + 0.1 * 0.5)
     # advantages of answers of one token, all of them: reward less value
     one, two = double([[1.0], [2.0]]), double([[0.5], [3.0]])
     assert formulas.gae(one, two, one > 0, gamma=0.9, lam=0.5).tolist() == [[0.5], [-1.0]]
@@ -477,7 +481,7 @@ def test_worst_mass_is_that_of_a_sort(mu, dtype):
 
 # ---- the LM head that turns hidden states into log-probs and divergences ----
 
-CONFIGS = {'plain': {}, 'scale': {'logit_scale': 0.3}, 'multiplier': {'lm_head_multiplier': 0.7}}
+CONFIGS = {'plain': {}, 'scale': {'logit_scale': 0.3}, 'multiplier': {'lm_head_multiplier': 2.0}}
 CONFIGS['soft cap'] = {'final_logit_softcapping': 3.0}
 CONFIGS['inverse scale and cap'] = {'logits_scaling': 2.0, 'final_logit_softcapping': 3.0}
 

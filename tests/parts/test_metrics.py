@@ -62,6 +62,10 @@ def test_single_answers():
     found = metrics.of_dpo(objective('kto', paired=False), SINGLES, 'train')
     assert found['rewards_train/accuracies'] == pytest.approx(1 / 3)
     assert (found['rewards_train/chosen'], found['rewards_train/rejected']) == pytest.approx((0.06, 0.1))
+    # around 0, where the loss has no z
+    without = {name: values for name, values in SINGLES.items() if name != 'z'}
+    found = metrics.of_dpo(objective('kto_zero', paired=False), without, 'train')
+    assert found['rewards_train/accuracies'] == pytest.approx(2 / 3)
     # without a bad one there is nothing to say of them
     good = {name: values[SINGLES['good']] for name, values in SINGLES.items()}
     found = metrics.of_dpo(objective('kto', paired=False), good, 'train')
@@ -103,8 +107,8 @@ def test_what_is_said_of_the_first_step(name, options, chosen, printed, capsys):
     options = {'dtype': 'float32', 'tf32': False, 'ref_model': None, 'w_good': 1.0, 'w_bad': 1.0} | options
     of_step = SINGLES if name == 'kto' else PAIRS | REF  # the z of its reference is 0
     asked = objective(name, paired=name != 'kto', needs_ref=name != 'simpo', **options)
-    # a step of answers that are all good has no rejected ones
-    found = {'rewards_train/chosen': chosen} | ({} if name == 'kto' else {'rewards_train/rejected': -1e-9})
+    # a step of single answers may lack good or bad ones
+    found = {} if name == 'kto' else {'rewards_train/chosen': chosen, 'rewards_train/rejected': -1e-9}
 
     # stands in for the function of dpo.py, which test_reference.py tries
     def loss_and_weight(measured, *others):

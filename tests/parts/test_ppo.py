@@ -53,13 +53,13 @@ def test_ppo_by_hand():
     """clip 0.2. rho = 1.5, A = 1: max(-1.5, -1.2) = -1.2, clipped; A = -1: max(1.5, 1.2) = 1.5.
     rho = 0.5, A = 1: max(-0.5, -0.8) = -0.5; A = -1: max(0.5, 0.8) = 0.8, clipped. Clipped tokens have no gradient.
     At pi = old the loss is minus the advantage, and so is its gradient.
-    Values, V_old = 0, R = 1, c = 0.2. V = 0.5: max(0.25, 0.64) / 2 = 0.32, clipped; V = -0.5: max(2.25, 1.44) / 2 = 1.125;
-    V = 0.1: 0.81 / 2 = 0.405. Not clipped: 0.125, 1.125, 0.405."""
+    Values, V_old = 1, R = 2, c = 0.2. V = 1.5: max(0.25, 0.64) / 2 = 0.32, clipped; V = 0.5: max(2.25, 1.44) / 2 = 1.125;
+    V = 1.1: 0.81 / 2 = 0.405. Not clipped: 0.125, 1.125, 0.405."""
     pi = rows(1.5, 1.5, 0.5, 0.5, 1.0, 1.0).log().requires_grad_()
     l = formulas.ppo(pi, torch.zeros(6), rows(1, -1, 1, -1, 3, -2), clip=0.2)
     (slope,) = torch.autograd.grad(l.sum(), pi)
     assert close(l, -1.2, 1.5, -0.5, 0.8, -3, 2) and close(slope, 0, 1.5, -0.5, 0, -3, 2)
-    value, old, target = rows([0.5, -0.5, 0.1], [0, 0, 0], [1, 1, 1])
+    value, old, target = rows([1.5, 0.5, 1.1], [1, 1, 1], [2, 2, 2])
     assert close(formulas.value_loss(value, old, target, value_clip=0.2), 0.32, 1.125, 0.405)
     assert close(formulas.value_loss(value, old, target, value_clip=math.inf), 0.125, 1.125, 0.405)
 

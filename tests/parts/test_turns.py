@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers import assistant, metrics, run_script, tiny_model, turn, write_jsonl
-from test_chat import BARE, CALL, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, tokenizer_of
+from test_chat import BARE, CALL, CASES, CHATML, EOS, HEADERS, OPENS, THINKS, TOOLS, tokenizer_of
 
 import data
 import model as models
@@ -134,7 +134,7 @@ def test_what_is_trained_on(chats, last_only, trained, num_turns, reasons):
     text, parts = shown(tokenizer, examples)
     assert parts == [answer + '<|im_end|>' for answer in trained] and len(examples) == 1
     assert text.count('<|im_start|>') == num_turns and 'clean .' in text
-    assert reasons.items() <= examples.left_out.items()
+    assert reasons.items() <= examples.left_out.items() and 'weight' not in str(examples.left_out)
     ids, _ = ids_and_mask(examples[0])
     assert ids.count(tokenizer.convert_tokens_to_ids('<|im_end|>')) == num_turns
     assert text.count('<|im_end|>') == num_turns + sum(n for words, n in reasons.items() if 'kept' in words)
@@ -181,6 +181,9 @@ def test_a_first_answer_without_tokens():
     builder = Builder(limits)
     builder.add(Part('p', [], True, 0, conversation=CHAT), [[1, 2], [], [5, 6, 7], [8]])
     assert not len(builder.examples('sft', False)) and builder.left_out == left_out
+    # one of the token 0 alone, and one with its end before its last token
+    assert fit_conversation([1, 2], [[0], [5, 6, 7], [8]], limits, left_out) == ([1, 2], [[0, 9]])
+    assert fit_conversation([1], [[5, 9, 3], [6], [8]], limits, left_out) == ([1], [[5, 9, 3]])
 
 
 @pytest.mark.parametrize('pad', [False, True])
@@ -263,3 +266,22 @@ def test_what_is_no_conversation_to_learn():
         row = {'prompt': CHAT[:1], 'response': CHAT[1:2], 'good': True}
         prompt, _ = tokenise([row], tokenizer, task, (256, 128, 'start'), Counter())[0]
         assert tokenizer.decode(prompt).endswith('<|im_start|>assistant\n')
+
+
+def test_calls_and_tools_that_the_template_writes():
+    """A call alone is an answer, but not a thought that the template adds by itself. Tools before it move what it marks."""
+    chat = [*CHAT[:3], CALLS, TOOL, CHAT[3]]
+    writes = tokenizer_of(CHATML.replace('m.content', "(m.content + (m.tool_calls or ['']) | join)"), '<|im_end|>')
+    _, trained = shown(writes, tokens(writes, chat))
+    assert len(trained) == 3 and "'look'" in trained[1]
+    thinks = tokenizer_of(THINKS.replace('loop.last and ', ''), '<|im_end|>')
+    examples = tokens(thinks, chat)
+    unwritten = "messages with 'tool_calls', which the chat template does not write"
+    assert examples.left_out == {unwritten: 1, 'empty answers': 1}
+    assert shown(thinks, examples)[1] == [
+        f'<think>\n\n</think>\n\n{said}<|im_end|>' for said in ('clean .', 'very fine .')
+    ]
+    marks = tokenizer_of('{{ (tools or []) | join }}' + GENERATES, '<|im_end|>')
+    row = {'prompt': CHAT[:1], 'response': CHAT[1:2], 'turns': CHAT[:2], 'tools': TOOLS}
+    text, trained = shown(marks, tokenise([row], marks, 'sft', (256, 128, 'start'), Counter()))
+    assert "'look'" in text and trained == ['clean .<|im_end|>']

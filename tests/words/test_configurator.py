@@ -487,7 +487,7 @@ def test_names_of_other_code_are_those_of_options_here():
     assert len(theirs) == sum(len(names.split()) for names in values.ELSEWHERE.values()) and not known & theirs.keys()
 
 
-def test_options_that_follow_from_others():
+def test_options_that_follow_from_others(capsys):
     """A run's folder stands for its model, but not where it is a model itself, nor a name of ours that is a folder, too."""
     for folder in ('run/model', 'other/model', 'toy/model'):
         Path(folder).mkdir(parents=True)
@@ -503,3 +503,9 @@ def test_options_that_follow_from_others():
         config = configurator.Config({'max_length': 100, 'max_prompt_length': None})
         config.origin = {'max_length': origin}
         assert values.settle(config) == notes and config['max_prompt_length'] == 50
+    file('max_length = 100\nmax_prompt_length: int | None = None\n', 'script.py')
+    configurator.configure({'__file__': 'script.py'}, ['--max_length=20'])
+    assert capsys.readouterr().out == 'note: max_prompt_length is 10, half of max_length\n'
+    with pytest.raises(SystemExit):
+        configurator.configure({'__file__': 'script.py'}, ['--help'], listed=['max_length'])
+    assert capsys.readouterr().out.splitlines()[-1] == '  --max_length = 100 (int)  '
