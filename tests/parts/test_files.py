@@ -149,7 +149,9 @@ def test_a_file_that_is_one_row_of_all_values(tmp_path):
     rows = {'prompt': ['q', 'r'], 'response': ['a', 'b']}
     for whole in (rows, {'train': [rows], 'test': [rows]}, {name: {'0': 'a', '1': 'b'} for name in rows}):
         (tmp_path / 'a.json').write_text(json.dumps(whole))
-        assert '--columns' not in refused(tmp_path / 'a.json', "on a line of its own or in a list .pandas: orient='records'.")
+        assert '--columns' not in refused(
+            tmp_path / 'a.json', "on a line of its own or in a list .pandas: orient='records'."
+        )
     with_object = write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x', 'body': {'prompt': 'q'}}])
     refused(with_object, "; write an object's fields as columns first")
     assert 'fields as columns' not in refused(write_jsonl(tmp_path / 'a.jsonl', [{'id': 'x'}]), '--columns')
