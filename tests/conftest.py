@@ -31,7 +31,7 @@ SLOW = 'law signals parallel law_ppo lora checkpoint bad_input model speed log a
 @cache
 def launching(path):
     """Names of the functions in a test file that run a whole script or start a process, by themselves or through one another."""
-    found = {'run_script', 'launch', 'python', 'subprocess'}
+    found = {'run_script', 'launch', 'python', 'subprocess', 'forks'}
     # names that each function uses, its fixtures included
     used = {}
     for function in ast.parse(path.read_text()).body:
