@@ -1345,7 +1345,7 @@ def test_a_folder_here_is_no_part_of_a_hub_dataset(tmp_path, monkeypatch):
 @pytest.mark.parametrize('rows, expected', [
     ([{'Prompt': 'p', 'chosenResponse': 'a', 'rejected-response': 'b'}], pair('p', 'a', 'b')),
     # two names that would be one stay as they are, and the others do not
-    ([{'Prompt': 'p', 'Chosen': 'a', 'Rejected': 'b', 'x': 1, 'X': 2}], pair('p', 'a', 'b')),
+    ([{'Prompt': 'p', 'chosen': 'a', 'Chosen': 'z', 'Rejected': 'b'}], pair('p', 'a', 'b')),
     ([{'Question': 'q', 'Answer': 'a', 'isSafe': False}], {'prompt': [user('q')], 'response': [assistant('a')], 'good': False}),
     ([{'prompt': 'p', 'response': 'a', 'label': '👍'}], {'prompt': 'p', 'response': 'a', 'good': True}),
     # one text in a list, and messages that are each JSON

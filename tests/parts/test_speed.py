@@ -195,6 +195,8 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert said == [(0, True), (1, False)] * 10
     counts = {run.name: (len(run.times), len(run.passes)) for run in script['runs']}
     assert counts == {'padded': (3, 0), 'packed': (3, 0), 'shared': (3, 0), 'head': (3, 0), 'cached': (3, 3)}
+    tokens = script['examples'].widths[script['steps']].sum((1, 2))
+    assert tokens[script['warm_up']] == tokens.max() > tokens.min()
     # the table, and what it says
     written = json.loads((tmp_path / 'bench.json').read_text())
     rows = {row['variant']: row for row in written['rows']}
