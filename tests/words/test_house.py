@@ -7,6 +7,8 @@ import re
 import pytest
 from helpers import ROOT
 
+from tests.conftest import launching
+
 STEP = 'dpo.py training.py losses.py data.py model.py fsdp.py configurator.py'.split()  # files of a DPO step
 SCRIPTS = 'sft.py dpo.py reward.py ppo.py sample.py label.py'.split()
 FOLDERS = ('', 'text', 'hf', 'runtime', 'feedback', 'rl', 'tools')  # of the product; '' is the top level
@@ -120,3 +122,13 @@ def test_file(path):
     outer = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.IfExp)]
     assert 'sys.path' not in source and measure(path)[-1][0] <= 60
     assert not [n.lineno for a in outer for n in ast.walk(a) if isinstance(n, ast.IfExp) and n is not a]
+
+
+def test_tests_that_run_scripts_are_known(tmp_path):
+    """make test-fast leaves them out: by themselves, by a function of their file, or by a fixture."""
+    file = tmp_path / 'test_x.py'
+    file.write_text(
+        'def run(): python("x")\ndef made(): run()\ndef test_a(made): 0\ndef test_b(): forks.y()\ndef test_c(): 0\n'
+    )
+    found = launching(file)
+    assert {'run', 'made', 'test_a', 'test_b'} < found and 'test_c' not in found
