@@ -158,25 +158,9 @@ def make_pairs(answers_file, against_file=None):
     # a prompt that was asked twice has pairs of its own each time, but one number, since they are one cluster to an interval
     numbers = {}
     for question, group in our_groups.items():
-        text = group[0]['instruction']
-        number = numbers.setdefault(text, len(numbers))
-        matches = combinations(group, 2)
-        if has_models:
-            matches = [(first, second) for first, second in matches if first['model'] != second['model']]
-        # zip skips answers that have no counterpart, also those of other models than the first
-        if against_file:
-            both = group, their_groups.get(question, [])
-            of_first = ([row for row in side if row['model'] == side[0]['model']] for side in both)
-            matches = zip(*of_first, strict=False)
-        for first, second in matches:
-            # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
-            asked = second if is_plain(first) else first
-            pair = {'prompt': asked['prompt'], 'instruction': text, 'question': number}
-            if asked['tools']:
-                pair['tools'] = asked['tools']
-            pair['outputs'] = [first['response'], second['response']]
-            pair['generators'] = [first['generator'], second['generator']]
-            pairs.append(pair)
+        number = numbers.setdefault(group[0]['instruction'], len(numbers))
+        others = their_groups.get(question, []) if against_file else None
+        pairs += [_as_pair(*match, number) for match in _matches(group, others, has_models)]
     if not pairs and against_file:
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
@@ -191,6 +175,30 @@ def make_pairs(answers_file, against_file=None):
         any_two = sum(comb(len(group), 2) for group in our_groups.values())
         left_out['pairs of answers of one model'] = any_two - len(pairs)
     return pairs, left_out
+
+
+def _matches(group, others, has_models):
+    """Return [(answer, answer)], what is compared of the answers to a prompt: those of one file, or with `others` of another."""
+    if others is not None:
+        # zip skips answers that have no counterpart, also those of other models than the first
+        of_first = ([row for row in side if row['model'] == side[0]['model']] for side in (group, others))
+        return list(zip(*of_first, strict=False))
+    matches = combinations(group, 2)
+    if has_models:
+        matches = [(first, second) for first, second in matches if first['model'] != second['model']]
+    return list(matches)
+
+
+def _as_pair(first, second, number):
+    """Return the pair of two answers to the prompt of this number, as make_pairs describes it."""
+    # model_outputs.json keeps the instruction only; the other file may have the original prompt, such as a chat
+    asked = second if is_plain(first) else first
+    pair = {'prompt': asked['prompt'], 'instruction': first['instruction'], 'question': number}
+    if asked['tools']:
+        pair['tools'] = asked['tools']
+    pair['outputs'] = [first['response'], second['response']]
+    pair['generators'] = [first['generator'], second['generator']]
+    return pair
 
 
 def _by_question(*files):

@@ -358,24 +358,7 @@ def _unpack(row):
     # a text 'context' is the question if nothing else asks
     if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
         row['question'] = row.pop('context')
-    # a list of objects that have an answer and its score each, in a row without other answers: two lists
-    many = [name for name in MANY if isinstance(row.get(name), list)]
-    items = row[many[0]] if len(many) == 1 else [None]
-    # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
-    may_be_empty = many in (['answers'], ['completions']) and first_of(QUESTIONS, row)
-    is_scored = all(isinstance(one, dict) and first_of(ITEM_SCORES, one) for one in items)
-    if is_scored and (items or may_be_empty) and not first_of((*ANSWERS, *CHATS, 'chosen'), row):
-        # Stack Exchange has HTML
-        if any('pm_score' in item for item in items) and isinstance(row.get('question'), str):
-            row['prompt'] = ask(messages.strip_html(row.pop('question')))
-            items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
-        row[many[0]] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
-        row['scores'] = []
-        for item in items:
-            # as Nectar, UltraFeedback, NeMo RL and Gemini have them
-            name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
-            sign = -1 if name == 'rank' else 1  # the lowest rank is the best
-            row['scores'].append(sign * field(item, name, NUMBER))
+    _unpack_scored(row)
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
         if not isinstance(row.get(name, []), list):
@@ -405,6 +388,32 @@ def _unpack(row):
         for name, our_name in (('custom_instructions', 'system'), ('xml_tools', 'tools'), ('python_tools', 'tools')):
             if template_args.get(name):
                 row.setdefault(our_name, template_args[name])
+
+
+def _unpack_scored(row):
+    """Make two lists, answers and 'scores', of a list of objects that have an answer and its score each, in place."""
+    many = [name for name in MANY if isinstance(row.get(name), list)]
+    # other answers of the row are what counts
+    if len(many) != 1 or first_of((*ANSWERS, *CHATS, 'chosen'), row):
+        return
+    [column] = many
+    items = row[column]
+    if not all(isinstance(item, dict) and first_of(ITEM_SCORES, item) for item in items):
+        return
+    # an empty list is one, too, in data sets of that kind: some rows of UltraFeedback have it
+    if not items and not (column in ('answers', 'completions') and first_of(QUESTIONS, row)):
+        return
+    # Stack Exchange has HTML
+    if any('pm_score' in item for item in items) and isinstance(row.get('question'), str):
+        row['prompt'] = ask(messages.strip_html(row.pop('question')))
+        items = [item | {'text': messages.strip_html(field(item, 'text'))} for item in items]
+    row[column] = [messages.as_messages(item.get(first_of(ITEM_ANSWERS, item))) for item in items]
+    row['scores'] = []
+    for item in items:
+        # as Nectar, UltraFeedback, NeMo RL and Gemini have them
+        name = next((name for name in ITEM_SCORES if item.get(name) is not None), 'score')
+        sign = -1 if name == 'rank' else 1  # the lowest rank is the best
+        row['scores'].append(sign * field(item, name, NUMBER))
 
 
 # ---- prompt and answers ----
