@@ -1,5 +1,6 @@
 """What the project says of itself: every command of the README and of the configs parses, imports keep to the layers."""
 
+import os
 import re
 import shlex
 import shutil
@@ -38,6 +39,19 @@ def test_commands(command, monkeypatch, capsys):
         assert end.value.code == 0 and '--beta_prime = None (float | None)' in capsys.readouterr().out
     else:
         assert parse(command, monkeypatch).get('batch_size', 1) > 0  # label.py has none
+
+
+def test_make_without_a_python_that_fits(tmp_path):
+    """One sentence, and nothing is made: neither of these can make a .venv."""
+    for name in 'python3 python3.14 python3.13 python3.12 python3.11'.split():
+        (tmp_path / name).write_text('#!/bin/sh\nexit 1\n')
+        (tmp_path / name).chmod(0o755)
+    for name in ('Makefile', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    paths = f'{tmp_path}:{os.environ["PATH"]}'
+    done = subprocess.run(['make', 'setup'], cwd=tmp_path, env={'PATH': paths}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: nanopref needs Python 3.11 to 3.14, with venv: ')
+    assert not (tmp_path / '.venv').exists()
 
 
 def test_links():
