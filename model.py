@@ -1,12 +1,12 @@
 """Log-probs of packed answers, computed inside a transformers model. hf/attention.py has its attention, hf/load.py loads models.
 
 Training calls response_logps(model, batch): the summed log-prob of every answer of a packed microbatch (data.Batch). The LM head
-is applied where an answer token is predicted, in chunks, and again in backward: all logits at once never exist."""
+is applied where an answer token is predicted, in chunks, and again in backward: all logits at once exist only if they are few."""
 
 import torch
 
 from hf.attention import packed_layout
-from hf.parts import core, trunk
+from hf.parts import core, scale_and_cap, trunk
 from runtime.prefetch import move
 
 
@@ -44,18 +44,8 @@ def wide_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _scale_and_cap(config):
-    """Return (factor of the head's output, soft cap of the logits or None), read from a model's config."""
-    factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere multiplies, Granite divides
-    factor *= getattr(config, 'lm_head_multiplier', None) or 1.0  # Falcon-H1
-    divisor = getattr(config, 'logits_scaling', None) or 1.0
-    # Gemma 2 and RecurrentGemma name the soft cap differently
-    cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
-    return factor / divisor, cap
-
-
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist at a time."""
+    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist, and those that are kept."""
 
     @staticmethod
     def chunks(n, vocab_size, max_logits):
@@ -69,11 +59,19 @@ class Head(torch.autograd.Function):
         return 2**27 if device.type == 'cuda' else 2**23
 
     @staticmethod
-    def logits(policy, reference, config):
+    def n_kept(n, weight):
+        """Return of how many of n positions forward keeps the logits, so that backward need not compute them again.
+
+        On a CPU at most 2^26 logits, 268 MB: the product takes a seventh of a small model's step. On a GPU, where memory is dear, none."""
+        return min(n, 2**26 // len(weight)) if weight.device.type == 'cpu' else 0
+
+    @staticmethod
+    def logits(policy, reference, config, kept, are_ready=False):
         """Yield (rows, logits, pieces) for each chunk of the N positions: a slice of them, the policy's logits (n, V), its pieces.
 
         policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. A piece is (slice of the N positions, policy's
-        logits, reference's logits or None), views of the chunk's. Logits may be overwritten: the next chunk reuses their memory."""
+        logits, reference's logits or None), views of the chunk's. kept (k, V): memory for the policy's logits of the first positions,
+        which are_ready there in backward. All others may be overwritten: the next chunk reuses their memory."""
         hidden, weight, _bias = policy
         vocab_size = len(weight)
         # a chunk is as large as one matrix product may be; its pieces are smaller, because the caller computes with copies of them
@@ -84,14 +82,19 @@ class Head(torch.autograd.Function):
         buffers = [hidden.new_empty(chunks[0].stop, vocab_size, dtype=wide_dtype(hidden)) for _ in models]
         for rows in chunks:
             n = rows.stop - rows.start
-            for buffer, (model_hidden, *head) in zip(buffers, models, strict=True):
-                _write_logits(buffer[:n], model_hidden[rows], *head, config)
+            outs = [buffer[:n] for buffer in buffers]
+            is_kept = rows.stop <= len(kept)
+            if is_kept:
+                outs[0] = kept[rows]
+            for out, (model_hidden, *head) in zip(outs, models, strict=True):
+                if not (is_kept and are_ready and out is outs[0]):
+                    _write_logits(out, model_hidden[rows], *head, config)
             pieces = []
             for in_chunk in Head.chunks(n, vocab_size, max_of_piece):
                 piece_rows = slice(rows.start + in_chunk.start, rows.start + in_chunk.stop)
-                ref_logits = buffers[1][in_chunk] if reference else None
-                pieces.append((piece_rows, buffers[0][in_chunk], ref_logits))
-            yield rows, buffers[0][:n], pieces
+                ref_logits = outs[1][in_chunk] if reference else None
+                pieces.append((piece_rows, outs[0][in_chunk], ref_logits))
+            yield rows, outs[0], pieces
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, config, divergence, reference):
@@ -103,13 +106,16 @@ class Head(torch.autograd.Function):
         ctx.tails = []  # of each piece: what divergence.mass has found by a search, so that backward need not search again
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide_dtype(hidden))
-        for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
+        # without gradients, as for the reference model, there is no backward
+        n_kept = Head.n_kept(len(target), weight) if hidden.requires_grad else 0
+        ctx.kept = hidden.new_empty(n_kept, len(weight), dtype=wide_dtype(hidden))
+        for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config, ctx.kept):
             for rows, logits, ref_logits in pieces:
                 piece_target = target[rows, None]  # (n, 1)
                 if divergence:
                     mass, tail = divergence.mass(logits, ref_logits)
                     ctx.tails.append(tail)
-                log_pi = torch.log_softmax(logits, 1, out=logits)  # in place
+                log_pi = torch.log_softmax(logits, 1)
                 values[0, rows] = log_pi.gather(1, piece_target).squeeze(1)
                 if divergence:
                     log_ref = torch.log_softmax(ref_logits, 1, out=ref_logits)
@@ -128,7 +134,9 @@ class Head(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide_dtype(bias)) if bias_trains else None
-        for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config):
+        # a second backward (retain_graph) finds none: this one overwrites them
+        kept, ctx.kept = ctx.kept, hidden.new_empty(0, len(weight))
+        for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config, kept, are_ready=True):
             # turn the chunk's logits into their gradient, piece by piece, in place
             for piece_rows, logits, ref_logits in pieces:
                 mass = None  # a divergence adds h (pi * mass.sum() - mass) to the gradient, with h that of its value
@@ -149,7 +157,7 @@ class Head(torch.autograd.Function):
 
 def _write_logits(out, hidden, weight, bias, config):
     """Write the logits of hidden (n, d) into out (n, V), scaled and soft-capped as the model's config says."""
-    scale, cap = _scale_and_cap(config)
+    scale, cap = scale_and_cap(config)
     if weight.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -167,7 +175,7 @@ def _to_gradient(logits, target, grad, config, mass):
 
     grad (1 or 3, n): its row 0 is the loss gradient g of the targets' log-probs, row 1 that of the divergences, h. The gradient of the
     logits is g (onehot(target) - pi) + h (pi * mass.sum() - mass). mass (n, V): of the divergence, overwritten here; or None."""
-    scale, cap = _scale_and_cap(config)
+    scale, cap = scale_and_cap(config)
     # of logits = cap tanh(x / cap), the derivative by x; computed before logits are overwritten
     slope = 1 - (logits / cap) ** 2 if cap else 1
     grad_logps = grad[0, :, None]

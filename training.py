@@ -29,7 +29,6 @@ from hf.probe import can_pack, check_positions
 from runtime import checkpoint, errors, guard, log, ranks, room, values
 from runtime.prefetch import prefetch
 from text import show
-from text.examples import counted
 from text.tokenise import ENOUGH, load_examples
 
 # data
@@ -207,7 +206,7 @@ class Run:
     def start(self, method='', units=None, n_steps=None):
         """Resume from the newest checkpoint, or start from scratch. Sets run.seen, run.state and run.logger.
 
-        method, units: words for _say_start. n_steps: optimizer steps of the run; None: one for batch_size examples. UserError for a
+        method, units: words for log.say_start. n_steps: optimizer steps of the run; None: one for batch_size examples. UserError for a
         checkpoint of other weights, data or options."""
         config, out_dir = self.config, self.config.out_dir
         sharded.check_trained(self.policy, self.optimizer)
@@ -232,17 +231,7 @@ class Run:
         ranks.on_rank_0(lambda: log.claim_out_dir(out_dir, config, self.identity['contents']))
         ranks.on_rank_0(lambda: log.cut_back(out_dir, self.seen, self.state['evaluated']))
         self.logger = log.Log(out_dir, self.total, self.seen, every=log_every, wandb=wandb, tensorboard=tensorboard)
-        self._say_start(method, units, newest)
-
-    def _say_start(self, method, units, newest):
-        """Print 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'. newest: the checkpoint from which it goes on, or None."""
-        action = f'{"resuming" if self.seen else "training"} {method}'.strip()
-        n_epochs = self.total / len(self.train)
-        epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
-        units = units or f'examples{epochs}, {self.config.batch_size} a step'
-        processes = '1 rank' if self.world_size == 1 else f'{self.world_size} ranks'
-        done = f'; going on after {self.seen:,} of them, from {newest}' if self.seen else ''
-        log.say(f'{action} on {processes}: {counted(self.total, units)}{done}')
+        log.say_start(self, method, units, newest)
 
     # ---- steps ----
 

@@ -1,4 +1,4 @@
-"""The parts of a transformers model: the model inside PEFT's wrapper, its trunk, its blocks."""
+"""The parts of a transformers model: the model inside PEFT's wrapper, its trunk, its blocks, and what its config says of its head."""
 
 
 def core(model):
@@ -25,3 +25,13 @@ def trunk(model):
     inner = core(model)
     # Llama 4 declares a wrong name for its trunk, so its base_model is the whole model
     return inner.model if inner.base_model is inner else inner.base_model
+
+
+def scale_and_cap(config):
+    """Return (factor of the head's output, soft cap of the logits or None), read from a model's config."""
+    factor = getattr(config, 'logit_scale', None) or 1.0  # Cohere multiplies, Granite divides
+    factor *= getattr(config, 'lm_head_multiplier', None) or 1.0  # Falcon-H1
+    divisor = getattr(config, 'logits_scaling', None) or 1.0
+    # Gemma 2 and RecurrentGemma name the soft cap differently
+    cap = getattr(config, 'final_logit_softcapping', None) or getattr(config, 'logits_soft_cap', None)
+    return factor / divisor, cap

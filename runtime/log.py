@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 from configurator import UserError, main_rank
 from runtime.files import append, append_kept, cut_rows, replace_text, say, writing
+from text.examples import counted
 
 # options that may differ on resume, because they do not affect the result
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
@@ -199,6 +200,17 @@ def cut_back(out_dir, start, evaluated):
         return start > 0 and row['counters/examples'] <= last
 
     cut_rows(folder / 'metrics.jsonl', is_kept)
+
+
+def say_start(run, method, units, newest):
+    """Print 'training dpo on 2 ranks: 320 examples (2 epochs), 64 a step'. newest: the checkpoint from which it goes on, or None."""
+    action = f'{"resuming" if run.seen else "training"} {method}'.strip()
+    n_epochs = run.total / len(run.train)
+    epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
+    units = units or f'examples{epochs}, {run.config.batch_size} a step'
+    processes = '1 rank' if run.world_size == 1 else f'{run.world_size} ranks'
+    done = f'; going on after {run.seen:,} of them, from {newest}' if run.seen else ''
+    say(f'{action} on {processes}: {counted(run.total, units)}{done}')
 
 
 class Log:

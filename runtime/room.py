@@ -74,13 +74,19 @@ def _count(parameters, only_trained=False):
     return sum(p.numel() for p in parameters if p.requires_grad or not only_trained)
 
 
+def _widths(run):
+    """Return the tokens of each training example's prompt and of each of its answers, at most, (n, 1 + answers)."""
+    config = run.config
+    if run.task != 'prompts':
+        return run.train.widths
+    # ppo.py has yet to sample the answers, of up to so many tokens
+    prompts = run.train.widths[:, :1]
+    return np.pad(prompts, ((0, 0), (0, config['group_size'])), constant_values=config['max_new_tokens'])
+
+
 def _lengths(run):
     """Return the most tokens that each training example takes in a microbatch, (n,). Scripts without share_prefix share prompts."""
-    widths = run.train.widths
-    config = run.config
-    if run.task == 'prompts':  # ppo.py has yet to sample the answers, of up to so many tokens
-        widths = np.pad(widths[:, :1], ((0, 0), (0, config['group_size'])), constant_values=config['max_new_tokens'])
-    return tokens_taken(widths, config.get('share_prefix', True), pad=not run.packed)
+    return tokens_taken(_widths(run), run.config.get('share_prefix', True), pad=not run.packed)
 
 
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
@@ -110,8 +116,7 @@ def _check_disk(config, model_bytes, checkpoint_bytes, total):
 
 def _check_memory(run, frozen):
     """Print the memory that all ranks here need for a training.Run; warn if there is less. frozen: parameters of untrained models."""
-    tokens, is_step = _largest_batch(run, run.max_tokens)
-    needs_of_rank = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
+    needs_of_rank, tokens, is_step = _estimate_of_run(run, run.max_tokens, frozen)
     # name, such as 'activations' -> bytes
     needs = {name: number * _ranks_here() for name, number in needs_of_rank.items() if number}
     total = sum(needs.values())
@@ -133,11 +138,19 @@ def _check_memory(run, frozen):
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
-def estimate(config, policy, per_token, frozen, tokens, is_step):
+def _estimate_of_run(run, max_tokens, frozen):
+    """Return (estimate() for the largest microbatch of a training.Run, its tokens, whether it is a rank's whole step)."""
+    tokens, is_step = _largest_batch(run, max_tokens)
+    widths = _widths(run)
+    predicted = int(tokens * widths[:, 1:].sum() / widths.sum())
+    return estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, predicted, is_step), tokens, is_step
+
+
+def estimate(config, policy, per_token, frozen, tokens, predicted, is_step):
     """Return the memory that one rank needs, as name -> bytes: activations, weights, gradients, optimizer, reference, buffers.
 
     config: for dtype and optimizer; per_token: bytes of activations per token; frozen: number of parameters of other models, held
-    in the compute dtype; tokens: of a microbatch; is_step: the microbatch is a whole step."""
+    in the compute dtype; tokens: of a microbatch, and those through the head; is_step: the microbatch is a whole step."""
     bytes_each = 2 if config['dtype'] == 'bfloat16' else 4  # of a number in the compute dtype
     n_trained = _count(policy.parameters(), only_trained=True)
     # buffers: 4-bit weights, say
@@ -155,21 +168,26 @@ def estimate(config, policy, per_token, frozen, tokens, is_step):
         'gradients': gradients_beside,
         'optimizer': MOMENTS.get(config['optimizer'], 2) * gradients,
         'reference': bytes_each * frozen / n_shards,
-        'buffers': _head_bytes(policy, tokens, bytes_each) + _copied_bytes(policy, bytes_each, n_shards),
+        'buffers': _head_bytes(policy, predicted, bytes_each) + _copied_bytes(policy, bytes_each, n_shards),
     }
 
 
-def _head_bytes(policy, tokens, bytes_each):
+def _head_bytes(policy, predicted, bytes_each):
     """Return the bytes of logits, and of their head's gradient, that model.Head holds at once for so many tokens; 0 without head."""
     head = core(policy).get_output_embeddings()
     if head is None:
         return 0
     vocab_size, hidden_size = head.weight.shape
     # Head takes the tokens in chunks (slices), of which the first is the largest
-    first_chunk = Head.chunks(int(tokens), vocab_size, Head.max_logits(head.weight.device))[0]
+    first_chunk = Head.chunks(predicted, vocab_size, Head.max_logits(head.weight.device))[0]
     # each chunk makes a gradient of the whole head weight. Both exist in float32, and also in bfloat16 if that is computed in
     bytes_of_copies = 4 + 2 if bytes_each == 2 else 4
-    return bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
+    return _kept_bytes_of_head(head, predicted) + bytes_of_copies * vocab_size * (first_chunk.stop + hidden_size)
+
+
+def _kept_bytes_of_head(head, predicted):
+    """Return the bytes of the logits of so many tokens that model.Head keeps for backward; 0 without head."""
+    return 0 if head is None else 4 * len(head.weight) * Head.n_kept(predicted, head.weight)
 
 
 def _copied_bytes(policy, bytes_each, n_shards):
@@ -235,8 +253,7 @@ def choose_max_tokens(run, n_models):
     usable = free * (0.85 if next(run.policy.parameters()).is_cuda else 0.7)
 
     def bytes_to_come(max_tokens):
-        tokens, is_step = _largest_batch(run, max_tokens)
-        needs = estimate(run.config, run.policy, run.bytes_per_token(), frozen, tokens, is_step)
+        needs, _tokens, _is_step = _estimate_of_run(run, max_tokens, frozen)
         return sum(needs.values()) - needs['weights']  # the policy's weights are in memory already
 
     fitting = [budget for budget in BUDGETS if bytes_to_come(budget) <= usable]
@@ -288,6 +305,8 @@ def bytes_per_token(policy, forward, train, packed):
             kept += _kept_bytes(lambda: forward(batch)) / len(checkpointed)
         for block, recomputing in checkpointed.items():
             block.forward = recomputing
+    # logits do not grow with the tokens for long: estimate() counts them apart
+    kept -= _kept_bytes_of_head(core(policy).get_output_embeddings(), len(batch.target))
     return kept / batch.ids.numel()
 
 

@@ -253,9 +253,11 @@ class Variant:
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
         # what models, optimizer and the largest microbatch should take; cached variants have freed the reference
-        largest = max(batch.ids.numel() for batch in batches)  # tokens
+        sizes = max(
+            (batch.ids.numel(), batch.target.numel()) for batch in batches
+        )  # tokens, and those through the head
         n_frozen = self.ref.num_parameters() if self.ref else 0
-        needs = room.estimate(config, self.policy, self.per_token, n_frozen, largest, is_step=len(batches) == 1)
+        needs = room.estimate(config, self.policy, self.per_token, n_frozen, *sizes, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)
 
 

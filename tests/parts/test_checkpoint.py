@@ -853,16 +853,20 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     # the estimate is of the microbatch and the frozen models that are asked about
     layer = torch.nn.Linear(2, 2)
     layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
-    needs = room.estimate({'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, is_step=False)
+    needs = room.estimate(
+        {'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, predicted=7, is_step=False
+    )
     assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
-    def estimated(config, policy, per_token, frozen, tokens, is_step):
+    def estimated(config, policy, per_token, frozen, tokens, predicted, is_step):
+        assert predicted == tokens // 4
         return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}
 
     monkeypatch.setattr(room, 'free_memory', lambda: free)
     monkeypatch.setattr(room, '_largest_batch', lambda run, max_tokens: (max_tokens, False))
     monkeypatch.setattr(room, 'estimate', estimated)
-    run = SimpleNamespace(config={}, policy=torch.nn.Linear(2, 2), bytes_per_token=lambda: 1)
+    train = SimpleNamespace(widths=np.array([[6, 1, 1]]))
+    run = SimpleNamespace(config={}, task='pairs', train=train, policy=torch.nn.Linear(2, 2), bytes_per_token=lambda: 1)
     assert room.choose_max_tokens(run, n_models=2) == chosen
 
 
@@ -894,6 +898,7 @@ def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted
 def test_bytes_saved_are_what_autograd_holds(whole):
     """Counted by hand for two linear layers with a ReLU: x, what ReLU gives and the result, but no weights."""
     layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    layers.get_output_embeddings = lambda: None
     examples = Examples.of([(np.arange(3), [np.arange(2)])] * 3)
     got = room.bytes_per_token(layers, lambda batch: layers(torch.zeros(batch.ids.numel(), 4)), examples, True)
     assert got == 4 * (4 + 8 + 2)

@@ -263,7 +263,7 @@ def test_a_wrong_attention_is_noticed(name, option, wrong, most, register):
 def test_an_unknown_head_is_an_error(name, monkeypatch):
     net = tiny(name)
     assert can_pack(net, wanted=False) == (False,)
-    monkeypatch.setattr(model, '_scale_and_cap', lambda config: (1.0, None))
+    monkeypatch.setattr(model, 'scale_and_cap', lambda config: (1.0, None))
     for wanted in (True, False):  # with --pack=false, too
         with pytest.raises(UserError, match=type(net).__name__):
             can_pack(net, wanted=wanted)
@@ -415,6 +415,27 @@ def test_a_head_whose_bias_is_frozen(weight_trains):
     torch.testing.assert_close(torch.autograd.grad(ours, sources), torch.autograd.grad(plain, sources))
 
 
+def keep(n, monkeypatch):
+    monkeypatch.setattr(model.Head, 'n_kept', staticmethod(lambda n_all, weight: min(n, n_all)))
+
+
+def test_logits_that_are_kept_change_no_bit(monkeypatch):
+    """None, those of the first two chunks and a half, or all five: backward computes the others again, a second one all of them."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    write, products, found = model._write_logits, [], []
+    monkeypatch.setattr(model, '_write_logits', lambda *args: (products.append(1), write(*args)))
+    cut_into(20, monkeypatch)
+    for n, again in ((0, 5), (50, 3), (100, 0)):
+        keep(n, monkeypatch)
+        products.clear()
+        values = model.Head.apply(hidden, weight, None, torch.arange(100) % 50, config('llama'), None, None)
+        for products_so_far in (5 + again, 10 + again):
+            found.append((values, *torch.autograd.grad(values.sum(), (hidden, weight), retain_graph=True)))
+            assert len(products) == products_so_far
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation makes."""
 
@@ -441,6 +462,7 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
 
     assert largest() == len(batch.target) * vocabulary < batch.ids.numel() * vocabulary / 4
     asked = cut_into(size, monkeypatch)
+    keep(0, monkeypatch)
     assert largest() == vocabulary * max(hidden, size)  # the weight's gradient
     # recomputed in backward
     assert [n for n, _ in asked if n > size] == [100, 100] and {v for _, v in asked} == {vocabulary}
@@ -700,15 +722,28 @@ def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
     found = []
     for policy.shard_mode in ('full', 'grads', 'none'):
         found.append(
-            room.estimate({'optimizer': 'SGD', 'dtype': 'bfloat16'}, policy, 0, 0, 1, is_step=False)['buffers']
+            room.estimate({'optimizer': 'SGD', 'dtype': 'bfloat16'}, policy, 0, 0, 1, 1, is_step=False)['buffers']
         )
     gathered, kept, copies = found
     in_blocks = [sum(p.numel() for p in each.parameters()) for each in sharded.fsdp_modules(policy)[1:]]
     assert kept - gathered == 2 * sum(in_blocks) and kept - copies == 2 * 3 * max(in_blocks)
     # somebody's own optimizer is taken for one with two moments
     configs = ({'optimizer': name, 'dtype': 'float32'} for name in ('Lion', 'AdamW'))
-    own, known = (room.estimate(config, policy, 0, 0, 1, is_step=False) for config in configs)
+    own, known = (room.estimate(config, policy, 0, 0, 1, 1, is_step=False) for config in configs)
     assert own == known
+
+
+def test_few_logits_are_kept_and_only_on_a_cpu(saved, device, monkeypatch):
+    """Their memory is no part of what a token takes."""
+    weights = [torch.empty(2**16, 1, device=kind) for kind in ('cpu', 'meta')]
+    assert [model.Head.n_kept(5000, weight) for weight in weights] == [1024, 0]
+    assert model.Head.n_kept(500, weights[0]) == 500
+    policy, pairs = fsdp.shard(saved('llama'), device), data.Examples.of(examples([(3, (4, 9))]))
+    per_token = partial(room.bytes_per_token, policy, policy.response_logps, pairs, packed=True)
+    with monkeypatch.context() as patch:
+        keep(0, patch)
+        without = per_token()
+    assert per_token() == without > 0
 
 
 def test_memory_by_hand(saved, device, monkeypatch):
@@ -721,16 +756,16 @@ def test_memory_by_hand(saved, device, monkeypatch):
     monkeypatch.setattr(room.dist, 'get_world_size', lambda: 4)
     config = {'optimizer': 'AdamW', 'dtype': 'bfloat16'}
     estimate = partial(room.estimate, config, net, 10, 100)
-    needs = estimate(7, is_step=False)
+    needs = estimate(7, 5, is_step=False)
     sizes = [sum(p.numel() for p in block.parameters()) for block in sharded.fsdp_modules(net)[1:]]
     gathered = n + vocab * width - sum(sizes) + 3 * max(sizes)
-    assert needs.pop('buffers') == 6 * (logits := vocab * (7 + width)) + 2 * gathered
+    assert needs.pop('buffers') == 4 * (kept := vocab * 5) + 6 * (logits := vocab * (5 + width)) + 2 * gathered
     assert needs == {'activations': 70, 'weights': n + fixed / 4, 'gradients': n, 'optimizer': 2 * n, 'reference': 50}
     # backward of a step's only microbatch frees activations while it makes gradients
-    assert [estimate(tokens, is_step=True)['gradients'] for tokens in (7, n)] == [n - 70, 0]
+    assert [estimate(tokens, 5, is_step=True)['gradients'] for tokens in (7, n)] == [n - 70, 0]
     net.shard_mode, config['dtype'] = 'none', 'float32'
-    needs = estimate(7, is_step=False)
-    assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * logits, 4 * n, 400)
+    needs = estimate(7, 5, is_step=False)
+    assert (needs['buffers'], needs['gradients'], needs['reference']) == (4 * (kept + logits), 4 * n, 400)
     # on the disk: the model as it came in, checkpoints of what trains
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(room, '_check_disk', lambda config, *sizes: sizes)
