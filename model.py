@@ -45,7 +45,7 @@ def wide_dtype(x):
 
 
 class Head(torch.autograd.Function):
-    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist, and those that are kept."""
+    """LM head, log-softmax, gather and divergence, in chunks of positions. Only the logits of one chunk exist, unless forward keeps all."""
 
     @staticmethod
     def chunks(n, vocab_size, max_logits):
@@ -59,19 +59,19 @@ class Head(torch.autograd.Function):
         return 2**27 if device.type == 'cuda' else 2**23
 
     @staticmethod
-    def n_kept(n, weight):
-        """Return of how many of n positions forward keeps the logits, so that backward need not compute them again.
+    def keeps(n, weight):
+        """Return whether forward keeps the logits of n positions, so that backward need not compute them again.
 
-        On a CPU at most 2^26 logits, 268 MB: the product takes a seventh of a small model's step. On a GPU, where memory is dear, none."""
-        return min(n, 2**26 // len(weight)) if weight.device.type == 'cpu' else 0
+        It does on a CPU, up to 268 MB: there the product takes a seventh of a small model's. On a GPU memory is dear, and products are not."""
+        return weight.device.type == 'cpu' and n * len(weight) <= 2**26
 
     @staticmethod
     def logits(policy, reference, config, kept, are_ready=False):
         """Yield (rows, logits, pieces) for each chunk of the N positions: a slice of them, the policy's logits (n, V), its pieces.
 
         policy, reference: (hidden (N, d), weight (V, d), bias); reference may be None. A piece is (slice of the N positions, policy's
-        logits, reference's logits or None), views of the chunk's. kept (k, V): memory for the policy's logits of the first positions,
-        which are_ready there in backward. All others may be overwritten: the next chunk reuses their memory."""
+        logits, reference's logits or None), views of the chunk's. They may be overwritten: the next chunk reuses their memory. kept (N, V):
+        memory for all of the policy's, or None; are_ready: they are there already."""
         hidden, weight, _bias = policy
         vocab_size = len(weight)
         # a chunk is as large as one matrix product may be; its pieces are smaller, because the caller computes with copies of them
@@ -83,11 +83,10 @@ class Head(torch.autograd.Function):
         for rows in chunks:
             n = rows.stop - rows.start
             outs = [buffer[:n] for buffer in buffers]
-            is_kept = rows.stop <= len(kept)
-            if is_kept:
+            if kept is not None:
                 outs[0] = kept[rows]
             for out, (model_hidden, *head) in zip(outs, models, strict=True):
-                if not (is_kept and are_ready and out is outs[0]):
+                if not (are_ready and out is outs[0]):
                     _write_logits(out, model_hidden[rows], *head, config)
             pieces = []
             for in_chunk in Head.chunks(n, vocab_size, max_of_piece):
@@ -106,9 +105,10 @@ class Head(torch.autograd.Function):
         ctx.tails = []  # of each piece: what divergence.mass has found by a search, so that backward need not search again
         n_values = 3 if divergence else 1
         values = hidden.new_empty(n_values, len(target), dtype=wide_dtype(hidden))
+        ctx.kept = None
         # without gradients, as for the reference model, there is no backward
-        n_kept = Head.n_kept(len(target), weight) if hidden.requires_grad else 0
-        ctx.kept = hidden.new_empty(n_kept, len(weight), dtype=wide_dtype(hidden))
+        if hidden.requires_grad and Head.keeps(len(target), weight):
+            ctx.kept = hidden.new_empty(len(target), len(weight), dtype=wide_dtype(hidden))
         for _rows, _chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config, ctx.kept):
             for rows, logits, ref_logits in pieces:
                 piece_target = target[rows, None]  # (n, 1)
@@ -135,8 +135,9 @@ class Head(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide_dtype(weight)) if weight_trains else None
         d_bias = torch.zeros_like(bias, dtype=wide_dtype(bias)) if bias_trains else None
         # a second backward (retain_graph) finds none: this one overwrites them
-        kept, ctx.kept = ctx.kept, hidden.new_empty(0, len(weight))
-        for rows, chunk_logits, pieces in Head.logits((hidden, weight, bias), reference, config, kept, are_ready=True):
+        kept, ctx.kept = ctx.kept, None
+        all_logits = Head.logits((hidden, weight, bias), reference, config, kept, are_ready=kept is not None)
+        for rows, chunk_logits, pieces in all_logits:
             # turn the chunk's logits into their gradient, piece by piece, in place
             for piece_rows, logits, ref_logits in pieces:
                 mass = None  # a divergence adds h (pi * mass.sum() - mass) to the gradient, with h that of its value

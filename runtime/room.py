@@ -187,7 +187,8 @@ def _head_bytes(policy, predicted, bytes_each):
 
 def _kept_bytes_of_head(head, predicted):
     """Return the bytes of the logits of so many tokens that model.Head keeps for backward; 0 without head."""
-    return 0 if head is None else 4 * len(head.weight) * Head.n_kept(predicted, head.weight)
+    keeps = head is not None and Head.keeps(predicted, head.weight)
+    return 4 * len(head.weight) * predicted if keeps else 0
 
 
 def _copied_bytes(policy, bytes_each, n_shards):

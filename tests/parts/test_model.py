@@ -415,19 +415,19 @@ def test_a_head_whose_bias_is_frozen(weight_trains):
     torch.testing.assert_close(torch.autograd.grad(ours, sources), torch.autograd.grad(plain, sources))
 
 
-def keep(n, monkeypatch):
-    monkeypatch.setattr(model.Head, 'n_kept', staticmethod(lambda n_all, weight: min(n, n_all)))
+def keep(logits, monkeypatch):
+    monkeypatch.setattr(model.Head, 'keeps', staticmethod(lambda n, weight: logits))
 
 
 def test_logits_that_are_kept_change_no_bit(monkeypatch):
-    """None, those of the first two chunks and a half, or all five: backward computes the others again, a second one all of them."""
+    """Of five chunks: backward need not compute them again, a second backward must."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     write, products, found = model._write_logits, [], []
     monkeypatch.setattr(model, '_write_logits', lambda *args: (products.append(1), write(*args)))
     cut_into(20, monkeypatch)
-    for n, again in ((0, 5), (50, 3), (100, 0)):
-        keep(n, monkeypatch)
+    for logits, again in ((False, 5), (True, 0)):
+        keep(logits, monkeypatch)
         products.clear()
         values = model.Head.apply(hidden, weight, None, torch.arange(100) % 50, config('llama'), None, None)
         for products_so_far in (5 + again, 10 + again):
@@ -462,7 +462,7 @@ def test_no_tensor_of_tokens_times_vocabulary(tied, monkeypatch):
 
     assert largest() == len(batch.target) * vocabulary < batch.ids.numel() * vocabulary / 4
     asked = cut_into(size, monkeypatch)
-    keep(0, monkeypatch)
+    keep(False, monkeypatch)
     assert largest() == vocabulary * max(hidden, size)  # the weight's gradient
     # recomputed in backward
     assert [n for n, _ in asked if n > size] == [100, 100] and {v for _, v in asked} == {vocabulary}
@@ -736,12 +736,12 @@ def test_what_a_gpu_needs_of_fsdp_and_memory(saved, device):
 def test_few_logits_are_kept_and_only_on_a_cpu(saved, device, monkeypatch):
     """Their memory is no part of what a token takes."""
     weights = [torch.empty(2**16, 1, device=kind) for kind in ('cpu', 'meta')]
-    assert [model.Head.n_kept(5000, weight) for weight in weights] == [1024, 0]
-    assert model.Head.n_kept(500, weights[0]) == 500
+    assert [model.Head.keeps(1024, weight) for weight in weights] == [True, False]
+    assert not model.Head.keeps(1025, weights[0])
     policy, pairs = fsdp.shard(saved('llama'), device), data.Examples.of(examples([(3, (4, 9))]))
     per_token = partial(room.bytes_per_token, policy, policy.response_logps, pairs, packed=True)
     with monkeypatch.context() as patch:
-        keep(0, patch)
+        keep(False, patch)
         without = per_token()
     assert per_token() == without > 0
 
