@@ -144,7 +144,7 @@ def _print_help(doc, options):
 
 def _source_of(path, options):
     """Return the text of a config file. Raises UserError if path is none, or if it cannot be read."""
-    if not path.endswith('.py'):
+    if not path.endswith('.py') or values.is_special(path):
         example = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{example}')
     try:

@@ -205,7 +205,7 @@ def compare_rewards(todo):
 
 verdicts_file = Path(out_dir) / 'verdicts.jsonl'
 cut_rows(verdicts_file, keep=lambda row: True)  # drops an incomplete last line: the next would be appended to it
-verdicts = read_verdicts(verdicts_file)  # key -> row
+verdicts = read_verdicts(verdicts_file, keys)  # key -> row
 if verdicts:
     log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
 todo = [key for key in keys if key not in verdicts]
@@ -268,9 +268,9 @@ if set(names[0]) & set(names[1]):
 # prompt and answer as text -> {what was cut of them: times}; rows of verdicts without a cut have no such column
 cut_texts = {}
 for (i, _), row in verdicts.items():
-    cut_texts |= zip(map(str, items_of(pairs[i])), row.get('cut', ()), strict=False)
+    cut_texts |= zip(map(str, items_of(pairs[i])), row.get('cut') or (), strict=False)
 cut = sum(map(Counter, cut_texts.values()), Counter())
-unclear = [row['text'] for row in verdicts.values() if row['preference'] is None]
+unclear = [row.get('text') or '' for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,
     'second': second_name,

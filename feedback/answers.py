@@ -231,13 +231,25 @@ def is_plain(row):
     return row['prompt'] == ask(row['instruction'])
 
 
-def read_verdicts(path):
-    """Return the verdicts in a verdicts.jsonl as {(pair number, order): row}. Raises UserError for a damaged row."""
+def read_verdicts(path, keys):
+    """Return the verdicts in a verdicts.jsonl as {(pair number, order): row}. Raises UserError for a damaged row.
+
+    keys: all that there can be."""
+    keys = set(keys)
+    # preference: 1, 2, 1.5 for a tie or None for an unclear reply; only a judge's verdicts have a text, others have rewards
+    kinds = {'pair': int, 'order': int, 'preference': (None, 1, 1.5, 2), 'text': str | None}
+    kinds |= {'rewards': list | None, 'cut': list | None}
 
     def key_of(row):
-        # preference: 1, 2, 1.5 for a tie or None for an unclear reply; verdicts of a reward model have no text
-        if row['preference'] not in (None, 1, 1.5, 2) or not isinstance(row.get('text', ''), str):
-            raise ValueError
-        return field(row, 'pair', int), field(row, 'order', int)
+        key = files.checked(row, kinds)['pair'], row['order']
+        if key not in keys:
+            raise UserError(f'judges pair {key[0]} in order {key[1]}, which is not to be judged: delete that line')
+        # both have an entry for each of the two answers
+        first, second = row.get('rewards') or (0, 0)
+        files.checked({'rewards': first, 'and': second}, dict.fromkeys(('rewards', 'and'), int | float))
+        first, second = row.get('cut') or ({}, {})
+        for counts in (first, second):
+            files.checked(counts, dict.fromkeys(counts, int))
+        return key
 
     return read_back(path, key_of)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from configurator import UserError
-from runtime.files import say
+from runtime.files import check_file, say
 from runtime.values import looked_in
 from text.files import content_hash
 
@@ -24,6 +24,7 @@ def read_prompt(name):
     """Return the text of a judge prompt file. Raises UserError if it cannot be read, or lacks what it must have."""
     # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
+    check_file(folder / name)
     try:
         # utf-8-sig: without the mark that Windows editors write before the first character
         text = (folder / name).read_text('utf-8-sig')

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from runtime.values import printable
+from runtime.values import is_special, printable
 
 _lock = None  # open file that holds the lock on this process's folder
 _kept = {}  # path -> bytes not yet appended, because the disk is full
@@ -43,6 +43,52 @@ def writing(path):
         if isinstance(error, FileExistsError):
             reason = f'{error.filename} is no folder, but a file or a link to nothing'
         raise UserError(f'cannot write {path}: {reason}') from None
+
+
+def check_file(path):
+    """Raise UserError if a path, which is about to be read or written, is a pipe or a device."""
+    if is_special(path):
+        raise UserError(f'{path} is no file, but a pipe or a device: name a file')
+
+
+@contextlib.contextmanager
+def reading(place, advice):
+    """Context manager: turn the errors of a damaged or edited file of ours, which is read inside, into a UserError with the advice.
+
+    place: the file, or a line of it. A UserError inside is a predicate: 'answers a prompt that is not in the data any more'."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{place} {error}') from None
+    except OSError as error:
+        raise UserError(f'cannot read {place}: {error.strerror}') from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # such as checked() raises; the words of others are about Python
+        reason = f' ({error})' if type(error) is ValueError else ''
+        raise UserError(f'{place} is damaged{reason}: {advice}') from None
+
+
+def read_json(path, check, advice):
+    """Return check(the value in a JSON file of ours); check refuses it by raising an error. UserError with the advice."""
+    check_file(path)
+    with reading(path, advice):
+        return check(json.loads(Path(path).read_text()))
+
+
+def checked(row, kinds):
+    """Return an object of a file of ours. kinds: {field: its type, of which a missing one is None, or a tuple of its possible values}.
+
+    Raises ValueError if a field is otherwise, LookupError if one with possible values is missing."""
+    for name, kind in kinds.items():
+        if isinstance(kind, tuple):
+            is_right = row[name] in kind
+        else:
+            value = row.get(name)
+            # true and false are integers to Python
+            is_right = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_right:
+            raise ValueError(f'{name!r} is {row.get(name)!r:.60}')
+    return row
 
 
 def lock(folder):
@@ -104,18 +150,15 @@ def read_lines(path, parse, advice):
     """Return [parse(row) of each complete line of a .jsonl file], [] if there is none. A note tells of an incomplete last line.
 
     parse refuses a row by raising an error. UserError with the number of a refused or damaged line, and the advice."""
+    check_file(path)
     if not path.is_file():
         return []
     parsed = []
     # every complete line ends with a line break, so the last piece is empty unless a kill interrupted a write
     *lines, incomplete = path.read_bytes().split(b'\n')
     for number, line in enumerate(lines, start=1):
-        try:
+        with reading(f'{path}, line {number},', advice):
             parsed.append(parse(json.loads(line)))
-        except UserError as error:
-            raise UserError(f'{path}, line {number}, {error}') from None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise UserError(f'{path}, line {number}, is damaged: {advice}') from None
     if incomplete:
         say(f'note: the last line of {path} was not written to its end: it is left out')
     return parsed
@@ -142,6 +185,7 @@ def sync(path):
 
 def replace_text(path, text):
     """Write a text file atomically: at any time it has either the old or the new content. Raises UserError."""
+    check_file(path)
     temporary = Path(f'{path}.tmp')
     with writing(path):
         temporary.write_text(text, 'utf-8')

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from configurator import UserError, main_rank
-from runtime.files import append, append_kept, cut_rows, replace_text, say, writing
+from runtime.files import append, append_kept, check_file, cut_rows, read_json, replace_text, say, writing
 from text.examples import counted
 
 # options that may differ on resume, because they do not affect the result
@@ -38,6 +38,7 @@ def check_names(out_dir, written):
     for name in ('.lock', 'config.json', *written):
         # a run writes NAME.tmp first, and renames it
         for path in (folder / name, folder / f'{name}.tmp'):
+            check_file(path)
             if path.is_symlink():
                 raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
             if name in written and not has_config and path.exists():
@@ -50,12 +51,12 @@ def recorded(out_dir):
     file = Path(out_dir) / 'config.json'
     if not file.exists():
         return None
-    try:
-        record = json.loads(file.read_text())
+
+    def run_of(record):
         script = Path(record.get('command', [''])[0]).name
-        run = {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f'{file} is damaged, or not of a run: choose another out_dir') from None
+        return {'script': script, 'options': dict(record['config']), 'contents': dict(record.get('contents', {}))}
+
+    run = read_json(file, run_of, 'choose another out_dir, for it may be of something else than a run')
     other_files = set(os.listdir(out_dir)) - {'config.json', '.lock'}
     return run if other_files else None
 

@@ -186,6 +186,11 @@ def looked_in(path, folder=None):
     return f'{where} ({hint})' if hint else where
 
 
+def is_special(path):
+    """Return whether a path is a pipe or a device: opening a pipe may take for ever, and a device must not be replaced by a file."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def settle(config):
     """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure
+from runtime.files import check_file
 from text.examples import counted
 from tools.runs import arguments, gold, labels, panels_of, read, smoothed, value_of
 
@@ -121,6 +122,7 @@ for color, name in zip(colors, names, strict=True):
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
 # a name without an extension: the name of the file that is written
 out = out if Path(out).suffix else f'{out}.png'
+check_file(out)
 try:
     figure.savefig(out, dpi=110)
 except (OSError, ValueError) as error:

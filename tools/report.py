@@ -9,13 +9,15 @@ from runtime import guard
 
 guard.watch(__name__)  # before the heavy imports
 
+import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 from configurator import UserError, configure
 from feedback.answers import read_verdicts
-from runtime.files import replace_text
+from runtime.files import checked, read_json, replace_text
 from runtime.log import SHOWN
 from text.examples import counted
 from tools.runs import arguments, differing, gold, labels, panels_of, read, read_options, smoothed, value_of
@@ -31,6 +33,16 @@ max_letters = 5000  # longer texts are cut
 flags, folders = arguments()
 config = configure(globals(), flags)
 
+# fields of annotations.json and of report.json, with their types
+PAIR = dict.fromkeys('instruction output_1 output_2 generator_1 generator_2'.split(), str) | {
+    'preference': int | float | None
+}
+REPORT = dict.fromkeys('first second judge'.split(), str)
+REPORT |= dict.fromkeys('pairs won lost ties unclear_replies failed'.split(), int)
+for rate in 'win_rate length_controlled shown_first agreement'.split():
+    REPORT |= {rate: int | float | None, f'{rate}_se': int | float | None, f'{rate}_interval': list | None}
+ANEW = 'the same command of label.py writes it anew'
+
 
 def cut(text):
     """Return a text cut to the option max_letters, with a note of how much is missing."""
@@ -41,6 +53,17 @@ def cut(text):
 def answer_of(who, text):
     """Return an answer as a dict for the page: who gave it, its text, cut, and its length before the cut."""
     return {'who': who, 'text': cut(text), 'letters': len(text)}
+
+
+def cards_of(pairs):
+    """Return the cards of judged pairs, rows of annotations.json, still without their verdicts. Raises ValueError."""
+    cards = []
+    for pair in pairs:
+        checked(pair, PAIR)
+        answers = [answer_of(pair[f'generator_{n}'], pair[f'output_{n}']) for n in (1, 2)]
+        card = {'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': []}
+        cards.append(card | {'answers': answers})
+    return cards
 
 
 if not folders:
@@ -112,24 +135,16 @@ for number, run in enumerate(runs):
 # of each folder of label.py: its report, and max_pairs pairs with their verdicts
 verdicts = []
 for folder in label_folders:
-    cards = []
-    try:
-        pairs = json.loads((folder / 'annotations.json').read_text())
-        report = json.loads((folder / 'report.json').read_text())
-        for pair in pairs:
-            answers = [answer_of(pair[f'generator_{n}'], pair[f'output_{n}']) for n in (1, 2)]
-            card = {'prompt': cut(pair['instruction']), 'preference': pair['preference'], 'orders': []}
-            cards.append(card | {'answers': answers})
-    except FileNotFoundError as error:
-        raise UserError(f'{folder} has no {Path(error.filename).name} yet: label.py writes it in the end') from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f'annotations.json or report.json of {folder} is damaged') from None
+    for name in ('annotations.json', 'report.json'):
+        if not (folder / name).exists():
+            raise UserError(f'{folder} has no {name} yet: label.py writes it in the end')
+    cards = read_json(folder / 'annotations.json', cards_of, ANEW)
+    report = read_json(folder / 'report.json', partial(checked, kinds=REPORT), ANEW)
     # text: reply of an endpoint; rewards: of both answers, from a reward model
-    for (pair, order), row in sorted(read_verdicts(folder / 'verdicts.jsonl').items()):
-        # skip pairs that annotations.json does not have
-        if pair < len(cards):
-            verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text', ''))}
-            cards[pair]['orders'].append(verdict | {'rewards': row.get('rewards')})
+    keys = itertools.product(range(len(cards)), (1, 2))
+    for (pair, order), row in sorted(read_verdicts(folder / 'verdicts.jsonl', keys).items()):
+        verdict = {'order': order, 'preference': row['preference'], 'text': cut(row.get('text') or '')}
+        cards[pair]['orders'].append(verdict | {'rewards': row.get('rewards')})
     shown = {'name': str(folder), 'report': report, 'pairs': cards[:max_pairs]}
     verdicts.append(shown | {'left_out': len(cards[max_pairs:])})
 

@@ -4,13 +4,14 @@ import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from configurator import UserError
-from runtime.files import read_lines
+from runtime.files import checked, read_lines
 from runtime.log import NEUTRAL, key_of, recorded
 from runtime.values import looked_in
 from text import toy
@@ -68,7 +69,8 @@ def read(folder):
     if not any(row['split'] in ('train', 'eval') for row in rows):
         wanted = 'wanted is the out_dir of a training script, or, in tools.report, of label.py'
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet: {wanted}')
-    sample_types = {'examples': int, 'generator': str, 'prompt': str, 'response': str}
+    sample_types = {'examples': int, 'generator': str, 'prompt': str, 'response': str, 'sample': int | None}
+    sample_types |= dict.fromkeys(('tokens', 'logratio', 'score'), int | float | None)
     return Run(options, rows, read_rows(folder / 'samples.jsonl', sample_types), folder)
 
 
@@ -83,14 +85,8 @@ def read_options(folder):
 
 
 def read_rows(file, types):
-    """Return the rows of a .jsonl file, [] if there is none. types: {field: type} of every row. UserError if a line is damaged."""
-
-    def checked(row):
-        if not all(isinstance(row[name], kind) for name, kind in types.items()):
-            raise ValueError
-        return row
-
-    return read_lines(file, checked, 'mend it, unless the file is of something else')
+    """Return the rows of a .jsonl file, [] if there is none. types: of a row, as checked() has them. UserError if a line is damaged."""
+    return read_lines(file, partial(checked, kinds=types), 'mend it, unless the file is of something else')
 
 
 def value_of(row, split, metric):

@@ -24,7 +24,7 @@ from experiments import ROOT
 from experiments.claims.grid import FULL, QUICK, SEARCH_SEED, SEARCHES, Grid, best_of, key, search_trials
 from experiments.claims.report import write, write_page
 from experiments.claims.trial import run_trial, train_reference
-from runtime.files import append, append_kept
+from runtime.files import append, append_kept, cut_rows, read_lines
 
 seeds = '1 2 3 4 5'  # of the SFT model, the pairs, their order, the flips and the samples; 0 is the search's
 quick = False  # a small grid, half the examples, and unless given: three seeds, 256 samples
@@ -39,11 +39,8 @@ RECORD = ROOT / 'experiments/claims/record'
 
 def read_results(file):
     """Return the results in a file, by key of their trial. Removes a last line that a crash has cut short."""
-    lines = file.read_text().splitlines(True) if file.exists() else []
-    if lines and not lines[-1].endswith('\n'):
-        file.write_text(''.join(lines[:-1]))
-        lines.pop()
-    return {key(row): row for row in map(json.loads, lines)}
+    cut_rows(file, keep=lambda row: True)
+    return dict(read_lines(file, lambda row: (key(row), row), 'delete that line: the trial is made again'))
 
 
 def run(trials, file, work):

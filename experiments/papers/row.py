@@ -2,11 +2,11 @@
 
 A row a run: accuracy and margin on the held-out pairs, KL on their answers, the judge's win rate (also at equal length)."""
 
-import json
 import sys
 from pathlib import Path
 
 from experiments import evaluations, table
+from runtime.files import read_json
 
 # a column, its number in the last evaluation, and how it is written
 NUMBERS = [
@@ -35,7 +35,7 @@ def main(folder):
         for _, key, form in NUMBERS:
             cells.append(format(last[key], form) if key in last else '-')
         file = run / 'judged' / 'report.json'
-        report = json.loads(file.read_text()) if file.exists() else {}
+        report = read_json(file, dict, 'label.py writes it anew') if file.exists() else {}
         rows.append([run.name, *cells, percent(report, 'win_rate'), percent(report, 'length_controlled')])
     text = table(['run', *(words for words, *_ in NUMBERS), 'win rate (se)', 'at equal length (se)'], rows)
     (Path(folder) / 'row.md').write_text(text)

@@ -144,7 +144,7 @@ def test_who_only_reads_verdicts_leaves_the_file_alone(capsys):
     file = Path('verdicts.jsonl')
     file.write_text('{"pair": 0, "order": 1, "preference": 1}\n{"pair": 1, "or')
     before = file.read_text()
-    assert list(read_verdicts(file)) == [(0, 1)] and file.read_text() == before
+    assert list(read_verdicts(file, [(0, 1)])) == [(0, 1)] and file.read_text() == before
     assert 'verdicts.jsonl was not written to its end' in capsys.readouterr().out
 
 
@@ -255,10 +255,24 @@ def test_what_is_missing_or_no_text():
 
 def test_verdicts_that_are_none():
     rows = [{'pair': i, 'order': 0, 'preference': x, 'text': 'A'} for i, x in enumerate((None, 1, 1.5, 2))]
-    assert list(read_verdicts(Path(write_jsonl('v.jsonl', rows)))) == [(i, 0) for i in range(4)]
-    for wrong in ({'preference': 0}, {'preference': 3}, {'text': 3}, {'pair': 'a'}, {'order': None}):
-        with pytest.raises(UserError, match='line 5, is damaged'):
-            read_verdicts(Path(write_jsonl('v.jsonl', [*rows, rows[1] | {'pair': 9} | wrong])))
+    keys = [(i, 0) for i in range(10)]
+    rows[0] |= {'cut': [{'prompts cut': 1}, {}], 'rewards': [1, -0.5]}
+    assert list(read_verdicts(Path(write_jsonl('v.jsonl', rows)), keys)) == keys[:4]
+    for wrong, said in (
+        ({'preference': 0}, "'preference' is 0"), ({'preference': 3}, "'preference' is 3"), ({'text': 3}, "'text' is 3"),
+        ({'pair': 'a'}, "'pair' is 'a'"), ({'pair': True}, "'pair' is True"), ({'order': None}, "'order' is None"),
+        ({'rewards': [1]}, 'not enough values'), ({'rewards': [1, 'b']}, "'and' is 'b'"), ({'rewards': 3}, "'rewards' is 3"),
+        ({'cut': ['a', {}]}, ''), ({'cut': [{'prompts cut': 'x'}, {}]}, "'prompts cut' is 'x'"),
+    ):  # fmt: skip
+        with pytest.raises(
+            UserError, match=f'v.jsonl, line 5, is damaged.*{said}.*: delete that line; the command makes it anew$'
+        ):
+            read_verdicts(Path(write_jsonl('v.jsonl', [*rows, rows[1] | {'pair': 9} | wrong])), keys)
+    for wrong in ({'pair': 10}, {'pair': -1}, {'order': 2}):
+        with pytest.raises(
+            UserError, match='line 5, judges pair -?[0-9]+ in order [02], which is not to be judged: delete that'
+        ):
+            read_verdicts(Path(write_jsonl('v.jsonl', [*rows, rows[1] | wrong])), keys)
 
 
 def test_equal_answers_alone():

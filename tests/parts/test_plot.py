@@ -149,7 +149,7 @@ DEEP = '[' * 100_000
 
 @pytest.mark.parametrize(('file', 'text', 'message'), [
     ('config.json', None, "a holds no run: wanted is the out_dir of one"),
-    ('config.json', '{"model_type": "llama"}', 'or not of a run'),
+    ('config.json', '{"model_type": "llama"}', 'of something else than a run'),
     *(('config.json', text, 'config.json is damaged') for text in ('{"config": ', '[]', '{"config": []', '{"config": 3}', DEEP)),
     ('metrics.jsonl', None, 'has no steps in its metrics.jsonl yet: wanted is the out_dir of'),
     ('metrics.jsonl', '', 'has no steps in its metrics.jsonl yet'),

@@ -30,7 +30,7 @@ def label_folder(folder):
     (folder / 'annotations.json').write_text(json.dumps(pairs))
     write_jsonl(folder / 'report.json', [{'win_rate': 0.5, 'win_rate_interval': [0.2, 0.8], 'first': 'ours', 'second': 'theirs', 'judge': 'm',
                  'pairs': 3, 'won': 0, 'lost': 0, 'ties': 2, 'unclear_replies': 0, 'failed': 0}])  # fmt: skip
-    said = [(0, 2, 2), (0, 1, 1), (1, 1, None), (3, 1, 1)]
+    said = [(0, 2, 2), (0, 1, 1), (1, 1, None)]
     rows = [{'pair': i, 'order': order, 'preference': value, 'text': EVIL} for i, order, value in said]
     write_jsonl(folder / 'verdicts.jsonl', rows)
     return folder
@@ -98,8 +98,25 @@ def test_mistakes(tmp_path):
         ([folder, '--max_samples=-1'], 'max_samples must be at least 0'),
     ):
         assert message in refused('tools/report.py', *arguments)
-    (folder / 'report.json').write_text('{')
-    assert 'is damaged' in refused('tools/report.py', folder)
+    pair, judged = json.loads((folder / 'annotations.json').read_text())[0], read_jsonl(folder / 'report.json')[0]
+    sample = row | {'score': 1}
+    # our own files, changed by hand
+    for file, content, message in (
+        ('report.json', '{', 'report.json is damaged: the same command of label.py writes it anew'),
+        ('report.json', '[]', 'report.json is damaged: '),
+        ('report.json', json.dumps(judged | {'won': '3'}), "report.json is damaged ('won' is '3'): "),
+        ('report.json', json.dumps(judged | {'agreement_interval': 0.5}), "report.json is damaged ('agreement_interval' is 0.5): "),
+        ('annotations.json', '{"a": 3}', 'annotations.json is damaged: '),
+        ('annotations.json', json.dumps([pair | {'output_2': None}]), "annotations.json is damaged ('output_2' is None): "),
+        ('annotations.json', json.dumps([pair]), 'verdicts.jsonl, line 3, judges pair 1 in order 1, which is not to be judged: '),
+        ('samples.jsonl', json.dumps(sample | {'sample': [1]}) + '\n', "samples.jsonl, line 1, is damaged ('sample' is [1]): "),
+        ('samples.jsonl', json.dumps(sample | {'logratio': '1'}) + '\n', "samples.jsonl, line 1, is damaged ('logratio' is '1'): "),
+    ):  # fmt: skip
+        changed = (run if file == 'samples.jsonl' else folder) / file
+        before = changed.read_text()
+        changed.write_text(content)
+        assert message in refused('tools/report.py', changed.parent), message
+        changed.write_text(before)
     (folder / 'report.json').unlink()
     assert 'has no report.json yet' in refused('tools/report.py', folder)
 

@@ -329,7 +329,7 @@ DAMAGED = {  # file -> its first row, what reads it, second rows that are damage
     'samples.jsonl': (SAMPLE, lambda: answers.collect('out', lambda i, k: {'prompt': 'p'}), [
         DEEP, '{}', 'null', '{"index": 0, "sample": 0}', json.dumps(SAMPLE | {'response': 7}), '{"index": [], "sample": {}}',
         json.dumps(SAMPLE | {'response': '\ud800'}), '\xff', json.dumps({k: v for k, v in SAMPLE.items() if k != 'finish'})]),
-    'verdicts.jsonl': (VERDICT, lambda: answers.read_verdicts(Path('out/verdicts.jsonl')), [
+    'verdicts.jsonl': (VERDICT, lambda: answers.read_verdicts(Path('out/verdicts.jsonl'), [(0, 1)]), [
         DEEP, '{}', '3', '{"pair": 0, "order": 1}', '{"pair": 0, "order": 1, "preference": "A"}',
         '{"pair": [], "order": 1, "preference": 1}', '{"pair": 0, "order": 1, "preference": null, "text": 3}']),
 }
