@@ -27,8 +27,9 @@ class UserError(ValueError):
 
 
 def main_rank():
-    """Return whether this process is the one that prints to the user: rank 0, or the only process."""
-    return os.environ.get('RANK', '0') == '0'
+    """Return whether this process is the one that prints to the user: rank 0, the only process, or one whose rank is no number."""
+    rank = os.environ.get('RANK', '0')
+    return rank == '0' or not rank.isdecimal()
 
 
 class Config(dict):
@@ -92,7 +93,7 @@ def configure(scope, argv=None, shared=None, early=False, listed=None):
     if main_rank() and not early:
         for note in notes:
             print(f'note: {note}', flush=True)
-    if problem := values.conflict(config):
+    if problem := values.wrong_environment() or values.conflict(config):
         raise UserError(problem)
     for name, option in options.items():
         option.scope[name] = config[name]  # the constant itself
@@ -144,7 +145,7 @@ def _print_help(doc, options):
 
 def _source_of(path, options):
     """Return the text of a config file. Raises UserError if path is none, or if it cannot be read."""
-    if not path.endswith('.py') or values.is_special(path):
+    if not path.endswith('.py') or (os.path.exists(path) and not os.path.isfile(path)):
         example = f', such as --data={path}' if 'data' in options and os.path.exists(path) else ''
         raise UserError(f'{path!r} is neither a config file (.py) nor an option: one word, --name=value{example}')
     try:

@@ -236,15 +236,16 @@ def read_verdicts(path, keys):
 
     keys: all that there can be."""
     keys = set(keys)
-    # preference: 1, 2, 1.5 for a tie or None for an unclear reply; only a judge's verdicts have a text, others have rewards
-    kinds = {'pair': int, 'order': int, 'preference': (None, 1, 1.5, 2), 'text': str | None}
-    kinds |= {'rewards': list | None, 'cut': list | None}
+    # only a judge's verdicts have a text, and only others rewards and cuts, for each of the two answers
+    kinds = {'pair': int, 'order': int, 'text': str | None, 'rewards': list | None, 'cut': list | None}
 
     def key_of(row):
         key = files.checked(row, kinds)['pair'], row['order']
         if key not in keys:
             raise UserError(f'judges pair {key[0]} in order {key[1]}, which is not to be judged: delete that line')
-        # both have an entry for each of the two answers
+        # 1.5 is a tie, None an unclear reply
+        if row['preference'] not in (None, 1, 1.5, 2):
+            raise ValueError(f"'preference' is {row['preference']!r:.60}")
         first, second = row.get('rewards') or (0, 0)
         files.checked({'rewards': first, 'and': second}, dict.fromkeys(('rewards', 'and'), int | float))
         first, second = row.get('cut') or ({}, {})

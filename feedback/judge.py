@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from configurator import UserError
-from runtime.files import check_file, say
+from runtime.files import check_file, reading, say
 from runtime.values import looked_in
 from text.files import content_hash
 
@@ -25,13 +25,9 @@ def read_prompt(name):
     # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     check_file(folder / name)
-    try:
+    with reading(f'--judge_prompt={name}{looked_in(folder / name)}', 'it is no text in UTF-8'):
         # utf-8-sig: without the mark that Windows editors write before the first character
         text = (folder / name).read_text('utf-8-sig')
-    except (OSError, ValueError) as error:
-        # OSError has strerror; a ValueError means that the bytes are not UTF-8
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'cannot read --judge_prompt={name}{looked_in(folder / name)}: {reason}') from None
     slots = SLOT.findall(text)
     found = sorted(slot for slot in slots if slot != 'mark')
     if found != ['answer_1', 'answer_2', 'instruction'] or 'Verdict:' not in text:

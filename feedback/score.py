@@ -29,7 +29,7 @@ from hf.load import load_reward, load_tokenizer, separate_pad
 from hf.parts import core
 from hf.probe import can_pack, max_sequence_length
 from runtime import errors, ranks
-from runtime.files import check_file, writing
+from runtime.files import writing
 from runtime.log import progress, say
 from text.examples import Examples, counted, in_words
 from text.files import content_hash
@@ -194,7 +194,6 @@ def read():
     examples = []
     left_out = Counter()
     keep_data(data, out)
-    check_file(out)
     # old scores are replaced, but no other file that is not empty
     if os.path.isfile(out):
         with open(out, 'rb') as stream:

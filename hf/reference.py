@@ -14,7 +14,7 @@ import fsdp
 from data import steps
 from hf.lora import adapters_off
 from runtime import cache, errors, log, ranks
-from runtime.files import say
+from runtime.files import say, say_once
 from text.examples import counted
 
 
@@ -51,7 +51,7 @@ def _read_or_compute(run, build, make_sharded, examples):
     # its methods refer to the sharded model (fsdp.shard): only a collection frees its memory
     gc.collect()
     if failure := ranks.on_rank_0(partial(cache.write, file, {'logps': logps})):  # the run goes on without a file
-        say(f'note: the reference log-probs are not kept: cannot write {file} ({failure})')
+        say_once(f'note: the reference log-probs are not kept: cannot write to {file.parent} ({failure})')
     return logps
 
 

@@ -18,8 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import Config, UserError
-from runtime.files import append_kept, clear_path, file_hash, move_folder, replace_text, say, sync, writing
-from runtime.log import NEUTRAL, check_same, recorded
+from runtime.files import append_kept, checked, clear_path, file_hash, move_folder, replace_text, say, sync, writing
+from runtime.log import NEUTRAL, RUN, check_same, recorded
 from runtime.ranks import PATIENCE, from_rank_0, gather_objects, on_rank_0, on_ranks
 
 NUMBER = re.compile('[0-9]{10,}')  # name of a checkpoint folder: number of examples, zero-padded to ten digits
@@ -190,7 +190,10 @@ def _damage(folder):
             if manifest.get(name) != actual.get(name):
                 return f'{name} is not what its manifest says'
         # an intact checkpoint may have been copied into the wrong folder
-        seen = json.loads((folder / 'state.json').read_text())['examples']
+        state = json.loads((folder / 'state.json').read_text())
+        seen = state['examples']
+        if 'run' in state:
+            checked(state['run'], RUN)
         if seen != int(folder.name):
             return f'it is the checkpoint after {seen} examples'
         return None
@@ -198,7 +201,7 @@ def _damage(folder):
         return f'{Path(error.filename or folder).name}: {error.strerror}'
     # invalid JSON, or valid JSON of the wrong type
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        return 'manifest.json cannot be read'
+        return 'manifest.json or state.json cannot be read'
 
 
 def latest(out_dir, run=None):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, main_rank
-from runtime.values import is_special, printable
+from runtime.values import printable
 
 _lock = None  # open file that holds the lock on this process's folder
 _kept = {}  # path -> bytes not yet appended, because the disk is full
@@ -46,9 +46,9 @@ def writing(path):
 
 
 def check_file(path):
-    """Raise UserError if a path, which is about to be read or written, is a pipe or a device."""
-    if is_special(path):
-        raise UserError(f'{path} is no file, but a pipe or a device: name a file')
+    """Raise UserError if a path to read or write is there and no file: opening a pipe may take for ever, and a device must stay."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f'{path} is no file, but a folder, a pipe or a device: name a file')
 
 
 @contextlib.contextmanager
@@ -76,18 +76,12 @@ def read_json(path, check, advice):
 
 
 def checked(row, kinds):
-    """Return an object of a file of ours. kinds: {field: its type, of which a missing one is None, or a tuple of its possible values}.
-
-    Raises ValueError if a field is otherwise, LookupError if one with possible values is missing."""
+    """Return an object of a file of ours. kinds: {field: type}; what is missing is None. Raises ValueError for a field of another type."""
     for name, kind in kinds.items():
-        if isinstance(kind, tuple):
-            is_right = row[name] in kind
-        else:
-            value = row.get(name)
-            # true and false are integers to Python
-            is_right = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_right:
-            raise ValueError(f'{name!r} is {row.get(name)!r:.60}')
+        value = row.get(name)
+        # true and false are integers to Python
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f'{name!r} is {value!r:.60}')
     return row
 
 

@@ -23,6 +23,7 @@ from text.examples import counted
 # options that may differ on resume, because they do not affect the result
 NEUTRAL = set('resume out_dir activation_checkpointing keep_last log_every save_every max_tokens compile wandb tensorboard tp '
               'device_map cpu_offload shard skip_bad_steps deterministic save_dtype reward_workers reward_timeout'.split())  # fmt: skip
+RUN = {'script': str, 'options': dict, 'contents': dict}  # fields of a run, as check_same() compares it
 # files and folders that a run writes to out_dir, besides config.json and .lock
 WRITTEN = 'model adapter checkpoints metrics.jsonl samples.jsonl bad_step.jsonl latest wandb_id.txt'.split()
 # metric -> short name on the screen
@@ -96,10 +97,11 @@ def _differences(recorded_run, run, neutral):
         recorded_hashes = recorded_run['contents'].get(name, hashes)
         if recorded_hashes == hashes:
             continue
-        if isinstance(hashes, dict):
-            # the files of a model: ^ are the (file, hash) that only one of the two has
-            file, _hash = min(recorded_hashes.items() ^ hashes.items())
-            found.append(f'{name} {here.get(name)!r} has changed since: {file}')
+        # the files of a model, each with its hash
+        if isinstance(hashes, dict) and isinstance(recorded_hashes, dict):
+            files = recorded_hashes | hashes
+            changed = [file for file in files if recorded_hashes.get(file) != hashes.get(file)]
+            found.append(f'{name} {here.get(name)!r} has changed since: {min(changed)}')
         else:
             found.append(f'the {name} have changed since: their tokens, labels or order')
     return found

@@ -186,11 +186,6 @@ def looked_in(path, folder=None):
     return f'{where} ({hint})' if hint else where
 
 
-def is_special(path):
-    """Return whether a path is a pipe or a device: opening a pipe may take for ever, and a device must not be replaced by a file."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
 def settle(config):
     """Set options of config that follow from others, in place. Returns notes about them for the user."""
     notes = []
@@ -236,6 +231,16 @@ def without_effect(config):
     return found
 
 
+def wrong_environment():
+    """Return a sentence about a variable of the environment that torchrun sets, and that has an impossible value, or None."""
+    for name in 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_PORT'.split():
+        value = os.environ.get(name, '1')
+        lowest = 0 if name.endswith('RANK') else 1
+        if not value.isdecimal() or not lowest <= int(value) < 2**16:
+            return f'the environment has {name}={value}, which cannot be: unset it, or start with torchrun'
+    return None
+
+
 def conflict(config):
     """Return a sentence about options that exclude each other, or None."""
     # ppo.py cuts answers of the data (its option offline), but not sampled ones
@@ -245,7 +250,10 @@ def conflict(config):
     of_prompt = config.get('max_prompt_length')
     # + 2: an answer has at least a token and its end token
     if None not in (length, of_prompt) and length < of_prompt + 2:
-        return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}'
+        enough = max(3, of_prompt + 2)  # 3: half of it for the prompt, and these two
+        return (
+            f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}: {enough} would do'
+        )
     return None
 
 

@@ -30,6 +30,7 @@ NO_QUESTION = 'note: examples with an empty question'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
+LINES = 'note: texts that begin with a time and a name, as lines of a chat: each is learnt by itself, and as messages only answers are'
 UNASKED = 'note: conversations that lose what precedes the first question or follows the last answer to train on'
 
 # fmt: off
@@ -125,6 +126,8 @@ ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.s
 NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, ADDED, NOTHING)]
 # columns with the scores of two answers, and with the class of a text
 RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
+PERSONAS = 'persona character rubric rubrics criteria criterion principle principles'.split()  # and with what an answer should be like
+WRITERS = 'user username sender from speaker'.split()  # columns with who has written a text
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
 # columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
 PARENTS = re.compile(r'parent|(in_)?(reply|response)_to|(parent|(in_)?(reply|response)_to|prev(ious)?)_(\w+_)?id')
@@ -142,6 +145,8 @@ TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|en
 # how a whole text begins that a chat template has written
 TURN_START = r'\[INST\]|<\|(?:im_start|start_header_id|user|system)\|>|<start_of_turn>|USER:'
 TEMPLATE_TEXT = re.compile(rf'\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*({TURN_START})')
+# how a line of an exported chat begins: [12/1/24, 10:00] Name:
+CHAT_LINE = re.compile(r'\[?\d{1,4}[./-]\d{1,2}[./-]\d{2,4},?\s\d{1,2}[:.]\d\d[^\]:]{0,9}(:\d\d)?[^\]:]{0,9}\]?\s(-\s)?[^:]{1,40}:\s')
 TURN_MARKERS = (ASSISTANT, *TEMPLATE_MARKERS, '### Assistant:', '### Response:', '\nAssistant:', '\nAnswer:', '\nA:',
                 '\nTL;DR:')
 # fmt: on
@@ -693,6 +698,21 @@ def _lead_by_name(row, verdict_column, columns, task):
     return 0
 
 
+def check_verdicts(rows, columns):
+    """Raise ValueError if verdicts on two answers are 1 and -1 alone: signs, which do not tell the better answer. columns: as in parse_any."""
+    verdicts = defaultdict(set)  # column -> its values
+    for _, row in each(rows, lambda row: unified(row, columns)):
+        if not isinstance(row, dict):
+            continue
+        name = first_of(VERDICTS, row)
+        if name in BY_NAME and any(set(pair) <= row.keys() for pair in COMPARED):
+            verdicts[name].add(str(row[name]).removesuffix('.0'))
+    for name, values in verdicts.items():
+        if values - {'None'} == {'1', '-1'}:
+            advice = 'write the name of the better answer there, or tie, or call the column preference_strength (below 0: the first is better)'
+            raise ValueError(f'{name!r} is 1 and -1 alone, which does not tell the better answer: {advice}')
+
+
 def read_votes(row, task):
     """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
     lists = []
@@ -996,7 +1016,7 @@ def read_text(row, task):
     """Read a text: a conversation if it is a dialogue with known turn markers, else a response to an empty prompt."""
     text = field(row, 'text')
     check_nothing_lost(row, 'text', [message('user', text)], (*QUESTIONS, *ABOUT))
-    for name in 'role from speaker sender author'.split():
+    for name in ('role', 'author', *WRITERS):
         if str(row.get(name)).lower() in messages.ROLES:
             raise ValueError(f"'text' is one message, as {name!r} says: write a chat a row, as 'messages'")
     # a text beside an answer may be its question
@@ -1015,8 +1035,12 @@ def read_text(row, task):
             return [{'prompt': question + marker, 'response': reply}]
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
-    example = {'prompt': '', 'response': text}
-    return [example, {'drop': WHOLE}] if is_chat else [example]
+    examples = [{'prompt': '', 'response': text}]
+    if is_chat:
+        examples.append({'drop': WHOLE})
+    if CHAT_LINE.match(text):
+        examples.append({'drop': LINES})
+    return examples
 
 
 def read_prompt(row, task):
@@ -1048,8 +1072,8 @@ def read_prompt(row, task):
 def unread_texts(rows, layout):
     """Return (columns that may ask, answer or judge, and that no example shows; marks of later rows by which others judge).
 
-    They have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values
-    of a flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class; or a link to a row or conversation."""
+    They have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
+    flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class or writer; a persona; or a link to a row or conversation."""
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
@@ -1089,11 +1113,11 @@ def unread_texts(rows, layout):
     for name, its_values in values.items():
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
-        is_class = name in CLASSES and layout.read is read_text
+        is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
         # one answer of each row may be worse than another
         is_class |= bool(RATED.search(name)) and layout.read in (read_answer, read_chat) and len(its_values) > 1
         has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
-        if has_both or is_verdict or is_class or PARENTS.fullmatch(name) or GRADES & its_values:
+        if has_both or is_verdict or is_class or name in PERSONAS or PARENTS.fullmatch(name) or GRADES & its_values:
             unread.append(name)
         elif len(its_values) <= 10 and name not in is_read:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES

@@ -94,6 +94,8 @@ def text_or_chat(row, key):
         if SERIALIZED_CHAT.match(value) and SERIALIZED_ROLE.search(value):
             raise ValueError(f'{key!r} begins as a chat in JSON does, and cannot be read as one')
         return value
+    if are_texts(value):
+        raise ValueError(f'{key!r} is a list of texts: write a row for each, or messages with a role and content')
     turns = [read_message(turn) for turn in value]
     if key == 'prompt' and not turns:
         raise ValueError("'prompt' has no messages")

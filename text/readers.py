@@ -129,8 +129,10 @@ def _lines(stream):
 
 def _utf8_error(text):
     """Return the error message for a text with bytes that are not UTF-8, or ''."""
-    # 'surrogateescape' has decoded such bytes to these characters; UTF-16 without its mark has NULs in it
-    return NOT_UTF8 if re.search('[\0\udc80-\udcff]', text) else ''
+    if '\0' in text:
+        return 'a NUL is in it, as in UTF-16: save the file as UTF-8, or take the NUL out'
+    # 'surrogateescape' has decoded such bytes to these characters
+    return NOT_UTF8 if re.search('[\udc80-\udcff]', text) else ''
 
 
 def _read_columns(file):

@@ -20,7 +20,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 from configurator import UserError
-from runtime.files import file_hash, say_once
+from runtime.files import check_file, file_hash, say_once
 from runtime.values import did_you_mean, looked_in
 from text import files, formats, toy
 from text.examples import in_words
@@ -166,7 +166,8 @@ def _is_path(source):
 
 
 def keep_data(data, out):
-    """Raise UserError if `out`, a file to be written, is one of the files of `data`, which may join several sources."""
+    """Raise UserError if `out`, to be written, is no file, or one of the files of `data`, which may join several sources."""
+    check_file(out)
     for source in joined(data):
         _, path, _ = locate(source)
         may_overwrite = path and os.path.exists(out)
@@ -243,6 +244,10 @@ def _parsed(rows, parse, task, columns):
         for column in column_of.values():
             if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+        try:
+            formats.check_verdicts(head, column_of)
+        except ValueError as error:
+            raise UserError(f'{head[0].where.partition(",")[0]}: {error} ({HELP})') from None
         layout = None if columns else _first_layout(head)
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS

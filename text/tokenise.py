@@ -17,8 +17,8 @@ import numpy as np
 
 from configurator import UserError
 from runtime import cache
-from runtime.files import file_hash
-from runtime.log import progress, say
+from runtime.files import file_hash, say, say_once
+from runtime.log import progress
 from text import sources, turns
 from text.chat import MARK, NO_TEMPLATE, PLAIN_CHAT, THOUGHTLESS, UNMARK, Refused, puts_space, render
 from text.examples import Examples, bos_of, spans_of, uniform_hash
@@ -618,4 +618,4 @@ def _write_cache(key, split, enough, examples):
     # safetensors needs contiguous arrays and no None
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items() if column is not None}
     if failure := cache.write(_cache_file(key, split, enough), arrays, examples.left_out):
-        say(f'note: tokens are not cached: {failure}')
+        say_once(f'note: tokens are not cached: {failure}')

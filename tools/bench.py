@@ -41,7 +41,7 @@ from data import make_batches
 from hf import attention, load, sharded
 from rl import divergences
 from runtime import errors, ranks, room
-from runtime.files import writing
+from runtime.files import check_file, replace_text
 from runtime.log import per_second, progress
 from text.examples import Examples
 from text.sources import keep_data
@@ -101,8 +101,10 @@ if has_divergence and names != ['head']:
 if has_trl and (loss != 'dpo' or batch_size % min(PADDED_PAIRS, batch_size)):
     raise UserError(f'TRL is measured with --loss=dpo, and a batch_size that is a multiple of {PADDED_PAIRS}')
 # fail before the measurement, not after it
-if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
-    raise UserError(f'cannot write {out}: there is no such folder, or it is one')
+if out and not Path(out).absolute().parent.is_dir():
+    raise UserError(f'cannot write {out}: there is no such folder')
+if out:
+    check_file(out)
 if out and data != 'synthetic':
     keep_data(data, out)
 rank, world_size, device = ranks.setup()
@@ -422,7 +424,6 @@ if main_rank():
     if out:
         record = {'config': dict(config), 'rows': table}
         record['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
-        with writing(out):
-            Path(out).write_text(json.dumps(record, indent=1))
+        replace_text(out, json.dumps(record, indent=1))
 if __name__ == '__main__':
     ranks.leave()

@@ -11,6 +11,7 @@ from runtime import guard
 guard.watch(__name__)  # before the heavy imports
 
 import math
+import os
 import statistics
 import textwrap
 from pathlib import Path
@@ -46,11 +47,11 @@ def entitle(axis, title, subtitle, xlabel):
 if not folders:
     raise UserError("name the folders to draw, a run's --out_dir each: python -m tools.plot out/a out/b")
 runs = [read(folder) for folder in folders]
+os.environ['MPLBACKEND'] = 'Agg'  # headless; a wrong name there would be an error
 try:
     import matplotlib.pyplot as plt
 except ImportError:
     raise UserError('plot.py needs a package that is not installed: pip install matplotlib') from None
-plt.switch_backend('Agg')  # headless
 
 panels = panels_of(runs)
 # the (KL, gold reward) of each evaluation that has both, for each run

@@ -248,8 +248,10 @@ def test_what_is_missing_or_no_text():
     with pytest.raises(UserError, match='^3 answers missing .2 times: b.: '):  # the most frequent reason
         raise_if_missing(Counter('abb'), 'answers')
     Path('a').write_bytes(b'\xff')
-    for name, reason in (('a', 'not a text file'), ('b', 'No such file or directory')):
-        with pytest.raises(UserError, match=f'^cannot read --judge_prompt={name}.*: {reason}$'):
+    os.mkfifo('c')
+    for name, reason in (('a', '^--judge_prompt=a.* is damaged: it is no text in UTF-8$'), ('c', 'c is no file, but a folder, a pipe or'),
+                         ('b', '^cannot read --judge_prompt=b.*: No such file or directory$')):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
             judge.read_prompt(name)
 
 

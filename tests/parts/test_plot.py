@@ -5,7 +5,7 @@ import io
 import sys
 
 import pytest
-from helpers import read_jsonl, refused, run_script, write_jsonl
+from helpers import python, read_jsonl, refused, run_script, write_jsonl
 
 from text import toy
 from tools.runs import bounds
@@ -176,5 +176,7 @@ def test_mistakes(tmp_path, monkeypatch):
         ([folder, '--smooth=3'], 'smooth must be at least 0 and at most 1'),
     ):
         assert message in refused('tools/plot.py', *words)
+    found = python('-m', 'tools.plot', folder, f'--out={tmp_path}/x.png', MPLBACKEND='garbage')
+    assert found.returncode == 0, found.stderr
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert 'pip install matplotlib' in refused('tools/plot.py', folder)

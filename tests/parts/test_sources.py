@@ -483,7 +483,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
     ('Arena, table without an answer', 'pairs', [{'prompt': '["q?"]', 'response_a': '[null]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}], [], {'empty answers': 1}),
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': QA} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
-    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in (two, -1, -1.0)], [PAIR], {formats.MINUS_ONE: 2}) for one, two in ((0, 1), (1, 2))),
+    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in ('b', -1, -1.0)], [PAIR], {formats.MINUS_ONE: 2}) for one, two in ((0, 1), (1, 2))),
     ('an empty question', 'sft', [{'system': '', 'question': '', 'answer': 'a'}, {'system': 'Be brief.', 'question': ' ', 'answer': 'a'}, {'system': '', 'question': 'q?', 'answer': 'a'}],
      [SFT | {'prompt': [user('')]}, SFT | {'prompt': [system('Be brief.'), user(' ')]}, SFT], {formats.NO_QUESTION: 2}),
     ('an empty prompt', 'sft', [{'prompt': '', 'response': 'a'}], [{'prompt': '', 'response': 'a'}], {formats.NO_QUESTION: 1}),
@@ -612,7 +612,8 @@ OF_COLUMNS = {  # what is said of a column, and (its name, a row)
 BAD_ROWS = [  # what is said of a row, and rows
     *((f'{name!r} {words}', [row]) for words, rows in OF_COLUMNS.items() for name, row in rows),
     ('a message is no object', [{'winner': 'model_a', 'full_conversation': [{'user': ['q?'], 'model_side_a': assistant('a'), 'model_side_b': assistant('b')}]},
-        {'messages': [3]}, {'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a', 'c'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
+        {'messages': [3]}, {'question': 'q', 'answer': [3]}]),
+    ('is a list of texts: write a row for each', [{'question': 'q', 'answer': ['a', 'b']}, {'prompt': 'p', 'chosen': ['a', 'c'], 'rejected': 'b'}, {'prompt': 'p', 'chosen': 'ab', 'rejected': ['a', 'b']}]),
     ('no column has the prompt', [
         {'prompt': None, **ANSWERS}, {'chosen': 'The sky is blue.', 'rejected': 'The sky is green.'}, {'riddle': 'q', 'chosen': 'So: a', 'rejected': 'So: b'},
         {'chosen': 'x\nA: a', 'rejected': 'y\nA: b'}, {'source': 'Guten Tag', 'chosen': 'Good day', 'reject': 'Day good'}]),
@@ -912,11 +913,52 @@ def test_fields_of_messages_that_judge_are_named(tmp_path, capsys, field, first,
     assert (f'columns not read: {field} of messages;' in capsys.readouterr().out) is named
 
 
-@pytest.mark.parametrize('column, named', [('label', True), ('sentiment', True), ('stars', True), ('source', False)])
+@pytest.mark.parametrize('column, named', [
+    ('label', True), ('sentiment', True), ('stars', True), ('source', False), ('user', True), ('Sender', True), ('author', False)])  # fmt: skip
 def test_the_class_of_a_text_is_named(tmp_path, capsys, column, named):
     sources.say_once.cache_clear()
     read(tmp_path / 'data.jsonl', [{'text': f'text {i}', column: 3} for i in range(9)], task='sft')
     assert (f'columns not read: {column};' in capsys.readouterr().out) is named
+
+
+@pytest.mark.parametrize('column, named', [('persona', True), ('Rubric', True), ('topic', False)])
+def test_what_an_answer_should_be_like_is_named(tmp_path, capsys, column, named):
+    sources.say_once.cache_clear()
+    rows = [{'prompt': f'p {i}', 'response': f'a {i}', column: 'a helpful pirate'} for i in range(9)]
+    read(tmp_path / 'data.jsonl', rows, task='sft')
+    assert (f'columns not read: {column};' in capsys.readouterr().out) is named
+
+
+@pytest.mark.parametrize('line, named', [
+    ('[12/1/24, 10:00] Ann Lee: hi', True), ('[12/01/2024, 10:00:05 AM] Ann: hi', True), ('12/1/24, 10:02 - Ann: hi', True),
+    ('2024-01-12 10:02 Ann: hi', True), ('At 10:00: hi', False), ('1/2/3 are numbers: so', False)])  # fmt: skip
+def test_lines_of_a_chat_are_said(tmp_path, line, named):
+    (tmp_path / 'chat.txt').write_text(f'{line}\n' * 3)
+    examples, left_out = sources.load_rows(str(tmp_path / 'chat.txt'), 'train', task='sft', undivided=True)
+    assert [example['response'] for example in examples] == [line] * 3 and left_out == (
+        {formats.LINES: 3} if named else {}
+    )
+
+
+@pytest.mark.parametrize('name, verdicts, reads', [
+    ('winner', (1, -1), False), ('preference', ('1', '-1.0', None), False), ('winner', (1, -1, 2), True), ('winner', (1, -1, 'tie'), True),
+    ('preference_strength', (1, -1), True), ('winner', (1, 1), True), ('winner', (-1, -1, 1), False)])  # fmt: skip
+def test_verdicts_that_may_be_signs(tmp_path, name, verdicts, reads):
+    """1 and -1 alone do not say which answer is meant; beside other verdicts -1 is a tie."""
+    rows = [{'prompt': f'p {i}', 'response_1': 'a', 'response_2': 'b', name: x} for i, x in enumerate(verdicts)]
+    path = write(tmp_path / 'data.jsonl', rows)
+    for columns in (None, f'prompt=prompt, response_1=response_1, response_2=response_2, winner={name}'):
+        if reads and name == 'winner':
+            assert load(path, columns=columns)[0]
+        elif not reads:
+            with pytest.raises(
+                UserError,
+                match=r'data.jsonl: .* is 1 and -1 alone, which does not tell .* or call the column preference_st',
+            ):
+                load(path, columns=columns)
+    # its sign is the lead of the second answer
+    if name == 'preference_strength':
+        assert [example['chosen'] for example in load(path)[0]] == ['b', 'a']
 
 
 LINKS = ('parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id reply_to_id in_response_to_tweet_id '
@@ -1041,7 +1083,8 @@ def test_utf_16_without_its_mark(tmp_path, ending):
     """Each of its bytes is UTF-8."""
     path = tmp_path / f'data{ending}'
     path.write_bytes('text\nhello\n'.encode('utf-16-le'))
-    assert 'not valid UTF-8: save the file as UTF-8' in refusal(str(path))
+    message = refusal(str(path))
+    assert 'save the file as UTF-8' in message and ('a NUL is in it' in message) == (ending == '.txt')
 
 
 def test_what_json_has_no_form_for(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -18,6 +19,7 @@ from configurator import UserError
 from feedback import answers, endpoint
 from hf import export, load
 from runtime import hub, log, values
+from runtime.files import replace_text, say_once
 from tests import forks
 from text import toy
 
@@ -317,9 +319,54 @@ def test_a_read_only_out_dir():
 @pytest.mark.parametrize('place', ['good.jsonl', 'n' * 300])
 def test_a_cache_that_is_a_file_or_no_name_costs_no_run(monkeypatch, capsys, place):
     monkeypatch.setenv('NANOPREF_CACHE', place)
+    say_once.cache_clear()
     run_script('dpo.py', '--model=toy', *DATA, *SMALL, '--cache_ref', '--out_dir=out')
     said = capsys.readouterr().out
-    assert 'tokens are not cached' in said and 'reference log-probs are not kept' in said and 'done: out/model' in said
+    # each once, though there are training and held-out examples
+    assert (
+        said.count('tokens are not cached') == said.count('reference log-probs are not kept') == 1
+        and 'done: out/model' in said
+    )
+
+
+def test_what_is_no_file(folders):
+    """A pipe, which nobody reads or writes, makes no command wait, and nothing replaces it."""
+    pipe = Path('pipe.py')
+    os.mkfifo(pipe)
+    write_jsonl('pairs.jsonl', PAIRS)
+    Path('run').mkdir()
+    os.mkfifo('run/config.json')
+    os.mkfifo('run/metrics.jsonl')
+    for script, *flags in (
+        ('dpo.py', pipe), ('dpo.py', '--model=toy', '--out_dir=run'), ('tools/plot.py', 'run'), ('tools/report.py', 'run'),
+        ('label.py', '--answers=answers.jsonl', '--endpoint=http://127.0.0.1:9', '--judge_model=m', f'--judge_prompt={pipe}'),
+        ('tools/bench.py', '--model=toy', f'--out={pipe}'),
+    ):  # fmt: skip
+        message = refused(script, *flags)
+        assert re.search('is no file|is neither a config file', message), message
+    found = helpers.python('-m', 'feedback.score', f'--reward_model={folders}/reward', f'--data={Path("pairs.jsonl").absolute()}',
+                           f'--out={pipe.absolute()}', timeout=60)  # fmt: skip
+    assert found.returncode == 2 and 'is no file, but a folder, a pipe or a device' in found.stderr, found
+    for place in (pipe, 'run', '/dev/null'):
+        with pytest.raises(UserError, match=f'{place} is no file, but a folder, a pipe or a device: name a file'):
+            replace_text(place, 'x')
+
+
+@pytest.mark.parametrize('name, wrong', [
+    ('RANK', 'abc'), ('RANK', ''), ('WORLD_SIZE', 'x'), ('WORLD_SIZE', '0'), ('LOCAL_RANK', '-1'), ('LOCAL_WORLD_SIZE', '1.5'), ('MASTER_PORT', '99999'),
+])  # fmt: skip
+def test_variables_of_torchrun(name, wrong):
+    """The sentence is printed, whatever the rank is."""
+    found = helpers.python('sft.py', '--model=toy', '--data=toy', '--out_dir=out', **{name: wrong})
+    said = f'error: the environment has {name}={wrong}, which cannot be: unset it, or start with torchrun'
+    assert (found.returncode, found.stderr.strip()) == (2, said), found
+
+
+def test_a_terminal_without_letters():
+    found = helpers.python('sft.py', '--model=toy', '--data=é.jsonl', PYTHONIOENCODING='ascii')
+    assert found.returncode == 2 and r"data '\xe9.jsonl' is no file" in found.stderr
+    found = helpers.python('dpo.py', '--help', PYTHONIOENCODING='ascii')
+    assert found.returncode == 0 and not found.stderr
 
 
 SAMPLE = {'index': 0, 'sample': 0, 'response': ' x', 'finish': 'eos', 'prompt': 'p'}
