@@ -25,7 +25,7 @@ def read_prompt(name):
     # a file of the working directory, else of the repository
     folder = Path() if os.path.exists(name) else Path(__file__).parents[1]
     check_file(folder / name)
-    with reading(f'--judge_prompt={name}{looked_in(folder / name)}', 'it is no text in UTF-8'):
+    with reading(f'--judge_prompt={name}{looked_in(folder / name)}', 'name a text in UTF-8'):
         # utf-8-sig: without the mark that Windows editors write before the first character
         text = (folder / name).read_text('utf-8-sig')
     slots = SLOT.findall(text)

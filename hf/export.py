@@ -18,7 +18,7 @@ from hf.load import model_hashes
 from hf.parts import core
 from hf.ties import tie_as, ties
 from runtime import checkpoint
-from runtime.files import clear_path, move_folder, say, writing
+from runtime.files import clear_path, move_folder, replace_text, say, writing
 from runtime.log import check_same, recorded
 from runtime.ranks import on_rank_0
 from text.examples import bos_of
@@ -176,8 +176,7 @@ def write_card(out_dir, folder):
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         say(f'note: no model card, as {out_dir} lacks a readable file: {type(error).__name__}: {error}')
         return
-    with writing(folder / 'README.md'):
-        (folder / 'README.md').write_text(text)
+    replace_text(folder / 'README.md', text)
 
 
 def _card_text(out_dir, folder):

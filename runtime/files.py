@@ -61,7 +61,7 @@ def reading(place, advice):
     except UserError as error:
         raise UserError(f'{place} {error}') from None
     except OSError as error:
-        raise UserError(f'cannot read {place}: {error.strerror}') from None
+        raise UserError(f'cannot read {place}: {error.strerror}: {advice}') from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # such as checked() raises; the words of others are about Python
         reason = f' ({error})' if type(error) is ValueError else ''
@@ -72,7 +72,7 @@ def read_json(path, check, advice):
     """Return check(the value in a JSON file of ours); check refuses it by raising an error. UserError with the advice."""
     check_file(path)
     with reading(path, advice):
-        return check(json.loads(Path(path).read_text()))
+        return check(json.loads(Path(path).read_text('utf-8')))
 
 
 def checked(row, kinds):

@@ -698,19 +698,14 @@ def _lead_by_name(row, verdict_column, columns, task):
     return 0
 
 
-def check_verdicts(rows, columns):
-    """Raise ValueError if verdicts on two answers are 1 and -1 alone: signs, which do not tell the better answer. columns: as in parse_any."""
-    verdicts = defaultdict(set)  # column -> its values
-    for _, row in each(rows, lambda row: unified(row, columns)):
-        if not isinstance(row, dict):
-            continue
-        name = first_of(VERDICTS, row)
-        if name in BY_NAME and any(set(pair) <= row.keys() for pair in COMPARED):
-            verdicts[name].add(str(row[name]).removesuffix('.0'))
-    for name, values in verdicts.items():
-        if values - {'None'} == {'1', '-1'}:
-            advice = 'write the name of the better answer there, or tie, or call the column preference_strength (below 0: the first is better)'
-            raise ValueError(f'{name!r} is 1 and -1 alone, which does not tell the better answer: {advice}')
+def signs_among(rows, names):
+    """Return a sentence if the verdicts on two answers in one of these columns are 1 and -1 alone, which name no answer, or None."""
+    for name in names:
+        verdicts = {str(plain(row).get(plain_name(name))).removesuffix('.0') for row in rows}
+        if verdicts - {'None'} == {'1', '-1'}:
+            advice = 'write the name of the better one there, or tie, or call the column preference_strength (below 0: the first is better)'
+            return f'{name!r} is 1 and -1 alone, which names neither of two answers: {advice}'
+    return None
 
 
 def read_votes(row, task):

@@ -244,11 +244,10 @@ def _parsed(rows, parse, task, columns):
         for column in column_of.values():
             if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-        try:
-            formats.check_verdicts(head, column_of)
-        except ValueError as error:
-            raise UserError(f'{head[0].where.partition(",")[0]}: {error} ({HELP})') from None
         layout = None if columns else _first_layout(head)
+        verdicts = formats.BY_NAME if layout and layout.read is formats.read_compared else [column_of.get('winner', '')]
+        if problem := formats.signs_among(head, verdicts):
+            raise UserError(f'{head[0].where}: {problem} ({HELP})')
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
         # columns that ask or answer may have names that are not known

@@ -41,7 +41,7 @@ REPORT = dict.fromkeys('first second judge'.split(), str)
 REPORT |= dict.fromkeys('pairs won lost ties unclear_replies failed'.split(), int)
 for rate in 'win_rate length_controlled shown_first agreement'.split():
     REPORT |= {rate: int | float | None, f'{rate}_se': int | float | None, f'{rate}_interval': list | None}
-ANEW = 'the same command of label.py writes it anew'
+ANEW = 'the same command of label.py writes it in its end'
 
 
 def cut(text):
@@ -135,9 +135,6 @@ for number, run in enumerate(runs):
 # of each folder of label.py: its report, and max_pairs pairs with their verdicts
 verdicts = []
 for folder in label_folders:
-    for name in ('annotations.json', 'report.json'):
-        if not (folder / name).exists():
-            raise UserError(f'{folder} has no {name} yet: label.py writes it in the end')
     cards = read_json(folder / 'annotations.json', cards_of, ANEW)
     report = read_json(folder / 'report.json', partial(checked, kinds=REPORT), ANEW)
     # text: reply of an endpoint; rewards: of both answers, from a reward model

@@ -65,13 +65,17 @@ def arguments():
 def read(folder):
     """Return the Run in a folder. Raises UserError if it is not a run's out_dir, has no steps yet, or is damaged."""
     options = read_options(folder)
-    rows = read_rows(folder / 'metrics.jsonl', {'split': str, 'counters/examples': int})
+    advice = 'mend it, unless the file is of something else'
+    rows = read_lines(
+        folder / 'metrics.jsonl', partial(checked, kinds={'split': str, 'counters/examples': int}), advice
+    )
     if not any(row['split'] in ('train', 'eval') for row in rows):
         wanted = 'wanted is the out_dir of a training script, or, in tools.report, of label.py'
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet: {wanted}')
     sample_types = {'examples': int, 'generator': str, 'prompt': str, 'response': str, 'sample': int | None}
     sample_types |= dict.fromkeys(('tokens', 'logratio', 'score'), int | float | None)
-    return Run(options, rows, read_rows(folder / 'samples.jsonl', sample_types), folder)
+    samples = read_lines(folder / 'samples.jsonl', partial(checked, kinds=sample_types), advice)
+    return Run(options, rows, samples, folder)
 
 
 def read_options(folder):
@@ -82,11 +86,6 @@ def read_options(folder):
     if not run:
         raise UserError(f'{folder} holds no run: wanted is the out_dir of one')
     return run['options']
-
-
-def read_rows(file, types):
-    """Return the rows of a .jsonl file, [] if there is none. types: of a row, as checked() has them. UserError if a line is damaged."""
-    return read_lines(file, partial(checked, kinds=types), 'mend it, unless the file is of something else')
 
 
 def value_of(row, split, metric):

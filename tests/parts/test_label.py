@@ -249,8 +249,8 @@ def test_what_is_missing_or_no_text():
         raise_if_missing(Counter('abb'), 'answers')
     Path('a').write_bytes(b'\xff')
     os.mkfifo('c')
-    for name, reason in (('a', '^--judge_prompt=a.* is damaged: it is no text in UTF-8$'), ('c', 'c is no file, but a folder, a pipe or'),
-                         ('b', '^cannot read --judge_prompt=b.*: No such file or directory$')):  # fmt: skip
+    for name, reason in (('a', '^--judge_prompt=a.* is damaged: name a text in UTF-8$'), ('c', 'c is no file, but a folder, a pipe or'),
+                         ('b', '^cannot read --judge_prompt=b.*: No such file or directory: name a text in UTF-8$')):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             judge.read_prompt(name)
 

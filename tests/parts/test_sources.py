@@ -483,7 +483,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Arena, table', 'pairs', [{'prompt': '["q?"]', 'response_a': '["a"]', 'response_b': '["b"]', 'winner_model_a': x, 'winner_model_b': 0, 'winner_tie': y} for x, y in ((1, 0), (0, 1))], [PAIR], {'tie': 1}),
     ('Arena, table without an answer', 'pairs', [{'prompt': '["q?"]', 'response_a': '[null]', 'response_b': '["b"]', 'winner_model_a': 1, 'winner_model_b': 0}], [], {'empty answers': 1}),
     ('Arena, conversations', 'pairs', [{'winner': x, 'conversation_a': [user('q?'), assistant('b')], 'conversation_b': QA} for x in ('model_b', 'tie', 'tie (bothbad)', 'both_bad')], [PAIR], {'tie': 3}),
-    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in ('b', -1, -1.0)], [PAIR], {formats.MINUS_ONE: 2}) for one, two in ((0, 1), (1, 2))),
+    *(('a verdict of -1 is a tie', 'pairs', [{'prompt': 'q?', f'response_{one}': 'b', f'response_{two}': 'a', 'label': x} for x in ('b', '-1', '-1.0')], [PAIR], {formats.MINUS_ONE: 2}) for one, two in ((0, 1), (1, 2))),
     ('an empty question', 'sft', [{'system': '', 'question': '', 'answer': 'a'}, {'system': 'Be brief.', 'question': ' ', 'answer': 'a'}, {'system': '', 'question': 'q?', 'answer': 'a'}],
      [SFT | {'prompt': [user('')]}, SFT | {'prompt': [system('Be brief.'), user(' ')]}, SFT], {formats.NO_QUESTION: 2}),
     ('an empty prompt', 'sft', [{'prompt': '', 'response': 'a'}], [{'prompt': '', 'response': 'a'}], {formats.NO_QUESTION: 1}),
@@ -953,12 +953,12 @@ def test_verdicts_that_may_be_signs(tmp_path, name, verdicts, reads):
         elif not reads:
             with pytest.raises(
                 UserError,
-                match=r'data.jsonl: .* is 1 and -1 alone, which does not tell .* or call the column preference_st',
+                match=r'data.jsonl, line 1: .* is 1 and -1 alone, which names neither .* or call the column preference_st',
             ):
                 load(path, columns=columns)
     # its sign is the lead of the second answer
     if name == 'preference_strength':
-        assert [example['chosen'] for example in load(path)[0]] == ['b', 'a']
+        assert [example['chosen'][0]['content'] for example in load(path)[0]] == ['b', 'a']
 
 
 LINKS = ('parent parent_id parent_message_id reply_to in_reply_to previous_id prev_id reply_to_id in_response_to_tweet_id '
