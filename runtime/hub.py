@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from configurator import UserError
-from runtime.files import read_json, say
+from runtime.files import say
 from runtime.values import looked_in
 
 
@@ -72,8 +72,14 @@ def _check_config(folder):
     file = f'{folder}/config.json'
     if not os.path.exists(file):
         return
+    try:
+        if not os.path.isfile(file):  # a pipe would never end
+            raise ValueError('it is no file')
+        content = json.loads(Path(file).read_text('utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'the config.json of {folder!r} is not valid JSON ({first_line(error)}): mend it') from None
     # num_hidden_layers, n_layer, ...: transformers would make them all
-    for key, value in read_json(file, dict, 'mend it').items():
+    for key, value in content.items() if isinstance(content, dict) else ():
         if re.search('layers?$', key) and isinstance(value, int) and value > 10_000:
             raise UserError(f'the config.json of {folder!r} has a {key} of {value:,}: mend it')
 

@@ -250,10 +250,8 @@ def conflict(config):
     of_prompt = config.get('max_prompt_length')
     # + 2: an answer has at least a token and its end token
     if None not in (length, of_prompt) and length < of_prompt + 2:
-        enough = max(3, of_prompt + 2)  # 3: half of it for the prompt, and these two
-        return (
-            f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}: {enough} would do'
-        )
+        least = max(3, of_prompt + 2)  # 3: half of it for the prompt, and these two
+        return f'max_length {length} leaves no room for an answer behind max_prompt_length {of_prompt}: {least} will do'
     return None
 
 

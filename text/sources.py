@@ -245,7 +245,7 @@ def _parsed(rows, parse, task, columns):
             if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
-        verdicts = formats.BY_NAME if layout and layout.read is formats.read_compared else [column_of.get('winner', '')]
+        verdicts = layout.columns.intersection(formats.BY_NAME) if layout else [column_of.get('winner', '')]
         if problem := formats.signs_among(head, verdicts):
             raise UserError(f'{head[0].where}: {problem} ({HELP})')
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself

@@ -34,13 +34,12 @@ flags, folders = arguments()
 config = configure(globals(), flags)
 
 # fields of annotations.json and of report.json, with their types
-PAIR = dict.fromkeys('instruction output_1 output_2 generator_1 generator_2'.split(), str) | {
-    'preference': int | float | None
-}
+NUMBER = int | float | None
+PAIR = dict.fromkeys('instruction output_1 output_2 generator_1 generator_2'.split(), str) | {'preference': NUMBER}
 REPORT = dict.fromkeys('first second judge'.split(), str)
 REPORT |= dict.fromkeys('pairs won lost ties unclear_replies failed'.split(), int)
 for rate in 'win_rate length_controlled shown_first agreement'.split():
-    REPORT |= {rate: int | float | None, f'{rate}_se': int | float | None, f'{rate}_interval': list | None}
+    REPORT |= {rate: NUMBER, f'{rate}_se': NUMBER, f'{rate}_interval': list | None}
 ANEW = 'the same command of label.py writes it in its end'
 
 

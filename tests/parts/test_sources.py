@@ -942,10 +942,12 @@ def test_lines_of_a_chat_are_said(tmp_path, line, named):
 
 @pytest.mark.parametrize('name, verdicts, reads', [
     ('winner', (1, -1), False), ('preference', ('1', '-1.0', None), False), ('winner', (1, -1, 2), True), ('winner', (1, -1, 'tie'), True),
-    ('preference_strength', (1, -1), True), ('winner', (1, 1), True), ('winner', (-1, -1, 1), False)])  # fmt: skip
+    ('preference_strength', (1, -1), True), ('winner', (1, 1), True), ('winner', (-1, -1, 1), False), ('label', (1, -1), True)])  # fmt: skip
 def test_verdicts_that_may_be_signs(tmp_path, name, verdicts, reads):
     """1 and -1 alone do not say which answer is meant; beside other verdicts -1 is a tie."""
     rows = [{'prompt': f'p {i}', 'response_1': 'a', 'response_2': 'b', name: x} for i, x in enumerate(verdicts)]
+    if name == 'label':  # beside the verdict that counts
+        rows = [row | {'winner': 'a'} for row in rows]
     path = write(tmp_path / 'data.jsonl', rows)
     for columns in (None, f'prompt=prompt, response_1=response_1, response_2=response_2, winner={name}'):
         if reads and name == 'winner':

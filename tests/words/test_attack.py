@@ -158,7 +158,7 @@ def removes(name):
 WEIGHTS, CONFIG, TOKENIZER = 'model.safetensors', 'config.json', 'tokenizer.json'
 SHARD, INDEX = 'model-00002-of-00006.safetensors', 'model.safetensors.index.json'
 # fmt: off
-NO_WEIGHTS, NO_JSON = "'model' has no .safetensors file: ", 'config.json is damaged: mend it$'
+NO_WEIGHTS, NO_JSON = "'model' has no .safetensors file: ", "the config.json of 'model' is not valid JSON .*line .*: mend it$"
 NO_SHARD, KERNEL = "names '.*': weights must be .safetensors files in the same folder", 'a kernel from the hub .*--trust_remote_code'
 DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an index is that of a model in several files
     'weights, garbage': [writes(WEIGHTS, bytes(range(256)) * 9)], 'weights, empty': [writes(WEIGHTS, b'')],
@@ -167,7 +167,7 @@ DAMAGES = {  # what is changed -> how, and perhaps what is said; a shard or an i
     'weights, none': [removes(WEIGHTS), f'{NO_WEIGHTS}fetch its weights$'],
     'a pickle': [pickled, f'{NO_WEIGHTS}convert it from a pickle, which can run any code$'],
     'config, cut': [cuts(CONFIG), NO_JSON], 'config, a list': [writes(CONFIG, '[1]')],
-    'config, a pipe': [lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)), 'is no file, but a folder, a pipe or'],
+    'config, a pipe': [lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)), 'is not valid JSON .it is no file.: mend it'],
     'config, layers': [sets(num_hidden_layers=10**9), 'has a num_hidden_layers of 1,000,000,000: mend it'],
     'config, nothing': [removes(CONFIG), "'model' has no config.json, so it is no model folder"],
     'config, no number': [writes(CONFIG, '{"model_type": "llama", "hidden_size": "x"}')],

@@ -457,8 +457,8 @@ ELSEWHERE = {
     'config/xx.py': 'No such file or directory$',
     'README.md': r"'README.md' is neither .* one word, --name=value, such as --data=README.md$",
     'nosuch.jsonl': r"'nosuch.jsonl' is neither .* one word, --name=value$",
-    '--max_length=1': 'max_length 1 leaves no room for an answer behind max_prompt_length 0: 3 would do$',
-    '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199: 201 would do$',
+    '--max_length=1': 'max_length 1 leaves no room for an answer behind max_prompt_length 0: 3 will do$',
+    '--max_length=200 --max_prompt_length=199': 'max_length 200 leaves no room for an answer behind max_prompt_length 199: 201 will do$',
 }  # fmt: skip
 
 
