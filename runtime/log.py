@@ -39,7 +39,8 @@ def check_names(out_dir, written):
     for name in ('.lock', 'config.json', *written):
         # a run writes NAME.tmp first, and renames it
         for path in (folder / name, folder / f'{name}.tmp'):
-            check_file(path)
+            if not path.is_dir():
+                check_file(path)
             if path.is_symlink():
                 raise UserError(f'{path} is a symbolic link, and a run would write through it: remove the link')
             if name in written and not has_config and path.exists():
