@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import json
 import math
 import os
 import re
@@ -133,6 +134,14 @@ def test_a_model_is_made_of_a_checkpoint(whole, tmp_path, monkeypatch, script):
 
 # ---- damage, leftovers, files of somebody else ----
 
+
+def rewrite(folder, **changed):
+    """Change a checkpoint's state by hand, and its manifest with it."""
+    file = folder / 'state.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    (folder / 'manifest.json').write_text(json.dumps(checkpoint._manifest_of(folder)))
+
+
 # fmt: off
 DAMAGES = {  # what is done to a checkpoint, and what is said
     'truncated': (lambda f: os.truncate(shard(f), 1000), 'shard.* is not what its manifest says'),
@@ -141,6 +150,8 @@ DAMAGES = {  # what is done to a checkpoint, and what is said
     'no manifest': (lambda f: (f / 'manifest.json').unlink(), 'manifest.json: No such file'),
     'a broken manifest': (lambda f: (f / 'manifest.json').write_text('{"a'), 'manifest.json or state.json cannot be read'),
     'a list for a manifest': (lambda f: (f / 'manifest.json').write_text('[]'), 'manifest.json or state.json cannot be read'),
+    'a state without a run': (lambda f: rewrite(f, run={'script': 3}), 'manifest.json or state.json cannot be read'),
+    'a list for the options of a run': (lambda f: rewrite(f, run={'script': '', 'options': []}), 'manifest.json or state.json cannot be read'),
     'an empty manifest': (lambda f: (f / 'manifest.json').write_text('{}'), 'shard.* is not what'),
     'a changed state': (lambda f: flip(f / 'state.json'), 'state.json is not what'),
     'weights of another run': (lambda f: shutil.copy(shard(f), f / 'zzz.safetensors'), 'zzz.safetensors is not what'),
