@@ -310,7 +310,18 @@ def test_the_clock_of_real(capsys):
 
 def test_results_of_real_are_of_one_run(tmp_path):
     settings = {'n_pairs': 8, 'data': 'x'}
-    (tmp_path / 'results.json').write_text(json.dumps({'settings': settings}))
+    results = {'settings': settings, 'minutes': 1, 'peak_gb': 0.5}
+    for wrong in (
+        '{',
+        '[]',
+        json.dumps(results | {'minutes': '1'}),
+        json.dumps(results | {'dpo': 'x'}),
+        json.dumps({'settings': settings}),
+    ):
+        (tmp_path / 'results.json').write_text(wrong)
+        with pytest.raises(UserError, match='results.json is damaged.*: delete it: the stages are done again'):
+            real.load_results(tmp_path, settings)
+    (tmp_path / 'results.json').write_text(json.dumps(results))
     assert real.load_results(tmp_path, settings)['settings'] == settings
     with pytest.raises(UserError, match='n_pairs 8 there and 9 here.*choose another --out_dir'):
         real.load_results(tmp_path, settings | {'n_pairs': 9})
