@@ -100,8 +100,10 @@ def _differences(recorded_run, run, neutral):
             continue
         # the files of a model, each with its hash
         if isinstance(hashes, dict) and isinstance(recorded_hashes, dict):
-            files = recorded_hashes | hashes
-            changed = [file for file in files if recorded_hashes.get(file) != hashes.get(file)]
+            changed = []
+            for file in recorded_hashes | hashes:
+                if recorded_hashes.get(file) != hashes.get(file):
+                    changed.append(file)
             found.append(f'{name} {here.get(name)!r} has changed since: {min(changed)}')
         else:
             found.append(f'the {name} have changed since: their tokens, labels or order')

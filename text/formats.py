@@ -701,7 +701,10 @@ def _lead_by_name(row, verdict_column, columns, task):
 def signs_among(rows, names):
     """Return a sentence if the verdicts on two answers in one of these columns are 1 and -1 alone, which name no answer, or None."""
     for name in names:
-        verdicts = {str(plain(row).get(plain_name(name))).removesuffix('.0') for row in rows}
+        verdicts = set()
+        for row in map(plain, rows):
+            verdict = row.get(plain_name(name))
+            verdicts.add(str(verdict).removesuffix('.0'))
         if verdicts - {'None'} == {'1', '-1'}:
             advice = 'write the name of the better one there, or tie, or call the column preference_strength (below 0: the first is better)'
             return f'{name!r} is 1 and -1 alone, which names neither of two answers: {advice}'
