@@ -44,8 +44,9 @@ def watch(name):
             os.set_inheritable(stream.fileno(), True)  # children need it, too
             setattr(sys, stream_name, stream)
             setattr(sys, f'__{stream_name}__', stream)
-    # a terminal that has no é shows \\xe9
-    sys.stdout.reconfigure(errors='backslashreplace')
+    # a terminal that has no é shows \xe9; a notebook's stream cannot be set
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors='backslashreplace')
     # on a GPU: less fragmented memory when batch sizes vary. Keep the user's setting (new or old name), if any
     if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
         os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')

@@ -246,7 +246,8 @@ def _parsed(rows, parse, task, columns):
                 raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
         layout = None if columns else _first_layout(head)
         verdicts = layout.columns.intersection(formats.BY_NAME) if layout else [column_of.get('winner', '')]
-        if problem := formats.signs_among(head, verdicts):
+        # prompts need no verdict
+        if task != 'prompts' and (problem := formats.signs_among(head, verdicts)):
             raise UserError(f'{head[0].where}: {problem} ({HELP})')
         # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
         needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS

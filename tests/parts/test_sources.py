@@ -958,6 +958,7 @@ def test_verdicts_that_may_be_signs(tmp_path, name, verdicts, reads):
                 match=r'data.jsonl, line 1: .* is 1 and -1 alone, which names neither .* or call the column preference_st',
             ):
                 load(path, columns=columns)
+            assert len(load(path, columns=columns, task='prompts')[0]) == len(verdicts)  # no verdict is needed
     # its sign is the lead of the second answer
     if name == 'preference_strength':
         assert [example['chosen'][0]['content'] for example in load(path)[0]] == ['b', 'a']
