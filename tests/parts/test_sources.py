@@ -390,6 +390,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]},
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
+        'role and text as JSON': {'conversations': json.dumps(MULTI['prompt'] + MULTI['response']).replace('content', 'text')},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
         'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
         'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers in capitals': {'text': '\nUSER: a\nASSISTANT: b\nUSER: q?\nASSISTANT: a'},
