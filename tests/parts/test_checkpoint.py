@@ -522,13 +522,18 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
 
 def test_a_checkpoint_is_not_written_twice(monkeypatch):
     """Where a signal comes in a step that saves anyway."""
+    ranks.setup()
     said, code = [], []
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(ranks, 'leave', code.append)
-    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
-    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'))
-    assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
+    logger = SimpleNamespace(close=lambda: said.append('close'))
+    run = SimpleNamespace(save_every=4, logger=logger, save=lambda seen: said.append(seen))
+    run.obey_signals = functools.partial(training.Run.obey_signals, run)
+    for is_due in (True, False):
+        run.crossed = lambda *step, is_due=is_due: is_due
+        training.Run.finish_step(run, SimpleNamespace(first=0, seen=4))
+    assert said == [4, 'wait', 'close'] * 2 and code == [guard.SAVED] * 2
 
 
 def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
