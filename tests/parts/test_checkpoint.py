@@ -212,7 +212,7 @@ def test_resumes_behind_all_that_can_be_broken_at_once(whole, died, tmp_path, ca
     assert [name.partition('.aside')[0] for name in names(died)] == left.split()
     printed = capsys.readouterr().out
     assert printed.count('is not of this run') == printed.count('is damaged') == 1
-    assert names(whole) == ['0000000024', '0000000036', '0000000048']
+    assert names(whole) == ['0000000024', '0000000036', '0000000048'] and not (whole / 'samples.jsonl').exists()
 
 
 def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
@@ -262,7 +262,8 @@ def test_loads_into_a_model_that_has_run(tmp_path, monkeypatch):
     """As a policy that was its own reference: after a forward alone FSDP shows parameters that the optimizer does not know."""
     synced = []
     monkeypatch.setattr(checkpoint, 'sync', lambda path: synced.append(path.name))
-    trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
+    trained = run(tmp_path / 'run', '--shard=full', '--pack=false', script='sft.py')['run']
+    assert not trained.packed
     assert synced == ['metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'] * 4  # before each checkpoint has its name
     trained.policy.reshard()
     live = checkpoint._live_tensors(trained.policy, trained.optimizer).keys()
@@ -590,7 +591,7 @@ def test_save_every_second_epoch(tmp_path, whole):
         # the examples of an epoch, those of a step (of a round), and the ends of the steps that end or go beyond two and four epochs
         epoch, step = done.total // 5, done.config.batch_size
         ends = [step * math.ceil(n * epoch / step) for n in (2, 4)]
-        assert step < epoch and names(tmp_path / script) == [f'{end:010d}' for end in ends if end < done.total]
+        assert done.packed and step < epoch and names(tmp_path / script) == [f'{end:010d}' for end in ends if end < done.total]
 
 
 @pytest.mark.parametrize(('every', 'free', 'fits'), [

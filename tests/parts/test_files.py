@@ -147,7 +147,8 @@ def test_a_value_that_is_wrong_in_all_rows(tmp_path, row, words):
 def test_a_file_that_is_one_row_of_all_values(tmp_path):
     """As pandas writes it; where objects hold the texts, --columns cannot name them."""
     rows = {'prompt': ['q', 'r'], 'response': ['a', 'b']}
-    for whole in (rows, {'train': [rows], 'test': [rows]}, {name: {'0': 'a', '1': 'b'} for name in rows}):
+    columns = {name: {'0': 'a', '1': 'b'} for name in rows}
+    for whole in (rows, {'train': [rows], 'test': [rows]}, columns, rows | {'response': {'0': 'a'}}):
         (tmp_path / 'a.json').write_text(json.dumps(whole))
         assert '--columns' not in refused(
             tmp_path / 'a.json', "on a line of its own or in a list .pandas: orient='records'."
