@@ -588,10 +588,11 @@ def test_save_every_second_epoch(tmp_path, whole):
     epochs = ['--save_every=epoch_2', '--data_fraction=0.1', '--n_epochs=5', '--n_examples=None', '--keep_last=9']
     for script, flags in {'dpo.py': [], 'ppo.py': PPO}.items():
         done = run(tmp_path / script, *flags, *epochs, script=script)['run']
+        assert done.packed
         # the examples of an epoch, those of a step (of a round), and the ends of the steps that end or go beyond two and four epochs
         epoch, step = done.total // 5, done.config.batch_size
         ends = [step * math.ceil(n * epoch / step) for n in (2, 4)]
-        assert done.packed and step < epoch and names(tmp_path / script) == [f'{end:010d}' for end in ends if end < done.total]
+        assert step < epoch and names(tmp_path / script) == [f'{end:010d}' for end in ends if end < done.total]
 
 
 @pytest.mark.parametrize(('every', 'free', 'fits'), [
