@@ -381,7 +381,7 @@ def strip_html(markup):
         # collapse white space outside of <pre>: a space, or nothing behind other white space
         if not in_pre:
             after = re.sub(r'\s+', ' ', after)
-            if text[-1:] in ('', ' ', '\n'):
+            if text.endswith((' ', '\n')):
                 after = after.lstrip()
         text += after
     return text.strip()

@@ -34,7 +34,7 @@ def test_every_loss_is_ready(name, monkeypatch):
     (lambda ratio_w, pi, *, beta: ratio_w, 'must ask for columns of pairs, or for those of single answers'),
     (lambda *, beta: torch.zeros(1), 'must ask for columns of pairs'),
     (lambda ratio_w: ratio_w.mean(), 'must return a number for each example, .9,., and .1,. of one alone, not tensor'),
-    (lambda ratio_w: ratio_w.squeeze(), 'must return a number for each example'),
+    *((fn, 'must return a number for each example') for fn in (lambda ratio_w: ratio_w.squeeze(), lambda ratio_w: [ratio_w])),
     (lambda ratio_w: ratio_w.detach(), 'has no gradient: .* without detach'),
     (lambda ratio_w: undefined(ratio_w), "the loss mine fails: NameError: name 'undefined' is not defined"),  # noqa: F821
     # a mean, a rank, the number of examples, chance: other ones on two ranks, or in two microbatches
@@ -106,11 +106,11 @@ def test_rewards_are_per_token_where_the_loss_is(fn, is_per_token, monkeypatch):
 
 
 def test_a_column_that_somebody_adds_is_tried(monkeypatch):
-    """docs/code.md: its name goes into PAIRS."""
+    """docs/code.md: its name goes into PAIRS. Here it is 0.3, a margin, too, and the log-probs of a margin of -1 are -20.51 and -19.51."""
     monkeypatch.setattr(objective, 'PAIRS', objective.PAIRS | {'tok_w', 'margin'})
-    mine = objective.Objective('mine', lambda tok_w, margin: tok_w - margin / 3, None, {}, {}, True, False, False, False)
+    mine = objective.Objective('mine', lambda tok_w, margin, pi_l: tok_w - margin / 3 - pi_l, None, {}, {}, True, False, False, False)
     rows = try_out(mine)
-    assert rows[3] == pytest.approx([-1, 0.2, 0, 0])
+    assert rows[3] == pytest.approx([-1, 0.2 + 19.51, 0, -1])
 
 
 def test_a_loss_of_the_data_s_margins_trains(tmp_path, monkeypatch, capsys):

@@ -210,8 +210,9 @@ def test_resumes_behind_all_that_can_be_broken_at_once(whole, died, tmp_path, ca
     assert all((died / name).read_text() == 'precious' for name in theirs)
     left = '.DS_Store ._0000000036 0000000024 0000000048 0000000048.tmp 0000000060 60.tmp mine.tmp old ²'
     assert [name.partition('.aside')[0] for name in names(died)] == left.split()
-    assert capsys.readouterr().out.count('is not of this run') == 1
-    assert names(whole) == ['0000000024', '0000000036', '0000000048']
+    printed = capsys.readouterr().out
+    assert printed.count('is not of this run') == printed.count('is damaged') == 1
+    assert names(whole) == ['0000000024', '0000000036', '0000000048'] and not (whole / 'samples.jsonl').exists()
 
 
 def test_a_first_run_in_a_full_folder(tmp_path, whole, monkeypatch, capsys):
@@ -257,15 +258,23 @@ def test_the_card_comes_with_the_model(died, whole, monkeypatch):
     assert (died / 'model/README.md').read_text().startswith('---')
 
 
-def test_loads_into_a_model_that_has_run(tmp_path):
+def test_loads_into_a_model_that_has_run(tmp_path, monkeypatch):
     """As a policy that was its own reference: after a forward alone FSDP shows parameters that the optimizer does not know."""
-    trained = run(tmp_path / 'run', '--shard=full', script='sft.py')['run']
+    synced = []
+    monkeypatch.setattr(checkpoint, 'sync', lambda path: synced.append(path.name))
+    trained = run(tmp_path / 'run', '--shard=full', '--pack=false', script='sft.py')['run']
+    assert not trained.packed
+    assert synced == ['metrics.jsonl', 'samples.jsonl', 'bad_step.jsonl'] * 4  # before each checkpoint has its name
     trained.policy.reshard()
+    live = checkpoint._live_tensors(trained.policy, trained.optimizer).keys()
     optimizer = fsdp.make_optimizer('AdamW', trained.policy, 0.5, 0.0)
+    batch = trained.make_step(trained.train, np.arange(1)).batches[0]
     with torch.no_grad():
-        trained.policy.response_logps(trained.make_step(trained.train, np.arange(1)).batches[0])
+        trained.policy.response_logps(batch)
+        assert checkpoint._live_tensors(trained.policy, trained.optimizer).keys() == live
+        trained.policy.response_logps(batch)
     state = checkpoint.load(checkpoint.latest(tmp_path / 'run'), trained.policy, optimizer)
-    assert state['examples'] == 48 and optimizer.param_groups[0]['lr'] == 0.5
+    assert state['examples'] == 48 and 'run' not in state and optimizer.param_groups[0]['lr'] == 0.5
 
 
 def test_between_steps_a_policy_has_its_weights(tmp_path, monkeypatch):
@@ -514,13 +523,18 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
 
 def test_a_checkpoint_is_not_written_twice(monkeypatch):
     """Where a signal comes in a step that saves anyway."""
+    ranks.setup()
     said, code = [], []
     monkeypatch.setattr(guard, 'stop_asked', lambda: guard.SAVED)
     monkeypatch.setattr(checkpoint, 'wait', lambda: said.append('wait'))
     monkeypatch.setattr(ranks, 'leave', code.append)
-    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'), already_started=True)
-    guard.obey_signals(lambda: said.append('save'), lambda: said.append('close'))
-    assert said == ['wait', 'close', 'save', 'wait', 'close'] and code == [guard.SAVED] * 2
+    logger = SimpleNamespace(close=lambda: said.append('close'))
+    run = SimpleNamespace(save_every=4, logger=logger, save=lambda seen: said.append(seen))
+    run.obey_signals = functools.partial(training.Run.obey_signals, run)
+    for is_due in (True, False):
+        run.crossed = lambda *step, is_due=is_due: is_due
+        training.Run.finish_step(run, SimpleNamespace(first=0, seen=4))
+    assert said == [4, 'wait', 'close'] * 2 and code == [guard.SAVED] * 2
 
 
 def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
@@ -574,6 +588,7 @@ def test_save_every_second_epoch(tmp_path, whole):
     epochs = ['--save_every=epoch_2', '--data_fraction=0.1', '--n_epochs=5', '--n_examples=None', '--keep_last=9']
     for script, flags in {'dpo.py': [], 'ppo.py': PPO}.items():
         done = run(tmp_path / script, *flags, *epochs, script=script)['run']
+        assert done.packed
         # the examples of an epoch, those of a step (of a round), and the ends of the steps that end or go beyond two and four epochs
         epoch, step = done.total // 5, done.config.batch_size
         ends = [step * math.ceil(n * epoch / step) for n in (2, 4)]

@@ -147,7 +147,8 @@ def test_a_value_that_is_wrong_in_all_rows(tmp_path, row, words):
 def test_a_file_that_is_one_row_of_all_values(tmp_path):
     """As pandas writes it; where objects hold the texts, --columns cannot name them."""
     rows = {'prompt': ['q', 'r'], 'response': ['a', 'b']}
-    for whole in (rows, {'train': [rows], 'test': [rows]}, {name: {'0': 'a', '1': 'b'} for name in rows}):
+    columns = {name: {'0': 'a', '1': 'b'} for name in rows}
+    for whole in (rows, {'train': [rows], 'test': [rows]}, columns, rows | {'response': {'0': 'a'}}):
         (tmp_path / 'a.json').write_text(json.dumps(whole))
         assert '--columns' not in refused(
             tmp_path / 'a.json', "on a line of its own or in a list .pandas: orient='records'."
@@ -384,7 +385,8 @@ def test_save_to_disk(tmp_path):
     datasets = pytest.importorskip('datasets')
     whole = datasets.Dataset.from_list(ROWS)
     whole.save_to_disk(tmp_path / 'one', num_shards=2)
-    # what map leaves there is no data
+    # what map leaves there is no data, nor what older versions wrote
+    (tmp_path / 'one/dataset_infos.json').write_text('{}')
     datasets.load_from_disk(tmp_path / 'one').map(lambda row: row, load_from_cache_file=False)
     assert list((tmp_path / 'one').glob('cache-*.arrow'))
     parts = {'train_sft': whole, 'test_sft': whole.select(range(3)), 'train_gen': whole.select([5])}
@@ -516,8 +518,9 @@ def test_what_the_hub_asks_to_choose(hub):
     refused('o/m', r"available configs: .'easy', 'hard'.*--data='o/m:CONFIG'")
 
 
-def test_the_commit_of_a_hub_dataset(monkeypatch):
+def test_the_commit_of_a_hub_dataset(monkeypatch, tmp_path):
     """Where the hub cannot be reached, the one that was read last; None where it does not say."""
+    monkeypatch.setenv('NANOPREF_CACHE', f'{tmp_path}/of a new/machine')
     seen = []
     for there, sha in ((True, 'a'), (False, 'b'), (True, None)):
         monkeypatch.setattr(files.hub, 'reachable', lambda there=there: there)
@@ -583,3 +586,10 @@ def test_numbers_alone_tell_no_split_and_the_only_config_is_taken(tmp_path):
         assert sorted(files.folder_splits(folder)) == splits
     Path(folder, 'README.md').write_text('---\nconfigs: [{config_name: one, data_files: data/easy*}]\n---\n')
     assert files.folder_splits(folder) == {'train': [f'{folder}/data/easy-00000-of-00001.jsonl']}
+
+
+def test_files_of_a_reader_by_split(tmp_path):
+    """Whose names here are others than the reader's."""
+    path = write(tmp_path, {'train_sft': ROWS[:2], 'validation': ROWS[2:4]})
+    for split, name in {'train': 'train_sft', 'test': 'validation', 'validation': 'validation'}.items():
+        assert [Path(file).name.partition('.')[0] for file in files.local_files(path, split)] == [name]

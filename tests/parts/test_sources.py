@@ -182,7 +182,7 @@ def test_toy():
     assert 'toy world has no files' in refusal(f'toy:{raw("hh")}')
 
 
-@pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>b', 'a\nb'), ('a<p>b', 'a\n\nb'),
+@pytest.mark.parametrize('html, text', [('no tags &amp; no &lt;p&gt;', 'no tags & no <p>'), ('', ''), ('<p>a</p><p>b</p>', 'a\n\nb'), ('a<br/>\n b', 'a\nb'), ('a<p>b', 'a\n\nb'),
     ('a  \n b <b> c</b>d', 'a b cd'), ('<p>unclosed', 'unclosed'), ('<p>x <a href="u>v">link</a>, y</p><!-- <p>no -->', 'x link, y'),
     ('<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>d', '- a\n- b\n- c\n\nd'), ('<H2>a</H2>2 < 3', 'a\n\n2 < 3'),
     ('<ul><li><p>a</p><p>b</p></li></ul>', '- a\n\nb'), ('<pre><code>  a\n\n\n  b</code></pre><p>c</p>', '<code>  a\n\n\n  b</code>\n\nc')])  # fmt: skip
@@ -390,6 +390,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'LLaMA-Factory, history': {'instruction': 'q?', 'input': '', 'output': 'a', 'history': [['a', 'b']]},
         'weights of questions': {'conversations': [x | {'weight': w} for x, w in zip(said('a', 'b') + said('q?', 'a'), (0.0, 1.0, 0.0, 1.0), strict=True)]},
         'texts in turn as JSON': {'conversations': json.dumps(['a', 'b', 'q?', 'a'])},
+        'role and text as JSON': {'conversations': json.dumps(MULTI['prompt'] + MULTI['response']).replace('content', 'text')},
         'human and assistant': {'conversation': [{'human': 'a', 'assistant': 'b'}, {'human': 'q?', 'assistant': 'a'}]},
         'UltraChat': {'id': '0', 'data': ['a', 'b', 'q?', 'a']},
         'OIG, turns': {'text': '<human>: a\n<bot>: b\n<human>: q?\n<bot>: a'}, 'speakers in capitals': {'text': '\nUSER: a\nASSISTANT: b\nUSER: q?\nASSISTANT: a'},
@@ -407,7 +408,8 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
         'two columns of messages': {'system': 'Be brief.', 'raw': TWO_TURNS, 'dialogue': QA}, 'names in capitals': {'Question': 'q?', 'System': 'Be brief.', 'RESPONSE': 'a'},
         'system_message': {'system_message': 'Be brief.', 'conversations': said('q?', 'a')},
         'a system message in a text': {'text': 'System: Be brief.\nUser: q?\nAssistant: a'},
-        'Gemini': {'systemInstruction': {'role': 'system', 'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}, 'Gemini, no role': {'system_instruction': {'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}}),
+        'Gemini': {'systemInstruction': {'role': 'system', 'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI}, 'Gemini, no role': {'system_instruction': {'parts': [{'text': 'Be brief.'}]}, 'contents': GEMINI},
+        'Gemini as JSON': {'systemInstruction': {'role': 'system', 'parts': [{'text': 'Be brief.'}]}, 'contents': json.dumps(GEMINI)}}),
     # one answer of a whole text that a chat template has written
     *(('sft', {'prompt': asks, 'response': replies}, {'written by a template': {'text': asks + replies}}) for asks, replies in WRITTEN),
     ('sft', SFT | {'prompt': ASKS}, {
@@ -1422,7 +1424,7 @@ def test_a_text_in_json_has_no_field_twice(tmp_path):
 
 def test_words_without_spaces_count():
     assert (
-        messages.has_words('今日はとても良い天気です', 5)
+        messages.has_words('今日はとても良い天気です', 6)
         and not messages.has_words('今日は', 3)
         and not messages.has_words('a b', 3)
     )

@@ -1,7 +1,7 @@
 """Conversations: sft.py trains on every answer, in one sequence, and sees what the user says between."""
 
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, product
 from operator import itemgetter
 
 import numpy as np
@@ -100,9 +100,11 @@ def test_a_single_answer_that_the_template_marks(template):
 def test_marks_behind_a_prompt_that_opens_more():
     """Sampling begins with what the prompt opens; so does training, or it is refused. An end alone is no answer."""
     opens = "'<|im_start|>assistant\n{}\n'".format
-    thinks = tokenizer_of(GENERATES.replace("'<|im_start|>assistant\n'", opens('<think>')), '<|im_end|>')
-    unmarked = tokenizer_of(OPENS, '<|im_end|>')
-    for length in (2, 4):
+    # in every prompt, or behind an earlier answer alone
+    later = f"({opens('<think>')} if messages | length > 1 else '<|im_start|>assistant\n')"
+    for opening, length in product((opens('<think>'), later), (2, 4)):
+        templates = (template.replace("'<|im_start|>assistant\n'", opening) for template in (GENERATES, CHATML))
+        thinks, unmarked = (tokenizer_of(template, '<|im_end|>') for template in templates)
         row = {'prompt': CHAT[: length - 1], 'response': CHAT[length - 1 : length], 'turns': CHAT[:length]}
         found, expected = (tokenise([row], t, 'sft', (256, 128, 'start'), Counter()) for t in (thinks, unmarked))
         assert [ids_and_mask(example) for example in found] == [ids_and_mask(example) for example in expected]
@@ -117,6 +119,9 @@ def test_marks_behind_a_prompt_that_opens_more():
     examples = tokens(marks, [CHAT[0], empty[0]], *([*CHAT[:3], answer] for answer in empty[1:]))
     assert len(examples) == 2 and examples.left_out['empty answers'] == 3
     assert [shown(marks, examples, i)[1] for i in (0, 1)] == [['clean .<|im_end|>']] * 2
+    # another turn may follow its end at once
+    dense = tokenizer_of(GENERATES.replace(SAYS, says).replace("{{ '\n' }}", ''), '<|im_end|>')
+    assert shown(dense, tokens(dense, [CHAT[0], empty[2], *CHAT[2:4]]))[1] == ['very fine .<|im_end|>']
 
 
 @pytest.mark.parametrize('chats, last_only, trained, num_turns, reasons', [

@@ -132,7 +132,7 @@ REFUSED_FILES = [  # text, line, words
     ('steps = 3\ndouble = 6\n', 2, "'double'"), ('from math import sqrt\n', 1, "'sqrt'", 'in a config file begin with _'),
     ('rate = "x"\nsteps = len(rate)\n', 1, 'rate must be float'),  # where it is assigned, not where it is read
     ('rate = 1\nsteps = = 2\n', 2, 'SyntaxError'),
-    ('rate = 1\n  steps = 2\n', 2, 'IndentationError'),
+    ('rate = 1\n  steps = 2\n', 2, 'IndentationError'), ('rate = 1\0', 1, 'null bytes'),
     ('rate = 1\nsteps = 1 // 0\n', 2, 'ZeroDivisionError'),
     ('import no_such_module_anywhere\n', 1, 'no_such_module_anywhere'),
     ('def _f():\n    raise ValueError("so\\nthere")\n\nrate = _f()\n', 4, 'ValueError', 'so there'),
