@@ -256,7 +256,7 @@ def test_torchrun(tmp_path, whole):
 
 def test_killed_at_random_moments(tmp_path, monkeypatch, capsys):
     """The script soak.py, short; what it starts is forked."""
-    flags = '--kills=2', '--per_run=2', f'--seed={random.randrange(10**6)}', '--losses=beta_dpo'
+    flags = '--kills=2', '--per_run=2', '--processes=1', f'--seed={random.randrange(10**6)}', '--losses=beta_dpo'
     monkeypatch.setattr(sys, 'argv', ['soak', *flags, f'--folder={tmp_path}/soak'])
     monkeypatch.setattr(
         subprocess, 'Popen', lambda words, cwd, env, stdout, **how: forks.Popen(words[1:], cwd, env, stdout.name)
@@ -312,7 +312,7 @@ def test_two_hosts(tmp_path, whole, hosts):
         address, prefix = hosts[i]
         interface = 'lo' if address == '127.0.0.1' else 'veth0'
         agent = ['--nnodes=2', '--max-restarts=3', '--rdzv_backend=c10d', '--rdzv_id=7', f'--local-addr={address}',
-                 f'--rdzv_endpoint={hosts[0][0]}:{port}', f'--rdzv_conf=is_host={int(i == 0)}']  # fmt: skip
+                 f'--rdzv_endpoint={hosts[0][0]}:{port}', f'--rdzv_conf=is_host={int(i == 0)},keep_alive_interval=2']  # fmt: skip
         # without the variable an agent that stays does not tell a new one where to meet (torch 2.13)
         return start(out, 1, agent, prefix, GLOO_SOCKET_IFNAME=interface, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
