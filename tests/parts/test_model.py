@@ -433,6 +433,11 @@ def test_logits_that_are_kept_change_no_bit(monkeypatch):
         for products_so_far in (5 + again, 10 + again):
             found.append((values, *torch.autograd.grad(values.sum(), (hidden, weight), retain_graph=True)))
             assert len(products) == products_so_far
+    # a hidden state without gradient, as a reference model's, keeps none
+    products.clear()
+    values = model.Head.apply(hidden.detach(), weight, None, torch.arange(100) % 50, config('llama'), None, None)
+    values.sum().backward()
+    assert len(products) == 10
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
