@@ -277,9 +277,10 @@ def _largest_batch(run, max_tokens):
     if 'minibatch_size' in config or not run.packed:
         return tokens, False
     # the largest step: the batch_size longest examples, some again if it exceeds the data or reaches into the next epoch
-    batch_size = config['batch_size']
     n_examples = len(lengths)
-    crosses_epochs = config.get('n_epochs', 1) > 1 and n_examples % batch_size > 0
+    n_epochs = config.get('n_epochs', 1)
+    batch_size = min(config['batch_size'], n_epochs * n_examples)
+    crosses_epochs = n_epochs > 1 and n_examples % batch_size > 0
     max_copies = math.ceil(batch_size / n_examples) + crosses_epochs
     step_tokens = int(np.sort(np.tile(lengths, max_copies))[-batch_size:].sum())
     _, world_size = ranks.data_rank()

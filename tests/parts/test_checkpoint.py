@@ -854,6 +854,10 @@ def test_no_microbatch_is_larger_than_reckoned(monkeypatch, packed, share, world
     assert largest <= tokens <= 2.5 * largest and found == is_step
     # a microbatch of half a step is none
     assert not packed or room._largest_batch(run, tokens // 2) == (max(tokens // 2, 390), False)
+    # a run of one epoch is no larger than its data, whatever batch_size
+    if packed and share and world_size == 1:
+        run.config = config | {'batch_size': 640, 'n_epochs': 1}
+        assert room._largest_batch(run, 10_000) == (9 * 90 + sum(lengths), True)
 
 
 @pytest.mark.parametrize(('share', 'tokens'), [(True, [56, 58]), (False, [116, 124])])
