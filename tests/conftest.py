@@ -38,6 +38,8 @@ def launching(path):
         if isinstance(function, ast.FunctionDef):
             nodes = list(ast.walk(function))
             names = {node.id for node in nodes if isinstance(node, ast.Name)}
+            # helpers.python as well as python
+            names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
             used[function.name] = names | {node.arg for node in nodes if isinstance(node, ast.arg)}
     while more := {name for name, names in used.items() if names & found} - found:
         found |= more

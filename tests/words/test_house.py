@@ -129,6 +129,7 @@ def test_tests_that_run_scripts_are_known(tmp_path):
     file = tmp_path / 'test_x.py'
     file.write_text(
         'def run(): python("x")\ndef made(): run()\ndef test_a(made): 0\ndef test_b(): forks.y()\ndef test_c(): 0\n'
+        'def test_d(): helpers.python(x)\n'
     )
     found = launching(file)
-    assert {'run', 'made', 'test_a', 'test_b'} < found and 'test_c' not in found
+    assert {'run', 'made', 'test_a', 'test_b', 'test_d'} < found and 'test_c' not in found
