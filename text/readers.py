@@ -251,16 +251,7 @@ def _read_text(file):
 
 def _read_table(file, delimiter=','):
     """Yield the Rows of a .csv or .tsv file. Columns of numbers, booleans, lists or objects are converted; empty cells become None."""
-    # read the file twice, since one cell of text makes the whole column text
-    names, text_columns = set(), set()
-    for _line, cells, _error in _cells(file, delimiter):
-        names.update(cells)
-        text_columns.update(name for name, cell in cells.items() if cell and not NO_TEXT.fullmatch(cell))
-    for name in names:
-        # a column for texts may end in the mark of one of two answers: response_a, answer1, human_ref_B
-        stem = re.sub(r'(_?\d|_[a-z])$', '', name.lower())
-        if name.lower() in TEXT_NAMES or stem in TEXT_NAMES:
-            text_columns.add(name)
+    text_columns = _text_columns(file, delimiter)
     for line, cells, error in _cells(file, delimiter):
         for name, cell in cells.items():
             if not cell or name in text_columns:
@@ -272,6 +263,21 @@ def _read_table(file, delimiter=','):
             # one in brackets may be a text nevertheless
             cells[name] = cell if value is None else value
         yield Row.of(cells, f'{file}, line {line}', error)
+
+
+def _text_columns(file, delimiter):
+    """Return the names of a table's columns that stay text: those for texts by their names, and those with a cell of text."""
+    names, found = set(), set()
+    # this reads the whole file, which is read again: one cell of text makes the whole column text
+    for _line, cells, _error in _cells(file, delimiter):
+        names.update(cells)
+        found.update(name for name, cell in cells.items() if cell and not NO_TEXT.fullmatch(cell))
+    for name in names:
+        # it may end in the mark of one of two answers: response_a, answer1, human_ref_B
+        stem = re.sub(r'(_?\d|_[a-z])$', '', name.lower())
+        if name.lower() in TEXT_NAMES or stem in TEXT_NAMES:
+            found.add(name)
+    return found
 
 
 def _cells(file, delimiter):

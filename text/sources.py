@@ -236,28 +236,35 @@ def _parsed(rows, parse, task, columns):
     """Return an iterator of (row, its examples or a ValueError) for all rows. Raises UserError. parse: a function of one row, a
     Layout, or None to detect the layout. columns: the option --columns, which replaces parse."""
     if parse is None or columns:
-        column_of = _parse_option(columns)
         rows = iter(rows)
         head = list(islice(rows, LOOK_AHEAD))
         rows = chain(head, rows)
-        found_columns = dict.fromkeys(chain(*head))
-        for column in column_of.values():
-            if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
-                raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
-        layout = None if columns else _first_layout(head)
-        verdicts = layout.columns.intersection(formats.BY_NAME) if layout else [column_of.get('winner', '')]
-        # prompts need no verdict
-        if task != 'prompts' and (problem := formats.signs_among(head, verdicts)):
-            raise UserError(f'{head[0].where}: {problem} ({HELP})')
-        # a few layouts compare all rows; otherwise parse_any finds the layout of each row by itself
-        needs_all_rows = layout and layout.read in formats.OF_ALL_ROWS
-        # columns that ask or answer may have names that are not known
-        unread, judges = formats.unread_texts(head, layout) if layout and not needs_all_rows else ([], [])
-        if unread:
-            advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
-            say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
-        parse = layout if needs_all_rows else partial(formats.parse_any, task=task, columns=column_of, judges=judges)
+        parse = _parse_for(head, task, _parse_option(columns))
     return parse.read(rows, task) if isinstance(parse, Layout) else each(rows, parse)
+
+
+def _parse_for(head, task, column_of):
+    """Return a function of one row, or the Layout, that reads rows which begin with `head`. Raises UserError.
+
+    column_of: the option --columns, {our name: column}; {}: the columns decide, and a note names those that may be missed."""
+    found_columns = dict.fromkeys(chain(*head))
+    for column in column_of.values():
+        if found_columns and formats.plain_name(column) not in map(formats.plain_name, found_columns):
+            raise UserError(f'--columns: there is no column {column!r}; there are {", ".join(found_columns)}')
+    layout = None if column_of else _first_layout(head)
+    # a few layouts compare all rows; of the others, parse_any finds that of each row by itself
+    if layout and layout.read in formats.OF_ALL_ROWS:
+        return layout
+    verdicts = layout.columns.intersection(formats.BY_NAME) if layout else [column_of.get('winner', '')]
+    # prompts need no verdict
+    if task != 'prompts' and (problem := formats.signs_among(head, verdicts)):
+        raise UserError(f'{head[0].where}: {problem} ({HELP})')
+    unread, judges = formats.unread_texts(head, layout) if layout else ([], [])
+    # columns that ask or answer may have names that are not known
+    if unread:
+        advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
+        say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
+    return partial(formats.parse_any, task=task, columns=column_of, judges=judges)
 
 
 def _parse_option(columns):
