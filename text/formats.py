@@ -36,6 +36,9 @@ UNASKED = 'note: conversations that lose what precedes the first question or fol
 # fmt: off
 # columns with the question; the first one present is used
 QUESTIONS = 'prompt question instruction problem query input'.split()
+# columns that hold the question if none of those and no chat does
+ASKING = ('user_prompt user_input user_message user_query user_question user_request request question_text prompt_text human inputs '
+          'context').split()
 # columns with more context for a question
 ABOUT = ('context history options choices article passage starter_code chat_history conversation_history dialogue_history '
          'dialog_history previous_messages instructions').split()
@@ -60,11 +63,13 @@ COLUMNS = ('prompt question system chosen rejected response label messages text 
 SIDES = [sides.split('/') for sides in (
     'chosen/rejected accepted/rejected selected/rejected preferred/non_preferred chosen/reject preferred/dispreferred winning/losing '
     'win/lose better/worse best/worst y_w/y_l').split()]
+# and with a word that is a label by itself
+LABELLED_SIDES = [['good', 'bad'], ['correct', 'incorrect']]
 SIDE_NAMES = '{} {}_response response_{} {}_answer answer_{} {}_output {}_completion {}_text text_{} {}_conversations {}_messages'.split()
 # their name=our name; an entry applies if a row has all its columns
 RENAMED = []
 for name in SIDE_NAMES:
-    for good, bad in SIDES:
+    for good, bad in SIDES if name == '{}' else SIDES + LABELLED_SIDES:
         RENAMED.append({name.format(good): 'chosen', name.format(bad): 'rejected'})
 for entry in (
     'response_j=chosen response_k=rejected, pos_resp=chosen neg_resp=rejected, response=chosen rejected_response=rejected, '
@@ -360,9 +365,10 @@ def rename_columns(columns):
 
 def _unpack(row):
     """Move question, answers, scores and template settings out of the objects that data sets keep them in, in place."""
-    # a text 'context' is the question if nothing else asks
-    if isinstance(row.get('context'), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
-        row['question'] = row.pop('context')
+    # a text is the question if nothing else asks
+    asks = first_of(ASKING, row)
+    if isinstance(row.get(asks), str) and not first_of((*QUESTIONS, *CHATS, 'text'), row):
+        row['question'] = row.pop(asks)
     _unpack_scored(row)
     # a single number or text in such a column does not score a list of answers
     for name in SCORES:
@@ -515,7 +521,8 @@ def example_of(row, columns):
     if isinstance(first_answer, list):
         return _example_of_chats(prompt, answers)
     if prompt is None:
-        return _split_off_prompt(row, answers)
+        _check_no_other_asks(row, answers)
+        return _split_at_marker(answers)
     prompt, answers, repeats = _take_off_question(prompt, answers)
     if isinstance(prompt, str):
         # CarperAI's and DeepSpeed's answers begin with a marker, which elsewhere ends the prompt
@@ -536,7 +543,7 @@ def example_of(row, columns):
 
 
 def _take_off_question(prompt, answers):
-    """Return (prompt, answers, {'repeats': whether all answers began with the question, which was then taken off}). answers:
+    """Return (prompt, answers, {'repeats': whether all answers had the question in them, which was then taken off}). answers:
     {key: text}. An empty question gives {}. Raises ValueError if only one answer begins with it."""
     question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
     if not question:
@@ -548,7 +555,19 @@ def _take_off_question(prompt, answers):
         answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
         # white space after the prompt is part of the answers now
         prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
+    # or the whole conversation, with its speakers, stands in each answer: it has the prompt, too
+    elif all(_has_question(text, question) for text in answers.values()):
+        repeats = [True]
+        answers = _split_at_marker(answers)
+        prompt = answers.pop('prompt')
     return prompt, answers, {'repeats': repeats[0]}
+
+
+def _has_question(text, question):
+    """Return whether a text begins as a conversation does, and has this question in it, with the marker of an answer behind it."""
+    begins = messages.BEGINNING.match(text) or TEMPLATE_TEXT.match(text) or re.match(r'\s*Q(uestion)?:', text)
+    _, found, after = text.partition(question) if begins else ('', '', '')
+    return bool(found) and first_of(TURN_MARKERS, after) is not None
 
 
 def _example_of_chats(prompt, answers):
@@ -586,28 +605,31 @@ def _joined(prompt, chat):
     return [turn for turn in prompt[:1] if turn['role'] == 'system'] + chat
 
 
-def _split_off_prompt(row, answers):
-    """Return the example of two texts that begin with the prompt: each is split at its last turn marker. Raises ValueError."""
+def _check_no_other_asks(row, answers):
+    """Raise ValueError if texts without a column for their prompt are a single one, or if a column such as 'prompts' may be the prompt."""
     if len(answers) == 1:
         raise ValueError("'prompt' is missing")
-    chosen, rejected = answers.values()
-    # a column such as 'prompts' may be the prompt
     for name in [name for name in row if any(word in name for word in QUESTIONS)]:
         text = str(row[name]).strip()
-        if messages.has_words(text, 3) and text not in chosen:
+        if messages.has_words(text, 3) and text not in answers['chosen']:
             raise ValueError(f"{name!r} may ask: --columns='prompt={name}, chosen=chosen, rejected=rejected'")
+
+
+def _split_at_marker(answers):
+    """Return the example of texts {key: text} that begin with the prompt: each is split at its last turn marker. Raises ValueError."""
     # HH has ASSISTANT in both texts, even if the prompts before it differ
-    common = os.path.commonprefix([chosen, rejected])
-    marker = ASSISTANT if ASSISTANT in chosen else first_of(TURN_MARKERS, common)
+    common = os.path.commonprefix(list(answers.values()))
+    has_assistant = any(ASSISTANT in text for text in answers.values())
+    marker = ASSISTANT if has_assistant else first_of(TURN_MARKERS, common)
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
-    prompt, _, chosen = chosen.rpartition(marker)
-    rejected_prompt, _, rejected = rejected.rpartition(marker)
+    parts = {key: text.rpartition(marker) for key, text in answers.items()}
+    prompts = {prompt for prompt, _, _ in parts.values()}
     # so do about 1 in 900 pairs of HH
-    if prompt != rejected_prompt:
+    if len(prompts) > 1:
         raise LeftOut(DIFFERENT)
-    return {'prompt': prompt + marker, 'chosen': chosen, 'rejected': rejected}
+    return {'prompt': prompts.pop() + marker, **{key: answer for key, (_, _, answer) in parts.items()}}
 
 
 # ---- pairs ----
@@ -1153,8 +1175,9 @@ READERS = (
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
-    ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
-    ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
+    ('answer', 'response, completion', read_answer),
+    ('answer', ','.join(f'{question} {answers}' for question in QUESTIONS for answers in ('output', 'generation')), read_answer),
+    ('answer', 'prompt answer, instruction answer, query answer, input answer', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
     ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
     ('text', 'text', read_text),

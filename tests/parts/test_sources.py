@@ -294,9 +294,11 @@ def said(human, gpt, **more):
 
 # fmt: off
 COLUMNS = {  # the names of a question's column and of one answer's (Amod counselling, Vertex, FLAN, ...), or of the better and the worse one's
-    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution',
+    ('sft', 'q? a'): 'Context Response, input_text output_text, inputs targets, input target, human assistant, user assistant, question answer, instruction output, problem solution, '
+        'problem output, query output, input answer, user_prompt response, user_input output, request answer, question_text completion, inputs generation',
     ('pairs', 'q? a b'): 'question chosen rejected, query chosen rejected, context chosen rejected, input accepted rejected, question response_j response_k, '
-        'query response rejected_response, question answer rejected_answer',
+        'query response rejected_response, question answer rejected_answer, user_query chosen rejected, human good_answer bad_answer, '
+        'request response_correct response_incorrect',
 }
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'Q: 0? A: 4', 'response': '4'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
        {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"},
@@ -309,6 +311,12 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': MARKUP, **{k: f'{k}<|im_end|>' for k in ANSWERS}}, {'implicit, chat markup': {k: f'{MARKUP}{k}<|im_end|>' for k in ANSWERS}}),
     (None, {'prompt': 'Q: 0?\nA:', 'chosen': 'yes', 'rejected': ' no'}, {'repeated prompt, other blanks': {'prompt': 'Q: 0?\nA: ', 'chosen': '\nQ: 0?\nA:yes', 'rejected': 'Q: 0?\nA: no'}}),
     (None, {'prompt': 'Q: 0?\nA:', 'response': ' yes', 'good': True}, {'repeated prompt, one answer': {'prompt': 'Q: 0?\nA:', 'completion': 'Q: 0?\nA: yes', 'label': True}}),
+    (None, {'prompt': messages.ask('q?'), **{k: f' {v}' for k, v in ANSWERS.items()}}, {
+        'repeated with its speakers': {'prompt': 'q?', **{k: messages.ask('q?') + f' {v}' for k, v in ANSWERS.items()}},
+        'repeated with its speakers, of a question': {'question': 'q?', **{k: messages.ask('q?') + f' {v}' for k, v in ANSWERS.items()}}}),
+    (None, {'prompt': 'Question: q?\nAnswer:', 'response': ' a'}, {'repeated behind a word': {'query': 'q?', 'response': 'Question: q?\nAnswer: a'}}),
+    (None, {'prompt': MARKUP, 'response': 'a<|im_end|>'}, {'repeated with its markup': {'instruction': 'hi', 'output': f'{MARKUP}a<|im_end|>'}}),
+    (None, {'prompt': 'Write a talk.', 'response': 'Human: q?\nAI: a'}, {'a dialogue that is asked for': {'prompt': 'Write a talk.', 'response': 'Human: q?\nAI: a'}}),
     (None, PAIR | BRIEF, {'prompt and system': {'system_prompt': 'Be brief.', 'prompt': 'q?', **ANSWERS}}),
     (None, {'prompt': 'p', **ANSWERS}, {'names that are taken': {'prompt': 'p', **ANSWERS, 'real': 'x', 'generated': 'y'}}),
     (None, {'prompt': 'Q: 0?\nA:', **ANSWERS}, {'question that ends in a turn marker': {'question': 'Q: 0?\nA:', **ANSWERS}}),
