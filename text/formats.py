@@ -518,21 +518,17 @@ def example_of(row, columns):
     prompt = prompt_of(row, first_answer)
     if len(set(map(type, answers.values()))) > 1:
         raise ValueError("'chosen' is text and 'rejected' is chat, or the reverse")
-    if isinstance(first_answer, list):
+    is_written = isinstance(prompt, str) and prompt.endswith(TEMPLATE_MARKERS)
+    # behind a prompt that a chat template has written, single messages are texts
+    if is_written and all(map(_is_plain_message, answers.values())):
+        answers = {key: chat[0]['content'] for key, chat in answers.items()}
+    elif isinstance(first_answer, list):
         return _example_of_chats(prompt, answers)
     if prompt is None:
         _check_no_other_asks(row, answers)
         return _split_at_marker(answers)
     prompt, answers, repeats = _take_off_question(prompt, answers)
-    if isinstance(prompt, str):
-        # CarperAI's and DeepSpeed's answers begin with a marker, which elsewhere ends the prompt
-        for marker in ('TL;DR:', 'Assistant:'):
-            have_it = all(text.lstrip().startswith(marker) for text in answers.values())
-            # a single answer to no dialogue may begin so by itself
-            is_moved = len(answers) == 2 or prompt.lstrip().startswith('Human:')
-            if have_it and is_moved and not prompt.endswith(TURN_MARKERS):
-                prompt = f'{prompt.rstrip()}\n\n{marker}'
-                answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
+    prompt, answers = _take_off_marker(prompt, answers)
     # Math-Step-DPO has the first steps of both answers in a column of their own
     first_steps = row.get('initial_reason_steps', '')
     answers = {key: first_steps + text for key, text in answers.items()}
@@ -542,10 +538,32 @@ def example_of(row, columns):
     return {'prompt': prompt, **answers, **repeats}
 
 
+def _is_plain_message(answer):
+    """Return whether an answer is a chat of one message, which has nothing but its role and content."""
+    return isinstance(answer, list) and len(answer) == 1 and answer[0].keys() == {'role', 'content'}
+
+
+def _take_off_marker(prompt, answers):
+    """Return (prompt, answers) without the marker that answers begin with in CarperAI's and DeepSpeed's data: it ends the prompt."""
+    is_text = isinstance(prompt, str)
+    for marker in ('TL;DR:', 'Assistant:') if is_text else ['Assistant:']:
+        have_it = all(text.lstrip().startswith(marker) for text in answers.values())
+        # a single answer to no dialogue may begin so by itself
+        is_moved = len(answers) == 2 or (is_text and prompt.lstrip().startswith('Human:'))
+        if have_it and is_moved:
+            answers = {key: text.lstrip().removeprefix(marker) for key, text in answers.items()}
+            # a chat's template writes its own
+            if is_text and not prompt.endswith(TURN_MARKERS):
+                prompt = f'{prompt.rstrip()}\n\n{marker}'
+    return prompt, answers
+
+
 def _take_off_question(prompt, answers):
     """Return (prompt, answers, {'repeats': whether all answers had the question in them, which was then taken off}). answers:
     {key: text}. An empty question gives {}. Raises ValueError if only one answer begins with it."""
-    question = (prompt if isinstance(prompt, str) else prompt[-1]['content']).strip()
+    text = prompt if isinstance(prompt, str) else prompt[-1]['content']
+    # white space after the question is part of the answers, but for the line break behind a marker of a chat template
+    question = text.lstrip() if text.endswith(TEMPLATE_MARKERS) else text.strip()
     if not question:
         return prompt, answers, {}
     repeats = [text.lstrip().startswith(question) for text in answers.values()]
@@ -553,21 +571,24 @@ def _take_off_question(prompt, answers):
         raise ValueError("only one of 'chosen' and 'rejected' begins with the prompt")
     if repeats[0]:
         answers = {key: text.lstrip().removeprefix(question) for key, text in answers.items()}
-        # white space after the prompt is part of the answers now
-        prompt = prompt.rstrip() if isinstance(prompt, str) else prompt
-    # or the whole conversation, with its speakers, stands in each answer: it has the prompt, too
+        prompt = prompt[: prompt.index(question) + len(question)] if isinstance(prompt, str) else prompt
+    # or the whole conversation, with its speakers, stands in each answer
     elif all(_has_question(text, question) for text in answers.values()):
         repeats = [True]
         answers = _split_at_marker(answers)
-        prompt = answers.pop('prompt')
+        whole_prompt = answers.pop('prompt')
+        # but perhaps without the prompt's system message
+        if isinstance(prompt, str) or all(turn['content'].strip() in whole_prompt for turn in prompt):
+            prompt = whole_prompt
     return prompt, answers, {'repeats': repeats[0]}
 
 
 def _has_question(text, question):
     """Return whether a text begins as a conversation does, and has this question in it, with the marker of an answer behind it."""
     begins = messages.BEGINNING.match(text) or TEMPLATE_TEXT.match(text) or re.match(r'\s*Q(uestion)?:', text)
+    # the question may end in the marker
     _, found, after = text.partition(question) if begins else ('', '', '')
-    return bool(found) and first_of(TURN_MARKERS, after) is not None
+    return bool(found) and first_of(TURN_MARKERS, question + after) is not None
 
 
 def _example_of_chats(prompt, answers):

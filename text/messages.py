@@ -312,7 +312,7 @@ def split_dialogue(text, turn_pattern):
 
 
 def as_chat(prompt):
-    """Return a prompt as a list of messages: a dialogue in Anthropic's format is split, other text is one question."""
+    """Return a prompt as a list of messages: a dialogue with speakers is split, other text is one question."""
     if not isinstance(prompt, str):
         return prompt
     # HelpSteer's dialogues have no marker before the first question
@@ -320,7 +320,9 @@ def as_chat(prompt):
         return split_dialogue(f'<extra_id_1>User\n{prompt}', r'\s*<extra_id_1>(User|Assistant)\n')
     turn_pattern = r'\n\n(Human|Assistant):'
     if not re.match(rf'\s*?{turn_pattern}', prompt):
-        return [message('user', prompt)]
+        # other speakers, and the marker of the answer to come
+        turns = dialogue(prompt)
+        return turns[:-1] if turns[-1:] == [message('assistant', '')] else [message('user', prompt)]
     turns = split_dialogue(prompt, turn_pattern)
     # the marker at the end, of the answer to come, is no message
     if turns[-1] == message('assistant', ''):

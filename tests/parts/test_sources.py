@@ -194,6 +194,8 @@ def test_prompts_as_chats():
     hh = '\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:'
     assert messages.as_chat(hh) == [user('a\n\nb'), assistant('c'), user('d')]
     assert messages.as_chat('Review of the hotel:') == [user('Review of the hotel:')]
+    for written in ('User: q?\nAssistant:', '### Instruction:\nq?\n\n### Response:'):
+        assert messages.as_chat(written) == [user('q?')] and messages.as_chat(f'{written} a') == [user(f'{written} a')]
     assert messages.instruction(hh) == hh
     for text in (' odd \n', 'two\n\nlines', ''):
         assert messages.instruction(messages.ask(text)) == text
@@ -301,8 +303,7 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
         'request response_correct response_incorrect',
 }
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'Q: 0? A: 4', 'response': '4'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
-       {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"},
-       {'prompt': messages.ask('q?'), 'chosen': 'Assistant: a', 'rejected': 'Assistant: b'}]
+       {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}}),
@@ -314,6 +315,13 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': messages.ask('q?'), **{k: f' {v}' for k, v in ANSWERS.items()}}, {
         'repeated with its speakers': {'prompt': 'q?', **{k: messages.ask('q?') + f' {v}' for k, v in ANSWERS.items()}},
         'repeated with its speakers, of a question': {'question': 'q?', **{k: messages.ask('q?') + f' {v}' for k, v in ANSWERS.items()}}}),
+    (None, {'prompt': messages.ask('q?'), **{k: f' {v}' for k, v in ANSWERS.items()}}, {'the marker twice': {'prompt': messages.ask('q?'), **{k: f'Assistant: {v}' for k, v in ANSWERS.items()}}}),
+    (None, PAIR, {'a marker behind a question': {'question': 'q?', **{k: f'Assistant: {v}' for k, v in ANSWERS.items()}}}),
+    (None, BRIEF | {k: f' {v}' for k, v in ANSWERS.items()}, {'repeated without the system message': {'prompt': BRIEF['prompt'], **{k: messages.ask('q?') + f' {v}' for k, v in ANSWERS.items()}}}),
+    (None, {'prompt': MARKUP, **ANSWERS}, {'repeated markup': {'prompt': MARKUP, **{k: MARKUP + v for k, v in ANSWERS.items()}}}),
+    (None, {'prompt': f'<|im_start|>system\ns<|im_end|>\n{MARKUP}', **ANSWERS}, {
+        'repeated markup behind a system message': {'prompt': MARKUP, **{k: f'<|im_start|>system\ns<|im_end|>\n{MARKUP}{v}' for k, v in ANSWERS.items()}}}),
+    (None, {'prompt': MARKUP, **ANSWERS}, {'markup and messages': {'prompt': MARKUP, **{k: [assistant(v)] for k, v in ANSWERS.items()}}}),
     (None, {'prompt': 'Question: q?\nAnswer:', 'response': ' a'}, {'repeated behind a word': {'query': 'q?', 'response': 'Question: q?\nAnswer: a'}}),
     (None, {'prompt': MARKUP, 'response': 'a<|im_end|>'}, {'repeated with its markup': {'instruction': 'hi', 'output': f'{MARKUP}a<|im_end|>'}}),
     (None, {'prompt': 'Write a talk.', 'response': 'Human: q?\nAI: a'}, {'a dialogue that is asked for': {'prompt': 'Write a talk.', 'response': 'Human: q?\nAI: a'}}),
