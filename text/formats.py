@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict, namedtuple
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
@@ -27,6 +27,7 @@ JUDGES = 'note: rows that the column {!r} may judge, which is not read'
 AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
 NO_TEXT = 'note: rows whose {!r} is a word such as nan or None: if it means nothing, leave it empty'
 NO_QUESTION = 'note: examples with an empty question'
+LACKING = 'note: rows without {!r}, which others have: they are read by other columns'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
@@ -138,7 +139,7 @@ MANY = 'generations responses completions outputs all_generated_responses sample
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
 # in lists of objects, fields with an answer, and with its score
 ITEM_ANSWERS = 'completion answer response text'.split()
-ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score'.split()
+ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score rating reward'.split()
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]', ' ASSISTANT:')
@@ -180,6 +181,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
     """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
     row = unified(raw, columns)
     layout = layout_of(frozenset(row))
+    lacking = [column for note, [column], _ in judges if note == LACKING and column not in row]
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
@@ -190,6 +192,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
         questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
         examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
     examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks_of(row, chain(NOTED, judges))]
+    examples += [{'drop': LACKING.format(column)} for column in lacking]
     # tables may have a list of answers as one text
     answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
     if any(text.startswith(('["', "['")) for text in answers):
@@ -458,7 +461,9 @@ def prompt_of(row, given_answer=None):
     # what these ask about may stand beside them
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
-        prompt = '\n\n'.join(filter(None, parts))
+        # one that a chat template has written already has the question
+        written = [part for part in parts if part.endswith(TEMPLATE_MARKERS) and prompt in part]
+        prompt = written[0] if written else '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # what other columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
@@ -645,15 +650,17 @@ def read_compared(row, task):
     columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
     # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
-    if verdict_column in BY_NAME:
-        lead = _lead_by_name(row, verdict_column, columns, task)
+    if task == 'prompts':
+        lead = -1  # prompts need no verdict
+    elif verdict_column in BY_NAME:
+        lead = _lead_by_name(row, verdict_column, columns)
     elif verdict_column:
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0  # null is a tie
     else:
         # SCORED: (first answer, second answer, their scores)
         *columns, first_score, second_score = next(names for names in SCORED if set(names) <= row.keys())
         lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
-    if not lead and task != 'prompts':
+    if not lead:
         raise LeftOut('tie')
     chosen, rejected = columns[::-1] if lead > 0 else columns
     # SFT takes the better conversation even if the other one has different questions
@@ -668,7 +675,7 @@ def read_compared(row, task):
     return [example_of(row | chats, wanted)]
 
 
-def _lead_by_name(row, verdict_column, columns, task):
+def _lead_by_name(row, verdict_column, columns):
     """Return 1 if the verdict names the second of two columns, -1 if the first, and 0 for a tie. Raises ValueError."""
     sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
     verdict = str(row[verdict_column]).strip(' []().').lower()
@@ -683,9 +690,6 @@ def _lead_by_name(row, verdict_column, columns, task):
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
     if side in sides:
         return 1 if side == sides[1] else -1
-    # prompts need no verdict
-    if task == 'prompts':
-        return 0
     if named:
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
@@ -701,10 +705,7 @@ def _lead_by_name(row, verdict_column, columns, task):
 def signs_among(rows, names):
     """Return a sentence if the verdicts on two answers in one of these columns are 1 and -1 alone, which name no answer, or None."""
     for name in names:
-        verdicts = set()
-        for row in map(plain, rows):
-            verdict = row.get(plain_name(name))
-            verdicts.add(str(verdict).removesuffix('.0'))
+        verdicts = {str(plain(row).get(plain_name(name))).removesuffix('.0') for row in rows}
         if verdicts - {'None'} == {'1', '-1'}:
             advice = 'write the name of the better one there, or tie, or call the column preference_strength (below 0: the first is better)'
             return f'{name!r} is 1 and -1 alone, which names neither of two answers: {advice}'
@@ -713,11 +714,8 @@ def signs_among(rows, names):
 
 def read_votes(row, task):
     """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
-    lists = []
-    for value in map(row.get, ('prompt', 'response_a', 'response_b')):
-        if isinstance(value, str):
-            value = json.loads(value) if value.startswith('[') else [value]
-        lists.append(value)
+    values = map(row.get, ('prompt', 'response_a', 'response_b'))
+    lists = [json.loads(value) if isinstance(value, str) and value[:1] == '[' else as_list(value) for value in values]
     # an answer may be null
     if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
@@ -924,8 +922,9 @@ def read_answer(row, task):
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
     texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
     thoughts = [text for text in texts if messages.has_words(text, 3)]
-    may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
-    if thoughts and not label and not may_have_own:
+    # an empty answer, which may have been cut off, stays empty
+    may_take_one = isinstance(row[column], str) and row[column].strip() and '</think>' not in row[column]
+    if thoughts and not label and may_take_one:
         # only messages have fields for thoughts
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
@@ -1034,10 +1033,8 @@ def read_text(row, task):
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
     examples = [{'prompt': '', 'response': text}]
-    if is_chat:
-        examples.append({'drop': WHOLE})
-    if CHAT_LINE.match(text):
-        examples.append({'drop': LINES})
+    examples += [{'drop': WHOLE}] * bool(is_chat)
+    examples += [{'drop': LINES}] * bool(CHAT_LINE.match(text))
     return examples
 
 
@@ -1055,10 +1052,8 @@ def read_prompt(row, task):
     # of one user's questions (MT-Bench's texts, Arena-Hard's {'content': text}) the first is a prompt: the others follow its answer
     column = first_of((*QUESTIONS, 'turns'), row)
     questions = row[column] if column in ('prompt', 'turns') else None
-    turns = questions if isinstance(questions, list) else []
-    are_contents = [isinstance(turn, dict) and turn.keys() == {'content'} for turn in turns]
-    if all(are_contents):
-        questions = [turn['content'] for turn in turns]
+    if all(isinstance(turn, dict) and turn.keys() == {'content'} for turn in as_list(questions)):
+        questions = [turn['content'] for turn in as_list(questions)]
     if are_texts(questions):
         first, *later = questions
         return [{'prompt': [message('user', first)]}] + [{'drop': LATER}] * len(later)
@@ -1068,20 +1063,27 @@ def read_prompt(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return (columns that may ask, answer or judge, and that no example shows; marks of later rows by which others judge).
+    """Return (columns that may ask, answer or judge, and that no example shows; marks: of others that judge, of splits, LACKING).
 
-    They have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
+    Such columns have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
     flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class or writer; a persona; or a link to a row or conversation."""
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
+    read_in = Counter()  # column that is read -> number of rows
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
     is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
     if layout.read is read_scored:
         is_read.update(QUESTIONS)
-    for number, (row, examples) in enumerate(each(rows, parse_any)):
+    # prompts need none of the columns that may be answers
+    parse = partial(parse_any, task='prompts' if layout.read is read_prompt else None)
+    for number, (row, examples) in enumerate(each(rows, parse)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
+        known = unified(row)
+        # other layouts are told by all that they read
+        used = {first_of(QUESTIONS, known), first_of(ANSWERS, known)} if layout.read is read_answer else layout.columns
+        read_in.update(filter(used.__contains__, known))
         row = plain(row)
         for name in filter(THREADS.fullmatch, filter(row.get, row)):
             # a text to learn has an empty prompt
@@ -1107,8 +1109,10 @@ def unread_texts(rows, layout):
                     found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    later = []
+    later = [(LACKING, [name], ()) for name, count in read_in.items() if count > len(rows) / 2]
     for name, its_values in values.items():
+        if its_values <= {'train', 'training', *HELD_OUT} and name not in SPLITS:
+            later.append((FOR_TESTS, [name], HELD_OUT))
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
@@ -1156,7 +1160,7 @@ READERS = (
     ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
     ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
-    ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
+    ('answer', ','.join(f'{asks} {answers}' for asks in QUESTIONS[1:] for answers in ANSWERS[2:-1]), read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join((*QUESTIONS, 'turns')), read_prompt),
 )
