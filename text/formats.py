@@ -1070,18 +1070,16 @@ def unread_texts(rows, layout):
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
-    read_in = Counter()  # column that is read -> number of rows
+    read_in = Counter()  # column of the layout, or of question and answer -> number of rows
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
-    if layout.read is read_scored:
-        is_read.update(QUESTIONS)
+    asked = QUESTIONS if layout.read is read_scored else []
+    is_read = {*layout.columns, *asked, 'rejected', 'tools', *TEST_FLAGS}
     # prompts need none of the columns that may be answers
     parse = partial(parse_any, task='prompts' if layout.read is read_prompt else None)
     for number, (row, examples) in enumerate(each(rows, parse)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         known = unified(row)
-        # other layouts are told by all that they read
         used = {first_of(QUESTIONS, known), first_of(ANSWERS, known)} if layout.read is read_answer else layout.columns
         read_in.update(filter(used.__contains__, known))
         row = plain(row)
@@ -1110,9 +1108,8 @@ def unread_texts(rows, layout):
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     later = [(LACKING, [name], ()) for name, count in read_in.items() if count > len(rows) / 2]
+    later += [(FOR_TESTS, [name], HELD_OUT) for name in values if name not in SPLITS and values[name] <= {'train', *HELD_OUT}]
     for name, its_values in values.items():
-        if its_values <= {'train', 'training', *HELD_OUT} and name not in SPLITS:
-            later.append((FOR_TESTS, [name], HELD_OUT))
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
