@@ -27,7 +27,7 @@ JUDGES = 'note: rows that the column {!r} may judge, which is not read'
 AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
 NO_TEXT = 'note: rows whose {!r} is a word such as nan or None: if it means nothing, leave it empty'
 NO_QUESTION = 'note: examples with an empty question'
-LACKING = 'note: rows without {!r}, which others have: they are read by other columns'
+LACKING = 'note: rows that lack one of the columns {}, by which others are read: they are read by what they have'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
@@ -87,9 +87,8 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 # columns with their scores, which tell the better one, too
 SCORED = []
 for one, two in COMPARED:
-    SCORED.append((one, two, f'score_{one[-1]}', f'score_{two[-1]}'))
-    SCORED.append((one, two, f'{one}_rating', f'{two}_rating'))
-    SCORED.append((one, two, f'{one}_score', f'{two}_score'))
+    for form in ('score_{1}', '{0}_rating', '{0}_score'):
+        SCORED.append((one, two, form.format(one, one[-1]), form.format(two, two[-1])))
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
            'better_response human_preference human_choice').split()
@@ -120,6 +119,7 @@ MARKS = [
 # columns that tell the split of a row, and what they say of one for tests
 SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
+EITHER_SPLIT = ['train', *HELD_OUT]
 TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
 # columns that few rows need; tables and programs write NOTHING where there is no text
 ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.split()
@@ -178,10 +178,10 @@ def each(rows, read):
 
 
 def parse_any(raw, task=None, columns=None, judges=()):
-    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
+    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: of unread_texts()."""
     row = unified(raw, columns)
-    layout = layout_of(frozenset(row))
-    lacking = [column for note, [column], _ in judges if note == LACKING and column not in row]
+    given = frozenset(row)
+    layout = layout_of(given)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
@@ -192,7 +192,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
         questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
         examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
     examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks_of(row, chain(NOTED, judges))]
-    examples += [{'drop': LACKING.format(column)} for column in lacking]
+    examples += [{'drop': note} for note, columns, words in judges if not words and not given.issuperset(columns)]
     # tables may have a list of answers as one text
     answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
     if any(text.startswith(('["', "['")) for text in answers):
@@ -461,9 +461,7 @@ def prompt_of(row, given_answer=None):
     # what these ask about may stand beside them
     if column in ('question', 'instruction'):
         parts = [prompt, *(field(row, added) for added in ('input', 'context') if row.get(added))]
-        # one that a chat template has written already has the question
-        written = [part for part in parts if part.endswith(TEMPLATE_MARKERS) and prompt in part]
-        prompt = written[0] if written else '\n\n'.join(filter(None, parts))
+        prompt = '\n\n'.join(filter(None, parts))
     turns = [message('user', prompt)] if isinstance(prompt, str) else prompt
     # what other columns ask may be in the earlier messages of a chat in the answer column
     earlier = given_answer[:-1] if isinstance(given_answer, list) else []
@@ -705,7 +703,10 @@ def _lead_by_name(row, verdict_column, columns):
 def signs_among(rows, names):
     """Return a sentence if the verdicts on two answers in one of these columns are 1 and -1 alone, which name no answer, or None."""
     for name in names:
-        verdicts = {str(plain(row).get(plain_name(name))).removesuffix('.0') for row in rows}
+        verdicts = set()
+        for row in map(plain, rows):
+            verdict = row.get(plain_name(name))
+            verdicts.add(str(verdict).removesuffix('.0'))
         if verdicts - {'None'} == {'1', '-1'}:
             advice = 'write the name of the better one there, or tie, or call the column preference_strength (below 0: the first is better)'
             return f'{name!r} is 1 and -1 alone, which names neither of two answers: {advice}'
@@ -714,8 +715,11 @@ def signs_among(rows, names):
 
 def read_votes(row, task):
     """Read LMSYS's votes: questions and answers of two models, each a list, its JSON or a text, and a 1 in 'winner_model_a' or b."""
-    values = map(row.get, ('prompt', 'response_a', 'response_b'))
-    lists = [json.loads(value) if isinstance(value, str) and value[:1] == '[' else as_list(value) for value in values]
+    lists = []
+    for value in map(row.get, ('prompt', 'response_a', 'response_b')):
+        if isinstance(value, str):
+            value = json.loads(value) if value.startswith('[') else [value]
+        lists.append(value)
     # an answer may be null
     if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
@@ -1033,8 +1037,10 @@ def read_text(row, task):
     if task == 'prompts':
         raise ValueError("'text' is an answer, and no column asks: if it asks, --columns='question=text'")
     examples = [{'prompt': '', 'response': text}]
-    examples += [{'drop': WHOLE}] * bool(is_chat)
-    examples += [{'drop': LINES}] * bool(CHAT_LINE.match(text))
+    if is_chat:
+        examples.append({'drop': WHOLE})
+    if CHAT_LINE.match(text):
+        examples.append({'drop': LINES})
     return examples
 
 
@@ -1052,8 +1058,10 @@ def read_prompt(row, task):
     # of one user's questions (MT-Bench's texts, Arena-Hard's {'content': text}) the first is a prompt: the others follow its answer
     column = first_of((*QUESTIONS, 'turns'), row)
     questions = row[column] if column in ('prompt', 'turns') else None
-    if all(isinstance(turn, dict) and turn.keys() == {'content'} for turn in as_list(questions)):
-        questions = [turn['content'] for turn in as_list(questions)]
+    turns = questions if isinstance(questions, list) else []
+    are_contents = [isinstance(turn, dict) and turn.keys() == {'content'} for turn in turns]
+    if all(are_contents):
+        questions = [turn['content'] for turn in turns]
     if are_texts(questions):
         first, *later = questions
         return [{'prompt': [message('user', first)]}] + [{'drop': LATER}] * len(later)
@@ -1063,14 +1071,13 @@ def read_prompt(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return (columns that may ask, answer or judge, and that no example shows; marks: of others that judge, of splits, LACKING).
+    """Return (columns that may ask, answer or judge, and that no example shows; marks: LACKING, without words; of splits; of others that judge).
 
     Such columns have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
     flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class or writer; a persona; or a link to a row or conversation."""
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
-    read_in = Counter()  # column of the layout, or of question and answer -> number of rows
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
     asked = QUESTIONS if layout.read is read_scored else []
     is_read = {*layout.columns, *asked, 'rejected', 'tools', *TEST_FLAGS}
@@ -1079,9 +1086,6 @@ def unread_texts(rows, layout):
     for number, (row, examples) in enumerate(each(rows, parse)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
-        known = unified(row)
-        used = {first_of(QUESTIONS, known), first_of(ANSWERS, known)} if layout.read is read_answer else layout.columns
-        read_in.update(filter(used.__contains__, known))
         row = plain(row)
         for name in filter(THREADS.fullmatch, filter(row.get, row)):
             # a text to learn has an empty prompt
@@ -1090,10 +1094,11 @@ def unread_texts(rows, layout):
         fields = _inner_fields(examples[0], row, is_read)
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
-            is_label = name in LABELS and 'good' in examples[0]
+            if name in is_read or (name in LABELS and 'good' in examples[0]):
+                continue
             # a list of flags or grades is about parts of the row: its answers, or several judges
             for part in as_list(value):
-                if isinstance(part, NUMBER | str) and not is_label and name not in TEXTS:
+                if isinstance(part, NUMBER | str) and name not in TEXTS:
                     values[name].add(str(part).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
@@ -1107,9 +1112,10 @@ def unread_texts(rows, layout):
                     found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    later = [(LACKING, [name], ()) for name, count in read_in.items() if count > len(rows) / 2]
-    later += [(FOR_TESTS, [name], HELD_OUT) for name in values if name not in SPLITS and values[name] <= {'train', *HELD_OUT}]
+    later = [(LACKING.format(', '.join(sorted(layout.columns))), layout.columns, [])]
     for name, its_values in values.items():
+        if its_values.issubset(EITHER_SPLIT) and name not in SPLITS:
+            later.append((FOR_TESTS, [name], HELD_OUT))
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
@@ -1118,10 +1124,10 @@ def unread_texts(rows, layout):
         has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
         if has_both or is_verdict or is_class or name in PERSONAS or PARENTS.fullmatch(name) or GRADES & its_values:
             unread.append(name)
-        elif len(its_values) <= 10 and name not in is_read:
+        elif len(its_values) <= 10:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
-    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread) if name not in is_read], later
+    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread)], later
 
 
 def _inner_fields(example, row, is_read):
@@ -1154,10 +1160,12 @@ READERS = (
     ('HelpSteer', 'prompt response helpfulness', read_rated),
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
-    ('answer', 'response, completion, instruction output, input output, prompt output, question output, question generation', read_answer),
-    ('answer', 'prompt answer, instruction answer, query answer, prompt generation, instruction generation', read_answer),
+    ('answer', 'response, completion, prompt output, question output, instruction output, problem output, query output, input output', read_answer),
+    ('answer', 'prompt generation, question generation, instruction generation, problem generation, query generation', read_answer),
+    ('answer', 'prompt answer, instruction answer, query answer', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
-    ('answer', ','.join(f'{asks} {answers}' for asks in QUESTIONS[1:] for answers in ANSWERS[2:-1]), read_answer),
+    ('answer', 'question solution, instruction solution, problem solution, query solution, input solution', read_answer),
+    ('answer', 'question answer, problem answer, input answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join((*QUESTIONS, 'turns')), read_prompt),
 )

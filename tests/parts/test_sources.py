@@ -499,15 +499,13 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     *(('a column of splits by any name', 'sft', [{'prompt': 'p', 'response': 'a', 'metadata': x} for x in ('train', last, 'train')], [{'prompt': 'p', 'response': 'a'}] * 3, left)
       for last, left in (('Eval', {formats.FOR_TESTS.format('metadata'): 1}), ('train', {}))),
     ('a column of which one word is a split', 'sft', [{'prompt': 'p', 'response': 'a', 'topic': x} for x in ('exam', 'test')], [{'prompt': 'p', 'response': 'a'}] * 2, {}),
-    *(('rows that lack what others have', 'sft', [{'question': 'q?', 'solution': 'a', 'answer': 'x'}] * 3 + [row], [SFT] * 3 + [SFT | {'response': [assistant('x')]}], {formats.LACKING.format('solution'): 1})
+    *(('rows that lack what others have', 'sft', [{'question': 'q?', 'solution': 'a', 'answer': 'x'}] * 3 + [row], [SFT] * 3 + [SFT | {'response': [assistant('x')]}], {formats.LACKING.format('question, solution'): 1})
       for row in ({'question': 'q?', 'answer': 'x'}, {'question': 'q?', 'solution': None, 'answer': 'x'})),
     ('a row of another layout', 'sft', [{'messages': QA, 'text': None}] * 3 + [{'messages': None, 'text': 'a'}], [SFT] * 3 + [{'prompt': '', 'response': 'a'}], {formats.LACKING.format('messages'): 1}),
-    ('a row with another question', 'sft', [{'instruction': 'q?', 'query': None, 'output': 'a'}] * 3 + [{'instruction': None, 'query': 'q?', 'output': 'a'}], [SFT] * 4, {formats.LACKING.format('instruction'): 1}),
-    ('half of the rows lack what others have', 'sft', [{'question': 'q?', 'answer': 'a', 'messages': None}, {'question': None, 'answer': None, 'messages': QA}], [SFT] * 2, {}),
+    ('a row with another question', 'sft', [{'instruction': 'q?', 'query': None, 'output': 'a'}] * 3 + [{'instruction': None, 'query': 'q?', 'output': 'a'}], [SFT] * 4, {formats.LACKING.format('instruction, output'): 1}),
+    ('half of the rows lack what others have', 'sft', [{'question': 'q?', 'answer': 'a', 'messages': None}, {'question': None, 'answer': None, 'messages': QA}], [SFT] * 2, {formats.LACKING.format('answer, question'): 1}),
     ('a thought of which the answer was cut off', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': x} for x in ('a', ' ')],
      [SFT | {'response': [assistant('a', reasoning_content='let me think')]}, SFT | {'response': [assistant('')]}], {}),
-    *(('SimpleRL-Zoo', task, [{'question': 'q?', 'input': '<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n', 'answer': 'a'}], [example | {'prompt': '<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n'}], {})
-      for task, example in (('sft', {'response': 'a'}), ('prompts', {'response': 'a'}))),
     *(('a flag of tests', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in (True, False, True)], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 2}) for name in ('is_test', 'held_out')),
     *(('scores that contradict', 'pairs', [pair('p', 'a', 'b') | {better: x, worse: 3} for x in (2, 3, 4.5, 1)], [pair('p', 'a', 'b')] * 4, {formats.CONTRADICTED: 2})
       for better, worse in (('score_chosen', 'score_rejected'), ('chosen-rating', 'rejected-rating'), ('chosen_avg_rating', 'rejected_avg_rating'), ('Reward_chosen', 'Reward_rejected'))),
@@ -568,7 +566,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
       for texts in [(WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question', '[INST] a [/INST] b [INST] c', '[INST] a [/INST] b [/INST] c')]),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
-    ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
+    ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {formats.LACKING.format('problem, solution'): 1}),
     ('XTuner', 'sft', [{'conversation': [{'system': 'Be brief.', 'input': 'q?', 'output': 'a'}]}, {'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [SFT | BRIEF, MULTI], {}),
     ('SQuAD', 'sft', [{'question': 'i', 'context': 'c', 'answers': {'text': x, 'answer_start': [0] * len(x)}} for x in (['a', 'b'], [])], [{'prompt': [user('i\n\nc')], 'response': [assistant(x)]} for x in ('a', '')], {}),
     ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
@@ -1368,7 +1366,7 @@ def test_columns_that_may_judge_later_rows():
     row = {'prompt': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'sentiment': 3, 'tone': 'x'}
     rows = [sources.Row(row | {'author': f'x{i}'}) for i in range(11)]
     unread, later = formats.unread_texts(rows, formats.layout_of(frozenset(row)))
-    judges = [columns for note, columns, _ in later if note == formats.JUDGES]
+    judges = [columns for note, columns, words in later if words]
     assert unread == [] and judges == [['sentiment'], ['tone'], ['role of messages']]
 
 
