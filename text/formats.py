@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict, namedtuple
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations, compress, dropwhile, pairwise
 from operator import itemgetter
 
@@ -27,6 +27,7 @@ JUDGES = 'note: rows that the column {!r} may judge, which is not read'
 AS_LIST = 'note: answers that are lists in JSON or Python, as texts: if each has several answers, write lists in .jsonl'
 NO_TEXT = 'note: rows whose {!r} is a word such as nan or None: if it means nothing, leave it empty'
 NO_QUESTION = 'note: examples with an empty question'
+LACKING = 'note: rows that lack one of the columns {}, by which others are read: they are read by what they have'
 CONTRADICTED = 'note: pairs whose scores or margin rate the rejected answer higher than the chosen one'
 LATER = 'messages behind a first question, which go on from an answer'
 WHOLE = 'note: texts of several turns in the form of a chat template, learnt whole: as messages only the answers are'
@@ -91,9 +92,8 @@ COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in
 # columns with their scores, which tell the better one, too
 SCORED = []
 for one, two in COMPARED:
-    SCORED.append((one, two, f'score_{one[-1]}', f'score_{two[-1]}'))
-    SCORED.append((one, two, f'{one}_rating', f'{two}_rating'))
-    SCORED.append((one, two, f'{one}_score', f'{two}_score'))
+    for form in ('score_{1}', '{0}_rating', '{0}_score'):
+        SCORED.append((one, two, form.format(one, one[-1]), form.format(two, two[-1])))
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
            'better_response human_preference human_choice').split()
@@ -124,6 +124,7 @@ MARKS = [
 # columns that tell the split of a row, and what they say of one for tests
 SPLITS = 'split data_split dataset_split set subset fold partition type'.split()
 HELD_OUT = 'test testing validation valid val dev eval held_out heldout holdout'.split()
+EITHER_SPLIT = ['train', *HELD_OUT]
 TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
 # columns that few rows need; tables and programs write NOTHING where there is no text
 ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.split()
@@ -143,7 +144,7 @@ MANY = 'generations responses completions outputs all_generated_responses sample
 SCORES = 'correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores'.split()
 # in lists of objects, fields with an answer, and with its score
 ITEM_ANSWERS = 'completion answer response text'.split()
-ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score'.split()
+ITEM_SCORES = 'rank fine-grained_score overall_score score pm_score rating reward'.split()
 # markers between a prompt and its answer in one text, in order of preference; the first are those of chat templates
 TEMPLATE_MARKERS = ('<|im_start|>assistant\n', '<|start_header_id|>assistant<|end_header_id|>\n\n', '<start_of_turn>model\n',
                     '<|assistant|>\n', '[/INST]', ' ASSISTANT:')
@@ -182,9 +183,10 @@ def each(rows, read):
 
 
 def parse_any(raw, task=None, columns=None, judges=()):
-    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: marks to note."""
+    """Return the examples of a raw row in any layout. columns: {our name: column}, or None to detect them. judges: of unread_texts()."""
     row = unified(raw, columns)
-    layout = layout_of(frozenset(row))
+    given = frozenset(row)
+    layout = layout_of(given)
     if layout.read in OF_ALL_ROWS:
         raise ValueError(f'a row of the layout {layout.name} among others')
     check_flags(row, is_pair=layout.read in (read_pair, read_compared) and task != 'prompts')
@@ -195,6 +197,7 @@ def parse_any(raw, task=None, columns=None, judges=()):
         questions = [prompt if isinstance(prompt, str) else prompt[-1:] for prompt in prompts]
         examples += [{'drop': NO_QUESTION}] * sum(map(messages.is_empty, questions))
     examples += [{'drop': note.format(spelled(column, raw))} for note, column in marks_of(row, chain(NOTED, judges))]
+    examples += [{'drop': note} for note, columns, words in judges if not words and not given.issuperset(columns)]
     # tables may have a list of answers as one text
     answers = [row[name] for name in ('chosen', 'rejected', *ANSWERS) if isinstance(row.get(name), str)]
     if any(text.startswith(('["', "['")) for text in answers):
@@ -688,15 +691,17 @@ def read_compared(row, task):
     columns = next(pair for pair in COMPARED if set(pair) <= row.keys())
     # lead: by how much the second answer is better (negative: the first), 0 for a tie
     verdict_column = first_of(VERDICTS, row)
-    if verdict_column in BY_NAME:
-        lead = _lead_by_name(row, verdict_column, columns, task)
+    if task == 'prompts':
+        lead = -1  # prompts need no verdict
+    elif verdict_column in BY_NAME:
+        lead = _lead_by_name(row, verdict_column, columns)
     elif verdict_column:
         lead = field(row, verdict_column, NUMBER) if row[verdict_column] else 0  # null is a tie
     else:
         # SCORED: (first answer, second answer, their scores)
         *columns, first_score, second_score = next(names for names in SCORED if set(names) <= row.keys())
         lead = field(row, second_score, NUMBER) - field(row, first_score, NUMBER)
-    if not lead and task != 'prompts':
+    if not lead:
         raise LeftOut('tie')
     chosen, rejected = columns[::-1] if lead > 0 else columns
     # SFT takes the better conversation even if the other one has different questions
@@ -711,7 +716,7 @@ def read_compared(row, task):
     return [example_of(row | chats, wanted)]
 
 
-def _lead_by_name(row, verdict_column, columns, task):
+def _lead_by_name(row, verdict_column, columns):
     """Return 1 if the verdict names the second of two columns, -1 if the first, and 0 for a tie. Raises ValueError."""
     sides = [column[-1] for column in columns]  # ['a', 'b'], ['0', '1'] or ['1', '2']
     verdict = str(row[verdict_column]).strip(' []().').lower()
@@ -726,9 +731,6 @@ def _lead_by_name(row, verdict_column, columns, task):
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''
     if side in sides:
         return 1 if side == sides[1] else -1
-    # prompts need no verdict
-    if task == 'prompts':
-        return 0
     if named:
         # 0 beside response_1 and response_2: whether 1 is the first or the second is not clear in any row
         doubt = f'is no number of {" and ".join(columns)}, so other rows may count otherwise, too'
@@ -967,8 +969,9 @@ def read_answer(row, task):
     # a column of THOUGHTS has the thought behind the answer, if it is no flag ('reasoning': 'on') and no reason for a label
     texts = [row[name] for name in THOUGHTS if isinstance(row.get(name), str)]
     thoughts = [text for text in texts if messages.has_words(text, 3)]
-    may_have_own = not isinstance(row[column], str) or '</think>' in row[column]
-    if thoughts and not label and not may_have_own:
+    # an empty answer, which may have been cut off, stays empty
+    may_take_one = isinstance(row[column], str) and row[column].strip() and '</think>' not in row[column]
+    if thoughts and not label and may_take_one:
         # only messages have fields for thoughts
         if isinstance(example['prompt'], str):
             return [example, {'drop': UNTHOUGHT}]
@@ -1111,18 +1114,19 @@ def read_prompt(row, task):
 
 
 def unread_texts(rows, layout):
-    """Return (columns that may ask, answer or judge, and that no example shows; marks of later rows by which others judge).
+    """Return (columns that may ask, answer or judge, and that no example shows; marks: LACKING, without words; of splits; of others that judge).
 
-    They have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
+    Such columns have texts in most rows, of four words if all are different, else of eight (a category or an id is shorter); both values of a
     flag; a grade; beside a pair a verdict such as 2 or 'B'; a text's class or writer; a persona; or a link to a row or conversation."""
     found = defaultdict(set)  # column -> its different short texts, and (row's number, long text)
     values = defaultdict(set)  # column -> its different numbers and words
     threads = defaultdict(set)  # (column, id of a conversation) -> how the prompts of its rows begin
     # read_scored reads, or refuses, every question: an example shows that of Stack Exchange without its HTML
-    is_read = {*layout.columns, 'rejected', 'tools', *TEST_FLAGS}
-    if layout.read is read_scored:
-        is_read.update(QUESTIONS)
-    for number, (row, examples) in enumerate(each(rows, parse_any)):
+    asked = QUESTIONS if layout.read is read_scored else []
+    is_read = {*layout.columns, *asked, 'rejected', 'tools', *TEST_FLAGS}
+    # prompts need none of the columns that may be answers
+    parse = partial(parse_any, task='prompts' if layout.read is read_prompt else None)
+    for number, (row, examples) in enumerate(each(rows, parse)):
         if isinstance(examples, ValueError) or 'drop' in examples[0]:
             continue
         row = plain(row)
@@ -1133,10 +1137,11 @@ def unread_texts(rows, layout):
         fields = _inner_fields(examples[0], row, is_read)
         shown = set(_texts_in(examples, min_words=4))
         for name, value in chain(row.items(), fields):
-            is_label = name in LABELS and 'good' in examples[0]
+            if name in is_read or (name in LABELS and 'good' in examples[0]):
+                continue
             # a list of flags or grades is about parts of the row: its answers, or several judges
             for part in as_list(value):
-                if isinstance(part, NUMBER | str) and not is_label and name not in TEXTS:
+                if isinstance(part, NUMBER | str) and name not in TEXTS:
                     values[name].add(str(part).strip().lower())
             # objects describe the row, unless they are messages
             if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
@@ -1150,8 +1155,10 @@ def unread_texts(rows, layout):
                     found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
-    later = []
+    later = [(LACKING.format(', '.join(sorted(layout.columns))), layout.columns, [])]
     for name, its_values in values.items():
+        if its_values.issubset(EITHER_SPLIT) and name not in SPLITS:
+            later.append((FOR_TESTS, [name], HELD_OUT))
         are_flags = its_values.issubset(FLAGS)
         is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
         is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
@@ -1160,10 +1167,10 @@ def unread_texts(rows, layout):
         has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
         if has_both or is_verdict or is_class or name in PERSONAS or PARENTS.fullmatch(name) or GRADES & its_values:
             unread.append(name)
-        elif len(its_values) <= 10 and name not in is_read:
+        elif len(its_values) <= 10:
             words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
             later.append((JUDGES, [name], words))
-    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread) if name not in is_read], later
+    return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread)], later
 
 
 def _inner_fields(example, row, is_read):
@@ -1197,10 +1204,11 @@ READERS = (
     ('pair', 'chosen, rejected', read_pair),
     ('conversation', ','.join(CHATS), read_chat),
     ('answer', 'response, completion', read_answer),
-    ('answer', ','.join(f'{question} {answers}' for question in QUESTIONS for answers in ('output', 'generation')), read_answer),
-    ('answer', 'prompt answer, instruction answer, query answer, input answer', read_answer),
+    ('answer', ','.join(f'{asks} {answers}' for asks in QUESTIONS for answers in ('output', 'generation')), read_answer),
+    ('answer', 'prompt answer, instruction answer, query answer', read_answer),
     ('scored answers', ','.join(f'{answers} {scores}' for answers in MANY for scores in SCORES), read_scored),
-    ('answer', 'question answer, question solution, problem solution, problem answer', read_answer),
+    ('answer', ','.join(f'{asks} solution' for asks in QUESTIONS if asks != 'prompt'), read_answer),
+    ('answer', 'question answer, problem answer, input answer', read_answer),
     ('text', 'text', read_text),
     ('prompt', ','.join((*QUESTIONS, 'turns')), read_prompt),
 )

@@ -29,12 +29,12 @@ MEDIA = lru_cache(1000)(
 ROLES = {name: role for role, names in {
     'user': 'user human prompter question',
     'assistant': 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call',
-    'tool': 'tool observation tool_response',
+    'tool': 'tool observation tool_response function_response',
     'system': 'system', 'developer': 'developer', 'function': 'function', 'ipython': 'ipython',
 }.items() for name in names.split()}  # fmt: skip
 # speakers in a dialogue that is one text -> their role
-ASKERS = 'human user prompter instruction 用户 ユーザー 사용자'.split()
-REPLIERS = 'assistant ai bot chatbot gpt chatgpt model response 助手 アシスタント 어시스턴트'.split()
+ASKERS = 'human user prompter instruction 用户 问 ユーザー 사용자'.split()
+REPLIERS = 'assistant ai bot chatbot gpt chatgpt model response 助手 答 アシスタント 어시스턴트'.split()
 SPEAKERS = dict.fromkeys(ASKERS, 'user') | dict.fromkeys(REPLIERS, 'assistant') | {'system': 'system'}
 # how such a text begins: a sign or none, a speaker, a colon; '### Human:', '<BOT>:', '**User:**' (group 2 is for these), 'User:'
 # (signs are short, and what precedes the first # is skipped for good: a long row of signs would else take minutes)
@@ -125,7 +125,7 @@ def read_message(turn):
         our_names[written] = 'content'
     turn = {our_names.get(key, key): value for key, value in turn.items()}
     written_role = field(turn, 'role')
-    role = ROLES.get(written_role.strip().lower())
+    role = ROLES.get(written_role.strip().lower().replace(' ', '_').replace('-', '_'))
     # messages with 'role' may have roles of their own chat template
     if 'from' in our_names and role is None:
         raise ValueError(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')

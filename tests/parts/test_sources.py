@@ -512,6 +512,16 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
     ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'fold': x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format('fold'): 1}),
+    *(('a column of splits by any name', 'sft', [{'prompt': 'p', 'response': 'a', 'metadata': x} for x in ('train', last, 'train')], [{'prompt': 'p', 'response': 'a'}] * 3, left)
+      for last, left in (('Eval', {formats.FOR_TESTS.format('metadata'): 1}), ('train', {}))),
+    ('a column of which one word is a split', 'sft', [{'prompt': 'p', 'response': 'a', 'topic': x} for x in ('exam', 'test')], [{'prompt': 'p', 'response': 'a'}] * 2, {}),
+    *(('rows that lack what others have', 'sft', [{'question': 'q?', 'solution': 'a', 'answer': 'x'}] * 3 + [row], [SFT] * 3 + [SFT | {'response': [assistant('x')]}], {formats.LACKING.format('question, solution'): 1})
+      for row in ({'question': 'q?', 'answer': 'x'}, {'question': 'q?', 'solution': None, 'answer': 'x'})),
+    ('a row of another layout', 'sft', [{'messages': QA, 'text': None}] * 3 + [{'messages': None, 'text': 'a'}], [SFT] * 3 + [{'prompt': '', 'response': 'a'}], {formats.LACKING.format('messages'): 1}),
+    ('a row with another question', 'sft', [{'instruction': 'q?', 'query': None, 'output': 'a'}] * 3 + [{'instruction': None, 'query': 'q?', 'output': 'a'}], [SFT] * 4, {formats.LACKING.format('instruction, output'): 1}),
+    ('half of the rows lack what others have', 'sft', [{'question': 'q?', 'answer': 'a', 'messages': None}, {'question': None, 'answer': None, 'messages': QA}], [SFT] * 2, {formats.LACKING.format('answer, question'): 1}),
+    ('a thought of which the answer was cut off', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': x} for x in ('a', ' ')],
+     [SFT | {'response': [assistant('a', reasoning_content='let me think')]}, SFT | {'response': [assistant('')]}], {}),
     *(('a flag of tests', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in (True, False, True)], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 2}) for name in ('is_test', 'held_out')),
     *(('scores that contradict', 'pairs', [pair('p', 'a', 'b') | {better: x, worse: 3} for x in (2, 3, 4.5, 1)], [pair('p', 'a', 'b')] * 4, {formats.CONTRADICTED: 2})
       for better, worse in (('score_chosen', 'score_rejected'), ('chosen-rating', 'rejected-rating'), ('chosen_avg_rating', 'rejected_avg_rating'), ('Reward_chosen', 'Reward_rejected'))),
@@ -527,7 +537,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
       for name, flags, reason in (('tie', (None, True), 'tie'), ('winner', ('chosen', 'tie'), 'tie'), ('status', ('APPROVED', 'REJECTED'), formats.UNUSED))),
     *(('rows not to be used', 'sft', [{'messages': x, name: flag} for x, flag in zip((TWO_TURNS, QA), flags, strict=True)], [SFT], {formats.UNUSED: 1})
       for name, flags in (('skip', (True, False)), ('deleted', (1, 0)), ('is_valid', ('false', 'true')), ('keep', (0, 1)), ('status', ('DISCARDED', 'done')))),
-    ('ms-swift, tools', 'prompts', [{'messages': [*ASKS, {'role': 'tool_call', 'content': 'f'}, {'role': 'tool_response', 'content': '8'}]}], [{'prompt': [*ASKS, assistant('f'), {'role': 'tool', 'content': '8'}]}], {}),
+    *(('ms-swift, tools', 'prompts', [{'messages': [*ASKS, {'role': call, 'content': 'f'}, {'role': reply, 'content': '8'}]}], [{'prompt': [*ASKS, assistant('f'), {'role': 'tool', 'content': '8'}]}], {}) for call, reply in (('tool_call', 'tool_response'), ('Tool Call', 'function-response'))),
     ('a pair of which one is not trained on', 'pairs', [pair([user('q?')], [assistant('a', weight=w)], [assistant('b')]) for w in (0, 1)], [PAIR], {formats.UNTRAINED: 1}),
     *(('annotations, with what was asked', 'pairs', [{'prompt': x, 'instruction': 'q', 'output_1': 'a', 'output_2': 'b', 'preference': 2}], [pair(x, 'b', 'a')], {}) for x in ('p', ASKS)),
     ('a draw that is no tie', 'sft', [{'prompt': 'p', 'response': 'a', 'draw': True, 'result': 'tie', 'reversed': True, 'status': 'rejected'}], [{'prompt': 'p', 'response': 'a'}], {}),
@@ -572,7 +582,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
       for texts in [(WHOLE, VICUNA, 'In Llama 2 [/INST] ends a question', '[INST] a [/INST] b [INST] c', '[INST] a [/INST] b [/INST] c')]),
     ('OffsetBias', 'pairs', [{'instruction': 'q?', 'output_1': 'b', 'output_2': 'a', 'label': 2}, {'instruction': 'q?', 'output_1': 'a', 'output_2': 'b', 'label': 1}], [PAIR] * 2, {}),
     ('JudgeBench', 'pairs', [{'question': 'q?', 'response_model': 'x', 'response_A': 'b', 'response_B': 'a', 'label': x} for x in ('B>A', 'B>>A', 'A=B')], [PAIR] * 2, {'tie': 1}),
-    ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {}),
+    ('NuminaMath 1.5', 'sft', [{'problem': 'q?', 'answer': '4', 'solution': 'a'}, {'problem': 'q?', 'answer': 'a', 'solution': None}], [SFT] * 2, {formats.LACKING.format('problem, solution'): 1}),
     ('XTuner', 'sft', [{'conversation': [{'system': 'Be brief.', 'input': 'q?', 'output': 'a'}]}, {'conversation': [{'input': 'a', 'output': 'b'}, {'input': 'q?', 'output': 'a'}]}], [SFT | BRIEF, MULTI], {}),
     ('SQuAD', 'sft', [{'question': 'i', 'context': 'c', 'answers': {'text': x, 'answer_start': [0] * len(x)}} for x in (['a', 'b'], [])], [{'prompt': [user('i\n\nc')], 'response': [assistant(x)]} for x in ('a', '')], {}),
     ('OpenAssistant, ranks as fractions', 'pairs', [{'message_id': i, 'parent_id': p, 'text': t, 'role': r, 'rank': n} for i, p, t, r, n in (('1', None, 'q?', 'prompter', None), ('2', '1', 'b', 'assistant', 1.0), ('3', '1', 'a', 'assistant', 0.0))], [PAIR], {}),
@@ -740,14 +750,15 @@ NAMED = [  # names that mean the same, a row with a column (or a value) of that 
     ('generations responses completions outputs all_generated_responses samples answers', lambda name: {'prompt': 'q?', name: ['b', 'a'], 'scores': [0, 1]}, [PAIR]),
     ('correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores', lambda name: {'prompt': 'q?', 'samples': ['b', 'a'], name: [0, 1]}, [PAIR]),
     ('completion answer response text', lambda name: {'prompt': 'q?', 'samples': [{name: x, 'score': n} for n, x in enumerate('ba')]}, [PAIR]),
-    ('fine-grained_score overall_score score pm_score', lambda name: {'prompt': 'q?', 'samples': [{'text': x, name: n} for n, x in enumerate('ba')]}, [PAIR]),
+    ('fine-grained_score overall_score score pm_score rating reward', lambda name: {'prompt': 'q?', 'samples': [{'text': x, name: n} for n, x in enumerate('ba')]}, [PAIR]),
     *(('good label kto_tag desirable is_safe is_correct', lambda name, x=x: LABELLED | {name: x}, found) for x, found in ((0, [LABELLED | {'good': False}]), (None, 'is neither true'))),
     ('false no 0 0.0 bad undesirable rejected negative neg incorrect', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': False}]),
     ('true yes 1 1.0 good desirable chosen positive pos correct', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': True}]),
     ('split data_split dataset_split set subset fold partition type', lambda name: LABELLED | {name: 'Test'}, [LABELLED, {'drop': formats.FOR_TESTS.format('{name}')}]),
     ('test testing validation valid val dev eval held_out heldout holdout', lambda name: LABELLED | {'set': name}, [LABELLED, {'drop': formats.FOR_TESTS.format('set')}]),
     ('reasoning_content thinking reasoning complex_cot cot', lambda name: {'question': 'q?', name: 'let me think', 'answer': 'a'}, [SFT | {'response': [assistant('a', reasoning_content='let me think')]}]),
-    ('question instruction problem query input', lambda name: {name: 'q?', 'response': 'a'}, [SFT]), ('response completion output generation answer', lambda name: {'prompt': 'p', name: 'a'}, [LABELLED]),
+    *(('question instruction problem query input', lambda name, x=x: {name: 'q?', x: 'a'}, [SFT]) for x in ('response', 'output', 'solution', 'answer')),
+    ('response completion output generation answer', lambda name: {'prompt': 'p', name: 'a'}, [LABELLED]),
     ('messages conversations conversation context_messages trajectory', lambda name: {name: QA}, [SFT]),
     ('response completion output answer reply target', lambda name: {'prompt': 'p', f'My {name}s': 'a'}, 'may be an answer'),
     ('role from speaker sender author', lambda name: {'text': 'q', name: 'user'}, "'text' is one message"),
@@ -757,12 +768,12 @@ NAMED = [  # names that mean the same, a row with a column (or a value) of that 
     ('rating score', lambda name: {'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', f'response_a_{name}': 1, f'response_b_{name}': 2}, [PAIR]),
     ('input context system', lambda name: {'question': 'q?', name: math.nan, 'answer': 'a'}, [SFT]),
     ('nan None NULL n/a <noinput>', lambda name: {'question': 'q?', 'input': name, 'answer': 'a'}, [SFT | {'prompt': [user('q?\n\n{name}')]}, {'drop': formats.NO_TEXT.format('input')}]),
-    *((f'{who} {who.upper()}', lambda name, x=replies: {'text': f'{name}：q?\n{x}：a'}, [SFT]) for who, replies in (('user', 'model'), ('用户', '助手'), ('ユーザー', 'アシスタント'), ('사용자', '어시스턴트'))),
+    *((f'{who} {who.upper()}', lambda name, x=replies: {'text': f'{name}：q?\n{x}：a'}, [SFT]) for who, replies in (('user', 'model'), ('用户', '助手'), ('问', '答'), ('ユーザー', 'アシスタント'), ('사용자', '어시스턴트'))),
     ('chosen better', lambda name: {'prompt': 'p', name: "['a', 'c']", {'chosen': 'rejected', 'better': 'worse'}[name]: 'b'}, [pair('p', "['a', 'c']", 'b'), {'drop': formats.AS_LIST}]),
     ('response answer', lambda name: {'prompt': 'p', name: '["a", "c"]'}, [LABELLED | {'response': '["a", "c"]'}, {'drop': formats.AS_LIST}]),
     ('corrected edited revised improved preferred expected reference', lambda name: LABELLED | {f'{name}_response': 'b'}, 'may be the better answer'),
     *((names, lambda name, asks=asks: {'messages': [{'role': name if asks else 'user', 'content': 'q?'}, {'role': 'bot' if asks else name.upper(), 'content': 'a'}]}, [SFT]) for asks, names in
-      ((True, 'user human prompter question'), (False, 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call'))),
+      ((True, 'user human prompter question'), (False, 'assistant gpt chatgpt model bot chatbot ai bing bard function_call tool_call function-call'))),
 ]  # fmt: skip
 
 
@@ -1302,7 +1313,9 @@ def test_any_file_is_read_row_by_row(tmp_path_factory, rows):
     assume(not any(x.pop('repeats', False) for x in expected))  # which is judged by the file
     examples, left_out = load(path, skip_bad_rows=True)
     assert examples == [x for x in expected if 'drop' not in x]
-    assert left_out.total() == bad + sum('drop' in x for x in expected)
+    # one note is of the file
+    of_rows = [n for reason, n in left_out.items() if not reason.startswith(formats.LACKING.partition('{')[0])]
+    assert sum(of_rows) == bad + sum('drop' in x for x in expected)
     assert sum(n for reason, n in left_out.items() if reason.startswith('bad rows')) == bad
     if bad:
         with pytest.raises(UserError, match=r'data\.jsonl, line \d+: '):
@@ -1353,6 +1366,11 @@ def test_texts_and_no_messages_become_chats():
     assert messages.instruction('\n\nHuman: q?') == '\n\nHuman: q?'
 
 
+def test_what_stands_beside_a_prompt_alone_is_named():
+    rows = [sources.Row({'query': f'q{i}?', 'answers': f'the answer number {i}', 'checked': i > 1}) for i in range(9)]
+    assert formats.unread_texts(rows, formats.layout_of(frozenset({'query'})))[0] == ['answers', 'checked']
+
+
 @pytest.mark.parametrize('extra, unread', [  # of row i, whose prompt is 'what is the sum of {i}'
     (lambda i: [f'the extra one is {i}'], ['extra']), (lambda i: [user(f'the extra one is {i}')], ['extra']), (lambda i: f'the sum of {i}', []),
     (lambda i: [f'the extra one is {i}'] * 5 + [f'what is the sum of {i}'], [])])  # fmt: skip
@@ -1366,7 +1384,8 @@ def test_columns_that_may_judge_later_rows():
     row = {'prompt': 'q?', 'response_a': 'a', 'response_b': 'b', 'winner': 'a', 'sentiment': 3, 'tone': 'x'}
     rows = [sources.Row(row | {'author': f'x{i}'}) for i in range(11)]
     unread, later = formats.unread_texts(rows, formats.layout_of(frozenset(row)))
-    assert unread == [] and [columns for _, columns, _ in later] == [['sentiment'], ['tone'], ['role of messages']]
+    judges = [columns for note, columns, words in later if words]
+    assert unread == [] and judges == [['sentiment'], ['tone'], ['role of messages']]
 
 
 def test_how_a_source_is_found(tmp_path):
