@@ -81,13 +81,16 @@ for entry in (
     'definition=instruction input=input output=output, human=instruction assistant=response, '
     'user=instruction assistant=response, reasoning_content=reasoning_content content=response, r1_solution_1=response, '
     'generated_solution=response, output_text=response, model_a_name=model_a, model_b_name=model_b, model_0_name=model_0, '
-    'model_1_name=model_1, model_2_name=model_2, system_instruction=system'
+    'model_1_name=model_1, model_2_name=model_2, system_instruction=system, '
+    'model_a_response=response_a model_b_response=response_b, model_1_response=response_1 model_2_response=response_2, '
+    'assistant_a=response_a assistant_b=response_b'
 ).split(','):
     RENAMED.append(dict(names.split('=') for names in entry.split()))
 # known columns that may hold a chat in place of a text -> our name for it
 RENAMED_CHATS = {'input': 'messages', 'context': 'prompt', 'query': 'prompt', 'contents': 'messages'}
 # pairs of columns with two answers to compare: response_a and response_b, response_0 and response_1, ...
-STEMS = 'response_ response answer_ completion_ conversation_ conv_ output_ candidate_ messages_'.split()
+STEMS = ('response_ response answer_ answer completion_ completion conversation_ conv_ output_ output candidate_ candidate '
+         'messages_').split()
 COMPARED = [(stem + first, stem + second) for stem in STEMS for first, second in ('ab', '01', '12')]
 # columns with their scores, which tell the better one, too
 SCORED = []
@@ -96,10 +99,10 @@ for one, two in COMPARED:
         SCORED.append((one, two, form.format(one, one[-1]), form.format(two, two[-1])))
 # columns with the verdict: the name or number of the better answer, or a number whose sign says which one is better
 BY_NAME = ('winner verdict chosen_model_name preferred preference better_response_id safer_response_id overall_response choice label '
-           'better_response human_preference human_choice').split()
+           'better_response human_preference human_choice better best preferred_response selected vote judgment judgement').split()
 VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
-VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012]|first|second)(\.0|>+.|'
+VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012]|first|second|left|right)(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
 YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
@@ -725,7 +728,7 @@ def _lead_by_name(row, verdict_column, columns):
     models = [str(row.get(f'model_{side}', '?')).lower() for side in sides]
     if named:
         # a and b are the first and the second answer, also of response_1 and response_2
-        names = dict(zip(['a', 'b', 'first', 'second'], sides * 2, strict=True))
+        names = dict(zip(['a', 'b', 'first', 'second', 'left', 'right'], sides * 3, strict=True))
         side = names.get(named[3], named[3])
     else:
         side = sides[models.index(verdict)] if models.count(verdict) == 1 else ''

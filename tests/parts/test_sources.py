@@ -511,6 +511,9 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('Unified-Feedback', 'pairs', [{'conv_A': [user('q?'), assistant('b')], 'conv_B': QA, 'conv_A_rating': 0.0, 'conv_B_rating': x} for x in (1.0, 0.0)], [PAIR], {'tie': 1}),
     ('two of three answers have scores', 'pairs', [{'prompt': 'q?', 'response_0': 'x', 'response_1': 'b', 'response_2': 'a', 'score_1': 1, 'score_2': 2}], [PAIR], {}),
     ('sides by letters and names', 'pairs', [{'prompt': 'q?', 'response_a': 'b', 'response_b': 'a', 'preference': x} for x in ('B', 'response_b', 'model b', '[[B]]', 'Output (b)', 'draw', 'neither', 'About the same')], [PAIR] * 5, {'tie': 3}),
+    *(('a verdict by another name', 'pairs', [{'prompt': 'q?', one: 'b', two: 'a', name: 'right'}, {'prompt': 'q?', one: 'a', two: 'b', name: 'Left'}], [PAIR] * 2, {})
+      for (one, two), name in zip((('answer1', 'answer2'), ('model_a_response', 'model_b_response'), ('assistant_a', 'assistant_b'), ('Completion1', 'Completion2')),
+                                  ('best', 'vote', 'judgement', 'Preferred Response'), strict=True)),
     ('a column that tells the split', 'sft', [{'prompt': 'p', 'response': 'a', 'fold': x} for x in ('TRAIN', 'TEST', '3')], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format('fold'): 1}),
     *(('a column of splits by any name', 'sft', [{'prompt': 'p', 'response': 'a', 'metadata': x} for x in ('train', last, 'train')], [{'prompt': 'p', 'response': 'a'}] * 3, left)
       for last, left in (('Eval', {formats.FOR_TESTS.format('metadata'): 1}), ('train', {}))),
