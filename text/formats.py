@@ -55,7 +55,7 @@ THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thoug
 # an unknown column whose name contains one of these may be an answer
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
-LABELS = 'good label kto_tag desirable is_safe is_correct'.split()
+LABELS = 'good label kto_tag desirable is_safe is_correct is_good is_desirable thumbs_up liked upvoted'.split()
 TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS, 'system'}.difference(LABELS)
 # the names that --columns accepts
 COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
@@ -104,11 +104,11 @@ VERDICTS = [*BY_NAME, 'preference_strength', 'overall_preference']
 # such a verdict: model_a, [[b]], 1, 1.0, a>>b, 'a is slightly better'; but -1 is no 1
 VERDICT = re.compile(r'((model|response|answer|completion|conversation|assistant|output|option)[ _-]?[(]?)?([ab012]|first|second|left|right)(\.0|>+.|'
                      r'[ -]is([ -](much|far|clearly|slightly|significantly|somewhat|marginally|a (bit|little|lot)))?[ -]better)?')
-YES, NO = 'true yes 1 1.0'.split(), 'false no 0 0.0'.split()  # words of flags and of labels
+YES, NO = 'true yes y 1 1.0'.split(), 'false no n 0 0.0'.split()  # words of flags and of labels
 FLAGS = [*YES, *NO, '-1', '-1.0']  # values of which one says the contrary of others
-GOOD = 'good desirable chosen positive pos correct safe pass passed accept accepted like liked thumbs_up upvote helpful 👍'.split()
+GOOD = 'good desirable chosen positive pos correct safe pass passed accept accepted like liked up thumbs_up upvote helpful 👍'.split()
 BAD = ('bad undesirable rejected negative neg incorrect poor wrong failed fail reject unsafe harmful toxic dislike disliked '
-       'thumbs_down thumbsdown downvote unhelpful unacceptable 👎').split()
+       'down thumbs_down thumbsdown downvote unhelpful unacceptable 👎').split()
 GRADES = {*BAD, 'good', 'correct', 'positive'}  # values that judge
 # what columns say of a row: (why it is left out, columns, words that say so). The last five are of pairs; '' may turn a pair round
 UNUSED = 'rows that a flag marks as not to be used'
@@ -992,7 +992,8 @@ def label_of(row):
     # Infinity-Instruct's labels are lists of topics
     if column is None or isinstance(row[column], list | dict):
         return {}
-    value = str(row[column]).lower()
+    # 'Thumbs up', and signs of any skin
+    value = re.sub('[\U0001f3fb-\U0001f3ff]', '', str(row[column]).strip().lower().replace(' ', '_'))
     if value not in (*YES, *NO, *GOOD, *BAD):
         raise ValueError(f'{column!r} is neither true (1) nor false (0), nor a word such as good or bad')
     return {'good': value in YES + GOOD}
