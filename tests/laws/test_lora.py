@@ -258,14 +258,11 @@ def test_head_beside_the_adapters(tmp_path):
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
     ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
     ('--lora_rank=2 --quantize=4bit', 'needs bitsandbytes .*: pip install bitsandbytes, or leave it out'),
+    ('--lora_rank=2', 'adapters need a package that is not installed: pip install peft'),
 ])  # fmt: skip
 def test_sentences(tmp_path, monkeypatch, flags, words):
-    monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
+    # as if these were not installed
+    for name in ('bitsandbytes.functional', *['peft'] * ('peft' in words)):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
-
-
-def test_without_peft(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'peft', None)  # as if it were not installed
-    with pytest.raises(UserError, match='adapters need a package that is not installed: pip install peft'):
-        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', '--lora_rank=2')

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, python, run_script
+from helpers import ROOT, python
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -95,12 +95,3 @@ def test_what_cannot_be_deterministic_is_a_sentence():
     error = RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch...'")
     better = errors.explained(error, '')
     assert isinstance(better, UserError) and 'no cumsum_cuda_kernel' in str(better) and '--deterministic' in str(better)
-
-
-def test_the_check_of_a_gpu_sees_nan(tmp_path, monkeypatch):
-    """A tensor with a NaN is infinitely far, so that the largest of many distances shows it."""
-    for name in ('CUDA_VISIBLE_DEVICES', 'NANOPREF_CACHE', 'TQDM_DISABLE', 'HF_HUB_OFFLINE'):
-        monkeypatch.setenv(name, '')
-    far = run_script('experiments/gpu_check.py', '--device=cpu', f'--out={tmp_path}')['far']
-    assert far(torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])) == 1.25
-    assert far(torch.tensor([3.0, float('nan')]), torch.ones(2)) == float('inf')

@@ -49,16 +49,13 @@ def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
             check('theirs/out', {}, True)
 
 
-def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
-    """Such as one whose first scoring did not fit into memory: the next one has other options."""
+def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path, monkeypatch):
+    """Such as one whose first scoring did not fit into memory: the next one has other options. The commit is told where git is."""
     (tmp_path / 'config.json').write_text('{"config": {"lr": 1}, "command": ["dpo.py"]}')
     (tmp_path / '.lock').touch()
     assert log.recorded(tmp_path) is None
     (tmp_path / 'metrics.jsonl').touch()
     assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
-
-
-def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
     commits = []
     for path in (os.environ['PATH'], str(tmp_path)):
         monkeypatch.setenv('PATH', path)
@@ -219,11 +216,6 @@ def test_the_time_left_is_that_of_steps(tmp_path, monkeypatch, capsys):
     for seen in (16, 24):
         logger.row('train', seen, {'loss/train': 1.0, 'counters/step_examples': 8})
     assert re.findall(r'\d:\d\d left', capsys.readouterr().out) == ['0:11 left', '0:10 left']
-
-
-def test_per_second():
-    assert log.per_second(6, 3) == 2 and log.per_second(0, 3) == 0
-    assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
 
 
 TRAINING = '--n_examples=8 --batch_size=4 --n_eval_examples=4 --eval_every=4 --out_dir={0}/run'
