@@ -31,7 +31,7 @@ from data import steps
 from hf import export, generate, parallel
 from hf.load import load_model, load_tokenizer
 from rl import formulas
-from runtime import checkpoint, errors, files, guard, log, ranks, room
+from runtime import checkpoint, files, guard, log, ranks, room
 from tests import forks
 from text.examples import Examples
 from text.tokenise import load_examples
@@ -851,13 +851,6 @@ def test_sampled_answers_take_what_they_may(share, tokens):
     config = {'share_prefix': share, 'group_size': 4, 'max_new_tokens': 9}
     run = SimpleNamespace(config=config, train=examples, packed=True, task='prompts')
     assert room._lengths(run).tolist() == tokens
-
-
-def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
-    one, two = SimpleNamespace(slot=[0]), SimpleNamespace(slot=[1, 2])
-    full = errors.explained(MemoryError(), 'lower it')
-    cases = [(full, [one, two]), (full, [one]), (UserError('other'), [two])]
-    assert [errors.can_split(*case) for case in cases] == [True, False, False]
 
 
 @pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024), (10**12, 16384)])

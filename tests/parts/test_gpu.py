@@ -37,9 +37,8 @@ def test_a_microbatch_is_copied_from_pinned_memory(pad, monkeypatch):
     assert len(tensors) >= 9 and (pad or len(tensors) >= 12)
     assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(pinned) == len(copied)
     assert all(call == (('cuda:1',), {'non_blocking': True}) for call in copied)
-
-
-def test_move_keeps_what_holds_the_tensors():
+    # what holds the tensors stays
+    monkeypatch.undo()
     layout = types.SimpleNamespace(a=torch.ones(2), rest=[(torch.ones(1), 3)], number=1)
     assert prefetch.move(layout, 'meta') is layout and layout.number == 1
     assert layout.a.is_meta and layout.rest[0][0].is_meta and layout.rest[0][1] == 3
@@ -91,7 +90,12 @@ def test_arithmetic(device, options, told, unused, monkeypatch):
     assert bool(said) == bool(told) and torch.utils.deterministic.fill_uninitialized_memory == (not told)
 
 
-def test_what_cannot_be_deterministic_is_a_sentence():
+def test_errors_of_torch_are_sentences():
+    """Of what cannot be deterministic; and of full memory, where a microbatch of several examples can be halved."""
     error = RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set 'torch...'")
     better = errors.explained(error, '')
     assert isinstance(better, UserError) and 'no cumsum_cuda_kernel' in str(better) and '--deterministic' in str(better)
+    one, two = types.SimpleNamespace(slot=[0]), types.SimpleNamespace(slot=[1, 2])
+    full = errors.explained(MemoryError(), 'lower it')
+    cases = [(full, [one, two]), (full, [one]), (UserError('other'), [two])]
+    assert [errors.can_split(*case) for case in cases] == [True, False, False]
