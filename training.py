@@ -101,8 +101,8 @@ class Run:
         guard.begin(config.out_dir, config, resume)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code)
         self.max_tokens = max_tokens  # an option; set_batching replaces 'auto' by a number
-        self.save_every = save_every  # an option; check_room may replace it by a number
-        self.saved_at = time.perf_counter()  # time of the last checkpoint, or of this start
+        self.save_every = save_every  # an option; finish_step replaces 'auto' by a number, after a few steps
+        self.step_ends = []  # end times of those first steps
 
     # ---- set-up, in this order ----
 
@@ -319,14 +319,14 @@ class Run:
 
     def finish_step(self, step):
         """Save a checkpoint if one is due, and stop the run if a signal has asked for it."""
+        # for save_every='auto', time the first steps. Until then it stays 'auto', and no checkpoint is due
+        if self.save_every == 'auto':
+            self.step_ends.append(time.perf_counter())
+            self.save_every = room.save_every_of(self.step_ends, step, self.total)
         due = self.crossed(self.save_every, step.first, step.seen)
-        # 'auto' goes by the clock. All ranks take the largest of their times, so that they agree
-        if self.save_every == 'auto' and step.seen < self.total:
-            seconds = int(time.perf_counter() - self.saved_at)
-            due = ranks.largest([seconds])[0] >= room.SAVE_AFTER
         if due:
             self.save(step.seen)
-            self.clock = self.saved_at = time.perf_counter()
+            self.clock = time.perf_counter()
         self.obey_signals(step.seen, saved=due)
 
     def crossed(self, every, first, seen):

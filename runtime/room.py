@@ -29,7 +29,7 @@ from text.examples import counted
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optimizer keeps for each trained weight
 # choices for max_tokens='auto'; larger microbatches are not faster
 BUDGETS = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384]
-SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto', see Run.finish_step
+SAVE_AFTER = 15 * 60  # seconds between checkpoints with save_every='auto'
 
 
 def check_room(run, frozen_models=()):
@@ -89,7 +89,7 @@ def _lengths(run):
 def _check_disk(config, model_bytes, checkpoint_bytes, total):
     """Return whether out_dir's disk has room for model and checkpoints. If not: UserError, or for the checkpoints of 'auto' a warning."""
     out_dir = config['out_dir']
-    every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': by the clock
+    every = config['save_every']  # examples between checkpoints; 0 or None: no checkpoints; 'auto': chosen later
     n_saves = 0
     if every == 'auto':
         n_saves = total  # as many as there can be
@@ -201,6 +201,23 @@ def _copied_bytes(policy, bytes_each, n_shards):
         gathered -= sum(block_sizes)
     # the current block, its gradients, and the next block, which is gathered early
     return bytes_each * (gathered + 3 * max(block_sizes))
+
+
+def save_every_of(step_ends, step, total):
+    """Return save_every for 'auto': the examples of about SAVE_AFTER seconds, or 0 if the run ends before that. Collective.
+
+    Returns 'auto' before the fourth step. step_ends: times; step: the last (from `first` to `seen` examples); total: of the run."""
+    if len(step_ends) < 4:
+        return 'auto'
+    # measured on rank 0, so that all ranks agree
+    seconds_of_a_step = ranks.from_rank_0(lambda: float(np.median(np.diff(step_ends))))
+    n_steps = max(1, round(SAVE_AFTER / max(seconds_of_a_step, 1e-3)))
+    examples_of_a_step = step.seen - step.first
+    every = n_steps * examples_of_a_step
+    if every >= total - step.seen:
+        return 0
+    say(f'note: a checkpoint every {every:,} examples, about 15 minutes; --save_every=0: none')
+    return every
 
 
 def choose_mode(model, mode, train, half, device, cpu_offload):

@@ -537,7 +537,7 @@ def test_a_signal_ends_sampling(tmp_path, whole, monkeypatch):
 
 @pytest.mark.parametrize('script', ['sft.py', 'dpo.py', 'reward.py', 'ppo.py'])
 def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsys, script):
-    """Every 0 seconds are every step; less than 15 minutes save nothing. What a microbatch takes is measured once.
+    """Every 0 seconds are every step, from the fourth on; less than 15 minutes save nothing. What a microbatch takes is measured once.
     And ppo.py declares max_grad_norm again, with another default than that of training.py."""
     assert parse('dpo.py', monkeypatch).save_every == 'auto'
     flags = ['--save_every=auto', '--n_examples=96', *(PPO if script == 'ppo.py' else [])]
@@ -592,16 +592,16 @@ def test_room_on_the_disk(tmp_path, monkeypatch, capsys, every, free, fits):
     assert ('it writes no checkpoint' in capsys.readouterr().out) == (fits is False)
 
 
-def test_auto_saves_every_15_minutes(monkeypatch):
-    """By the clock of the rank that is ahead, from the start or the last checkpoint on; at the end the model is written."""
-    saved, elsewhere = [], [0, 0, 0, 900, 0]  # seconds on another rank
-    run = SimpleNamespace(save_every='auto', saved_at=100, total=60, save=saved.append)
-    run.crossed, run.obey_signals = functools.partial(training.Run.crossed, run), lambda seen, saved: None
-    monkeypatch.setattr(ranks, 'largest', lambda numbers: [max(*numbers, elsewhere.pop(0))])
-    for seen, now in enumerate((999, 1000, 1899.9, 1000, 1899, 9999), start=1):
-        monkeypatch.setattr(training, 'time', SimpleNamespace(perf_counter=lambda now=now: now))
-        training.Run.finish_step(run, SimpleNamespace(first=10 * seen - 10, seen=10 * seen))
-    assert saved == [20, 40] and not elsewhere
+@pytest.mark.parametrize(('total', 'every'), [(131, 90), (130, 0)])
+def test_auto_saves_every_15_minutes_of_a_longer_run(monkeypatch, capsys, total, every):
+    """Steps of 10 examples take 100 seconds; after four of them, 40 examples, more than 90 must be left."""
+    monkeypatch.setattr(ranks, 'from_rank_0', lambda fn: fn())
+    for n_steps in range(1, 5):
+        step = SimpleNamespace(first=10 * n_steps - 10, seen=10 * n_steps)
+        found = room.save_every_of(list(range(0, 100 * n_steps, 100)), step, total)
+        assert found == ('auto' if n_steps < 4 else every)
+    assert ('a checkpoint every 90 examples' in capsys.readouterr().out) == bool(every)
+    assert room.save_every_of([0, 0, 0, 0], step, total) == 0  # a clock that stands still
 
 
 # ---- numbers that are not finite, memory ----
