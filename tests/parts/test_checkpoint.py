@@ -857,14 +857,6 @@ def test_sampled_answers_take_what_they_may(share, tokens):
 def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     """Into seven tenths of what is free, beside two frozen models and the optimizer: the weights are there already."""
 
-    # the estimate is of the microbatch and the frozen models that are asked about
-    layer = torch.nn.Linear(2, 2)
-    layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
-    needs = room.estimate(
-        {'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, predicted=7, is_step=False
-    )
-    assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
-
     def estimated(config, policy, per_token, frozen, tokens, predicted, is_step):
         assert predicted == tokens // 4
         return {'activations': per_token * tokens, 'weights': 10**6, 'optimizer': 488, 'reference': frozen}
