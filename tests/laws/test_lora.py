@@ -237,10 +237,12 @@ def test_adapters_off_equal_the_base_exactly(tmp_path):
 
 
 def test_head_beside_the_adapters(tmp_path):
-    """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
+    """A reward model's head trains as it is, and is in the adapter folder and the merged model. Layers beside the blocks get none."""
     base = tiny_model(tmp_path / 'base', 'llama')
     net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    net.other = torch.nn.ModuleDict({'q_proj': torch.nn.Linear(2, 2)})
     wrapped = trained(lora.adapt(net, None, OPTIONS))
+    assert not any('other' in name for name, p in wrapped.named_parameters() if p.requires_grad)
     weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
     (head,) = (n for n in weights if 'lora_' not in n)
     # what a script reads is what trains
