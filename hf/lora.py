@@ -175,9 +175,9 @@ def _peft_model(model, saved, adapters, *, task_type, seed=0, with_frozen_copy=F
     if adapters:
         lora_config.lora_dropout = adapters['dropout']
     lora_config.inference_mode = False  # saved configs have inference_mode=True, which would freeze the adapter
-    # PEFT triggers a deprecation warning of transformers
+    # PEFT triggers a deprecation warning of transformers, and says that it sees the transposed weights of GPT-2's Conv1D
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated')
+        warnings.filterwarnings('ignore', '.*gradient_checkpointing. is deprecated|fan_in_fan_out is set to False')
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, lora_config)
         if with_frozen_copy:
@@ -270,21 +270,23 @@ def _new_config(model, adapters):
     """Return the peft.LoraConfig of a new adapter on linear layers of the blocks. adapters: from adapter_options(). Raises UserError."""
     import peft
 
-    names = {path: path.rpartition('.')[2] for path, _ in model.named_modules()}  # layers.0.up_proj -> up_proj
     in_blocks = {module for block in blocks(model) for module in block.modules()}
-    candidates = {path: module for path, module in model.named_modules() if module in in_blocks}
-    linear = {path: module for path, module in candidates.items() if isinstance(module, torch.nn.Linear | Conv1D)}
-    known = sorted({names[path] for path in linear})
+    known = set()  # names of linear layers in the blocks
+    others = {}  # path of each other module -> its name
+    for path, module in model.named_modules():
+        name = path.rpartition('.')[2]  # layers.0.up_proj -> up_proj
+        if module in in_blocks and isinstance(module, torch.nn.Linear | Conv1D):
+            known.add(name)
+        else:
+            others[path] = name
     targets = adapters['targets']  # such as 'q_proj v_proj', or None for all linear layers
-    wanted = known if targets is None else targets.replace(',', ' ').split()
-    if not wanted or set(wanted) - set(known):
-        choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(known) or "none"}'
+    wanted = sorted(known) if targets is None else targets.replace(',', ' ').split()
+    if not wanted or not known.issuperset(wanted):
+        choices = f'the linear layers in the blocks of {type(model).__name__} are {" ".join(sorted(known)) or "none"}'
         raise UserError(f'cannot put adapters on {targets or "any layer"!r}: {choices}')
     # PEFT finds layers by name, also outside of the blocks: exclude those by their full path
-    excluded = [path for path, name in names.items() if name in wanted and path not in linear]
-    # Conv1D, the linear layer of GPT-2, stores its weight transposed
-    is_transposed = any(isinstance(module, Conv1D) for module in linear.values())
-    layers = {'target_modules': wanted, 'exclude_modules': excluded or None, 'fan_in_fan_out': is_transposed}
+    excluded = [path for path, name in others.items() if name in wanted]
+    layers = {'target_modules': wanted, 'exclude_modules': excluded or None}
     return peft.LoraConfig(r=adapters['rank'], lora_alpha=adapters['alpha'], **layers)
 
 
@@ -294,13 +296,11 @@ def _check_trainable(model, saved):
     in_blocks = {module for block in blocks(model) for module in block.modules()}
     # layers with LoRA: training would ignore that of the LM head, as it reads the head's weight without calling the layer
     adapted = [path for path, module in model.named_modules() if hasattr(module, 'lora_A') and module not in in_blocks]
-    # modules that it stores whole
-    replaced = sorted(set(saved.options.get('modules_to_save') or ()) - {'classifier', 'score'})
-    # weights of the model itself, which PEFT adds where an embedding was resized: the export would leave them out
+    # weights of the model itself, of modules_to_save or of an embedding that was resized: the export would leave them out
     with safe_open(hub.file_of(saved.name, WEIGHTS_FILE), 'pt') as file:
         keys = sorted(file.keys())
     whole = [key for key in keys if not re.search(r'\.lora_|\.(score|classifier)\.', key)]
-    outside = adapted + replaced + whole
+    outside = adapted + whole
     problem = f'changes {outside[0]}, outside the blocks' if outside else None
     # load_model has rejected the reverse, a reward model's adapter for a language model
     if hasattr(model, 'score') and not saved.is_reward:

@@ -237,10 +237,12 @@ def test_adapters_off_equal_the_base_exactly(tmp_path):
 
 
 def test_head_beside_the_adapters(tmp_path):
-    """A reward model's head trains as it is, and is in the adapter folder and the merged model."""
+    """A reward model's head trains as it is, and is in the adapter folder and the merged model. Layers beside the blocks get none."""
     base = tiny_model(tmp_path / 'base', 'llama')
     net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
+    net.other = torch.nn.ModuleDict({'q_proj': torch.nn.Linear(2, 2)})
     wrapped = trained(lora.adapt(net, None, OPTIONS))
+    assert not any('other' in name for name, p in wrapped.named_parameters() if p.requires_grad)
     weights = {n: p.detach() + 0.5 for n, p in wrapped.named_parameters() if p.requires_grad}
     (head,) = (n for n in weights if 'lora_' not in n)
     # what a script reads is what trains
@@ -258,14 +260,11 @@ def test_head_beside_the_adapters(tmp_path):
     ('--quantize=4bit --lora_rank=2 --device_map=balanced', 'quantize and device_map do not go together'),
     ('--lora_rank=2 --lora_dropout=1', 'lora_dropout must be at least 0 and at most 0.9'),
     ('--lora_rank=2 --quantize=4bit', 'needs bitsandbytes .*: pip install bitsandbytes, or leave it out'),
+    ('--lora_rank=2', 'adapters need a package that is not installed: pip install peft'),
 ])  # fmt: skip
 def test_sentences(tmp_path, monkeypatch, flags, words):
-    monkeypatch.setitem(sys.modules, 'bitsandbytes.functional', None)  # as if bitsandbytes were not installed
+    # as if these were not installed
+    for name in ('bitsandbytes.functional', *['peft'] * ('peft' in words)):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=words):
         run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', *flags.split())
-
-
-def test_without_peft(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'peft', None)  # as if it were not installed
-    with pytest.raises(UserError, match='adapters need a package that is not installed: pip install peft'):
-        run_script('dpo.py', *COMMON, f'--out_dir={tmp_path}/run', '--lora_rank=2')

@@ -135,9 +135,11 @@ def test_sentences(tmp_path, monkeypatch, flags, words):
 def test_which_models_are_replicated(monkeypatch, ranks, gigabytes, half, train, mode):
     """Ten million weights take 160 MB to train, and 40 or 20 MB if frozen: a quarter of a rank's memory must hold that."""
     model, device = torch.nn.Linear(10**4, 10**3, bias=False), torch.device('cpu')
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
+    if ranks > 1:
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', f'{ranks}')
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: ranks)
-    monkeypatch.setattr(room, 'machine_memory', lambda: gigabytes * 1e9)
+    monkeypatch.setattr(room, 'machine_memory', lambda free=False: gigabytes * 1e9)
+    assert room.free_memory() == gigabytes * 1e9 // ranks
     assert room.choose_mode(model, 'auto', train, half, device, False) == mode
     assert room.choose_mode(model, 'grads', train, half, device, False) == 'grads'
     assert room.choose_mode(model, 'auto', train, half, device, True) == 'full'

@@ -28,10 +28,10 @@ import model
 import training
 from configurator import Config, UserError
 from data import steps
-from hf import export, generate, parallel
+from hf import export, generate
 from hf.load import load_model, load_tokenizer
 from rl import formulas
-from runtime import checkpoint, errors, files, guard, log, ranks, room
+from runtime import checkpoint, files, guard, log, ranks, room
 from tests import forks
 from text.examples import Examples
 from text.tokenise import load_examples
@@ -315,43 +315,30 @@ class Counting(torch.optim.SGD):
 
 
 @pytest.mark.parametrize('own', [None, Counting])
-def test_layers_that_never_run_have_no_optimizer_state(own, tmp_path):
-    """As a multimodal model's image encoder, trained on texts: checkpoints lack their state, and load all the same."""
+def test_layers_that_never_run_frozen_weights_and_tensors_that_are_kept(own, tmp_path):
+    """As a multimodal model's image encoder, trained on texts: checkpoints lack its optimizer state, and load all the same. What
+    trained and is frozen now, and what somebody keeps, such as an EMA, is in them."""
     ranks.setup()
-    states = []
+    steps_taken, weights = [], []
     for is_first in (True, False):
-        net = torch.nn.ModuleDict({'runs': torch.nn.Linear(2, 2), 'never': torch.nn.Linear(2, 2)})
-        net.shard_mode, net.reshard = 'none', lambda: None
+        net = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ('runs', 'never')})
+        net.shard_mode, net.reshard, net.kept = 'none', lambda: None, {'mean': torch.ones(2) * is_first}
         optimizer = own(net.parameters(), 0.1) if own else fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
         if not is_first:
             checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
+            weights.append([p.tolist() for p in (*net.parameters(), net.kept['mean'])])
         net['runs'](torch.ones(2)).sum().backward()
         optimizer.step()
         if is_first:
+            net['runs'].requires_grad_(False)
             checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
             checkpoint.wait()
             assert own is None or float(optimizer.state[net['runs'].bias]['decay']) == 0.9  # all its bits
-        states.append({name: optimizer.state[p]['step'] for name, p in net.named_parameters() if optimizer.state[p]})
-    assert states == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)]
-
-
-def test_frozen_weights_and_tensors_that_are_kept_are_in_a_checkpoint(tmp_path):
-    ranks.setup()
-    weights = []
-    for is_first in (True, False):
-        net = torch.nn.ModuleDict({'a': torch.nn.Linear(2, 2), 'b': torch.nn.Linear(2, 2)})
-        net.shard_mode, net.reshard, net.kept = 'none', lambda: None, {'mean': torch.ones(2) * is_first}
-        optimizer = fsdp.make_optimizer('AdamW', net, 0.1, 0.0)
-        if is_first:
-            net['b'](net['a'](torch.ones(2))).sum().backward()
-            optimizer.step()
-            net['a'].requires_grad_(False)
-            checkpoint.save(tmp_path, 5, net, optimizer, {}, 1)
-            checkpoint.wait()
-        else:
-            checkpoint.load(checkpoint.latest(tmp_path), net, optimizer)
-        weights.append([p.tolist() for p in (*net.parameters(), net.kept['mean'])])
-    assert weights[0] == weights[1]
+            weights.append([p.tolist() for p in (*net.parameters(), net.kept['mean'])])
+        steps_taken.append(
+            {name: optimizer.state[p]['step'] for name, p in net.named_parameters() if optimizer.state[p]}
+        )
+    assert steps_taken == [{'runs.weight': n, 'runs.bias': n} for n in (1, 2)] and weights[0] == weights[1]
 
 
 # ---- a full disk ----
@@ -430,15 +417,6 @@ def test_what_a_rank_wrote_elsewhere_is_missed(tmp_path):
     assert 'Not a directory' in said
 
 
-def test_a_checkpoint_that_fails_until_a_signal_is_given_up(monkeypatch, no_pause):
-    ranks.setup()
-    monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
-    not_written.reset_mock()
-    with pytest.raises(UserError, match='cannot write it. Given up: the training since .* is lost'):
-        guard.save_persistently(not_written)
-    assert not_written.call_count == 3
-
-
 SHORT = '--n_examples=16 --batch_size=8 --n_eval_examples=0 --save_every=0'
 SHORT_PPO = f'{SHORT} --reward=gold --minibatch_size=8 --ppo_epochs=1 --max_new_tokens=4 --sample_batch=8'
 
@@ -474,6 +452,12 @@ def test_a_save_that_has_failed_ends_the_step_and_does_not_cost_what_was_trained
     monkeypatch.setattr(checkpoint, '_pending', failed)
     guard.save_persistently(lambda: checkpoint.wait() or tries.append(1))
     assert len(tries) == 1 and 'warning: no room. The training is kept in memory' in capsys.readouterr().out
+    # until a signal comes, and one more time
+    monkeypatch.setattr(guard, 'stop_asked', iter([0, guard.SAVED]).__next__)
+    not_written.reset_mock()
+    with pytest.raises(UserError, match='cannot write it. Given up: the training since .* is lost'):
+        guard.save_persistently(not_written)
+    assert not_written.call_count == 3
 
 
 def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
@@ -578,9 +562,9 @@ def test_disk_and_memory_are_looked_at_first(tmp_path, monkeypatch, whole, capsy
         monkeypatch.setattr(room, 'machine_memory', lambda free=False: little)
         run(tmp_path / 'none', *flags, script=script)
         text = capsys.readouterr().out
-        advice = f'{little / 1e6:.1f} MB .*; lower --max_tokens to (\\d+), which'
+        advice = f'{little / 1e6:.1f} MB .*; lower --max_tokens .auto takes'
         found = re.search(f'^warning: memory: {said} {advice}', text, re.M)
-        assert found and 60 < int(found[2]) < int(found[1]) <= 600, text
+        assert found and 60 < int(found[1]) <= 600, text
         assert not (tmp_path / 'none/checkpoints').exists() and metrics(tmp_path / 'none') == metrics(tmp_path / 'auto')
 
 
@@ -869,24 +853,9 @@ def test_sampled_answers_take_what_they_may(share, tokens):
     assert room._lengths(run).tolist() == tokens
 
 
-def test_memory_is_saved_by_halving_where_a_microbatch_can_be_split():
-    one, two = SimpleNamespace(slot=[0]), SimpleNamespace(slot=[1, 2])
-    full = errors.explained(MemoryError(), 'lower it')
-    cases = [(full, [one, two]), (full, [one]), (UserError('other'), [two])]
-    assert [errors.can_split(*case) for case in cases] == [True, False, False]
-
-
 @pytest.mark.parametrize(('free', 'chosen'), [(3000, 1536), (4000, 2048), (100, 1024), (10**12, 16384)])
 def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     """Into seven tenths of what is free, beside two frozen models and the optimizer: the weights are there already."""
-
-    # the estimate is of the microbatch and the frozen models that are asked about
-    layer = torch.nn.Linear(2, 2)
-    layer.get_output_embeddings, layer.shard_mode = lambda: None, 'none'
-    needs = room.estimate(
-        {'optimizer': 'AdamW', 'dtype': 'float32'}, layer, 3, frozen=5, tokens=7, predicted=7, is_step=False
-    )
-    assert (needs['activations'], needs['reference'], needs['optimizer']) == (21, 20, 48)
 
     def estimated(config, policy, per_token, frozen, tokens, predicted, is_step):
         assert predicted == tokens // 4
@@ -898,31 +867,6 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     train = SimpleNamespace(widths=np.array([[6, 1, 1]]))
     run = SimpleNamespace(config={}, task='pairs', train=train, policy=torch.nn.Linear(2, 2), bytes_per_token=lambda: 1)
     assert room.choose_max_tokens(run, n_models=2) == chosen
-
-
-@pytest.mark.parametrize('environ, free, mode', [({}, 1000, 'none'), ({'LOCAL_WORLD_SIZE': '4'}, 250, 'full')])
-def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, environ, free, mode):
-    """Fifteen weights in training take 240 bytes: a quarter of 1000, but not of 250."""
-    monkeypatch.setattr(room, 'machine_memory', lambda free=False: 1000)
-    monkeypatch.setattr(room.dist, 'get_world_size', lambda: 2)
-    monkeypatch.setattr(os, 'environ', environ)
-    assert room.free_memory() == free
-    layer = torch.nn.Linear(5, 3, bias=False)
-    assert room.choose_mode(layer, 'auto', True, False, torch.device('cpu'), False) == mode
-
-
-@pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
-def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
-    assert 0.001 < room.bfloat16_slowdown() < 10_000  # a ratio, not seconds
-    with monkeypatch.context() as patch:  # as if others had the processor meanwhile
-        patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
-        assert room.bfloat16_slowdown() < 100
-        patch.setattr(room.time, 'thread_time', lambda: 0.01)  # a clock that counts in ticks
-        assert str(room.bfloat16_slowdown()) == 'nan'
-    monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
-    config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
-    parallel.choose_arithmetic(config, torch.device('cpu'))
-    assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted
 
 
 def test_bytes_saved_are_what_autograd_holds(whole):

@@ -83,20 +83,15 @@ def test_what_the_hub_refuses(monkeypatch, name, says):
         files.hub_download('a/b', None, 'x.json')
 
 
-def test_a_pickle_of_the_hub_is_refused(monkeypatch):
+def test_files_of_the_hub_that_are_not_there(monkeypatch):
+    """A model of pickles alone is refused, and so is a tokenizer whose template did not come."""
     monkeypatch.setattr(hub, 'reachable', lambda: True)
     monkeypatch.setattr(hub, 'file_of', lambda *_: None)
-    monkeypatch.setattr(hub, 'has_file', lambda *_: False)
+    monkeypatch.setattr(hub, 'has_file', lambda name, file: file == 'chat_template.jinja')
     with pytest.raises(UserError, match="'a/b' has no .safetensors file: convert it from a pickle"):
         load._check_files('a/b', SimpleNamespace())
-
-
-def test_a_template_that_did_not_come_is_missed(monkeypatch):
-    monkeypatch.setattr(hub, 'reachable', lambda: True)
-    monkeypatch.setattr(hub, 'file_of', lambda *_: None)
     monkeypatch.setattr(hub, 'check_exists', lambda *_: None)
     monkeypatch.setattr(load.transformers.AutoTokenizer, 'from_pretrained', lambda *_, **__: toy.tokenizer())
-    monkeypatch.setattr(hub, 'has_file', lambda name, file: file == 'chat_template.jinja')
     with pytest.raises(UserError, match="the chat template of 'a/b' did not come from the hub: start again"):
         load.load_tokenizer('a/b')
 

@@ -49,16 +49,13 @@ def test_an_out_dir_that_cannot_be_looked_into(monkeypatch):
             check('theirs/out', {}, True)
 
 
-def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path):
-    """Such as one whose first scoring did not fit into memory: the next one has other options."""
+def test_a_run_that_has_left_nothing_holds_no_folder(tmp_path, monkeypatch):
+    """Such as one whose first scoring did not fit into memory: the next one has other options. The commit is told where git is."""
     (tmp_path / 'config.json').write_text('{"config": {"lr": 1}, "command": ["dpo.py"]}')
     (tmp_path / '.lock').touch()
     assert log.recorded(tmp_path) is None
     (tmp_path / 'metrics.jsonl').touch()
     assert log.recorded(tmp_path) == {'script': 'dpo.py', 'options': {'lr': 1}, 'contents': {}}
-
-
-def test_the_commit_where_git_is_and_where_it_is_not(tmp_path, monkeypatch):
     commits = []
     for path in (os.environ['PATH'], str(tmp_path)):
         monkeypatch.setenv('PATH', path)
@@ -221,11 +218,6 @@ def test_the_time_left_is_that_of_steps(tmp_path, monkeypatch, capsys):
     assert re.findall(r'\d:\d\d left', capsys.readouterr().out) == ['0:11 left', '0:10 left']
 
 
-def test_per_second():
-    assert log.per_second(6, 3) == 2 and log.per_second(0, 3) == 0
-    assert all(value != value for value in (log.per_second(6, 0), log.per_second(0, 0.0), log.per_second(6, -1)))
-
-
 TRAINING = '--n_examples=8 --batch_size=4 --n_eval_examples=4 --eval_every=4 --out_dir={0}/run'
 FLAGS = {
     'sft.py': TRAINING, 'dpo.py': TRAINING, 'reward.py': TRAINING,
@@ -237,22 +229,31 @@ FLAGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('script, step', [*((name, 0) for name in FLAGS), ('dpo.py', -5)])
-def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_path, capsys, small_toy):
-    """Rates are then unknown: no row holds one, no run ends for it."""
+CLOCKS = 'time', 'perf_counter', 'process_time'
+
+
+@pytest.mark.parametrize('script, step, clocks', [
+    *((name, 0, CLOCKS) for name in FLAGS), ('dpo.py', -5, CLOCKS), ('dpo.py', -5, CLOCKS[:1]),
+])  # fmt: skip
+def test_a_clock_that_stands_still_or_goes_back(script, step, clocks, monkeypatch, tmp_path, capsys, small_toy):
+    """Rates are then unknown: no row holds one, no run ends for it. The time of day measures nothing: it may be set back."""
     answer = {'prompt': 'Review of the hotel:', 'generator': 'x'}
     answers = [answer | {'sample': i, 'response': f' the bed was {word} .'} for i, word in enumerate(('nice', 'dull'))]
     write_jsonl(tmp_path / 'samples.jsonl', answers)
     flags = [flag.replace(',', ' ') for flag in FLAGS[script].format(tmp_path).split()]
     end_process_group()
     with monkeypatch.context() as patch:
-        for name in ('time', 'perf_counter', 'process_time'):
+        for name in clocks:
             ticks = itertools.count(1e9, step)
             patch.setattr(time, name, lambda ticks=ticks: next(ticks))
         run_script(script, *flags)
     end_process_group()
     printed = capsys.readouterr().out
     assert 'inf' not in printed.lower().replace('information', '')
+    if clocks != CLOCKS:
+        rows = metrics(tmp_path / 'run', 'train', without=())
+        assert rows and all(row['examples_per_second'] > 0 and 0 <= row['data_wait_per_second'] <= 1 for row in rows)
+        return
     if TRAINING in FLAGS[script]:
         assert 'done: ' in printed and 'nan ex/s  0:00 left' in printed
         for row in read_jsonl(tmp_path / 'run/metrics.jsonl'):
@@ -260,17 +261,6 @@ def test_a_clock_that_stands_still_or_goes_back(script, step, monkeypatch, tmp_p
     if script == 'tools/bench.py':
         rows = json.loads((tmp_path / 'bench.json').read_text())['rows']
         assert [row['variant'] for row in rows] == ['padded', 'cached'] and 'pairs_per_second' not in rows[0]
-
-
-def test_the_time_of_day_measures_nothing(monkeypatch, tmp_path, small_toy):
-    """It may be set back or on while a run lasts."""
-    ticks = itertools.count(1e9, -5)
-    monkeypatch.setattr(time, 'time', lambda: next(ticks))
-    end_process_group()
-    run_script('dpo.py', *FLAGS['dpo.py'].format(tmp_path).split())
-    end_process_group()
-    rows = [row for row in read_jsonl(tmp_path / 'run/metrics.jsonl') if row['split'] == 'train']
-    assert rows and all(row['examples_per_second'] > 0 and 0 <= row['data_wait_per_second'] <= 1 for row in rows)
 
 
 def test_in_a_file_a_bar_is_lines(capsys, monkeypatch):

@@ -209,15 +209,6 @@ def test_blocks_and_whether_they_can_be_packed(name, dtype):
         assert (probe.deviation(net, *LAYOUTS_PROBED)[0] == math.inf) == (name != 'phimoe')
 
 
-def test_a_packed_batch_is_refused_under_another_attention():
-    """Answers would see one another, and nobody would notice."""
-    net = tiny('llama')
-    net.set_attn_implementation('sdpa')
-    with pytest.raises(UserError, match=r'set_attention\(model, packed=True\)'):
-        net.response_logps(pack(PAIRS))
-    net.response_logps(pack(PAIRS, pad=True))
-
-
 @pytest.fixture
 def register():
     """Register another function in place of packed_attention, for a while."""
@@ -314,6 +305,11 @@ def test_results_do_not_depend_on_the_longest_sequence(which):
 def test_models_of_no_use(monkeypatch):
     """Too few positions, another head, or a forward that fails."""
     net, other = tiny('gpt2'), tiny('llama')
+    # attention of which answers of a packed batch would see one another, and nobody would notice
+    other.set_attn_implementation('sdpa')
+    with pytest.raises(UserError, match=r'set_attention\(model, packed=True\)'):
+        other.response_logps(pack(PAIRS))
+    other.response_logps(pack(PAIRS, pad=True))
     probe.check_positions(net, 64, 'the examples')
     with pytest.raises(UserError, match='has 64 positions, and the examples take 65 tokens'):
         probe.check_positions(net, 65, 'the examples')
@@ -625,6 +621,12 @@ def test_a_fork_freezes_weights_of_a_bfloat16_replica(are_in, saved, device):
         adapted.response_logps(pack(PAIRS))
     trained = steps_by(adapted, optimizer) | steps_by(adapted, optimizer)
     assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad} != set()
+    # what was frozen when it was loaded stays so
+    net, optimizer = fork(saved, device, change=lambda net: net.model.layers[0].requires_grad_(False))
+    sharded.check_trained(net, optimizer)
+    net.requires_grad_(True)
+    with pytest.raises(UserError, match='trains bfloat16 weights beside float32'):
+        sharded.check_trained(net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0))
 
 
 def test_a_fork_steps_a_bfloat16_replica_by_itself(saved, device):
@@ -677,14 +679,6 @@ def test_a_fork_copies_a_bfloat16_replica(saved, device):
     del net, copied, optimizer
     gc.collect()
     assert [ref() for ref in alive] == [None] * 4
-
-
-def test_what_was_loaded_frozen_does_not_train_in_bfloat16(saved, device):
-    net, _ = fork(saved, device, change=lambda net: net.model.layers[0].requires_grad_(False))
-    sharded.check_trained(net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0))
-    net.requires_grad_(True)
-    with pytest.raises(UserError, match='trains bfloat16 weights beside float32'):
-        sharded.check_trained(net, fsdp.make_optimizer('AdamW', net, 0.01, 0.0))
 
 
 SIZES = {'vocab_size': VOCAB, 'd_model': 16, 'num_layers': 2, 'attention_heads': 4, 'ffn_dim': 24, **NONE}

@@ -149,6 +149,8 @@ def test_slots_and_speeds_of_a_round():
     assert found.tolist() == [11, 12, 20, 21, 22, -1]
     speeds = {'counters/step_examples': 2, 'examples_per_second': 0.5, 'tokens_per_second': 2, 'sampling_share': 0.25}
     assert log.speeds(2, 8, elapsed=4.0, sampling_share=1.0) == speeds
+    # of a clock that stands still or goes back nothing is known
+    assert all(rate != rate for elapsed in (0, -1) for rate in list(log.speeds(6, 0, elapsed).values())[1:])
     # every pass covers all
     of_five = rollout.Round(0, None, range(5), {}, {}, {})
     one, two, three, *more = of_five.minibatches(2, passes=2, seed=0)

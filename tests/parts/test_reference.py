@@ -12,7 +12,6 @@ from helpers import metrics, run_script, write_jsonl
 from safetensors.numpy import load_file
 
 import training
-from configurator import UserError
 from hf import reference
 from hf.load import load_model
 from text import toy
@@ -122,9 +121,3 @@ def test_a_file_belongs_to_weights_tokens_borders_and_type():
         adapted = load_model('toy', adapters={'rank': 2, 'alpha': alpha, 'dropout': 0.0, 'targets': None})
         keys.append(reference._key(adapted, examples[0], 'float32'))
     assert len(set(keys)) == 9 and keys[0] == reference._key(load_model('toy'), examples[0], 'float32')
-
-
-def test_refused(run):
-    for loss in ('tdpo1', 'kto'):
-        with pytest.raises(UserError, match=f'--cache_ref: the loss {loss} needs the live reference'):
-            run('refused', f'--loss={loss}', '--cache_ref')

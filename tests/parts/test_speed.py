@@ -271,6 +271,9 @@ def test_the_check_of_a_gpu_finds_a_wrong_kernel(tmp_path, monkeypatch, capsys):
     for name in ('CUDA_VISIBLE_DEVICES', 'NANOPREF_CACHE', 'TQDM_DISABLE', 'HF_HUB_OFFLINE'):
         monkeypatch.setenv(name, '')
     script = run_script('experiments/gpu_check.py', '--device=cpu', f'--out={tmp_path}')
+    # a tensor with a NaN is infinitely far, so that the largest of many distances shows it
+    assert script['far'](torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])) == 1.25
+    assert script['far'](torch.tensor([3.0, float('nan')]), torch.ones(2)) == float('inf')
     for name in ('triples', 'long'):
         del script['SHAPES'][name]
     script['kernel']()
