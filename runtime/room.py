@@ -128,7 +128,10 @@ def _check_memory(run, frozen):
     if total <= available:
         say(text)
         return
-    advice = 'lower --max_tokens (auto takes what fits), or try --activation_checkpointing or --lora_rank'
+    # advise fewer tokens: activations must shrink by what is missing; the longest example is never divided
+    share_that_fits = 1 - (total - available) / needs['activations']
+    tokens_that_fit = max(int(_lengths(run).max()), int(tokens * share_that_fits))
+    advice = f'lower --max_tokens to {tokens_that_fit:,}, which changes no result, or try --activation_checkpointing or --lora_rank'
     say(f'warning: {text}: the system may kill this process; {advice}')
 
 
