@@ -8,6 +8,7 @@ import torch
 
 from configurator import UserError
 from hf.parts import core
+from runtime import room
 from runtime.files import say
 
 
@@ -37,7 +38,7 @@ def check(config):
 
 
 def choose_arithmetic(config, device):
-    """Apply --tf32 and --deterministic, and print a note if dtype may be slow on this device."""
+    """Apply --tf32 and --deterministic, and print a note if dtype is slow on this device."""
     on_gpu = device.type == 'cuda'
     in_float32 = config.dtype == 'float32'
     if config.tf32 and on_gpu and in_float32:
@@ -55,7 +56,9 @@ def choose_arithmetic(config, device):
     if on_gpu and in_float32 and config.device_map is None:
         say('note: on a GPU float32 attention takes each answer by itself: --dtype=bfloat16 is several times faster')
     if not on_gpu and not in_float32:
-        say('note: a CPU without instructions for bfloat16 takes many times as long for it: then --dtype=float32')
+        slowdown = room.bfloat16_slowdown()
+        if slowdown > 2:
+            say(f'note: this CPU takes {slowdown:.0f} times as long for bfloat16 as for float32: --dtype=float32')
 
 
 def tensor_parallel(model, mesh, n_meshes):

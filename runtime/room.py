@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shutil
+import time
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from hf.quantize import count_4bit_weights
 from model import Head
 from runtime import ranks
 from runtime.files import say
+from runtime.log import per_second
 from text.examples import counted
 
 MOMENTS = {'AdamW': 2, 'RMSprop': 1, 'SGD': 0}  # float32 numbers that the optimizer keeps for each trained weight
@@ -330,6 +333,19 @@ def _kept_bytes(function):
     with Watch():
         result = function()  # noqa: F841 keeps the result alive while it is counted
     return sum(size for reference, size in created.values() if not reference.expired())
+
+
+def bfloat16_slowdown():
+    """Return how many times as long a bfloat16 matmul takes on this CPU as one in float32: below 1 with bfloat16 instructions.
+
+    NaN if the clock is too coarse, as where the system counts in ticks."""
+
+    def seconds(dtype):
+        matrix = torch.ones(256, 256, dtype=dtype)
+        # best of five, in the CPU time of this thread: others on the machine do not count
+        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5, timer=time.thread_time))
+
+    return per_second(seconds(torch.bfloat16), seconds(torch.float32))
 
 
 def free_memory():

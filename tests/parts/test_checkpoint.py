@@ -28,7 +28,7 @@ import model
 import training
 from configurator import Config, UserError
 from data import steps
-from hf import export, generate
+from hf import export, generate, parallel
 from hf.load import load_model, load_tokenizer
 from rl import formulas
 from runtime import checkpoint, files, guard, log, ranks, room
@@ -867,6 +867,20 @@ def test_the_largest_budget_that_fits(monkeypatch, whole, free, chosen):
     train = SimpleNamespace(widths=np.array([[6, 1, 1]]))
     run = SimpleNamespace(config={}, task='pairs', train=train, policy=torch.nn.Linear(2, 2), bytes_per_token=lambda: 1)
     assert room.choose_max_tokens(run, n_models=2) == chosen
+
+
+@pytest.mark.parametrize(('costs', 'noted'), [(0.3, False), (40, True)])
+def test_a_cpu_without_bfloat16_is_said(monkeypatch, whole, capsys, costs, noted):
+    assert 0.001 < room.bfloat16_slowdown() < 10_000  # a ratio, not seconds
+    with monkeypatch.context() as patch:  # as if others had the processor meanwhile
+        patch.setattr(torch.Tensor, '__matmul__', lambda x, _: room.time.sleep(0.05 * (x.dtype == torch.bfloat16)))
+        assert room.bfloat16_slowdown() < 100
+        patch.setattr(room.time, 'thread_time', lambda: 0.01)  # a clock that counts in ticks
+        assert str(room.bfloat16_slowdown()) == 'nan'
+    monkeypatch.setattr(room, 'bfloat16_slowdown', lambda: costs)
+    config = Config({'tf32': False, 'deterministic': False, 'dtype': 'bfloat16', 'device_map': None})
+    parallel.choose_arithmetic(config, torch.device('cpu'))
+    assert ('40 times as long for bfloat16 as for float32: --dtype=float32' in capsys.readouterr().out) == noted
 
 
 def test_bytes_saved_are_what_autograd_holds(whole):

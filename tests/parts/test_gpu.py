@@ -69,12 +69,12 @@ for name in (None, *names):
 
 
 @pytest.mark.parametrize('device, options, told, unused', [
-    ('cpu', {}, {}, []), ('cpu', {'dtype': 'bfloat16'}, {}, []), ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
+    ('cpu', {}, {}, []), ('cpu', {'tf32': True, 'deterministic': True}, {}, ['tf32', 'deterministic']),
     ('cuda', {'tf32': True, 'dtype': 'bfloat16'}, {}, ['tf32']),
     ('cuda', {'tf32': True, 'deterministic': True}, {'precision': 'high', 'deterministic': True}, []),
 ])  # fmt: skip
 def test_arithmetic(device, options, told, unused, monkeypatch):
-    """A CPU needs neither option, bfloat16 no tf32. Either may be slow, and that is said."""
+    """A CPU needs neither option, bfloat16 no tf32."""
     found, said, ignored, environment = {}, [], [], {}
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda x: found.update(precision=x))
     monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda x: found.update(deterministic=x))
@@ -86,11 +86,8 @@ def test_arithmetic(device, options, told, unused, monkeypatch):
     parallel.choose_arithmetic(Config(defaults | options), torch.device(device))
     assert (found, ignored) == (told, unused)
     if told:
-        assert environment['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
-    words = {('cuda', 'float32'): 'bfloat16 is several times faster', ('cpu', 'bfloat16'): 'then --dtype=float32'}
-    word = words.get((device, options.get('dtype', 'float32')))
-    assert len(said) == bool(word) and all(word in line for line in said)
-    assert torch.utils.deterministic.fill_uninitialized_memory == (not told)
+        assert 'bfloat16 is several times faster' in said[0] and environment['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    assert bool(said) == bool(told) and torch.utils.deterministic.fill_uninitialized_memory == (not told)
 
 
 def test_errors_of_torch_are_sentences():
