@@ -81,12 +81,7 @@ def write_model(model, tokenizer, build, folder, card=None, dtype='float32'):
 def _merged(build, trained_weights, folder):
     """Return a model with adapters of these weights merged into it, and its weights. Saves `adapter`, the adapter alone, beside folder."""
     adapted = build(empty=False)  # this reads the base model again, which may have changed since
-    # the adapters belong to the model that the run began with
-    out_dir = folder.parent
-    run = recorded(out_dir)
-    if run and 'model' in run['contents']:
-        hashes_now = model_hashes(run['options']['model'])
-        check_same(f'{out_dir} holds', run, run | {'contents': {'model': hashes_now}})
+    _check_same_model(folder.parent)
     temporary = folder.with_name('adapter.tmp')
     lora.write(adapted, trained_weights, temporary)
     model = quantize.dequantize(adapted).merge_and_unload()
@@ -116,6 +111,14 @@ def _write_folder(make_unsharded, tokenizer, folder, card, dtype):
             raise
         # such as a config that transformers does not save: all ranks hear of a UserError, and then write a checkpoint
         raise UserError(f'cannot write {folder}: {shorten(f"{type(error).__name__}: {error}", 500)}') from error
+
+
+def _check_same_model(out_dir):
+    """Raise UserError if the model that the run in out_dir began with has changed: its adapters belong to that one."""
+    run = recorded(out_dir)
+    if run and 'model' in run['contents']:
+        hashes_now = model_hashes(run['options']['model'])
+        check_same(f'{out_dir} holds', run, run | {'contents': {'model': hashes_now}})
 
 
 def _save_weights(model, weights, dtype, folder):
