@@ -134,7 +134,7 @@ ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.s
 # what notes say of columns that have one of these words
 NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, ADDED, NOTHING)]
 # columns with the scores of two answers, and with the class of a text
-RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
+RATED = re.compile('score|rating|reward|grade|rank|quality|feedback|thumb|vote|prefer|toxic|harm|helpful|correct|accept', re.IGNORECASE)
 PERSONAS = 'persona character rubric rubrics criteria criterion principle principles'.split()  # and with what an answer should be like
 WRITERS = 'user username sender from speaker'.split()  # columns with who has written a text
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
@@ -992,8 +992,8 @@ def label_of(row):
     # Infinity-Instruct's labels are lists of topics
     if column is None or isinstance(row[column], list | dict):
         return {}
-    # 'Thumbs up', and signs of any skin
-    value = re.sub('[\U0001f3fb-\U0001f3ff]', '', str(row[column]).strip().lower().replace(' ', '_'))
+    # 'Thumbs up', and a thumb of any skin
+    value = re.sub('[\U0001f3fb-\U0001f3ff]', '', plain_name(str(row[column])))
     if value not in (*YES, *NO, *GOOD, *BAD):
         raise ValueError(f'{column!r} is neither true (1) nor false (0), nor a word such as good or bad')
     return {'good': value in YES + GOOD}

@@ -754,9 +754,9 @@ NAMED = [  # names that mean the same, a row with a column (or a value) of that 
     ('correctness_math_verify correctness_llama correctness is_corrects scores ratings rating rewards all_rm_scores', lambda name: {'prompt': 'q?', 'samples': ['b', 'a'], name: [0, 1]}, [PAIR]),
     ('completion answer response text', lambda name: {'prompt': 'q?', 'samples': [{name: x, 'score': n} for n, x in enumerate('ba')]}, [PAIR]),
     ('fine-grained_score overall_score score pm_score rating reward', lambda name: {'prompt': 'q?', 'samples': [{'text': x, name: n} for n, x in enumerate('ba')]}, [PAIR]),
-    *(('good label kto_tag desirable is_safe is_correct', lambda name, x=x: LABELLED | {name: x}, found) for x, found in ((0, [LABELLED | {'good': False}]), (None, 'is neither true'))),
-    ('false no 0 0.0 bad undesirable rejected negative neg incorrect', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': False}]),
-    ('true yes 1 1.0 good desirable chosen positive pos correct', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': True}]),
+    *(('good label kto_tag desirable is_safe is_correct is_good is_desirable thumbs_up Liked upvoted', lambda name, x=x: LABELLED | {name: x}, found) for x, found in ((0, [LABELLED | {'good': False}]), (None, 'is neither true'))),
+    ('false no 0 0.0 n bad undesirable rejected negative neg incorrect Down 👎🏿', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': False}]),
+    ('true yes 1 1.0 Y good desirable chosen positive pos correct up 👍🏽 Thumbs-Up', lambda name: LABELLED | {'label': name}, [LABELLED | {'good': True}]),
     ('split data_split dataset_split set subset fold partition type', lambda name: LABELLED | {name: 'Test'}, [LABELLED, {'drop': formats.FOR_TESTS.format('{name}')}]),
     ('test testing validation valid val dev eval held_out heldout holdout', lambda name: LABELLED | {'set': name}, [LABELLED, {'drop': formats.FOR_TESTS.format('set')}]),
     ('reasoning_content thinking reasoning complex_cot cot', lambda name: {'question': 'q?', name: 'let me think', 'answer': 'a'}, [SFT | {'response': [assistant('a', reasoning_content='let me think')]}]),
@@ -937,7 +937,7 @@ def test_a_column_that_judges_later_rows_alone(tmp_path, capsys, name, first, la
 
 
 @pytest.mark.parametrize('field, first, second, named', [
-    ('liked', True, False, True), ('rating', 'ok', 'thumbs_down', True), ('score', 1, 0, True), ('toxic', False, False, False), ('model', 'x', 'y', False)])  # fmt: skip
+    ('liked', True, False, True), ('rating', 'ok', 'thumbs_down', True), ('score', 1, 0, True), ('Thumb', 5, 1, True), ('toxic', False, False, False), ('model', 'x', 'y', False)])  # fmt: skip
 def test_fields_of_messages_that_judge_are_named(tmp_path, capsys, field, first, second, named):
     sources.say_once.cache_clear()
     chat = [user('a'), assistant('good') | {field: first}, user('q?'), assistant('b') | {field: second}]
