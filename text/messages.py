@@ -20,6 +20,10 @@ TRAINS = 'loss train training train_on_turn need_calculate_loss trainable loss_m
 MASK = lru_cache(1000)(re.compile('mask|loss|train|learn|ignore|supervis|target|weights', re.IGNORECASE).search)
 # fields that may stand in place of an answer's content (function_calls: OLMo 3)
 BESIDE = ('tool_calls', 'function_calls', *REASONING)
+# fields of an object with a question and its answer, and those of a message with who speaks, and what
+EXCHANGES = 'input/output human/assistant user/assistant prompt/response question/answer query/response instruction/output'.split()
+ROLE_FIELDS = 'role from speaker author sender'.split()  # from, value: ShareGPT; parts: Gemini
+CONTENT_FIELDS = 'content value parts text message utterance'.split()
 UNSPACED = re.compile('[\u3040-\u30ff\u3400-\u9fff]{2}')  # about one word, in languages without spaces
 # columns, and fields of messages, that cannot be read: image_path, videos, audio_bytes, ...
 MEDIA = lru_cache(1000)(
@@ -118,16 +122,14 @@ def read_message(turn):
     if isinstance(turn.get('replies'), list | dict) and turn['replies']:
         raise ValueError("a message has 'replies': a tree in one row is not read, a row for each message is")
     turn = {key: value for key, value in turn.items() if value is not None}
-    # ShareGPT has 'from' and 'value', Gemini 'parts'
-    our_names = {} if 'role' in turn else {'from': 'role'}
-    if 'content' not in turn:
-        written = next((name for name in ('value', 'parts', 'text') if name in turn), 'text')
-        our_names[written] = 'content'
+    role_name = next((name for name in ROLE_FIELDS if name in turn), 'role')
+    content_name = next((name for name in CONTENT_FIELDS if name in turn), 'content')
+    our_names = {role_name: 'role', content_name: 'content'}
     turn = {our_names.get(key, key): value for key, value in turn.items()}
     written_role = field(turn, 'role')
     role = ROLES.get(written_role.strip().lower().replace(' ', '_').replace('-', '_'))
     # messages with 'role' may have roles of their own chat template
-    if 'from' in our_names and role is None:
+    if role_name != 'role' and role is None:
         raise ValueError(f'a message is from {written_role[:24]!r}; known are {", ".join(ROLES)}')
     role = role or written_role
     weight = turn.pop('weight', 1)
@@ -185,7 +187,7 @@ def are_texts(value, count=None):
 
 def as_messages(value, must_be_chat=False):
     """Return a chat in any form as a list of messages for read_message(); other values unchanged. must_be_chat: the column is
-    known to hold chats, so that a list of texts is one, too, or of questions with answers."""
+    known to hold chats, so that a text with speakers is one, too, or a list of texts, or of questions with answers."""
     if isinstance(value, str):
         value = _parse_chat(value, any_list=must_be_chat)
     if isinstance(value, dict) and value.keys() == {'messages'}:
@@ -198,23 +200,39 @@ def as_messages(value, must_be_chat=False):
         if all(isinstance(item, list) for item in value.values()):
             return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         return [value]
-    if not must_be_chat or not isinstance(value, list) or not value:
+    if not must_be_chat or not value:
         return value
+    if isinstance(value, str):
+        return dialogue(value) or value
     if are_texts(value):
         # perhaps each with its speaker: ['User: ...', 'Assistant: ...']
         return dialogue('\n'.join(value)) or alternating(value)
-    for asks, replies in (('input', 'output'), ('human', 'assistant')):
-        if not all(isinstance(exchange, dict) and {asks, replies} <= exchange.keys() for exchange in value):
+    # a question and its answer each
+    if isinstance(value, list) and all(are_texts(exchange, 2) for exchange in value):
+        return alternating(text for exchange in value for text in exchange)
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return _from_objects(value)
+    return value
+
+
+def _from_objects(parts):
+    """Return the messages of objects that have each a question and its answer, or a text under the name of its role; else the objects."""
+    # [{'user': question}, {'assistant': answer}, ...]
+    if all(len(part) == 1 and ROLES.keys() >= part.keys() for part in parts):
+        return [message(role, text) for part in parts for role, text in part.items()]
+    for names in EXCHANGES:
+        asks, replies = names.split('/')
+        if not all({asks, replies} <= part.keys() for part in parts):
             continue
         # XTuner has the system message in the first exchange
-        system = value[0].get('system')
+        system = parts[0].get('system')
         turns = [message('system', system)] if system else []
-        for exchange in value:
+        for exchange in parts:
             # the fields that say if the answer is trained on
             trains = {name: exchange[name] for name in TRAINS if name in exchange}
             turns += [message('user', exchange[asks]), message('assistant', exchange[replies]) | trains]
         return turns
-    return value
+    return parts
 
 
 def _parse_chat(text, any_list):
