@@ -523,7 +523,6 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('a row of another layout', 'sft', [{'messages': QA, 'text': None}] * 3 + [{'messages': None, 'text': 'a'}], [SFT] * 3 + [{'prompt': '', 'response': 'a'}], {formats.LACKING.format('messages'): 1}),
     ('a row with another question', 'sft', [{'instruction': 'q?', 'query': None, 'output': 'a'}] * 3 + [{'instruction': None, 'query': 'q?', 'output': 'a'}], [SFT] * 4, {formats.LACKING.format('instruction, output'): 1}),
     ('half of the rows lack what others have', 'sft', [{'question': 'q?', 'answer': 'a', 'messages': None}, {'question': None, 'answer': None, 'messages': QA}], [SFT] * 2, {formats.LACKING.format('answer, question'): 1}),
-    ('OpenRLHF, what a reward function needs', 'sft', [{'context_messages': ASKS, 'label': '34'}], [], {'conversations without a question and its answer': 1}),
     ('OpenRLHF, prompts', 'prompts', [{'context_messages': ASKS, 'label': '34'}], [{'prompt': ASKS}], {}),
     ('a thought of which the answer was cut off', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': x} for x in ('a', ' ')],
      [SFT | {'response': [assistant('a', reasoning_content='let me think')]}, SFT | {'response': [assistant('')]}], {}),
@@ -1375,6 +1374,11 @@ def test_texts_and_no_messages_become_chats():
 def test_what_stands_beside_a_prompt_alone_is_named():
     rows = [sources.Row({'query': f'q{i}?', 'answers': f'the answer number {i}', 'checked': i > 1}) for i in range(9)]
     assert formats.unread_texts(rows, formats.layout_of(frozenset({'query'})))[0] == ['answers', 'checked']
+
+
+def test_what_a_reward_function_needs_is_no_answer(tmp_path):
+    path = write(tmp_path / 'd.jsonl', [{'context_messages': ASKS, 'label': '34'}])
+    assert "'label' is neither true (1) nor false" in refusal(path, task='sft')
 
 
 @pytest.mark.parametrize('extra, unread', [  # of row i, whose prompt is 'what is the sum of {i}'
