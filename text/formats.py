@@ -48,7 +48,7 @@ OPTION = re.compile(r'((op|opt|option|choice|ans|mc_answer|ending)[_ ]?[a-e0-5]|
 # columns with texts that a question is about, or with names of files, or numbers
 DOCUMENTS = 'document documents passages contexts ctxs body story paragraph premise article passage preamble sql_context'.split()
 # columns with the answer, best first: next to a full solution, 'answer' is only its last line
-ANSWERS = 'response completion output generation solution answer label'.split()
+ANSWERS = 'response completion output generation solution answer'.split()
 # columns with an answer that may be meant in place of another one
 BETTER = re.compile('(corrected|edited|revised|improved|preferred|expected|reference)_?(response|output|completion)|expected|ideal')
 THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thought behind the answer
@@ -56,7 +56,7 @@ THOUGHTS = (*messages.REASONING, 'complex_cot', 'cot')  # columns with the thoug
 LIKE_ANSWERS = 'chosen rejected response completion output answer reply target'.split()
 CHATS = 'messages conversations conversation context_messages trajectory'.split()
 LABELS = 'good label kto_tag desirable is_safe is_correct is_good is_desirable thumbs_up liked upvoted'.split()
-TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS, 'system'}.difference(LABELS)
+TEXTS = {*QUESTIONS, *ABOUT, *ANSWERS, 'system'}
 # the names that --columns accepts
 COLUMNS = ('prompt question system chosen rejected response label messages text margin tools '
            'response_a response_b response_0 response_1 response_2 winner').split()
@@ -399,6 +399,10 @@ def _unpack(row):
     if isinstance(row.get('rejected_response'), str | list) and isinstance(row.get('messages'), list):
         chat = row['chosen'] = row.pop('messages')
         row['rejected'] = chat[:-1] + said(row.pop('rejected_response'))
+    # CarperAI's answers are texts in the column 'label'; a label is a single word
+    is_text = isinstance(row.get('label'), str) and ' ' in row['label'].strip()
+    if is_text and 'prompt' in row and layout_of(frozenset(row)).read is read_prompt:
+        row['completion'] = row.pop('label')
     # SmolTalk 2: {'custom_instructions': system message, 'xml_tools' or 'python_tools': tools} for the chat template
     template_args = row.get('chat_template_kwargs')
     if isinstance(template_args, dict):
@@ -769,10 +773,12 @@ def read_votes(row, task):
     # an answer may be null
     if not all(map(are_texts, lists)):
         raise LeftOut('empty answers')
+    if len(set(map(len, lists))) > 1:
+        raise ValueError("'prompt', 'response_a' and 'response_b' are not as many questions and answers")
     questions, *answers_of_sides = lists
     comparison = {'winner': ''}  # '' stays for a tie
     for side, answers in zip('ab', answers_of_sides, strict=True):
-        exchanges = zip(questions, answers, strict=False)
+        exchanges = zip(questions, answers, strict=True)
         comparison[f'conversation_{side}'] = messages.alternating(chain.from_iterable(exchanges))
         if str(row[f'winner_model_{side}']) in ('1', '1.0', 'True'):
             comparison['winner'] += side
@@ -963,8 +969,7 @@ def read_answer(row, task):
     if column == 'output' and are_texts(row['output'], 2):
         row['chosen'], row['rejected'] = row.pop('output')
         return read_pair(row, task)
-    # CarperAI's answers are texts in the column 'label', which is no label then
-    label = {} if column == 'label' else label_of(row)
+    label = label_of(row)
     better = [name for name in filter(BETTER.fullmatch, row) if isinstance(row[name], str)]
     if better and not label and task != 'prompts':
         raise ValueError(f"{better[0]!r} may be the better answer: --columns='prompt=NAME, response=NAME'")
@@ -1099,9 +1104,6 @@ def read_prompt(row, task):
         has_content = value and isinstance(value, str | list | dict)
         if task != 'prompts' and has_content and any(word in name for word in like_answers):
             raise ValueError(f'{name!r} may be an answer, and is no column that is known beside a prompt')
-    # CarperAI's answers are texts in the column 'label'; a label is a single word
-    if 'prompt' in row and isinstance(row.get('label'), str) and ' ' in row['label'].strip():
-        return read_answer(row, task)
     # of one user's questions (MT-Bench's texts, Arena-Hard's {'content': text}) the first is a prompt: the others follow its answer
     column = first_of((*QUESTIONS, 'turns'), row)
     questions = row[column] if column in ('prompt', 'turns') else None

@@ -523,6 +523,7 @@ DATA_SETS = [  # columns as these data sets have them: name, task, rows, the exa
     ('a row of another layout', 'sft', [{'messages': QA, 'text': None}] * 3 + [{'messages': None, 'text': 'a'}], [SFT] * 3 + [{'prompt': '', 'response': 'a'}], {formats.LACKING.format('messages'): 1}),
     ('a row with another question', 'sft', [{'instruction': 'q?', 'query': None, 'output': 'a'}] * 3 + [{'instruction': None, 'query': 'q?', 'output': 'a'}], [SFT] * 4, {formats.LACKING.format('instruction, output'): 1}),
     ('half of the rows lack what others have', 'sft', [{'question': 'q?', 'answer': 'a', 'messages': None}, {'question': None, 'answer': None, 'messages': QA}], [SFT] * 2, {formats.LACKING.format('answer, question'): 1}),
+    ('OpenRLHF, prompts', 'prompts', [{'context_messages': ASKS, 'label': '34'}], [{'prompt': ASKS}], {}),
     ('a thought of which the answer was cut off', 'sft', [{'question': 'q?', 'reasoning': 'let me think', 'answer': x} for x in ('a', ' ')],
      [SFT | {'response': [assistant('a', reasoning_content='let me think')]}, SFT | {'response': [assistant('')]}], {}),
     *(('a flag of tests', 'sft', [{'prompt': 'p', 'response': 'a', name: x} for x in (True, False, True)], [{'prompt': 'p', 'response': 'a'}] * 3, {formats.FOR_TESTS.format(name): 2}) for name in ('is_test', 'held_out')),
@@ -688,6 +689,7 @@ BAD_ROWS = [  # what is said of a row, and rows
     ('not with the same question', [{'chosen': [assistant('x')], 'rejected': [assistant('y')]}, {'chosen': QA, 'rejected': [user('r?'), assistant('b')]}]),
     ("'preference' is not a finite", [{'instruction': 'i', 'output_1': 'a', 'output_2': 'b', 'preference': math.inf}]),
     *((f'{name!r} would be lost', [{'question': 'q', 'answer': 'a', name: 'a.png'}]) for name in ('image_path', 'image_id', 'video_file')),
+    ('not as many questions and answers', [{'prompt': ['q?'], 'response_a': ['a'], 'response_b': ['b', 'c'], 'winner_model_a': 1, 'winner_model_b': 0}]),
     ("'answer' is", [{'question': 'q', 'answer': True}, {'question': 'q', 'answer': math.nan}]),
 ]
 # fmt: on
@@ -1377,6 +1379,11 @@ def test_texts_and_no_messages_become_chats():
 def test_what_stands_beside_a_prompt_alone_is_named():
     rows = [sources.Row({'query': f'q{i}?', 'answers': f'the answer number {i}', 'checked': i > 1}) for i in range(9)]
     assert formats.unread_texts(rows, formats.layout_of(frozenset({'query'})))[0] == ['answers', 'checked']
+
+
+def test_what_a_reward_function_needs_is_no_answer(tmp_path):
+    path = write(tmp_path / 'd.jsonl', [{'context_messages': ASKS, 'label': '34'}])
+    assert "'label' is neither true (1) nor false" in refusal(path, task='sft')
 
 
 @pytest.mark.parametrize('extra, unread', [  # of row i, whose prompt is 'what is the sum of {i}'
