@@ -209,6 +209,8 @@ verdicts = read_verdicts(verdicts_file, keys)  # key -> row
 if verdicts:
     log.say(f'{out_dir} has {counted(len(verdicts), "verdicts")} already')
 todo = [key for key in keys if key not in verdicts]
+# replies without a clear verdict; the progress bar counts them, since replies cost money
+unclear = [row.get('text') or '' for row in verdicts.values() if row['preference'] is None]
 
 if not keys:  # identical answers alone need no verdict
     log.claim_out_dir(out_dir, record)
@@ -224,6 +226,9 @@ with log.progress(len(keys), ' verdicts', 'judged', initial=len(verdicts)) as ba
         ends_block = (len(verdicts) + 1) % BLOCK == 0
         append(verdicts_file, [row], sync=endpoint is not None or ends_block)
         verdicts[row['pair'], row['order']] = row
+        if row['preference'] is None:
+            unclear.append(row.get('text') or '')
+        bar.set_postfix_str(f'{len(unclear)} unclear', refresh=False)
         bar.update()
 if not verdicts:  # out_dir stays free for a corrected command
     raise_if_missing(failed, 'verdicts')
@@ -270,7 +275,6 @@ cut_texts = {}
 for (i, _), row in verdicts.items():
     cut_texts |= zip(map(str, items_of(pairs[i])), row.get('cut') or (), strict=False)
 cut = sum(map(Counter, cut_texts.values()), Counter())
-unclear = [row.get('text') or '' for row in verdicts.values() if row['preference'] is None]
 report = {
     'first': first_name,
     'second': second_name,
@@ -326,6 +330,9 @@ equal_length = percent('length_controlled', why_none='no finite fit, or an exact
 if n_judged < winrate.ENOUGH:
     found = counted(n_judged, 'prompts')
     equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
+# empty: of a judge that refuses, or whose thoughts took all tokens
+n_empty = sum(not text.strip() for text in unclear)
+replies = f'unclear replies: {len(unclear)}, {n_empty} of them empty'
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}
@@ -333,7 +340,7 @@ log.say(f"""
   at equal length    {equal_length}
   won, lost, tied    {report['won']}, {report['lost']}, {report['ties']}; {len(equal)} with equal answers
   mean length        {mean_lengths or 'unknown'} characters
-  without a verdict  {counted(len(pairs) - len(clear), 'pairs')}; unclear replies: {len(unclear)}, failed requests: {failed.total()}""")
+  without a verdict  {counted(len(pairs) - len(clear), 'pairs')}; {replies}, failed requests: {failed.total()}""")
 if endpoint is not None:
     log.say(f'  contradictions     {report["ties_contradicting_orders"]} of the ties have contradicting orders')
     log.say(f'  shown first, wins  {percent("shown_first")}; 50% without position bias')
@@ -341,7 +348,7 @@ if endpoint is not None:
 files = f'{out_dir}/annotations.json, report.json and verdicts.jsonl'
 log.say(f'{files}; answers cut for the judge: {in_words(cut)[0]}')
 if unclear:
-    ending = unclear[0].strip()[-150:]
+    ending = max(unclear, key=len).strip()[-150:]
     log.say(f'note: an unclear reply (cut short, or its last line is no verdict) ends: {ending!r}')
 
 # missing verdicts are an error, after everything else is written

@@ -290,7 +290,8 @@ sizes = f'{counted(len(prompts), "prompts")}, {counted(len(keys), "answers")}'
 log.say('\n'.join([f'data: {sizes}; left out or changed: {changed}', *notes]))
 i, _ = keys[0]
 text = str(prompts[i]['prompt']) if endpoint else tokenizer.decode(ids[i])
-log.say(f'first prompt: {text[-300:]!r}')
+shown = 'first prompt' if len(text) <= 300 else 'end of the first prompt'
+log.say(f'{shown}: {text[-300:]!r}')
 
 # claim out_dir, and skip the answers that it has already
 ranks.on_rank_0(partial(lock, out_dir))

@@ -70,7 +70,9 @@ def collect(out_dir, wanted):
         # if two files have the same answer, the first file's stays: the right operand of | wins
         rows = read_back(path, key_of) | rows
     rows = dict(sorted(rows.items()))
-    files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
+    # without answers, no file is made: out_dir stays free for a corrected command
+    if rows or merged.exists():
+        files.replace_text(merged, ''.join(json.dumps(row) + '\n' for row in rows.values()))
     # safe to delete only after the merged file is on disk
     for path in rank_files:
         path.unlink()
@@ -152,6 +154,8 @@ def make_pairs(answers_file, against_file=None):
     left_out = Counter()
     ours = read_answers(answers_file, left_out)
     theirs = read_answers(against_file, left_out) if against_file else []
+    if against_file:
+        ours, theirs = [_of_first_model(file, left_out) for file in (ours, theirs)]
     our_groups, their_groups = _by_question(ours, theirs)
     has_models = len({answer['model'] for answer in ours}) > 1
     pairs = []
@@ -159,8 +163,11 @@ def make_pairs(answers_file, against_file=None):
     numbers = {}
     for question, group in our_groups.items():
         number = numbers.setdefault(group[0]['instruction'], len(numbers))
-        others = their_groups.get(question, []) if against_file else None
-        pairs += [_as_pair(*match, number) for match in _matches(group, others, has_models)]
+        # zip skips answers that have no counterpart
+        matches = zip(group, their_groups.get(question, []), strict=False) if against_file else combinations(group, 2)
+        if has_models:
+            matches = [(first, second) for first, second in matches if first['model'] != second['model']]
+        pairs += [_as_pair(*match, number) for match in matches]
     if not pairs and against_file:
         raise UserError(f'no prompt of {answers_file} has an answer in {against_file}')
     if not pairs:
@@ -177,16 +184,11 @@ def make_pairs(answers_file, against_file=None):
     return pairs, left_out
 
 
-def _matches(group, others, has_models):
-    """Return [(answer, answer)], what is compared of the answers to a prompt: those of one file, or with `others` of another."""
-    if others is not None:
-        # zip skips answers that have no counterpart, also those of other models than the first
-        of_first = ([row for row in side if row['model'] == side[0]['model']] for side in (group, others))
-        return list(zip(*of_first, strict=False))
-    matches = combinations(group, 2)
-    if has_models:
-        matches = [(first, second) for first, second in matches if first['model'] != second['model']]
-    return list(matches)
+def _of_first_model(answers, left_out):
+    """Return the answers (dicts of read_answers) of the model that the file names first. left_out: Counter, updated."""
+    of_first = [row for row in answers if row['model'] == answers[0]['model']]
+    left_out["answers of other models than a file's first"] += len(answers) - len(of_first)
+    return of_first
 
 
 def _as_pair(first, second, number):

@@ -21,6 +21,7 @@ try:
 except ImportError:
     import httpx
 
+KEY_NAMES = ('NANOPREF_API_KEY', 'OPENAI_API_KEY')  # environment variables
 LONGEST_WAIT = 600.0  # seconds; end the run if Retry-After asks for more
 FAILED_IN_A_ROW = 20  # consecutive failed jobs after which the endpoint is to blame, not the jobs
 MAX_REPLY_BYTES = 64 * 2**20  # after decompression
@@ -115,10 +116,13 @@ class _Endpoint:
         self.retries = retries
         self.backoff = backoff
         self.not_before = 0.0  # the time.monotonic() from which on requests may be sent
-        self.key = (os.environ.get('NANOPREF_API_KEY') or os.environ.get('OPENAI_API_KEY') or '').strip()
+        # the name of the first variable that is set
+        names = [name for name in KEY_NAMES if os.environ.get(name, '').strip()]
+        self.key_name = names[0] if names else None
+        self.key = os.environ[self.key_name].strip() if names else ''
         # HTTP headers take printable ASCII only
         if not re.fullmatch('[!-~]*', self.key):
-            raise UserError('the key in NANOPREF_API_KEY or OPENAI_API_KEY has characters that no key has')
+            raise UserError(f'the key in {self.key_name} has a character that no key has, such as a space or an umlaut')
         headers = {'Authorization': f'Bearer {self.key}'} if self.key else {}
         limits = httpx.Limits(max_connections=concurrency)
         # limits connecting only; post() limits the whole reply
@@ -189,7 +193,8 @@ class _Endpoint:
                 raise _AttemptFailed(f'the reply is no chat completion ({self.one_line(raw)})') from None
         problem = f'{self.url} answers HTTP {status} ({self.one_line(raw)})'
         if status in (401, 403):
-            raise UserError(f'{problem}: set the key of this endpoint in NANOPREF_API_KEY')
+            sent = f'the key in {self.key_name} was sent' if self.key_name else 'no key was sent'
+            raise UserError(f'{problem}; {sent}: set the key of this endpoint in NANOPREF_API_KEY')
         if status not in (408, 409, 425, 429) and status < 500:
             raise _AttemptFailed(problem, can_retry=False)
         # Retry-After may also be a date, which is ignored: the backoff applies anyway

@@ -338,6 +338,9 @@ def load_tokenizer(name, trust_remote_code=False):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f'no tokenizer in {name!r} ({hub.first_line(error)}): it needs a tokenizer.json') from None
+    # of a folder without its files, transformers makes a tokenizer that reads every text as nothing
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise UserError(f'no tokenizer in {name!r} (it has no words but special ones): it needs a tokenizer.json')
     # where the hub fails for a moment, transformers goes on without the template
     lacks_template = tokenizer.chat_template is None and not os.path.isdir(name)
     if lacks_template and hub.reachable() and hub.has_file(name, 'chat_template.jinja'):

@@ -177,14 +177,24 @@ def sync(path):
         os.close(handle)
 
 
-def replace_text(path, text):
-    """Write a text file atomically: at any time it has either the old or the new content. Raises UserError."""
+@contextlib.contextmanager
+def replacing(path):
+    """Context manager: yield a name to write a file under, which then becomes path. If that fails, path stays as it was. UserError."""
     check_file(path)
     temporary = Path(f'{path}.tmp')
     with writing(path):
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def replace_text(path, text):
+    """Write a text file atomically: at any time it has either the old or the new content. Raises UserError."""
+    with replacing(path) as temporary:
         temporary.write_text(text, 'utf-8')
-        sync(temporary)
-        temporary.replace(path)
 
 
 def move_folder(temporary, folder):

@@ -255,9 +255,8 @@ class Variant:
         self.times.append(clock() - start)
         self.peak = max(self.peak, peak_memory())
         # what models, optimizer and the largest microbatch should take; cached variants have freed the reference
-        sizes = max(
-            (batch.ids.numel(), batch.target.numel()) for batch in batches
-        )  # tokens, and those through the head
+        # tokens, and those through the head
+        sizes = max((batch.ids.numel(), batch.target.numel()) for batch in batches)
         n_frozen = self.ref.num_parameters() if self.ref else 0
         needs = room.estimate(config, self.policy, self.per_token, n_frozen, *sizes, is_step=len(batches) == 1)
         self.estimate = max(self.estimate, gb_without_model + sum(needs.values()) / 1e9)

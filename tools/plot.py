@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure
-from runtime.files import check_file
+from runtime.files import replacing
 from text.examples import counted
 from tools.runs import arguments, gold, labels, panels_of, read, smoothed, value_of
 
@@ -123,10 +123,9 @@ for color, name in zip(colors, names, strict=True):
 figure.legend(handles=handles, loc='outside lower center', frameon=False)
 # a name without an extension: the name of the file that is written
 out = out if Path(out).suffix else f'{out}.png'
-check_file(out)
-try:
-    figure.savefig(out, dpi=110)
-except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'cannot write {out}: {reason}') from None
+with replacing(out) as temporary:
+    try:
+        figure.savefig(temporary, format=Path(out).suffix[1:], dpi=110)
+    except ValueError as error:  # an unknown format
+        raise UserError(f'cannot write {out}: {error}') from None
 print(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')

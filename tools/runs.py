@@ -66,9 +66,8 @@ def read(folder):
     """Return the Run in a folder. Raises UserError if it is not a run's out_dir, has no steps yet, or is damaged."""
     options = read_options(folder)
     advice = 'mend it, unless the file is of something else'
-    rows = read_lines(
-        folder / 'metrics.jsonl', partial(checked, kinds={'split': str, 'counters/examples': int}), advice
-    )
+    row_types = {'split': str, 'counters/examples': int}
+    rows = read_lines(folder / 'metrics.jsonl', partial(checked, kinds=row_types), advice)
     if not any(row['split'] in ('train', 'eval') for row in rows):
         wanted = 'wanted is the out_dir of a training script, or, in tools.report, of label.py'
         raise UserError(f'{folder} has no steps in its metrics.jsonl yet: {wanted}')

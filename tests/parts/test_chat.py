@@ -574,6 +574,14 @@ def test_odd_generation_configs(instruct, tmp_path, content, capsys):
     shell.generation_config.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize('kind', [transformers.GPTNeoXConfig, transformers.Qwen2Config, transformers.LlamaConfig])
+def test_a_folder_without_a_tokenizer(tmp_path, kind):
+    """transformers makes an empty one for some models, which reads every text as nothing."""
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match='no tokenizer in .*: it needs a tokenizer.json'):
+        load.load_tokenizer(str(tmp_path))
+
+
 def test_a_template_file_that_is_too_long(tmp_path):
     tokenizer_of(CHATML, EOS).save_pretrained(tmp_path)
     load.load_tokenizer(str(tmp_path))

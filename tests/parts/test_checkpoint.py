@@ -497,7 +497,7 @@ def test_full_disk_under_rows_and_export(tmp_path, whole, monkeypatch, capsys):
         patch.setattr(Path, 'write_text', full_disk)
         with pytest.raises(UserError, match='No space left'):
             files.replace_text(tmp_path / 'a', 'new')
-    assert (tmp_path / 'a').read_text() == 'old'
+    assert (tmp_path / 'a').read_text() == 'old' and not (tmp_path / 'a.tmp').exists()
     model = torch.nn.Linear(2, 2)
     model.reshard = lambda: None
     with pytest.raises(UserError, match='cannot write .*model: No space left on device'):

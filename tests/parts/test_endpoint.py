@@ -219,14 +219,17 @@ def test_the_key_is_sent_and_never_given_back(name, monkeypatch):
     with serve(lambda n, body: said[number(body)]) as server:
         replies = ask(server, 3, retries=0)
         assert server.seen[0][1]['Authorization'] == f'Bearer {key}'
-        shown = repr(replies) + json.dumps(replies) + refused(server, jobs(4)[3:], '401')
+        shown = repr(replies) + json.dumps(replies)
+        shown += refused(server, jobs(4)[3:], f'401 .*; the key in {name} was sent')
+        monkeypatch.setenv(name, ' ')
+        refused(server, jobs(4)[3:], '401 .*; no key was sent: set the key of this endpoint in NANOPREF_API_KEY')
     assert 'sk-made' not in shown and '12345678' not in shown and shown.count('[key]') >= 4
 
 
 def test_keys_that_are_none(monkeypatch):
     """No header takes the first; servers of one's own take words for a key, which answers may hold."""
     monkeypatch.setenv('NANOPREF_API_KEY', 'sk-\u2028secret')
-    assert 'secret' not in refused(NOWHERE, 1, 'characters that no key has')
+    assert 'secret' not in refused(NOWHERE, 1, 'the key in NANOPREF_API_KEY has a character that no key has')
     monkeypatch.setenv('NANOPREF_API_KEY', 'EMPTY')
     with serve(lambda n, body: 'the box is EMPTY') as server:
         assert ask(server, 1)[0].text == 'the box is EMPTY'

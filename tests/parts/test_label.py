@@ -169,8 +169,13 @@ def test_samples_of_a_training_run():
     assert label('--answers=gold.jsonl', '--gold=toy', '--against=gold.jsonl')[0]['first'] == 'gold.jsonl'
     found, left_out = make_pairs('run', other)
     assert [pair['outputs'] for pair in found] == [['p0 at 8', 'R0 AT 8'], ['p1 at 8', 'R1 AT 8']]
-    assert left_out['answers without a counterpart'] == 4
-    assert left_out['answers of --against without a counterpart'] == 2
+    assert +left_out == {"answers of other models than a file's first": 5, 'answers without a counterpart': 1,
+                         'answers of earlier evaluations': 10}  # fmt: skip
+    # also for a prompt that only the others have answered
+    of_policy = [row | {'prompt': 'asked of the policy alone'} for row in shouted if row['generator'] == 'policy']
+    write_jsonl(other, shouted + of_policy)
+    found, left_out = make_pairs(other, other)
+    assert {pair['generators'][0] for pair in found} == {'reference'} and len(found) == 2
     Path('else').mkdir()
     refused('no file or folder else/samples.jsonl', '--gold=toy', '--answers=else')
     # of a run without a reference, the last evaluation has one answer to a prompt
@@ -320,7 +325,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
     for said in ('left out: 8 tools, which the judge is not shown', 'at equal length    not told: 6 prompts', '65.0%',
-                 'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
+                 'unclear replies: 3, 0 of them empty, failed', 'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
         assert said in screen
     assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
     assert sorted((row['pair'], row['order']) for row in verdicts()) == [(i, o) for i in range(7) for o in (1, 2)]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 from helpers import python, read_jsonl, refused, run_script, write_jsonl
@@ -176,6 +177,12 @@ def test_mistakes(tmp_path, monkeypatch):
         ([folder, '--smooth=3'], 'smooth must be at least 0 and at most 1'),
     ):
         assert message in refused('tools/plot.py', *words)
+    # a full disk leaves the old picture
+    (tmp_path / 'x.png').write_text('old')
+    with monkeypatch.context() as patch:
+        patch.setattr('os.fsync', MagicMock(side_effect=OSError(28, 'No space left on device')))
+        assert 'x.png: No space left on device' in refused('tools/plot.py', folder, f'--out={tmp_path}/x.png')
+    assert (tmp_path / 'x.png').read_text() == 'old' and not list(tmp_path.glob('*.tmp'))
     found = python('-m', 'tools.plot', folder, f'--out={tmp_path}/x.png', MPLBACKEND='garbage')
     assert found.returncode == 0, found.stderr
     monkeypatch.setitem(sys.modules, 'matplotlib', None)

@@ -352,6 +352,10 @@ def test_endpoint(capsys):
     with serve(behave) as server:
         flags = [f'--endpoint={server.url}', '--endpoint_model=m', '--n=2', '--concurrency=2', '--temperature=0.5']
         flags += ['--max_new_tokens=9', '--system=Be brief.']
+        # a mistake that no answer came of leaves out_dir to the corrected command
+        status = lambda n, body: 404  # noqa: E731
+        assert 'HTTP 404 (no)' in refused(*flags, '--endpoint_model=wrong')
+        bodies()
         # the key runs out, when what was answered before is written; then one question is refused, and nothing is asked twice
         status = lambda n, body: 200 if n < 5 else time.sleep(0.5) or 401  # noqa: E731
         assert 'NANOPREF_API_KEY' in refused(*flags)
