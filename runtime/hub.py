@@ -90,8 +90,9 @@ def _how_to_train(folder):
     config_file = Path(__file__).parents[1] / 'config' / f'{run}.py'
     if folder != f'out/{run}/model' or not config_file.exists():
         return ''
-    script = run.partition('_')[0]
-    return f' by python {script}.py config/{run}.py'
+    # the comment in its first lines has the command
+    script = re.search(rf'\w+\.py config/{re.escape(run)}\.py', config_file.read_text('utf-8'))
+    return f' by python {script[0]}' if script else ''
 
 
 def has_file(name, file):

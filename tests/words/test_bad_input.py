@@ -432,6 +432,7 @@ def test_two_processes_agree_and_do_not_hang(world, tmp_path):
 @pytest.mark.parametrize('words, says', [
     ('dpo.py config/dpo_toy.py', r'the config file config/dpo_toy.py in {here}: No such file or directory'),
     ('dpo.py {root}/config/dpo_toy.py', "no model folder 'out/sft_toy/model' in {here}: train it first by python sft.py config/sft_toy.py, or"),
+    ('sample.py --model=out/drdpo_hh/model', 'train it first by python dpo.py config/drdpo_hh.py, or'),
     ('sample.py --data=prompts.txt', "data 'prompts.txt' is no file or folder in {here} and no hub id"),
     ('label.py --gold=toy --answers=out/a.jsonl', 'no file or folder out/a.jsonl in {here}'),
     ('dpo.py --data=pairs.jsonl', "'pairs.jsonl' is no file or folder in {here} (did you mean pairs.json?) and"),
