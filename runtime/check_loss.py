@@ -6,6 +6,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from runtime import guard
+from runtime.files import say
 from runtime.objective import objective_of, parameter_names, try_out
 
 
@@ -29,11 +30,11 @@ def main(losses, statistics):
     rows = try_out(objective)
     # rows are [margin, loss, slope] or, for losses of pairs, [margin, loss, slope, slope]
     slopes = 'slope chosen  slope rejected' if objective.paired else 'slope'
-    print(f'    margin         loss {slopes}')
+    say(f'    margin         loss {slopes}')
     for margin, *numbers in rows:
         values = ' '.join(f'{value:12.5g}' for value in numbers)
-        print(f'{margin:10.1f} {values}')
+        say(f'{margin:10.1f} {values}')
     broken = [row[0] for row in rows if not all(map(math.isfinite, row))]
     if broken:
         raise UserError(f'the loss {name} or its slope is not finite at margin {broken[0]:.0f}: see losses.log1mexp')
-    print(f'{name} can train: python dpo.py --loss={name}')
+    say(f'{name} can train: python dpo.py --loss={name}')

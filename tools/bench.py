@@ -41,7 +41,7 @@ from data import make_batches
 from hf import attention, load, sharded
 from rl import divergences
 from runtime import errors, ranks, room
-from runtime.files import check_file, replace_text
+from runtime.files import check_file, replace_text, say
 from runtime.log import per_second, progress
 from text.examples import Examples
 from text.sources import keep_data
@@ -398,31 +398,30 @@ predicted = int(chosen + rejected)
 seconds = limits.products_alone(meta_model, tokens, predicted, getattr(torch, dtype), device, clock)
 limit = per_second(batch_size, seconds)
 
-if main_rank():
-    machine = f'ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
-    print(f'{model}, {data}, {loss}, batch {batch_size}, {machine}')
-    print('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
-    print('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
-    formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
-               'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
-    for row in table:
-        cells = [f'{row["variant"]:11s}']
-        for name, form in formats.items():
-            width = int(form.partition('.')[0])  # 9 for 9.2f
-            cells.append(f'{row[name]:{form}}' if name in row else '-'.rjust(width))
-        print(' '.join(cells))
-        with_pass = row.get('pairs_per_second_with_cache_pass')
-        if with_pass:
-            print(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')
-    print(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
-    print('x: median of the ratio to the first variant, step by step. Peak memory: while this variant alone is loaded.')
-    if card_tflops:
-        print(f'MFU: of {card_tflops} TFLOP/s, {tflops_source}')
-    elif on_gpu:
-        print(f'MFU: {tflops_source}')
-    if out:
-        record = {'config': dict(config), 'rows': table}
-        record['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
-        replace_text(out, json.dumps(record, indent=1))
+machine = f'ranks {world_size}, {card}, {dtype}, torch {torch.__version__}'
+say(f'{model}, {data}, {loss}, batch {batch_size}, {machine}')
+say('mean tokens of a pair: prompt {:.0f}, answers {:.0f} and {:.0f}'.format(*lengths.mean(0)))
+say('variant       pairs/s      x  tokens/s  padding  GFLOP/pair  peak GB  est. GB     MFU')
+formats = {'pairs_per_second': '9.2f', 'ratio': '6.2f', 'tokens_per_second': '9.0f', 'padding_share': '8.1%',
+           'gflop_per_pair': '11.1f', 'peak_memory_gb': '8.2f', 'estimated_memory_gb': '8.2f', 'mfu': '7.1%'}  # fmt: skip
+for row in table:
+    cells = [f'{row["variant"]:11s}']
+    for name, form in formats.items():
+        width = int(form.partition('.')[0])  # 9 for 9.2f
+        cells.append(f'{row[name]:{form}}' if name in row else '-'.rjust(width))
+    say(' '.join(cells))
+    with_pass = row.get('pairs_per_second_with_cache_pass')
+    if with_pass:
+        say(f'{"+ its pass":11s} {with_pass:9.2f}  the pass that makes the cache counted, as in a first epoch')
+say(f'{"limit":11s} {limit:9.2f}  if the matrix products of policy and live reference were all there is')
+say('x: median of the ratio to the first variant, step by step. Peak memory: while this variant alone is loaded.')
+if card_tflops:
+    say(f'MFU: of {card_tflops} TFLOP/s, {tflops_source}')
+elif on_gpu:
+    say(f'MFU: {tflops_source}')
+if out and main_rank():
+    record = {'config': dict(config), 'rows': table}
+    record['limit_pairs_per_second'] = limit if math.isfinite(limit) else None
+    replace_text(out, json.dumps(record, indent=1))
 if __name__ == '__main__':
     ranks.leave()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure
-from runtime.files import replacing
+from runtime.files import replacing, say
 from text.examples import counted
 from tools.runs import arguments, gold, labels, panels_of, read, smoothed, value_of
 
@@ -128,4 +128,4 @@ with replacing(out) as temporary:
         figure.savefig(temporary, format=Path(out).suffix[1:], dpi=110)
     except ValueError as error:  # an unknown format
         raise UserError(f'cannot write {out}: {error}') from None
-print(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')
+say(f'{out}: {counted(len(runs), "runs")}, {counted(num_panels, "panels")}')

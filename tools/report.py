@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configurator import UserError, configure
 from feedback.answers import read_verdicts
-from runtime.files import checked, read_json, replace_text
+from runtime.files import checked, read_json, replace_text, say
 from runtime.log import SHOWN
 from text.examples import counted
 from tools.runs import arguments, differing, gold, labels, panels_of, read, read_options, smoothed, value_of
@@ -160,4 +160,4 @@ text = text.replace('<', '\\u003c')
 text = text.encode('utf-8', 'replace').decode()
 template = Path(__file__).with_suffix('.html').read_text('utf-8')
 replace_text(out, template.replace('{{data}}', text))
-print(f'{out}: {counted(len(runs), "runs")}, {counted(len(label_folders), "folders of verdicts")}')
+say(f'{out}: {counted(len(runs), "runs")}, {counted(len(label_folders), "folders of verdicts")}')

@@ -177,6 +177,11 @@ def test_mistakes(tmp_path, monkeypatch):
         ([folder, '--smooth=3'], 'smooth must be at least 0 and at most 1'),
     ):
         assert message in refused('tools/plot.py', *words)
+    # `| head` closes the pipe, and the picture is drawn
+    with monkeypatch.context() as patch:
+        patch.setattr('sys.stdout', MagicMock(write=MagicMock(side_effect=BrokenPipeError)))
+        run_script('tools/plot.py', folder, f'--out={tmp_path}/piped.png')
+    assert (tmp_path / 'piped.png').exists()
     # a full disk leaves the old picture
     (tmp_path / 'x.png').write_text('old')
     with monkeypatch.context() as patch:

@@ -91,6 +91,13 @@ def test_top_level_and_lines():
         assert abs(int(lines) - measure(ROOT / name)[0]) <= 5, name
 
 
+def test_who_prints():
+    """Through say(), which goes on where nobody reads any more (`| head`) and takes control characters out; data.py does so itself.
+    configurator.py stands below it."""
+    printing = {relative(path) for path in PRODUCT if re.search(r'^ *print\(', path.read_text(), re.M)}
+    assert printing == {'configurator.py', 'runtime/files.py', 'text/show.py'}
+
+
 def test_no_import_cycle():
     files = {module_of(path): path for path in OURS}
     imports = {name: imported(path, set(files)) - {name} for name, path in files.items()}
