@@ -214,7 +214,8 @@ def say_start(run, method, units, newest):
     n_epochs = run.total / len(run.train)
     epochs = f' ({round(n_epochs, 2):g} epochs)' if n_epochs > 1 else ''
     units = units or f'examples{epochs}, {run.config.batch_size} a step'
-    processes = '1 rank' if run.world_size == 1 else f'{run.world_size} ranks'
+    # world_size counts the ranks with examples of their own: --tp of them share theirs
+    processes = counted(run.world_size * run.config.tp, 'ranks')
     done = f'; going on after {run.seen:,} of them, from {newest}' if run.seen else ''
     say(f'{action} on {processes}: {counted(run.total, units)}{done}')
 

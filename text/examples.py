@@ -11,7 +11,7 @@ import numpy as np
 from configurator import UserError
 
 # a plural at the beginning of a reason, perhaps behind an adjective; its group 1 lacks the s
-NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|row|run|single|tie|time|tool|verdict'
+NOUNS = 'answer|conversation|example|folder|label|margin|message|pair|panel|prompt|rank|row|run|single|tie|time|tool|verdict'
 NOUN = re.compile(rf'^((\w+ )?({NOUNS}))s\b')
 
 
