@@ -302,9 +302,13 @@ def test_warnings_of_libraries(monkeypatch):
     assert stream.getvalue().endswith('the weights are upside down\n') and stream.getvalue().count('\n') == 1
 
 
-@pytest.mark.parametrize(('tp', 'world', 'said'), [(1, 1, '1 rank'), (1, 2, '2 ranks'), (2, 1, '2 ranks'), (2, 2, '4 ranks')])
+@pytest.mark.parametrize(
+    ('tp', 'world', 'said'), [(1, 1, '1 rank'), (1, 2, '2 ranks'), (2, 1, '2 ranks'), (2, 2, '4 ranks')]
+)
 def test_all_ranks_are_counted(tp, world, said, capsys):
     """Those that share the examples of a model's parts, too: world_size has one for all tp of them."""
-    run = SimpleNamespace(seen=0, total=8, train=range(8), world_size=world, config=SimpleNamespace(batch_size=4, tp=tp))
+    run = SimpleNamespace(
+        seen=0, total=8, train=range(8), world_size=world, config=SimpleNamespace(batch_size=4, tp=tp)
+    )
     log.say_start(run, 'dpo', None, None)
     assert capsys.readouterr().out == f'training dpo on {said}: 8 examples, 4 a step\n'
