@@ -277,7 +277,11 @@ def test_sources(folder, capsys):
     run(f'--data=alpaca_eval:{folder}/alpaca_eval.json', '--max_new_tokens=6', '--generator=me', out_dir='a')
     # what is shown of a long prompt is said to be its end
     assert 'end of the first prompt' not in capsys.readouterr().out
-    run(f'--data={write_jsonl("long.jsonl", [{"prompt": "the room was clean . " * 20}])}', '--max_new_tokens=6', out_dir='long')
+    run(
+        f'--data={write_jsonl("long.jsonl", [{"prompt": "the room was clean . " * 20}])}',
+        '--max_new_tokens=6',
+        out_dir='long',
+    )
     assert "\nend of the first prompt: 'ean . the room was clean" in capsys.readouterr().out
     found = [(output['instruction'], output['generator']) for output in model_outputs('a')]
     assert found == [(f' What is {i}?\n', 'me') for i in range(4)]
