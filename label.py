@@ -332,7 +332,7 @@ if n_judged < winrate.ENOUGH:
     equal_length = f'not told: {found}, and from {winrate.ENOUGH} on length can be told from quality'
 # empty: of a judge that refuses, or whose thoughts took all tokens
 n_empty = sum(not text.strip() for text in unclear)
-replies = f'unclear replies: {len(unclear)}, {n_empty} of them empty'
+replies = f'unclear replies: {len(unclear)}' + (f' ({n_empty} empty)' if n_empty else '')
 mean_lengths = ' and '.join(f'{mean:.0f}' for mean in report['mean_lengths'] or [])
 log.say(f"""
 {first_name} against {second_name}, judged by {annotator}

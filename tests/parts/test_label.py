@@ -325,7 +325,7 @@ def test_both_orders_ties_and_unclear_replies(capsys):
     assert report['win_rate'] == pytest.approx(2.75 / 6) and report['shown_first'] == pytest.approx(3.25 / 5)
     screen = capsys.readouterr().out
     for said in ('left out: 8 tools, which the judge is not shown', 'at equal length    not told: 6 prompts', '65.0%',
-                 'unclear replies: 3, 0 of them empty, failed', 'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
+                 'unclear replies: 3, failed', 'note: an unclear reply (cut short, or its last line is no verdict) ends:', '45.8% (95% interval 16.'):  # fmt: skip
         assert said in screen
     assert report['win_rate_interval'][1] > 0.75 and report['agreement_interval'][0] < 0.3
     assert sorted((row['pair'], row['order']) for row in verdicts()) == [(i, o) for i in range(7) for o in (1, 2)]
@@ -342,6 +342,15 @@ def test_one_pair_of_a_chat(capsys):
         refused('^1 verdict missing .1 time: ', *flags(server), '--retries=0')
         said = capsys.readouterr().out
         assert 'out has 1 verdict already' in said and 'without a verdict  1 pair;' in said
+
+
+def test_empty_replies_are_told(capsys):
+    """Those of a judge whose thoughts take all tokens: of the others, one is shown."""
+    write_samples([0, 1])
+    with serve(lambda n, body: 'I cannot say.' if n == 1 else ' ') as server:
+        label(*flags(server, '--concurrency=1'))
+    said = capsys.readouterr().out
+    assert 'unclear replies: 4 (3 empty), failed' in said and "no verdict) ends: 'I cannot say.'" in said
 
 
 def contents(*more):
