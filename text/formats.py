@@ -1140,43 +1140,58 @@ def unread_texts(rows, layout):
             # a text to learn has an empty prompt
             first_turn = as_chat(examples[0]['prompt'] or examples[0].get('response', ''))[:1]
             threads[name, str(row[name])].add(str(first_turn))
-        fields = _inner_fields(examples[0], row, is_read)
         shown = set(_texts_in(examples, min_words=4))
-        for name, value in chain(row.items(), fields):
+        for name, value in chain(row.items(), _inner_fields(examples[0], row, is_read)):
             if name in is_read or (name in LABELS and 'good' in examples[0]):
                 continue
             # a list of flags or grades is about parts of the row: its answers, or several judges
             for part in as_list(value):
                 if isinstance(part, NUMBER | str) and name not in TEXTS:
                     values[name].add(str(part).strip().lower())
-            # objects describe the row, unless they are messages
-            if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
-                continue
-            texts = _texts_in(value, min_words=4)
-            # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
-            is_part = any(text in part or part in text for text in texts[:5] for part in shown)
-            if shown.isdisjoint(texts) and not is_part:
-                for text in texts:
-                    # the same long text counts in every row
-                    found[name].add((number, text) if messages.has_words(text, 8) else text)
+            for text in _not_shown(value, shown):
+                # the same long text counts in every row
+                found[name].add((number, text) if messages.has_words(text, 8) else text)
     unread = [name for name, texts in found.items() if len(texts) > len(rows) / 2]
     unread += [name for (name, _), starts in threads.items() if len(starts) > 1]
     later = [(LACKING.format(', '.join(sorted(layout.columns))), layout.columns, [])]
     for name, its_values in values.items():
         if its_values.issubset(EITHER_SPLIT) and name not in SPLITS:
             later.append((FOR_TESTS, [name], HELD_OUT))
-        are_flags = its_values.issubset(FLAGS)
-        is_verdict = name in JUDGED and layout.read is read_pair and any(map(VERDICT.fullmatch, its_values))
-        is_class = name in (*CLASSES, *WRITERS) and layout.read is read_text
-        # one answer of each row may be worse than another
-        is_class |= bool(RATED.search(name)) and layout.read in (read_answer, read_chat) and len(its_values) > 1
-        has_both = are_flags and its_values.intersection(YES) and its_values.difference(YES)
-        if has_both or is_verdict or is_class or name in PERSONAS or PARENTS.fullmatch(name) or GRADES & its_values:
+        if _may_judge(name, its_values, layout):
             unread.append(name)
         elif len(its_values) <= 10:
-            words = GRADES.union(FLAGS) - its_values if are_flags else GRADES
+            words = GRADES.union(FLAGS) - its_values if its_values.issubset(FLAGS) else GRADES
             later.append((JUDGES, [name], words))
     return [spelled(name, chain(*rows)) for name in dict.fromkeys(unread)], later
+
+
+def _not_shown(value, shown):
+    """Return the texts in a column's value if none of them is among `shown`, the texts of the row's examples, else []."""
+    # objects describe the row, unless they are messages
+    if not isinstance(value, str) and not are_texts(value) and "'content'" not in str(value):
+        return []
+    texts = _texts_in(value, min_words=4)
+    # a text is also shown if it is a part of an example's text, or the other way round: it is the whole row, say
+    for text in texts[:5]:
+        if any(text in part or part in text for part in shown):
+            return []
+    return texts if shown.isdisjoint(texts) else []
+
+
+def _may_judge(name, its_values, layout):
+    """Return whether a column of these words and numbers may say which answers are better, or what or whose a row's text is."""
+    if name in PERSONAS or PARENTS.fullmatch(name) or GRADES & its_values:
+        return True
+    # both values of a flag
+    if its_values.issubset(FLAGS) and its_values.intersection(YES) and its_values.difference(YES):
+        return True
+    if layout.read is read_pair:
+        return name in JUDGED and any(map(VERDICT.fullmatch, its_values))
+    if layout.read is read_text:
+        return name in CLASSES or name in WRITERS
+    # one answer of each row may be worse than another
+    is_rating = RATED.search(name) and len(its_values) > 1
+    return bool(is_rating) and layout.read in (read_answer, read_chat)
 
 
 def _inner_fields(example, row, is_read):
