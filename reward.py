@@ -79,7 +79,8 @@ def run_step(step, backward=False):
             loss = formulas.bradley_terry(s_w, s_l, margin, center_coef=center_coef, label_smoothing=label_smoothing)
         if backward:
             (loss * batch.real).sum().backward()  # real: False for the filler of a rank without examples
-        by_batch.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': batch.n[::2], 'n_l': batch.n[1::2]})
+        n_w, n_l = batch.n[::2], batch.n[1::2]  # tokens
+        by_batch.append({'loss': loss, 's_w': s_w, 's_l': s_l, 'n_w': n_w, 'n_l': n_l})
     return fsdp.gather(by_batch, step)
 
 

@@ -243,7 +243,11 @@ def write(chat, tools, tokenizer, **options):
         raise UserError(f'the chat template writes {len(text):,} characters for one chat, more than {2 * LONGEST:,}')
     # a template knows a role that is not one of ROLES if it compares with it: the role stands in quotes there
     roles = {turn['role'] for turn in chat}.difference(ROLES.values())
-    unquoted = [role for role in sorted(roles) if not re.search(rf"""["']{re.escape(role)}["']""", template)]
+    unquoted = []
+    for role in sorted(roles):
+        in_quotes = rf"""["']{re.escape(role)}["']"""
+        if not re.search(in_quotes, template):
+            unquoted.append(role)
     # or if it writes the role, which is then in the text of the chat without its contents
     if unquoted:
         without_contents = [turn | {'content': '-'} for turn in chat]

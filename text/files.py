@@ -198,12 +198,15 @@ def _files_below(folder):
     # a snapshot in the hub's cache has links to the files beside the snapshots
     root = os.path.realpath(folder).partition('/snapshots/')[0]
     real_paths = {path: Path(os.path.realpath(path)) for path in found if path.name.lower().endswith(ENDINGS)}
-    strange = [path for path, real in real_paths.items() if not path.exists() or not real.is_relative_to(root)]
+    strange = []
+    for path, real in real_paths.items():
+        is_inside = path.exists() and real.is_relative_to(root)
+        if not is_inside:
+            strange.append(path)
     if strange:
-        first, to = strange[0], real_paths[strange[0]]
-        say_once(
-            f'note: links to nothing, which are left out, or out of the folder {folder} ({len(strange)}): {first} to {to}'
-        )
+        first = strange[0]
+        links = f'links to nothing, which are left out, or out of the folder {folder} ({len(strange)})'
+        say_once(f'note: {links}: {first} to {real_paths[first]}')
     return found
 
 

@@ -285,7 +285,11 @@ def plain(row):
     if len(plain_row) == len(row):
         return plain_row
     counts = Counter(map(plain_name, row))
-    return {plain_name(name) if counts[plain_name(name)] == 1 else name: value for name, value in row.items()}
+    plain_row = {}
+    for name, value in row.items():
+        plain_one = plain_name(name)
+        plain_row[plain_one if counts[plain_one] == 1 else name] = value
+    return plain_row
 
 
 def unified(row, columns=None):
@@ -655,12 +659,13 @@ def _split_at_marker(answers):
     if marker is None:
         missing = r"no turn marker (as '\n\nAssistant:')"
         raise ValueError(f'no column has the prompt, and {missing} shows where answers begin')
-    parts = {key: text.rpartition(marker) for key, text in answers.items()}
-    prompts = {prompt for prompt, _, _ in parts.values()}
-    # so do about 1 in 900 pairs of HH
-    if len(prompts) > 1:
-        raise LeftOut(DIFFERENT)
-    return {'prompt': prompts.pop() + marker, **{key: answer for key, (_, _, answer) in parts.items()}}
+    example = {}
+    for key, text in answers.items():
+        prompt, _, example[key] = text.rpartition(marker)
+        # about 1 in 900 pairs of HH has two prompts
+        if example.setdefault('prompt', prompt + marker) != prompt + marker:
+            raise LeftOut(DIFFERENT)
+    return example
 
 
 # ---- pairs ----
@@ -859,7 +864,11 @@ def read_scored(row, task):
     is_dialogue = isinstance(prompt, str) and prompt.rstrip().endswith(ASSISTANT) and are_texts(answers)
     prompt = prompt.rstrip() if is_dialogue else as_chat(prompt)
     write = answer if is_dialogue else said
-    scored = [(score, write(found)) for score, found in zip(scores, answers, strict=True) if score is not None]
+    scored = []
+    for score, found in zip(scores, answers, strict=True):
+        # null: skipped
+        if score is not None:
+            scored.append((score, write(found)))
     return rank_answers(prompt, scored, task)
 
 

@@ -274,6 +274,11 @@ def summary(run, n_eval_examples):
     # n_eval_examples: how many the user wants
     if n_eval_examples and not n_held_out:
         notes.append('note: there is nothing to evaluate on: --eval_data names a file of held-out examples')
+    # a few texts may be in both parts, most of them only if they were read from one file
+    n_shared = int(np.isin(run.held_out.uid, train.uid).sum())
+    if 2 * n_shared > n_held_out:
+        shared = f'{n_shared:,} of {n_held_out:,} examples to evaluate on are trained on, too'
+        notes.append(f'note: {shared}: --eval_data names others')
     # run.total: how many examples the run takes in all epochs. ppo.py splits what batch_size takes at once into minibatches
     if 'minibatch_size' not in run.config and run.config.batch_size > run.total:
         notes.append(f'note: batch_size takes the whole run at once: {counted(run.total, "examples")}')

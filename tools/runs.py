@@ -123,7 +123,10 @@ def labels(runs):
     for run in runs:
         # the full path if the folder name is ambiguous
         label = str(run.folder) if folders.count(run.folder.name) > 1 else run.folder.name
-        options = [f'{name}={run.options[name]}' for name in names if run.options.get(name) is not None]
+        options = []
+        for name in names:
+            if run.options.get(name) is not None:
+                options.append(f'{name}={run.options[name]}')
         # more would not fit into the legend
         if len(options) > 5:
             options[5:] = ['...']

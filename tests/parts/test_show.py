@@ -117,18 +117,21 @@ def test_the_first_example_of_a_run():
     ids = {text: np.array(tokenizer(text)['input_ids']) for text in ('a ', 'clean .', 'the bed ?', 'fine .', beds)}
     answer = np.concatenate((ids['clean .'], ~ids['the bed ?'], ids['fine .']))
 
-    def first(answers, task, n_eval=0, n_notes=0):
-        run = SimpleNamespace(train=Examples.of([(ids['a '], answers)]), held_out=[], total=1)
+    def first(answers, task, n_eval=0, n_notes=0, held_out=slice(0)):
+        train = Examples.of([(ids['a '], answers)])
+        run = SimpleNamespace(train=train, held_out=train.select(held_out), total=1)
         run.tokenizer, run.task, run.config = tokenizer, task, Config(n_examples=None, batch_size=1)
         sizes, *notes, shown = text.show.summary(run, n_eval)
         # an answer to the task 'prompts' is only a placeholder
         n_tokens = sum(map(len, [ids['a '], *answers][: 1 if task == 'prompts' else None]))
         assert f'1 training example ({n_tokens} tokens)' in sizes
-        assert str(notes).count('note: there is nothing to evaluate on') == len(notes) == n_notes
+        says = ('there is nothing to evaluate on', '1 of 1 examples to evaluate on are trained on, too')
+        assert str(notes).count(f'note: {says[len(run.held_out)]}') == len(notes) == n_notes
         return shown
 
     shown = first([answer], 'sft', n_eval=8, n_notes=1)
     assert shown.endswith('\na [[clean .]]the bed ?[[fine .]]') and 'the first example' in shown
+    assert first([answer], 'sft', n_eval=8, n_notes=1, held_out=slice(1)) == shown
     assert first([ids[beds]], 'sft').partition('\n')[2] == f'a [[{beds[:596]} ... {beds[-598:]}]]'
     assert first([ids['clean .'], ids['fine .']], 'pairs').endswith('a \nchosen: [[clean .]]\nrejected: [[fine .]]')
     # what a single answer is; and an answer that is in the data and not trained on

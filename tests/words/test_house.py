@@ -83,7 +83,7 @@ def test_top_level_and_lines():
     assert len(groups['top level']) <= 12
     assert {name: n for name, limit in LIMITS.items() if (n := measure(ROOT / name)[0]) > limit} == {}
     assert total(groups['a DPO step'])[0] <= 1800
-    assert total(PRODUCT)[0] <= 15_875
+    assert total(PRODUCT)[0] <= 16_035
     assert density['product without losses.py'] <= 11
     assert total(EXPERIMENTS)[0] <= 3300
     # the lines that docs/code.md names, to the nearest ten
