@@ -627,6 +627,9 @@ def _joined(prompt, chat):
     """Return the whole conversation of a prompt and an answer, both lists of messages; the answer may repeat the prompt."""
     if chat[0]['role'] == 'assistant':
         return prompt + chat
+    # it may repeat the last question alone
+    if prompt and chat[0] == prompt[-1]:
+        return prompt + chat[1:]
     # the prompt, without its system message, must be in the chat; or all questions of the chat, if several, in the prompt
     prompt_text = '\n'.join(turn['content'].strip() for turn in prompt if turn['role'] != 'system')
     chat_text = '\n'.join(turn['content'].strip() for turn in chat[:-1])

@@ -179,7 +179,7 @@ def test_while_a_script_is_imported(tmp_path):
     until(lambda: len(list(tmp_path.glob('begun*'))) == len(CODES), processes[signal.SIGINT])
     for number, process in processes.items():
         process.send_signal(number)
-        assert end(process, CODES[number], 20).strip() == f'{number.name}: stopped'
+        assert end(process, CODES[number], 60).strip() == f'{number.name}: stopped'
     for script in 'sft dpo reward ppo sample label data tools/bench tools/plot tools/report feedback/score'.split():
         heavy = 'torch|numpy|transformers|tqdm|matplotlib|fsdp|training|datasets|data|losses|hf|rl|text|feedback'
         imports, watched, _ = (ROOT / f'{script}.py').read_text().partition('guard.watch(__name__)')

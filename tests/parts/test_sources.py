@@ -321,6 +321,7 @@ SAME = [  # task, the example that each of these rows gives: of None also with o
     (None, {'prompt': MARKUP, **ANSWERS}, {'repeated markup': {'prompt': MARKUP, **{k: MARKUP + v for k, v in ANSWERS.items()}}}),
     (None, {'prompt': f'<|im_start|>system\ns<|im_end|>\n{MARKUP}', **ANSWERS}, {
         'repeated markup behind a system message': {'prompt': MARKUP, **{k: f'<|im_start|>system\ns<|im_end|>\n{MARKUP}{v}' for k, v in ANSWERS.items()}}}),
+    (None, PAIR | {'prompt': TWO_TURNS[:3]}, {'the last question again': {'prompt': TWO_TURNS[:3], **{k: [TWO_TURNS[2], assistant(v)] for k, v in ANSWERS.items()}}}),
     (None, {'prompt': MARKUP, **ANSWERS}, {'markup and messages': {'prompt': MARKUP, **{k: [assistant(v)] for k, v in ANSWERS.items()}}}),
     (None, {'prompt': 'Question: q?\nAnswer:', 'response': ' a'}, {'repeated behind a word': {'query': 'q?', 'response': 'Question: q?\nAnswer: a'}}),
     (None, {'prompt': MARKUP, 'response': 'a<|im_end|>'}, {'repeated with its markup': {'instruction': 'hi', 'output': f'{MARKUP}a<|im_end|>'}}),
