@@ -24,7 +24,9 @@ FLAGS = ['--batch_size=16', '--n_examples=320', '--save_every=64', '--eval_every
          '--warmup_steps=2', '--sample_during_eval', '--n_eval_model_samples=4', '--max_new_tokens=8', '--data_fraction=0.2',
          '--max_length=64', '--max_prompt_length=32']  # fmt: skip
 STARTED = []
-CODES = dict.fromkeys(guard.SIGNALS, guard.SAVED) | {signal.SIGINT: guard.INTERRUPTED}
+# nohup, under which these tests may run, has SIGHUP ignored
+HEEDED = [number for number in guard.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+CODES = dict.fromkeys(HEEDED, guard.SAVED) | {signal.SIGINT: guard.INTERRUPTED}
 SAVED = 'saved: the same command continues from here'
 
 
