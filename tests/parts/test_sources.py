@@ -303,7 +303,8 @@ COLUMNS = {  # the names of a question's column and of one answer's (Amod counse
         'request response_correct response_incorrect',
 }
 OWN = [{'prompt': SKY, 'chosen': ' blue.', 'rejected': ' green.'}, {'prompt': 'Q: 0? A: 4', 'response': '4'}, {'prompt': SKY, 'response': ' blue.', 'good': False}, {'prompt': SKY}, {'prompt': [user('q?')]},
-       {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"}]
+       {'prompt': '["a", "b"]', 'response': ' c'}, {'prompt': 'p', 'response': "such as {'role': 'user'}"},
+       {'prompt': 'q?', 'response': 'User: q?'}, {'prompt': 'q?', 'response': 'You asked: q?\nA: a'}]
 SAME = [  # task, the example that each of these rows gives: of None also with other fields, {what it is: row}
     (None, PAIR, {
         'instruction': {'instruction': 'q?', 'input': '', **ANSWERS, 'prompt': None}}),
