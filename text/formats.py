@@ -133,9 +133,10 @@ TEST_FLAGS = 'is_test is_eval is_validation is_holdout held_out'.split()
 ADDED, NOTHING = 'input context system'.split(), 'nan none null n/a <noinput>'.split()
 # what notes say of columns that have one of these words
 NOTED = [(FOR_TESTS, SPLITS, HELD_OUT), (FOR_TESTS, TEST_FLAGS, YES), (NO_TEXT, ADDED, NOTHING)]
-# columns with the scores of two answers, and with the class of a text
-RATED = re.compile('score|rating|reward|grade|rank|quality|feedback|thumb|vote|prefer|toxic|harm|helpful|correct|accept', re.IGNORECASE)
-PERSONAS = 'persona character rubric rubrics criteria criterion principle principles'.split()  # and with what an answer should be like
+# columns with the scores of two answers, the higher the better, and with what may judge a single one
+RATED = re.compile('score|rating|reward|grade', re.IGNORECASE)
+JUDGING = re.compile(f'{RATED.pattern}|rank|quality|feedback|thumb|vote|prefer|toxic|harm|helpful|correct|accept', re.IGNORECASE)
+PERSONAS = 'persona character rubric rubrics criteria criterion principle principles'.split()  # columns with what an answer should be like
 WRITERS = 'user username sender from speaker'.split()  # columns with who has written a text
 CLASSES = (*LABELS, *'labels label_text label_name class sentiment emotion intent polarity stars rating'.split())
 # columns that link rows: with the id of the row before, and of the conversation that rows may be parts of
@@ -221,7 +222,8 @@ def marks_of(row, marks):
     """Yield (reason, column) for each column of a row that has one of the words. marks: [(reason, columns, words)]."""
     for reason, columns, words in marks:
         for column in filter(row.__contains__, columns):
-            if str(row[column]).strip().lower() in words:
+            # without words the mark is of rows that lack a column, see unread_texts()
+            if words and str(row[column]).strip().lower() in words:
                 yield reason, column
 
 
@@ -575,9 +577,9 @@ def _take_off_marker(prompt, answers):
 def _take_off_question(prompt, answers):
     """Return (prompt, answers, {'repeats': whether all answers had the question in them, which was then taken off}). answers:
     {key: text}. An empty question gives {}. Raises ValueError if only one answer begins with it."""
-    text = prompt if isinstance(prompt, str) else prompt[-1]['content']
+    asked = prompt if isinstance(prompt, str) else prompt[-1]['content']
     # white space after the question is part of the answers, but for the line break behind a marker of a chat template
-    question = text.lstrip() if text.endswith(TEMPLATE_MARKERS) else text.strip()
+    question = asked.lstrip() if asked.endswith(TEMPLATE_MARKERS) else asked.strip()
     if not question:
         return prompt, answers, {}
     repeats = [text.lstrip().startswith(question) for text in answers.values()]
@@ -1202,7 +1204,7 @@ def _may_judge(name, its_values, layout):
     if layout.read is read_text:
         return name in CLASSES or name in WRITERS
     # one answer of each row may be worse than another
-    is_rating = RATED.search(name) and len(its_values) > 1
+    is_rating = JUDGING.search(name) and len(its_values) > 1
     return bool(is_rating) and layout.read in (read_answer, read_chat)
 
 

@@ -259,8 +259,8 @@ def _parse_for(head, task, column_of):
     # prompts need no verdict
     if task != 'prompts' and (problem := formats.signs_among(head, verdicts)):
         raise UserError(f'{head[0].where}: {problem} ({HELP})')
-    unread, judges = formats.unread_texts(head, layout) if layout else ([], [])
     # columns that ask or answer may have names that are not known
+    unread, judges = formats.unread_texts(head, layout) if layout else ([], [])
     if unread:
         advice = f'{SAY_WHICH}; if they link rows, write what is said before an answer into its row'
         say_once(f'note: columns not read: {", ".join(unread)}; if they ask or answer, or judge, {advice}')
